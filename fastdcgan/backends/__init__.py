@@ -1,0 +1,104 @@
+"""The registry of backends, and which one runs.
+
+A backend is a subclass of `Backend` with the primitives of `ops.py` as methods. Nothing above this package knows which
+one runs: `select` gives a name, and the primitives take that name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastdcgan.backends.base import Backend, Unavailable, memory_format
+
+__all__ = ["Backend", "Unavailable", "backend", "backends", "get", "memory_format", "reasons", "select"]
+
+NAMES = ("triton", "cuda", "cpu", "reference")  # the order in which "auto" tries them
+_requested: str = os.environ.get("FASTDCGAN_BACKEND", "auto")
+_loaded: dict[str, Backend] = {}
+
+
+def get(name: str) -> Backend:
+    """The backend `name`, loaded at first use. Raises ValueError for an unknown name, Unavailable for one that can't run."""
+    found = _loaded.get(name)
+    if found is None:
+        found = _load(name)
+        found.require()
+        _loaded[name] = found
+    return found
+
+
+def _load(name: str) -> Backend:
+    if name == "reference":
+        from fastdcgan.backends.reference import ReferenceBackend as kind
+    elif name == "cpu":
+        from fastdcgan.backends.cpu import CPUBackend as kind
+    elif name in NAMES:
+        from fastdcgan.backends.planned import PlannedBackend
+
+        return PlannedBackend(name)
+    else:
+        raise ValueError(f"unknown backend {name!r}: expected 'auto' or one of {', '.join(map(repr, NAMES))}")
+    return kind()
+
+
+def backends() -> dict[str, str]:
+    """name -> "available", or why it can't run with the original error."""
+    return {name: _why_not(name) or "available" for name in NAMES}
+
+
+def _why_not(name: str) -> str | None:
+    try:
+        get(name)
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def reasons(device_type: str, dtype: torch.dtype) -> dict[str, str | None]:
+    """name -> None where the backend runs blocks of this device and dtype, else the reason why it doesn't."""
+    return {name: _why_not(name) or get(name).covers(device_type, dtype) for name in NAMES}
+
+
+@torch.compiler.assume_constant_result
+def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that runs a block: the one asked for, or for "auto" the first in `NAMES` that covers it.
+
+    Raises Unavailable if the one asked for can't run it.
+    """
+    if requested != "auto":
+        reason = get(requested).covers(device_type, dtype)
+        if reason is not None:
+            raise Unavailable(f"backend {requested!r} can't run this block: {reason}; {_alternatives(device_type, dtype)}")
+        return requested
+    return next(name for name, reason in reasons(device_type, dtype).items() if reason is None)
+
+
+def _alternatives(device_type: str, dtype: torch.dtype) -> str:
+    able = [name for name, reason in reasons(device_type, dtype).items() if reason is None]
+    return f"those that can: {', '.join(able)} (or 'auto')"
+
+
+def requested() -> str:
+    """The name asked for: by `backend()`, else by FASTDCGAN_BACKEND, else "auto"."""
+    return _requested
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run blocks on the backend `name` ("auto", "triton", "cuda", "cpu", "reference") inside a `with`; for all threads.
+
+    Raises ValueError for an unknown name and `Unavailable` (a RuntimeError) for one that can't run here, at once.
+    """
+    global _requested
+    if name != "auto":
+        get(name)
+    before, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = before

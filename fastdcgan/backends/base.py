@@ -1,0 +1,159 @@
+"""What a backend is, what it takes and gives, and the parts that every backend may share.
+
+The contractions take their activations as an `Operand` (a tensor, or one that is computed on load: the prologue) and
+may do more to the accumulator than store it (the `Epilogue`). All formulas are in the design's section 2: `y` is the raw
+convolution output, `z = s*y + t` the pre-activation, `xhat = (y - mean)*rstd`, `g = da*act'(z)`.
+
+Per-channel vectors are float32 (float64 for float64 tensors) of shape `[rows, stat_groups, C]`; statistics group `i`
+covers the `i`-th of `stat_groups` equal parts of the batch:
+
+    stats       (mean, biased variance, unbiased variance)
+    coef        (s, t, mean, rstd)   or (s, t) where nothing is normalised
+    grad_coef   (s, t, p, q)         or (s, t) where p = q = 0
+    sums        (sum(g), sum(g*xhat)) or (sum(g),) for a coef of two rows
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdcgan.geometry import Geometry, Pair
+
+
+class Operand(NamedTuple):
+    """A tensor, or one that is a per-channel map of tensors and is computed while it is loaded.
+
+    coef None         x
+    y None            act(s*x + t)                          `coef` (s, t, ...): the block before, not yet activated
+    y given           s*act'(s*y + t)*x + p*y + q           `coef` is a grad_coef: the gradient of a raw output
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    coef: Tensor | None = None
+    act: str = "identity"
+    slope: float = 0.0
+
+
+class Epilogue(NamedTuple):
+    """What happens to the accumulator `acc` before it is stored.
+
+    none          store acc
+    activate      store act(s*acc + t)                      `coef` (s, t, ...)
+    stats         store acc; return stats
+    grad_stats    store g = acc*act'(s*y + t); return sums  `coef` (s, t, mean, rstd) or (s, t), and `y`
+    """
+
+    kind: str = "none"
+    y: Tensor | None = None
+    coef: Tensor | None = None
+    act: str = "identity"
+    slope: float = 0.0
+    stat_groups: int = 1
+
+
+STORE = Epilogue()
+
+
+def stat_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which statistics, coefficients and activations of `x` are computed."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class Unavailable(RuntimeError):
+    """A backend that was asked for can't run here. The message has the reason and the names that can."""
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """`channels_last` for a tensor that PyTorch would call so (strides decide; ambiguous ones count as contiguous)."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+class Backend:
+    """The primitives of `ops.py`. This class runs contractions as PyTorch's own convolutions with the prologue and the
+    epilogue as passes of their own (`norm_act`, `batch_stats`, `grad_stats`), so a backend may own as few as those."""
+
+    name: str
+
+    def require(self) -> None:
+        """Raise Unavailable, with the original error, if this backend can't run on this machine."""
+
+    def covers(self, device_type: str, dtype: torch.dtype) -> str | None:
+        """None if blocks of this device and dtype run here, else the reason."""
+        raise NotImplementedError
+
+    # --- what a backend has to bring: shapes and formulas as in ops.py ---
+
+    def norm_act(self, a: Operand) -> Tensor:
+        raise NotImplementedError
+
+    def norm_act_reduce(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> Tensor:
+        raise NotImplementedError
+
+    def grad_stats(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
+        """`g = da*act'(s*y + t)`, stored (it may take the place of `da`), and its `sums`."""
+        raise NotImplementedError
+
+    def batch_stats(self, y: Tensor, stat_groups: int) -> Tensor:
+        """`stats` [3, stat_groups, C] of a raw output [N, C, H, W]."""
+        raise NotImplementedError
+
+    def coefficients(
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, eps: float
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: float) -> Tensor:
+        raise NotImplementedError
+
+    # --- contractions by way of PyTorch's own ---
+
+    def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+        g = geometry
+        acc = torch.ops.aten.convolution(
+            self.finished(a), weight, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups
+        )
+        return self.apply_epilogue(acc, epilogue)
+
+    def conv_transpose(
+        self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
+    ) -> tuple[Tensor, Tensor]:
+        g = geometry
+        extra = g.output_padding(a.x.shape[2], a.x.shape[3], output_size)
+        acc = torch.ops.aten.convolution(
+            self.finished(a), weight, None, g.stride, g.padding, g.dilation, True, extra, g.groups
+        )
+        return self.apply_epilogue(acc, epilogue)
+
+    def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
+        g = geometry
+        x, dy = self.finished(gathered), self.finished(linear)
+        shape = (dy.shape[1], x.shape[1] // g.groups, *g.kernel)
+        # Only its shape is read: one value, expanded.
+        weight = x.new_empty(1).expand(shape)
+        return torch.ops.aten.convolution_backward(
+            dy, x, weight, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [False, True, False]
+        )[1]
+
+    def finished(self, a: Operand) -> Tensor:
+        """The operand as a plain tensor."""
+        return a.x if a.coef is None else self.norm_act(a)
+
+    def apply_epilogue(self, acc: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+        """What `ops.Epilogue` says, as separate passes over the stored accumulator."""
+        e = epilogue
+        nothing = acc.new_empty((0,), dtype=stat_dtype(acc))
+        if e.kind == "none":
+            return acc, nothing
+        if e.kind == "stats":
+            return acc, self.batch_stats(acc, e.stat_groups)
+        assert e.coef is not None
+        if e.kind == "activate":
+            return self.norm_act(Operand(acc, None, e.coef, e.act, e.slope)), nothing
+        assert e.kind == "grad_stats" and e.y is not None
+        return self.grad_stats(acc, e.y, e.coef, e.act, e.slope)

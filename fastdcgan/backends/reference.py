@@ -1,0 +1,85 @@
+"""The definition of right, in plain PyTorch: any device, dtype and memory format that PyTorch takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.backends.base import Backend, Operand, stat_dtype
+
+
+def per_sample(row: Tensor, x: Tensor) -> Tensor:
+    """[stat_groups, C] -> [N or 1, C, 1, 1], to broadcast against `x` [N, C, H, W]."""
+    if row.shape[0] > 1:
+        row = row.repeat_interleave(x.shape[0] // row.shape[0], dim=0)
+    return row[:, :, None, None]
+
+
+class ReferenceBackend(Backend):
+    """Plain PyTorch, one formula after another."""
+
+    name = "reference"
+
+    def covers(self, device_type: str, dtype: torch.dtype) -> str | None:
+        return None
+
+    def norm_act(self, a: Operand) -> Tensor:
+        assert a.coef is not None
+        y = a.x if a.y is None else a.y
+        rows = [per_sample(row, y) for row in a.coef]
+        wide = y.to(stat_dtype(y))
+        z = wide * rows[0] + rows[1]
+        activation = ACTIVATIONS[a.act]
+        if a.y is None:
+            return activation.forward(z, a.slope).to(y.dtype)
+        dy = rows[0] * activation.derivative(z, a.slope) * a.x
+        if len(rows) == 4:
+            dy = dy + rows[2] * wide + rows[3]
+        return dy.to(y.dtype)
+
+    def grad_stats(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
+        g = self._g(da, y, coef, act, slope)
+        return g.to(y.dtype), self._sums(g, y, coef)
+
+    def _g(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> Tensor:
+        z = y.to(stat_dtype(y)) * per_sample(coef[0], y) + per_sample(coef[1], y)
+        return da * ACTIVATIONS[act].derivative(z, slope)
+
+    def norm_act_reduce(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> Tensor:
+        return self._sums(self._g(da, y, coef, act, slope), y, coef)
+
+    def _sums(self, g: Tensor, y: Tensor, coef: Tensor) -> Tensor:
+        terms = [g]
+        if coef.shape[0] == 4:
+            terms.append(g * (y.to(g.dtype) - per_sample(coef[2], y)) * per_sample(coef[3], y))
+        groups = coef.shape[1]
+        return torch.stack([t.reshape(groups, -1, *t.shape[1:]).sum(dim=(1, 3, 4)) for t in terms])
+
+    def batch_stats(self, y: Tensor, stat_groups: int) -> Tensor:
+        return torch.stack([self._group_stats(part) for part in y.chunk(stat_groups)], dim=1)
+
+    def _group_stats(self, y: Tensor) -> Tensor:
+        # With momentum 1, PyTorch's own kernel leaves the unbiased variance in the running one: all three rows are then
+        # the bits that nn.BatchNorm2d computes.
+        unused, unbiased = y.new_zeros((2, y.shape[1]), dtype=stat_dtype(y)).unbind()
+        mean, var = torch.ops.aten.batch_norm_update_stats(y, unused, unbiased, 1.0)
+        return torch.stack([mean, var, unbiased])
+
+    def coefficients(
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, eps: float
+    ) -> Tensor:
+        dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+        mean = mean.to(dtype)
+        rstd = torch.rsqrt(var.double() + eps).to(dtype)  # in double, as PyTorch's CPU kernel does
+        s = rstd if weight is None else weight.to(dtype) * rstd
+        t = -mean * s if shift is None else (shift.to(dtype) - mean) * s
+        if bias is not None:
+            t = t + bias.to(dtype)
+        return torch.stack([s, t, mean, rstd])
+
+    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: float) -> Tensor:
+        s, t, mean, rstd = coef
+        p = -s * rstd * sums[1] / count
+        q = -s * sums[0] / count - p * mean
+        return torch.stack([s, t, p, q])

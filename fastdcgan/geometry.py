@@ -1,0 +1,44 @@
+"""Kernel, stride, padding and dilation arithmetic of 2-d convolutions, plain and transposed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Pair = tuple[int, int]
+
+
+def pair(value: int | tuple[int, ...]) -> Pair:
+    """`3 -> (3, 3)`; a pair stays as it is."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the taps of a strided gather (`conv`) lie; `conv_transpose` is its adjoint with the same numbers."""
+
+    kernel: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    def conv_size(self, height: int, width: int) -> Pair:
+        """Output height and width of `conv` on a `height` x `width` input (PyTorch, `nn.Conv2d`, Shape)."""
+        k, s, p, d = self.kernel, self.stride, self.padding, self.dilation
+        return (
+            (height + 2 * p[0] - d[0] * (k[0] - 1) - 1) // s[0] + 1,
+            (width + 2 * p[1] - d[1] * (k[1] - 1) - 1) // s[1] + 1,
+        )
+
+    def conv_transpose_size(self, height: int, width: int, output_padding: Pair = (0, 0)) -> Pair:
+        """Output height and width of `conv_transpose` (PyTorch, `nn.ConvTranspose2d`, Shape)."""
+        k, s, p, d, o = self.kernel, self.stride, self.padding, self.dilation, output_padding
+        return (
+            (height - 1) * s[0] - 2 * p[0] + d[0] * (k[0] - 1) + o[0] + 1,
+            (width - 1) * s[1] - 2 * p[1] + d[1] * (k[1] - 1) + o[1] + 1,
+        )
+
+    def output_padding(self, height: int, width: int, output_size: Pair) -> Pair:
+        """The rows and columns that `conv_transpose` of a `height` x `width` input adds to reach `output_size`."""
+        base = self.conv_transpose_size(height, width)
+        return (output_size[0] - base[0], output_size[1] - base[1])

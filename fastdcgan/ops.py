@@ -1,0 +1,208 @@
+"""The primitives: what they take, their `torch.library` schemas and fakes. A backend does the work.
+
+Operands, epilogues and the per-channel vectors are described in `backends/base.py`.
+
+Everything here is opaque to `torch.compile` and knows no autograd; `chain.py` differentiates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastdcgan import backends
+from fastdcgan.backends.base import Epilogue, Operand, stat_dtype
+from fastdcgan.geometry import Geometry, Pair, pair
+
+
+# --- schemas ---------------------------------------------------------------------------------------------------------
+
+_lib = torch.library.Library("fastdcgan", "DEF")
+
+_GEOMETRY = "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int groups"
+_EPILOGUE = "str epilogue, Tensor? e_y, Tensor? e_coef, str e_act, float e_slope, int stat_groups"
+
+
+def _operand_schema(name: str) -> str:
+    return f"Tensor {name}, Tensor? {name}_y, Tensor? {name}_coef, str {name}_act, float {name}_slope"
+
+
+def _define(signature: str, implementation: Callable, fake: Callable) -> None:
+    name = signature.split("(")[0]
+
+    def run(*args):
+        # Autocast has been applied by the layer; inside a primitive the dtypes are what the caller chose.
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return implementation(*args)
+        return implementation(*args)
+
+    _lib.define(signature)
+    _lib.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastdcgan::{name}", fake, lib=_lib)
+
+
+def _geometry(args: tuple) -> Geometry:
+    kernel, stride, padding, dilation, groups = args
+    return Geometry(pair(kernel), pair(stride), pair(padding), pair(dilation), groups)
+
+
+# --- the three contractions ------------------------------------------------------------------------------------------
+
+
+def conv(a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue, backend: str) -> tuple[Tensor, Tensor]:
+    """Strided gather: `a` [N, Ci, H, W], weight [Co, Ci/groups, kh, kw] -> [N, Co, H', W'] and the epilogue's vectors.
+
+    It is the forward of `Conv2d`, and the gradient of a transposed conv's input (with that conv's own weight).
+    """
+    return torch.ops.fastdcgan.conv(
+        *a, weight, geometry.stride, geometry.padding, geometry.dilation, geometry.groups, *epilogue, backend
+    )
+
+
+def conv_transpose(
+    a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Its adjoint: `a` [N, Ci, H, W], weight [Ci, Co/groups, kh, kw] -> [N, Co, *output_size] and the epilogue's vectors.
+
+    It is the forward of `ConvTranspose2d`, and the gradient of a plain conv's input (with that conv's own weight).
+    """
+    return torch.ops.fastdcgan.conv_transpose(
+        *a, weight, geometry.stride, geometry.padding, geometry.dilation, geometry.groups, output_size, *epilogue, backend
+    )
+
+
+def weight_grad(gathered: Operand, linear: Operand, geometry: Geometry, backend: str) -> Tensor:
+    """Reduction over pixels: `gathered` [N, Cg, H, W], `linear` [N, Cl, H', W'] -> [Cl, Cg/groups, kh, kw].
+
+    `gathered` is the side that the taps shift over: the input of a conv, or the output gradient of a transposed conv.
+    """
+    g = geometry
+    return torch.ops.fastdcgan.weight_grad(
+        *gathered, *linear, g.kernel, g.stride, g.padding, g.dilation, g.groups, backend
+    )
+
+
+def _weight_geometry(weight: Tensor, args: tuple) -> Geometry:
+    return Geometry(pair(weight.shape[2:]), *(pair(v) for v in args[:3]), args[3])
+
+
+def _conv(*args) -> tuple[Tensor, Tensor]:
+    a, weight, epilogue = Operand(*args[:5]), args[5], Epilogue(*args[10:16])
+    return backends.get(args[16]).conv(a, weight, _weight_geometry(weight, args[6:10]), epilogue)
+
+
+def _conv_transpose(*args) -> tuple[Tensor, Tensor]:
+    a, weight, epilogue = Operand(*args[:5]), args[5], Epilogue(*args[11:17])
+    geometry, output_size = _weight_geometry(weight, args[6:10]), pair(args[10])
+    return backends.get(args[17]).conv_transpose(a, weight, geometry, output_size, epilogue)
+
+
+def _weight_grad(*args) -> Tensor:
+    gathered, linear = Operand(*args[:5]), Operand(*args[5:10])
+    return backends.get(args[15]).weight_grad(gathered, linear, _geometry(args[10:15]))
+
+
+def _fake_epilogue(out: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+    if epilogue.kind == "stats":
+        rows = 3
+    elif epilogue.kind == "grad_stats":
+        assert epilogue.coef is not None
+        rows = epilogue.coef.shape[0] // 2
+    else:
+        return out, out.new_empty((0,), dtype=stat_dtype(out))
+    return out, out.new_empty((rows, epilogue.stat_groups, out.shape[1]), dtype=stat_dtype(out))
+
+
+def _fake_conv(*args) -> tuple[Tensor, Tensor]:
+    out = torch.ops.aten.convolution(args[0], args[5], None, *args[6:9], False, [0, 0], args[9])
+    return _fake_epilogue(out, Epilogue(*args[10:16]))
+
+
+def _fake_conv_transpose(*args) -> tuple[Tensor, Tensor]:
+    x, weight = args[0], args[5]
+    extra = _weight_geometry(weight, args[6:10]).output_padding(*x.shape[2:], args[10])
+    out = torch.ops.aten.convolution(x, weight, None, *args[6:9], True, extra, args[9])
+    return _fake_epilogue(out, Epilogue(*args[11:17]))
+
+
+def _fake_weight_grad(*args) -> Tensor:
+    gathered, linear, kernel, groups = args[0], args[5], args[10], args[14]
+    out = gathered.new_empty((linear.shape[1], gathered.shape[1] // groups, *kernel))
+    return out.contiguous(memory_format=backends.memory_format(gathered))
+
+
+_define(
+    f"conv({_operand_schema('x')}, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    f"{_EPILOGUE}, str backend) -> (Tensor, Tensor)",
+    _conv,
+    _fake_conv,
+)
+_define(
+    f"conv_transpose({_operand_schema('x')}, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    f"SymInt[2] output_size, {_EPILOGUE}, str backend) -> (Tensor, Tensor)",
+    _conv_transpose,
+    _fake_conv_transpose,
+)
+_define(
+    f"weight_grad({_operand_schema('gathered')}, {_operand_schema('linear')}, {_GEOMETRY}, str backend) -> Tensor",
+    _weight_grad,
+    _fake_weight_grad,
+)
+
+# --- normalisation and activation ------------------------------------------------------------------------------------
+
+
+def norm_act(a: Operand, backend: str) -> Tensor:
+    """The operand computed and stored: activation forward, or `dy` of the backward. [N, C, H, W] in `a.x`'s format."""
+    return torch.ops.fastdcgan.norm_act(*a, backend)
+
+
+def norm_act_reduce(da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float, backend: str) -> Tensor:
+    """`sums` of `g = da*act'(s*y + t)`: the reduction of the BN backward, [2 or 1, stat_groups, C]."""
+    return torch.ops.fastdcgan.norm_act_reduce(da, y, coef, act, slope, backend)
+
+
+def coefficients(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, eps: float, backend: str
+) -> Tensor:
+    """`coef` [4, stat_groups, C] of a normalisation: `s = weight*rstd`, `t = bias + (shift - mean)*s`.
+
+    `mean`, `var` are [stat_groups, C]; `weight`, `bias` (BN's) and `shift` (a conv bias that the raw output lacks while
+    `mean` has it, i.e. with running statistics) are [C] or None.
+    """
+    return torch.ops.fastdcgan.coefficients(mean, var, weight, bias, shift, eps, backend)
+
+
+def grad_coefficients(sums: Tensor, coef: Tensor, count: float, backend: str) -> Tensor:
+    """`grad_coef` [4, stat_groups, C] from `sums` over `count` values: `p = -s*r*sum(g*xhat)/M`, `q = -s*sum(g)/M - p*mu`."""
+    return torch.ops.fastdcgan.grad_coefficients(sums, coef, count, backend)
+
+
+def _fake_coefficients(mean, var, weight, bias, shift, eps, backend) -> Tensor:
+    dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+    return mean.new_empty((4, *mean.shape), dtype=dtype)
+
+
+_define(
+    f"norm_act({_operand_schema('x')}, str backend) -> Tensor",
+    lambda *args: backends.get(args[5]).norm_act(Operand(*args[:5])),
+    lambda x, *rest: torch.empty_like(x),
+)
+_define(
+    "norm_act_reduce(Tensor da, Tensor y, Tensor coef, str act, float slope, str backend) -> Tensor",
+    lambda *args: backends.get(args[5]).norm_act_reduce(*args[:5]),
+    lambda da, y, coef, *rest: coef.new_empty((coef.shape[0] // 2, coef.shape[1], coef.shape[2])),
+)
+_define(
+    "coefficients(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? shift, float eps, str backend) -> Tensor",
+    lambda *args: backends.get(args[6]).coefficients(*args[:6]),
+    _fake_coefficients,
+)
+_define(
+    "grad_coefficients(Tensor sums, Tensor coef, float count, str backend) -> Tensor",
+    lambda *args: backends.get(args[3]).grad_coefficients(*args[:3]),
+    lambda sums, coef, count, backend: torch.empty_like(coef),
+)
