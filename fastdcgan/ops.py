@@ -181,6 +181,13 @@ def grad_coefficients(sums: Tensor, coef: Tensor, count: float, backend: str) ->
     return torch.ops.fastdcgan.grad_coefficients(sums, coef, count, backend)
 
 
+def update_running(
+    mean: Tensor, var: Tensor, stats: Tensor, shift: Tensor | None, factor: Tensor | None, momentum: float, backend: str
+) -> None:
+    """Update running statistics [C] in place from `stats`, once per statistics group in order (`Backend.update_running`)."""
+    torch.ops.fastdcgan.update_running(mean, var, stats, shift, factor, momentum, backend)
+
+
 def _fake_coefficients(mean, var, weight, bias, shift, eps, backend) -> Tensor:
     dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
     return mean.new_empty((4, *mean.shape), dtype=dtype)
@@ -205,4 +212,10 @@ _define(
     "grad_coefficients(Tensor sums, Tensor coef, float count, str backend) -> Tensor",
     lambda *args: backends.get(args[3]).grad_coefficients(*args[:3]),
     lambda sums, coef, count, backend: torch.empty_like(coef),
+)
+_define(
+    "update_running(Tensor(a!) mean, Tensor(b!) var, Tensor stats, Tensor? shift, Tensor? factor, float momentum, "
+    "str backend) -> ()",
+    lambda *args: backends.get(args[6]).update_running(*args[:6]),
+    lambda *args: None,
 )

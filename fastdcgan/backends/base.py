@@ -42,6 +42,7 @@ class Epilogue(NamedTuple):
     """What happens to the accumulator `acc` before it is stored.
 
     none          store acc
+    bias          store acc + coef                          `coef` [C]
     activate      store act(s*acc + t)                      `coef` (s, t, ...)
     stats         store acc; return stats
     grad_stats    store g = acc*act'(s*y + t); return sums  `coef` (s, t, mean, rstd) or (s, t), and `y`
@@ -116,7 +117,7 @@ class Backend:
     def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
         g = geometry
         acc = torch.ops.aten.convolution(
-            self.finished(a), weight, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups
+            self.finished(a), weight, _bias(epilogue, weight), g.stride, g.padding, g.dilation, False, [0, 0], g.groups
         )
         return self.apply_epilogue(acc, epilogue)
 
@@ -126,7 +127,7 @@ class Backend:
         g = geometry
         extra = g.output_padding(a.x.shape[2], a.x.shape[3], output_size)
         acc = torch.ops.aten.convolution(
-            self.finished(a), weight, None, g.stride, g.padding, g.dilation, True, extra, g.groups
+            self.finished(a), weight, _bias(epilogue, weight), g.stride, g.padding, g.dilation, True, extra, g.groups
         )
         return self.apply_epilogue(acc, epilogue)
 
@@ -148,7 +149,7 @@ class Backend:
         """What `ops.Epilogue` says, as separate passes over the stored accumulator."""
         e = epilogue
         nothing = acc.new_empty((0,), dtype=stat_dtype(acc))
-        if e.kind == "none":
+        if e.kind in ("none", "bias"):  # PyTorch's convolution has added the bias
             return acc, nothing
         if e.kind == "stats":
             return acc, self.batch_stats(acc, e.stat_groups)
@@ -157,3 +158,24 @@ class Backend:
             return self.norm_act(Operand(acc, None, e.coef, e.act, e.slope)), nothing
         assert e.kind == "grad_stats" and e.y is not None
         return self.grad_stats(acc, e.y, e.coef, e.act, e.slope)
+
+    def update_running(
+        self, mean: Tensor, var: Tensor, stats: Tensor, shift: Tensor | None, factor: Tensor | None, momentum: float
+    ) -> None:
+        """In place, for each statistics group in order: `running = momentum*batch + (1 - momentum)*running`.
+
+        `shift` [C] is a conv bias that the raw output, and so `stats`, lacks; `factor` [stat_groups], where given, takes
+        the place of `momentum` (a cumulative average). The same roundings as PyTorch's kernels, so the same bits.
+        """
+        for group in range(stats.shape[1]):
+            weight = momentum if factor is None else factor[group]
+            batch_mean = stats[0, group] if shift is None else stats[0, group] + shift
+            mean.copy_(weight * batch_mean + (1 - weight) * mean)
+            var.copy_(weight * stats[2, group] + (1 - weight) * var)
+
+
+def _bias(epilogue: Epilogue, weight: Tensor) -> Tensor | None:
+    if epilogue.kind != "bias":
+        return None
+    assert epilogue.coef is not None
+    return epilogue.coef.to(weight.dtype)

@@ -1,0 +1,315 @@
+"""A chain of blocks: its plan, its forward and its backward, in one autograd node.
+
+Only the raw outputs `y` and a few vectors per channel are saved. The formulas are the design's section 2:
+
+    y = conv(x; w);  s = gamma*r;  t = beta - mu*s;  a = act(s*y + t)
+    g = da*act'(s*y + t);  dbeta = sum(g);  dgamma = sum(g*xhat);  dy = s*g + p*y + q
+    dx = the adjoint contraction of dy;  dw = weight_grad of (x, dy)
+
+Between two blocks goes either the finished `a`, or the pair (`y`, `coef`) that stands for it: a deferred seam. A bias of
+the convolution is never added to `y`: it shifts `t`, and with batch statistics it cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdcgan import ops, sync
+from fastdcgan.backends.base import STORE, Epilogue, Operand, stat_dtype
+from fastdcgan.geometry import Geometry, Pair
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch normalisation: of the batch's own statistics, or of running ones."""
+
+    eps: float
+    batch_stats: bool
+    process_group: Any = None  # statistics are shared over it (SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class Block:
+    """convolution [+ BatchNorm] [+ activation], and the backend that runs it."""
+
+    transposed: bool
+    geometry: Geometry
+    output_padding: Pair
+    norm: Norm | None
+    act: str
+    slope: float
+    backend: str
+
+    def output_size(self, height: int, width: int) -> Pair:
+        if self.transposed:
+            return self.geometry.conv_transpose_size(height, width, self.output_padding)
+        return self.geometry.conv_size(height, width)
+
+
+class BlockTensors(NamedTuple):
+    """What a block reads: convolution weight and bias, BN's weight and bias, running mean and variance."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    bn_weight: Tensor | None = None
+    bn_bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+
+
+PER_BLOCK = len(BlockTensors._fields)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The blocks, and the choices that change speed and memory but no result beyond rounding."""
+
+    blocks: tuple[Block, ...]
+    stat_groups: int = 1
+    deferred: tuple[bool, ...] = ()  # per seam: pass (y, coef) on, not the finished a
+    lazy_grad: tuple[bool, ...] = ()  # per block: dy is computed where it is loaded, and never stored
+
+
+class _State(NamedTuple):
+    """What the backward of one block needs beside the chain's inputs."""
+
+    y: Tensor | None  # raw output
+    coef: Tensor | None  # (s, t[, mean, rstd]); None where a = y (+ bias)
+    a: Tensor | None  # finished output, where the next block's weight gradient reads it
+    total: Tensor | None  # number of values over all processes (synchronised statistics)
+
+
+def run(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+    """Run the chain on `x` [N, C, H, W] with `tensors` (the blocks' `BlockTensors`, one after another).
+
+    Returns the output and, per block, its `stats` [3, stat_groups, C] where it used the batch's own, else None.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        out, *found = _Chain.apply(plan, x, *tensors)
+    else:
+        out, found, _ = _forward(plan, x, tensors, saving=None)
+    waiting = iter(found)
+    return out, [next(waiting) if b.norm is not None and b.norm.batch_stats else None for b in plan.blocks]
+
+
+def wanted(plan: Plan, needs: Sequence[bool]) -> list[bool]:
+    """Per block and one more: does anything before it (`x`, or a parameter of an earlier block) need a gradient?"""
+    flags = [bool(needs[0])]
+    for i in range(len(plan.blocks)):
+        flags.append(flags[-1] or any(needs[1 + i * PER_BLOCK : 1 + (i + 1) * PER_BLOCK]))
+    return flags
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def _contract(block: Block, a: Operand, weight: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+    if block.transposed:
+        size = block.output_size(a.x.shape[2], a.x.shape[3])
+        return ops.conv_transpose(a, weight, block.geometry, size, epilogue, block.backend)
+    return ops.conv(a, weight, block.geometry, epilogue, block.backend)
+
+
+def bias_coefficients(bias: Tensor | None, channels: int, like: Tensor) -> Tensor:
+    """coef (1, bias) [2, 1, C] of a block without normalisation."""
+    shift = like.new_zeros(channels, dtype=stat_dtype(like)) if bias is None else bias.to(stat_dtype(like))
+    return torch.stack([torch.ones_like(shift), shift])[:, None]
+
+
+def _known_coefficients(block: Block, t: BlockTensors, x: Tensor) -> Tensor | None:
+    """The coef of a block that needs no statistics of the batch; None if it has none (then a = y + bias)."""
+    if block.norm is not None:
+        assert t.running_mean is not None and t.running_var is not None
+        mean, var = t.running_mean[None], t.running_var[None]
+        return ops.coefficients(mean, var, t.bn_weight, t.bn_bias, t.bias, block.norm.eps, block.backend)
+    if block.act == "identity":
+        return None
+    return bias_coefficients(t.bias, t.weight.shape[1] * block.geometry.groups if block.transposed else t.weight.shape[0], x)
+
+
+def _forward(
+    plan: Plan, x: Tensor, tensors: Sequence[Tensor | None], saving: Sequence[bool] | None
+) -> tuple[Tensor, list[Tensor], list[_State]]:
+    """`saving`: which of (x, *tensors) need gradients, or None if nothing does. Returns output, stats, states."""
+    n = len(plan.blocks)
+    before = [False] * (n + 1) if saving is None else wanted(plan, saving)
+    a, found, states = Operand(x), [], []
+    for i, block in enumerate(plan.blocks):
+        t = BlockTensors(*tensors[i * PER_BLOCK : (i + 1) * PER_BLOCK])
+        last = i + 1 == n
+        deferred = not last and plan.deferred[i]
+        keep_a = saving is not None and not last and bool(saving[1 + (i + 1) * PER_BLOCK])  # the next dw reads it
+        keep_y = before[i + 1] or (keep_a and deferred)
+        epilogue, coef, total = STORE, None, None
+        if block.norm is not None and block.norm.batch_stats:
+            epilogue = Epilogue("stats", stat_groups=plan.stat_groups)
+        else:
+            coef = _known_coefficients(block, t, x)
+            if coef is None and t.bias is not None:
+                epilogue = Epilogue("bias", coef=t.bias)
+            elif coef is not None and not keep_y:  # no backward reads y: store a at once
+                epilogue = Epilogue("activate", None, coef, block.act, block.slope)
+        y, stats = _contract(block, a, t.weight, epilogue)
+        if block.norm is not None and block.norm.batch_stats:
+            if block.norm.process_group is not None:
+                stats, total = sync.combine(stats, _count(y, plan.stat_groups), block.norm.process_group)
+            found.append(stats)
+            coef = ops.coefficients(stats[0], stats[1], t.bn_weight, t.bn_bias, None, block.norm.eps, block.backend)
+
+        if coef is None or epilogue.kind == "activate":
+            a = Operand(y)
+            states.append(_State(None, None, y if keep_a else None, None))
+            continue
+        a = Operand(y, None, coef, block.act, block.slope)
+        if not deferred:
+            a = Operand(ops.norm_act(a, block.backend))
+        states.append(_State(y if keep_y else None, coef, a.x if keep_a and not deferred else None, total))
+    return a.x, found, states
+
+
+def _count(y: Tensor, stat_groups: int) -> int:
+    """M: the number of values that share one statistic."""
+    return y.shape[0] // stat_groups * y.shape[2] * y.shape[3]
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+class _Chain(torch.autograd.Function):
+    """(plan, x, *tensors) -> (output, *stats)."""
+
+    @staticmethod
+    def forward(ctx, plan: Plan, x: Tensor, *tensors: Tensor | None):
+        out, found, states = _forward(plan, x, tensors, saving=ctx.needs_input_grad[1:])
+        ctx.plan = plan
+        # Running statistics that this very call goes on to update can't be saved, and with batch statistics aren't read.
+        inputs = [
+            None if i % PER_BLOCK >= 4 and (n := plan.blocks[i // PER_BLOCK].norm) is not None and n.batch_stats else t
+            for i, t in enumerate(tensors)
+        ]
+        ctx.save_for_backward(x, *inputs, *(t for state in states for t in state))
+        ctx.mark_non_differentiable(*found)
+        ctx.set_materialize_grads(False)
+        return (out, *found)
+
+    @staticmethod
+    def backward(ctx, da: Tensor | None, *unused):
+        plan, saved = ctx.plan, ctx.saved_tensors
+        if da is None:
+            return (None,) * (2 + len(plan.blocks) * PER_BLOCK)
+        split = 1 + len(plan.blocks) * PER_BLOCK
+        inputs, flat = saved[:split], saved[split:]
+        needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            from fastdcgan.differentiable import gradients
+
+            return (None, *gradients(plan, inputs, needs, da))
+        states = [_State(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
+        return (None, *_backward(plan, inputs[0], inputs[1:], states, needs, da))
+
+
+def _backward(
+    plan: Plan,
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+    states: Sequence[_State],
+    needs: Sequence[bool],
+    da: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of (x, *tensors), None where `needs` says so."""
+    grads: list[Tensor | None] = [None] * len(needs)
+    before = wanted(plan, needs)
+    sizes = [(x.shape[2], x.shape[3])]
+    for block in plan.blocks:
+        sizes.append(block.output_size(*sizes[-1]))
+    sums: Tensor | None = None  # given: `da` is already g, and these are its sums (a deferred seam)
+    for i in reversed(range(len(plan.blocks))):
+        if not before[i + 1]:
+            break
+        block, first = plan.blocks[i], 1 + i * PER_BLOCK
+        t = BlockTensors(*tensors[i * PER_BLOCK : (i + 1) * PER_BLOCK])
+        need = BlockTensors(*needs[first : first + PER_BLOCK])
+        dy, grads[first + 1 : first + 4] = _norm_act_backward(block, plan.stat_groups, states[i], t.bias, need, da, sums)
+        lazy = bool(plan.lazy_grad) and plan.lazy_grad[i]
+        if dy.coef is not None and not lazy and (need.weight or before[i]):
+            dy = Operand(ops.norm_act(dy, block.backend))
+        if need.weight:
+            a = Operand(x) if i == 0 else _rebuilt(plan.blocks[i - 1], states[i - 1])
+            gathered, linear = (dy, a) if block.transposed else (a, dy)
+            grads[first] = ops.weight_grad(gathered, linear, block.geometry, block.backend)
+        if before[i]:
+            epilogue = _seam_epilogue(plan, i, states)
+            if block.transposed:
+                da, found = ops.conv(dy, t.weight, block.geometry, epilogue, block.backend)
+            else:
+                da, found = ops.conv_transpose(dy, t.weight, block.geometry, sizes[i], epilogue, block.backend)
+            sums = found if epilogue.kind == "grad_stats" else None
+    if before[0]:
+        grads[0] = da
+    return grads
+
+
+def _rebuilt(block: Block, state: _State) -> Operand:
+    """The output of `block`: as it was kept, or computed on load from its raw output."""
+    if state.a is not None:
+        return Operand(state.a)
+    assert state.y is not None
+    return Operand(state.y, None, state.coef, block.act, block.slope)
+
+
+def _seam_epilogue(plan: Plan, i: int, states: Sequence[_State]) -> Epilogue:
+    """What the gradient contraction of block `i` does to its accumulator, the `da` of block `i - 1`."""
+    if i == 0 or not plan.deferred[i - 1]:
+        return STORE
+    block, state = plan.blocks[i - 1], states[i - 1]
+    if state.coef is None:
+        return STORE
+    return Epilogue("grad_stats", state.y, state.coef, block.act, block.slope, state.coef.shape[1])
+
+
+def _norm_act_backward(
+    block: Block,
+    stat_groups: int,
+    state: _State,
+    bias: Tensor | None,
+    need: BlockTensors,
+    da: Tensor,
+    sums: Tensor | None,
+) -> tuple[Operand, list[Tensor | None]]:
+    """dy, and the gradients of (bias, bn_weight, bn_bias). With `sums` given, `da` is g already."""
+    y, coef, norm = state.y, state.coef, block.norm
+    if coef is None:
+        d_bias = da.sum((0, 2, 3), dtype=stat_dtype(da)) if need.bias else None
+        return Operand(da), [d_bias, None, None]
+    assert y is not None
+    act = block.act if sums is None else "identity"
+    batch_stats = norm is not None and norm.batch_stats
+    if sums is None and (batch_stats or need.bias or need.bn_weight or need.bn_bias):
+        sums = ops.norm_act_reduce(da, y, coef, act, block.slope, block.backend)
+    d_bias = d_bn_weight = d_bn_bias = None
+    if need.bias:
+        assert bias is not None and sums is not None
+        if batch_stats:
+            d_bias = torch.zeros_like(bias)  # the batch's mean takes every constant out
+        else:
+            d_bias = (sums[0] * coef[0]).sum(0)
+    if need.bn_weight:
+        assert sums is not None
+        d_bn_weight = sums[1].sum(0)
+    if need.bn_bias:
+        assert sums is not None
+        d_bn_bias = sums[0].sum(0)
+    grad_coef = coef[:2]
+    if norm is not None and batch_stats:
+        assert sums is not None
+        count = _count(y, stat_groups)
+        if norm.process_group is not None:
+            assert state.total is not None
+            sums = sync.mean_sums(sums, count, state.total, norm.process_group)
+        grad_coef = ops.grad_coefficients(sums, coef, count, block.backend)
+    return Operand(da, y, grad_coef, act, block.slope), [d_bias, d_bn_weight, d_bn_bias]

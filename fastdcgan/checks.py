@@ -1,0 +1,104 @@
+"""All validation: TypeError or ValueError with the offending value and the expected one, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.chain import PER_BLOCK, Block, BlockTensors, Plan
+
+
+def check_chain(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
+    """Raise TypeError or ValueError unless the chain can run on `x` [N, C, H, W] with its blocks' tensors."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"expected 4D input [N, C, H, W], got {x.dim()}D input of shape {list(x.shape)}")
+    if x.shape[0] % plan.stat_groups:
+        raise ValueError(f"stat_groups={plan.stat_groups} must divide the batch size, got a batch of {x.shape[0]}")
+    channels, size = x.shape[1], (x.shape[2], x.shape[3])
+    for i, block in enumerate(plan.blocks):
+        t = BlockTensors(*tensors[i * PER_BLOCK : (i + 1) * PER_BLOCK])
+        where = f"block {i}" if len(plan.blocks) > 1 else "the block"
+        _check_tensors(where, block, t, x)
+        channels, size = _check_shapes(where, block, t, channels, size, x)
+        norm = block.norm
+        if norm is not None and norm.batch_stats and norm.process_group is None and x.shape[0] > 0:
+            values = x.shape[0] // plan.stat_groups * size[0] * size[1]
+            if values == 1:
+                raise ValueError(
+                    f"expected more than 1 value per channel when training, got an output of "
+                    f"{[x.shape[0], channels, *size]} with stat_groups={plan.stat_groups} at {where}"
+                )
+
+
+def _check_tensors(where: str, block: Block, t: BlockTensors, x: Tensor) -> None:
+    if t.weight.dtype != x.dtype:
+        raise TypeError(
+            f"input and weight must have one dtype, got an input of {x.dtype} and a weight of {t.weight.dtype} at {where}: "
+            f"cast the input, or run under torch.autocast"
+        )
+    for name, tensor in zip(t._fields, t, strict=True):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} of {where} is on {tensor.device}, expected {x.device}, where the input is")
+    if block.norm is not None and not block.norm.batch_stats and (t.running_mean is None or t.running_var is None):
+        raise ValueError(f"{where} is asked to use running statistics, but running_mean or running_var is None")
+
+
+def _check_shapes(
+    where: str, block: Block, t: BlockTensors, channels: int, size: tuple[int, int], x: Tensor
+) -> tuple[int, tuple[int, int]]:
+    groups = block.geometry.groups
+    expected = t.weight.shape[0] if block.transposed else t.weight.shape[1] * groups
+    if channels != expected:
+        source = f"the input of shape {list(x.shape)}" if where in ("the block", "block 0") else "the block before"
+        raise ValueError(f"{where} expects {expected} input channels, got {channels} from {source}")
+    out_channels = t.weight.shape[1] * groups if block.transposed else t.weight.shape[0]
+    for name, vector in zip(t._fields[1:], t[1:], strict=True):
+        if vector is not None and tuple(vector.shape) != (out_channels,):
+            raise ValueError(f"{name} of {where} must have shape [{out_channels}], got {list(vector.shape)}")
+    out_size = block.output_size(*size)
+    if min(out_size) < 1 or min(size) < 1:
+        raise ValueError(
+            f"the input of {where}, {size[0]}x{size[1]}, is too small for kernel {block.geometry.kernel}, "
+            f"padding {block.geometry.padding}, dilation {block.geometry.dilation}: output would be "
+            f"{out_size[0]}x{out_size[1]}"
+        )
+    return out_channels, out_size
+
+
+def check_activation(name: str) -> None:
+    """Raise ValueError for a name that is not in the activation table."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(map(repr, ACTIVATIONS))}")
+
+
+def check_pair(name: str, value: object, minimum: int) -> None:
+    """Raise TypeError or ValueError unless `value` is an int, or two ints, of at least `minimum`."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if len(values) not in (1, 2) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{name} must be an int or two ints, got {value!r}")
+    if any(v < minimum for v in values):
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+
+
+def check_weight(weight: Tensor, groups: int, transposed: bool) -> None:
+    """Raise TypeError or ValueError unless `weight` is a 4-d floating-point tensor whose channels `groups` divides."""
+    if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
+        raise TypeError(f"weight must be a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
+    if weight.dim() != 4:
+        layout = "[Ci, Co/groups, kh, kw]" if transposed else "[Co, Ci/groups, kh, kw]"
+        raise ValueError(f"weight must have 4 dimensions {layout}, got shape {list(weight.shape)}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups must divide the weight's {weight.shape[0]} channels, got groups={groups}")
+
+
+def check_stat_groups(stat_groups: int) -> None:
+    """Raise TypeError or ValueError unless `stat_groups` is a positive int."""
+    if not isinstance(stat_groups, (int, torch.SymInt)) or isinstance(stat_groups, bool):
+        raise TypeError(f"stat_groups must be an int, got {type(stat_groups).__name__}")
+    if stat_groups < 1:
+        raise ValueError(f"stat_groups must be at least 1, got {stat_groups}")
