@@ -1,0 +1,48 @@
+"""fastdcgan: fused kernels that make the convolutional GAN family train fast, behind drop-in layers."""
+
+from fastdcgan import functional
+from fastdcgan.backends import Unavailable, backend, backends
+from fastdcgan.fusion import explain, fold_batchnorm, fuse, unfuse
+from fastdcgan.layers import (
+    ConvAct2d,
+    ConvBNAct2d,
+    ConvBNLeakyReLU2d,
+    ConvLeakyReLU2d,
+    ConvTransposeAct2d,
+    ConvTransposeBNAct2d,
+    ConvTransposeBNReLU2d,
+    ConvTransposeTanh2d,
+    FusedSequential,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvAct2d",
+    "ConvBNAct2d",
+    "ConvBNLeakyReLU2d",
+    "ConvLeakyReLU2d",
+    "ConvTransposeAct2d",
+    "ConvTransposeBNAct2d",
+    "ConvTransposeBNReLU2d",
+    "ConvTransposeTanh2d",
+    "Discriminator",
+    "FusedSequential",
+    "Generator",
+    "Unavailable",
+    "backend",
+    "backends",
+    "explain",
+    "fold_batchnorm",
+    "functional",
+    "fuse",
+    "unfuse",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("Generator", "Discriminator"):  # a user of the layers alone never loads dcgan/
+        from fastdcgan.dcgan import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

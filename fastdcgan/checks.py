@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.chain import PER_BLOCK, Block, BlockTensors, Plan
+from fastdcgan.geometry import Geometry, Pair
 
 
 def check_chain(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
@@ -83,6 +84,16 @@ def check_pair(name: str, value: object, minimum: int) -> None:
         raise TypeError(f"{name} must be an int or two ints, got {value!r}")
     if any(v < minimum for v in values):
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+
+
+def check_output_padding(output_padding: Pair, geometry: Geometry) -> None:
+    """Raise ValueError unless it is smaller than the stride or the dilation, as PyTorch asks."""
+    for extra, stride, dilation in zip(output_padding, geometry.stride, geometry.dilation, strict=True):
+        if extra >= max(stride, dilation):
+            raise ValueError(
+                f"output_padding must be smaller than stride or dilation, got output_padding={output_padding}, "
+                f"stride={geometry.stride}, dilation={geometry.dilation}"
+            )
 
 
 def check_weight(weight: Tensor, groups: int, transposed: bool) -> None:

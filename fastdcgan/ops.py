@@ -168,10 +168,10 @@ def norm_act_reduce(da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float,
 def coefficients(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, eps: float, backend: str
 ) -> Tensor:
-    """`coef` [4, stat_groups, C] of a normalisation: `s = weight*rstd`, `t = bias + (shift - mean)*s`.
+    """`coef` [4, stat_groups, C] of a normalisation: `mean = mean - shift`, `s = weight*rstd`, `t = bias - mean*s`.
 
     `mean`, `var` are [stat_groups, C]; `weight`, `bias` (BN's) and `shift` (a conv bias that the raw output lacks while
-    `mean` has it, i.e. with running statistics) are [C] or None.
+    `mean` has it, i.e. with running statistics) are [C] or None. The coef has the shifted mean, that of the raw output.
     """
     return torch.ops.fastdcgan.coefficients(mean, var, weight, bias, shift, eps, backend)
 

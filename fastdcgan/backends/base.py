@@ -80,6 +80,9 @@ class Backend:
     epilogue as passes of their own (`norm_act`, `batch_stats`, `grad_stats`), so a backend may own as few as those."""
 
     name: str
+    # What the chain's plan does where it has the choice: pass (y, coef) between blocks, never store dy.
+    prefers_deferred = False
+    lazy_grad = False
 
     def require(self) -> None:
         """Raise Unavailable, with the original error, if this backend can't run on this machine."""

@@ -70,10 +70,10 @@ class ReferenceBackend(Backend):
         self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, eps: float
     ) -> Tensor:
         dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-        mean = mean.to(dtype)
+        mean = mean.to(dtype) if shift is None else mean.to(dtype) - shift.to(dtype)
         rstd = torch.rsqrt(var.double() + eps).to(dtype)  # in double, as PyTorch's CPU kernel does
         s = rstd if weight is None else weight.to(dtype) * rstd
-        t = -mean * s if shift is None else (shift.to(dtype) - mean) * s
+        t = -mean * s
         if bias is not None:
             t = t + bias.to(dtype)
         return torch.stack([s, t, mean, rstd])
