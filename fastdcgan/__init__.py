@@ -1,7 +1,7 @@
 """fastdcgan: fused kernels that make the convolutional GAN family train fast, behind drop-in layers."""
 
-from fastdcgan import functional
-from fastdcgan.backends import Unavailable, backend, backends
+from fastdcgan import backends, functional
+from fastdcgan.backends import Unavailable, backend
 from fastdcgan.fusion import explain, fold_batchnorm, fuse, unfuse
 from fastdcgan.layers import (
     ConvAct2d,

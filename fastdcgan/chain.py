@@ -187,11 +187,11 @@ class _Chain(torch.autograd.Function):
     def forward(ctx, plan: Plan, x: Tensor, *tensors: Tensor | None):
         out, found, states = _forward(plan, x, tensors, saving=ctx.needs_input_grad[1:])
         ctx.plan = plan
-        # Running statistics that this very call goes on to update can't be saved, and with batch statistics aren't read.
-        inputs = [
-            None if i % PER_BLOCK >= 4 and (n := plan.blocks[i // PER_BLOCK].norm) is not None and n.batch_stats else t
-            for i, t in enumerate(tensors)
-        ]
+        inputs = list(tensors)
+        for i, block in enumerate(plan.blocks):
+            if block.norm is not None and block.norm.batch_stats:
+                # This very call goes on to update the running statistics, and does not read them.
+                inputs[i * PER_BLOCK + 4] = inputs[i * PER_BLOCK + 5] = None
         ctx.save_for_backward(x, *inputs, *(t for state in states for t in state))
         ctx.mark_non_differentiable(*found)
         ctx.set_materialize_grads(False)

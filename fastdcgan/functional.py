@@ -59,6 +59,13 @@ def run_chain(
             tensors = [t._replace(weight=t.weight.to(dtype)) if t.weight.dtype != torch.float64 else t for t in tensors]
     flat = [v for t in tensors for v in t]
     checks.check_chain(plan, x, flat)
+    if x.shape[0] == 0:  # as PyTorch: an empty output, zero gradients, running statistics as they were
+        from fastdcgan.differentiable import formula
+
+        for r in running:
+            if r is not None and r.num_batches is not None:
+                r.num_batches.add_(1)
+        return formula(plan, x, flat)
     out, stats = run(plan, x, flat)
     for block, t, r, s in zip(blocks, tensors, running, stats, strict=True):
         if r is not None and s is not None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import types
 from collections.abc import Iterator
 
 import torch
@@ -15,20 +17,26 @@ from torch import Tensor
 
 from fastdcgan.backends.base import Backend, Unavailable, memory_format
 
-__all__ = ["Backend", "Unavailable", "backend", "backends", "get", "memory_format", "reasons", "select"]
+__all__ = ["Backend", "Unavailable", "backend", "get", "memory_format", "reasons", "requested", "select", "status"]
 
 NAMES = ("triton", "cuda", "cpu", "reference")  # the order in which "auto" tries them
 _requested: str = os.environ.get("FASTDCGAN_BACKEND", "auto")
-_loaded: dict[str, Backend] = {}
+_loaded: dict[str, Backend | Unavailable] = {}  # each backend is tried once
+_selected: dict[tuple[str, torch.dtype], str] = {}  # what "auto" found
 
 
 def get(name: str) -> Backend:
     """The backend `name`, loaded at first use. Raises ValueError for an unknown name, Unavailable for one that can't run."""
     found = _loaded.get(name)
     if found is None:
-        found = _load(name)
-        found.require()
+        try:
+            found = _load(name)
+            found.require()
+        except Unavailable as error:
+            found = error
         _loaded[name] = found
+    if isinstance(found, Unavailable):
+        raise found
     return found
 
 
@@ -46,7 +54,7 @@ def _load(name: str) -> Backend:
     return kind()
 
 
-def backends() -> dict[str, str]:
+def status() -> dict[str, str]:
     """name -> "available", or why it can't run with the original error."""
     return {name: _why_not(name) or "available" for name in NAMES}
 
@@ -75,7 +83,10 @@ def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
         if reason is not None:
             raise Unavailable(f"backend {requested!r} can't run this block: {reason}; {_alternatives(device_type, dtype)}")
         return requested
-    return next(name for name, reason in reasons(device_type, dtype).items() if reason is None)
+    key = (device_type, dtype)
+    if key not in _selected:
+        _selected[key] = next(name for name, reason in reasons(device_type, dtype).items() if reason is None)
+    return _selected[key]
 
 
 def _alternatives(device_type: str, dtype: torch.dtype) -> str:
@@ -102,3 +113,13 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _requested = before
+
+
+class _Package(types.ModuleType):
+    """`fastdcgan.backends` is this package and, called, `status()`."""
+
+    def __call__(self) -> dict[str, str]:
+        return status()
+
+
+sys.modules[__name__].__class__ = _Package
