@@ -78,7 +78,9 @@ def formula(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
         z = y.to(stat_dtype(y))
         if t.bias is not None:
             z = z + t.bias.to(z.dtype)[:, None, None]
-        if block.norm is not None:
+        if block.norm is not None and z.shape[0] == 0:  # nothing to normalise; weight and bias get zero gradients
+            z = z * _vector(t.bn_weight, z, 1.0) + _vector(t.bn_bias, z, 0.0)
+        elif block.norm is not None:
             groups = plan.stat_groups if block.norm.batch_stats else 1
             z = z.reshape(groups, -1, *z.shape[1:])
             if block.norm.batch_stats:
@@ -89,12 +91,13 @@ def formula(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
                 assert t.running_mean is not None and t.running_var is not None
                 mean, var = (v.to(z.dtype)[:, None, None] for v in (t.running_mean, t.running_var))
             z = ((z - mean) * torch.rsqrt(var + block.norm.eps)).flatten(0, 1)
-            if t.bn_weight is not None:
-                z = z * t.bn_weight.to(z.dtype)[:, None, None]
-            if t.bn_bias is not None:
-                z = z + t.bn_bias.to(z.dtype)[:, None, None]
+            z = z * _vector(t.bn_weight, z, 1.0) + _vector(t.bn_bias, z, 0.0)
         x = ACTIVATIONS[block.act].forward(z, block.slope).to(y.dtype)
     return x
+
+
+def _vector(v: Tensor | None, z: Tensor, default: float) -> Tensor | float:
+    return default if v is None else v.to(z.dtype)[:, None, None]
 
 
 def gradients(
