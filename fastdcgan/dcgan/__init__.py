@@ -1,0 +1,33 @@
+"""DCGAN: the networks, training on real images, checkpoints and samples, on top of the fused layers."""
+
+from fastdcgan.dcgan.checkpoint import CheckpointError
+from fastdcgan.dcgan.config import TrainConfig
+from fastdcgan.dcgan.convert import convert_projection, example_state_dict, load_example_state_dict
+from fastdcgan.dcgan.data import Batches, Images, load_images
+from fastdcgan.dcgan.metrics import Diverged
+from fastdcgan.dcgan.models import IMAGE_SIZES, Discriminator, Generator
+from fastdcgan.dcgan.sampling import load_generator, sample
+from fastdcgan.dcgan.steps import GradientPenalty, StepMetrics, train_step
+from fastdcgan.dcgan.training import Outcome, Trainer
+
+__all__ = [
+    "IMAGE_SIZES",
+    "Batches",
+    "CheckpointError",
+    "Discriminator",
+    "Diverged",
+    "Generator",
+    "GradientPenalty",
+    "Images",
+    "Outcome",
+    "StepMetrics",
+    "TrainConfig",
+    "Trainer",
+    "convert_projection",
+    "example_state_dict",
+    "load_example_state_dict",
+    "load_generator",
+    "load_images",
+    "sample",
+    "train_step",
+]

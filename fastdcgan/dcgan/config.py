@@ -1,0 +1,110 @@
+"""The settings of a training run: one dataclass that Python, the command line and checkpoints share."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdcgan.dcgan.models import IMAGE_SIZES, PROJECTIONS
+from fastdcgan.dcgan.steps import PENALTIES
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+BUILTIN_DATA = ("mnist", "digits")
+
+# What a checkpoint's weights depend on: a resumed run can't change it.
+ARCHITECTURE = ("image_size", "channels", "nz", "ngf", "ndf", "projection")
+
+
+def _option(default: Any, help: str, **extra: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides what a run does. `help` texts are the documentation of the fields."""
+
+    data: str = _option("", "a folder of images (searched recursively), or a built-in set: mnist, digits")
+    out: str = _option("", "folder of the run [default: runs/DATA-SIZE, with a number where that exists]")
+    cache: str = _option("", "folder of decoded images [default: fastdcgan in the user's cache folder]")
+
+    image_size: int = _option(0, "side of the images [default: 64 for a folder, 32 for a built-in set]", choices=IMAGE_SIZES)
+    channels: int = _option(0, "1 (grey) or 3 (colour) [default: 3 for a folder, 1 for a built-in set]", choices=(1, 3))
+    flips: bool | None = _option(None, "mirror half of the images, chosen at random [default: for a folder only]")
+    workers: int = _option(0, "threads that decode images [default: one per core]")
+
+    nz: int = _option(100, "size of the generator's input")
+    ngf: int = _option(64, "channels of the generator's last feature map")
+    ndf: int = _option(64, "channels of the discriminator's first feature map")
+    projection: str = _option("conv", "the generator's first block", choices=PROJECTIONS)
+
+    batch_size: int = _option(64, "images per step, over all processes")
+    epochs: int = _option(25, "passes over the data")
+    max_steps: int = _option(0, "stop after this many steps [default: no limit]")
+    max_minutes: float = _option(0.0, "stop after this much time, counted from this start [default: no limit]")
+    # G below D (Heusel et al., 2017, "GANs Trained by a Two Time-Scale Update Rule"): a D that keeps up needs no extra
+    # steps, and G does not run away from it. D's rate is the paper's (section 4).
+    lr_g: float = _option(1e-4, "learning rate of the generator; below the discriminator's, so that D keeps up with G")
+    lr_d: float = _option(2e-4, "learning rate of the discriminator")
+    beta1: float = _option(0.5, "Adam's first momentum")
+    beta2: float = _option(0.999, "Adam's second momentum")
+    real_label: float = _option(0.9, "label of real images: below 1 is one-sided label smoothing")
+    gradient_penalty: float = _option(0.0, "weight of a gradient penalty on the discriminator, 0 for none")
+    penalty_kind: str = _option("wgan-gp", "which penalty: on mixtures, towards norm 1; or R1, on real images", choices=PENALTIES)
+
+    precision: str = _option("fp32", "arithmetic of the networks; bf16 and fp16 by autocast", choices=PRECISIONS)
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N; auto is a GPU where there is one")
+    sync_bn: bool = _option(False, "share BatchNorm statistics between processes")
+    seed: int = _option(0, "of the weights, the order of the data, flips and noise")
+
+    sample_every: int = _option(0, "steps between sample grids [default: once an epoch]")
+    samples: int = _option(64, "images in a sample grid")
+    checkpoint_every: int = _option(0, "steps between checkpoints [default: once an epoch]")
+    keep: int = _option(3, "checkpoints to keep, the newest ones")
+    log_every: int = _option(10, "steps that one line of metrics.csv averages over")
+    tensorboard: bool = _option(False, "write TensorBoard events too (needs the package tensorboard)")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            if choices and value not in choices and value != f.default:
+                raise ValueError(f"{f.name} is {value!r}: expected one of {', '.join(map(str, choices))}")
+        for name in ("nz", "ngf", "ndf", "batch_size", "epochs", "samples", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        for name in ("max_steps", "max_minutes", "gradient_penalty", "sample_every", "checkpoint_every", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 0")
+        for name in ("lr_g", "lr_d"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 0 and below 1")
+        if not 0.5 < self.real_label <= 1:
+            raise ValueError(f"real_label is {self.real_label}: expected more than 0.5 and at most 1")
+
+    def resolved(self) -> TrainConfig:
+        """The settings with every value that depends on the data filled in. Raises ValueError without `data`."""
+        if not self.data:
+            raise ValueError(f"no data given: expected a folder of images, or one of {', '.join(BUILTIN_DATA)}")
+        builtin = self.data in BUILTIN_DATA
+        size = self.image_size or (32 if builtin else 64)
+        name = self.data if builtin else Path(self.data).resolve().name
+        return dataclasses.replace(
+            self,
+            image_size=size,
+            channels=self.channels or (1 if builtin else 3),
+            flips=not builtin if self.flips is None else self.flips,
+            out=self.out or str(_unused(Path("runs") / f"{name}-{size}")),
+        )
+
+
+def _unused(folder: Path) -> Path:
+    """`folder`, or the first of `folder`-2, `folder`-3, ... that does not exist."""
+    candidate, n = folder, 1
+    while candidate.exists():
+        n += 1
+        candidate = folder.with_name(f"{folder.name}-{n}")
+    return candidate

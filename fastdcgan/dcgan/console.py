@@ -1,0 +1,100 @@
+"""What a person sees while something runs: a live line on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def say(text: str) -> None:
+    """One line on standard output, above a live bar where there is one."""
+    if _muted:
+        return
+    if _live is not None:
+        _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(text, flush=True)
+
+
+def mute(muted: bool) -> None:
+    """Say nothing and show no bars: for all but one of several processes."""
+    global _muted
+    _muted = muted
+
+
+_live: Progress | None = None
+_muted = False
+
+
+class Bar:
+    """Progress of `total` steps from `start` on, with a text that changes: `with Bar(...) as bar: bar.update(n, text)`."""
+
+    def __init__(self, title: str, total: int, start: int = 0) -> None:
+        self.title, self.total, self.start = title, total, start
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Bar:
+        global _live
+        self._began = self._last_line = time.monotonic()
+        # A bar inside a bar, or a stream that is no terminal, gets plain lines.
+        if Console().is_terminal and _live is None and not _muted:
+            columns = ("[bold]{task.description}", BarColumn(), TaskProgressColumn(), MofNCompleteColumn())
+            self._progress = Progress(
+                *columns, TimeElapsedColumn(), "eta", TimeRemainingColumn(), TextColumn("{task.fields[text]}", markup=False)
+            )
+            self._task = self._progress.add_task(self.title, total=self.total, completed=self.start, text="")
+            self._progress.start()
+            _live = self._progress
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        global _live
+        if self._progress is not None:
+            self._progress.stop()
+            _live = None
+
+    def update(self, done: int, text: str = "") -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, text=text)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES or (done == self.total and now - self._began > 1):
+            self._last_line = now
+            eta = (now - self._began) / max(done - self.start, 1) * (self.total - done)
+            say(f"{self.title} {done}/{self.total}  eta {_clock(eta)}  {text}".rstrip())
+
+
+def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+    """`items`, with their progress shown."""
+    with Bar(title, total) as bar:
+        for i, item in enumerate(items, start=1):
+            yield item
+            bar.update(i)
+
+
+def warn(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

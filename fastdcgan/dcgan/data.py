@@ -1,0 +1,209 @@
+"""Images for training: decoded once into a cache, then shuffled, flipped and normalised batches."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdcgan.dcgan import cache
+from fastdcgan.dcgan.console import say, track
+from fastdcgan.dcgan.files import replacing
+from fastdcgan.dcgan.sources import Source, open_source
+
+_NAMED_IN_FULL = 10
+_RESIDENT_SHARE = 0.25  # of a GPU's free memory
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images: uint8 [N, H, W, C], often memory-mapped, and the files that could not be read."""
+
+    array: np.ndarray
+    skipped: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+
+def load_images(
+    data: str, image_size: int, channels: int, *, cache_folder: str | Path | None = None, workers: int = 0
+) -> Images:
+    """The images of a folder or of a built-in set, decoded to `image_size` and `channels` and cached.
+
+    A cache that is damaged, cut short, of another source or older than its source is made anew, with a message. Files
+    that can't be read are named, counted and left out.
+    Raises ValueError for a source without images, MissingPackage for a set whose package is not installed.
+    """
+    source = open_source(data)
+    fingerprint = source.fingerprint(image_size, channels)
+    folder = Path(cache_folder) if cache_folder else cache.default_folder()
+    path = folder / f"{_cache_name(data)}-{image_size}x{channels}.npy"
+    if path.exists() or cache.header_path(path).exists():
+        try:
+            images = Images(*cache.read(path, fingerprint))
+        except cache.Untrusted as error:
+            say(f"Decoding again: the cache {path} {error}")
+        else:
+            _report_skipped(images.skipped, len(source))
+            return images
+    return _decode_all(source, path, fingerprint, image_size, channels, workers)
+
+
+def _cache_name(data: str) -> str:
+    path = Path(data)
+    if not path.is_dir():
+        return data
+    return f"{path.resolve().name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+
+
+def _decode_all(
+    source: Source, path: Path, fingerprint: str, image_size: int, channels: int, workers: int
+) -> Images:
+    """Decode in parallel (Pillow decodes and resizes without holding Python's lock) straight into the cache file."""
+    failed: dict[int, str] = {}
+    shape = (len(source), image_size, image_size, channels)
+
+    with replacing(path) as temporary:
+        rows = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+
+        def decode(index: int) -> None:
+            try:
+                rows[index] = source.decode(index, image_size, channels)
+            except Exception as error:  # whatever a broken file makes Pillow raise; it is reported by name
+                failed[index] = f"{type(error).__name__}: {error}"
+
+        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+            for _ in track(pool.map(decode, range(len(source))), f"decoding {source.title}", len(source)):
+                pass
+        rows.flush()
+        skipped = [f"{source.name_of(i)} ({failed[i]})" for i in sorted(failed)]
+        _report_skipped(skipped, len(source))
+        if len(failed) == len(source):
+            raise ValueError(f"none of the {source.title} could be read")
+        if failed:
+            _keep_rows(temporary, rows, [i for i in range(len(source)) if i not in failed])
+    cache.write_header(path, fingerprint, skipped)
+    return Images(*cache.read(path, fingerprint))
+
+
+def _keep_rows(path: Path, rows: np.ndarray, keep: list[int]) -> None:
+    with replacing(path) as shorter:
+        out = np.lib.format.open_memmap(shorter, "w+", np.uint8, (len(keep), *rows.shape[1:]))
+        for to, index in enumerate(keep):
+            out[to] = rows[index]
+        out.flush()
+
+
+def _report_skipped(skipped: list[str], total: int) -> None:
+    if skipped:
+        say(f"{len(skipped)} of {total} files could not be read and are left out:")
+        for name in skipped[:_NAMED_IN_FULL]:
+            say(f"  {name}")
+        if len(skipped) > _NAMED_IN_FULL:
+            say(f"  ... and {len(skipped) - _NAMED_IN_FULL} more (all of them in the cache's .json)")
+
+
+class Batches:
+    """An endless stream of batches, epoch after epoch, that can be stopped and continued anywhere.
+
+    A batch is float32 [B, C, H, W] in [-1, 1], channels_last, on `device`. The order and the flips of an epoch are drawn
+    at its start, from a generator of this object's own; images that don't fill a last batch wait for another epoch.
+    With `world` processes each gets its own slice `rank` of every batch of `batch_size` images, so that together they
+    see what one process would.
+
+    Raises ValueError if there are fewer images than `batch_size`, or if it can't be split over the processes.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        *,
+        flips: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if len(images) < batch_size:
+            raise ValueError(f"there are {len(images)} images: expected at least one batch of {batch_size}")
+        if batch_size % world:
+            raise ValueError(f"batch_size is {batch_size}: expected a multiple of the {world} processes")
+        self.batch_size, self.flips, self.device = batch_size, flips, torch.device(device)
+        share = batch_size // world
+        self._slice = slice(rank * share, (rank + 1) * share)
+        self._array = images.array
+        self._resident = self._on_device()
+        self._random = torch.Generator().manual_seed(seed)
+        self.epoch = self.position = 0
+        self._start_epoch()
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return len(self._array) // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Batches from where the stream stands; `epoch` and `position` already count the batch that is handed out."""
+        with ThreadPoolExecutor(1) as pool:
+            coming = self._submit(pool)
+            while True:
+                pixels, flip = coming.result()
+                self.position += 1
+                if self.position == self.per_epoch:
+                    self.epoch, self.position = self.epoch + 1, 0
+                    self._start_epoch()
+                coming = self._submit(pool)
+                yield self._normalised(pixels, flip)
+
+    def _submit(self, pool: ThreadPoolExecutor) -> Future:
+        return pool.submit(self._gather, *self._chosen())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands; the same arguments and this state give the same batches from here on."""
+        return {"epoch": self.epoch, "position": self.position, "random": self._random_at_start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._random.set_state(state["random"])
+        self._start_epoch()
+        self.epoch, self.position = state["epoch"], state["position"]
+
+    def _start_epoch(self) -> None:
+        self._random_at_start = self._random.get_state()
+        self._order = torch.randperm(len(self._array), generator=self._random)
+        self._flipped = torch.rand(len(self._array), generator=self._random) < (0.5 if self.flips else 0.0)
+
+    def _chosen(self) -> tuple[Tensor, Tensor]:
+        start = self.position * self.batch_size
+        mine = slice(start + self._slice.start, start + self._slice.stop)
+        return self._order[mine], self._flipped[mine]
+
+    def _on_device(self) -> Tensor | None:
+        """All images in a GPU's memory, where they take a small share of it."""
+        if self.device.type != "cuda":
+            return None
+        if self._array.nbytes > _RESIDENT_SHARE * torch.cuda.mem_get_info(self.device)[0]:
+            return None
+        return torch.from_numpy(np.array(self._array)).to(self.device)
+
+    def _gather(self, indices: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
+        if self._resident is not None:
+            return self._resident[indices.to(self.device)], flip
+        pixels = torch.from_numpy(self._array[indices.numpy()])
+        return (pixels.pin_memory() if self.device.type == "cuda" else pixels), flip
+
+    def _normalised(self, pixels: Tensor, flip: Tensor) -> Tensor:
+        x = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # NHWC in memory is channels_last
+        x = x.to(torch.float32).div_(127.5).sub_(1.0)
+        if self.flips:
+            x = torch.where(flip.to(self.device)[:, None, None, None], x.flip(3), x)
+        return x.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,95 @@
+"""Several processes that train together, as `torchrun` starts them; one process alone needs nothing of this."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together."""
+
+    rank: int = 0
+    world: int = 1
+    control: Any = None  # a gloo group: small agreements that don't wait for a GPU
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes files and talks."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process; all must ask."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor([float(flag)])
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.control)
+        return bool(value.item())
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes of a tensor on the CPU; all must ask."""
+        if self.world > 1:
+            dist.all_reduce(values, group=self.control)
+            values /= self.world
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def wrap(self, net: nn.Module, device: torch.device) -> nn.Module:
+        """`net` with gradients averaged over the processes."""
+        if self.world == 1:
+            return net
+        # Buffers stay each process's own: broadcasting them would overwrite running statistics at every forward.
+        devices = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
+
+
+def join(device: str) -> tuple[Processes, torch.device]:
+    """The processes that torchrun started (RANK, WORLD_SIZE, ... in the environment) or this one alone, and the device
+    of this one: `device` is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+
+    Raises ValueError for a device that is not there.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _device(device, local_rank)
+    if world == 1:
+        return Processes(), chosen
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Processes(dist.get_rank(), world, dist.new_group(backend="gloo")), chosen
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"device is {name!r}: there are {torch.cuda.device_count()} GPUs, and this is number {index}")
+        return torch.device("cuda", index)
+    return device
+
+
+def leave() -> None:
+    """Undo `join`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

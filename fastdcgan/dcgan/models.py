@@ -1,0 +1,158 @@
+"""The two networks of DCGAN for images of 28 to 256 pixels.
+
+Radford, Metz and Chintala, "Unsupervised Representation Learning with Deep Convolutional Generative Adversarial
+Networks" (2015), figure 1 and section 3: no pooling, BatchNorm everywhere but in the generator's output and the
+discriminator's input, ReLU and Tanh in the generator, LeakyReLU(0.2) in the discriminator, weights from N(0, 0.02).
+
+Both networks are a ladder of feature maps. Its smallest map is 4x4 (7x7 for 28 pixels: 7, 14, 28), every step doubles
+the side, and the map before the image has `ngf` or `ndf` channels; towards the small end channels double each time, up
+to 16 times `ngf`:
+
+    image size   small end          channels, in multiples of ngf or ndf
+    28           7x7                2  1
+    32           4x4                4  2  1
+    64           4x4                8  4  2  1           (the 64-pixel networks of PyTorch's DCGAN example)
+    128          4x4                16 8  4  2  1
+    256          4x4                16 16 8  4  2  1
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fastdcgan.layers import (
+    ConvAct2d,
+    ConvBNLeakyReLU2d,
+    ConvLeakyReLU2d,
+    ConvTransposeBNReLU2d,
+    ConvTransposeTanh2d,
+    FusedSequential,
+)
+
+IMAGE_SIZES = (28, 32, 64, 128, 256)
+PROJECTIONS = ("conv", "linear")
+_MAX_WIDTH = 16
+
+
+def ladder(image_size: int) -> tuple[int, tuple[int, ...]]:
+    """Side of the smallest feature map, and the channel multiples of all maps from that one up to the last before the
+    image. Raises ValueError for a size that is not in `IMAGE_SIZES`."""
+    if image_size not in IMAGE_SIZES:
+        raise ValueError(f"image_size is {image_size!r}: expected one of {', '.join(map(str, IMAGE_SIZES))}")
+    base = 7 if image_size == 28 else 4
+    doublings = (image_size // base).bit_length() - 1
+    return base, tuple(min(2**i, _MAX_WIDTH) for i in reversed(range(doublings)))
+
+
+class LinearConvTranspose2d(nn.ConvTranspose2d):
+    """A linear layer whose output is read as a feature map: `z` [N, nz, 1, 1] -> [N, channels, size, size].
+
+    That is a transposed convolution of a 1x1 input, and it is one here, of a weight that is a view of `linear.weight`
+    [channels*size*size, nz]. So it runs, and fuses, as any other.
+    """
+
+    def __init__(self, nz: int, channels: int, size: int) -> None:
+        super().__init__(nz, channels, size, bias=False)
+        del self._parameters["weight"]
+        self.linear = nn.Linear(nz, channels * size * size, bias=False)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """[nz, channels, size, size]."""
+        return self.linear.weight.view(self.out_channels, *self.kernel_size, self.in_channels).permute(3, 0, 1, 2)
+
+
+class Generator(nn.Module):
+    """`z` [N, nz] or [N, nz, 1, 1] -> images [N, channels, image_size, image_size] in [-1, 1].
+
+    `projection` is the first block: "conv", a transposed convolution of the 1x1 input as in PyTorch's example, or
+    "linear", a linear layer as in the paper. They are the same function; `convert.convert_projection` turns the
+    state_dict of one into the other's.
+
+    Raises ValueError for an unknown `image_size` or `projection`, and from `forward` for a `z` of another size.
+    """
+
+    def __init__(
+        self, image_size: int = 64, channels: int = 3, nz: int = 100, ngf: int = 64, projection: str = "conv"
+    ) -> None:
+        super().__init__()
+        if projection not in PROJECTIONS:
+            raise ValueError(f"projection is {projection!r}: expected one of {', '.join(PROJECTIONS)}")
+        base, multiples = ladder(image_size)
+        self.image_size, self.channels, self.nz, self.ngf, self.projection = image_size, channels, nz, ngf, projection
+        widths = [ngf * m for m in multiples]
+        blocks: OrderedDict[str, nn.Module] = OrderedDict()
+        blocks["project"] = ConvTransposeBNReLU2d(nz, widths[0], base, 1, 0, bias=False)
+        if projection == "linear":
+            blocks["project"].conv = LinearConvTranspose2d(nz, widths[0], base)
+        for i, (wide, narrow) in enumerate(pairwise(widths), start=1):
+            blocks[f"up{i}"] = ConvTransposeBNReLU2d(wide, narrow, 4, 2, 1, bias=False)
+        blocks["image"] = ConvTransposeTanh2d(widths[-1], channels, 4, 2, 1, bias=False)
+        self.blocks = FusedSequential(blocks)
+        init_weights(self)
+
+    def stages(self) -> list[tuple[str, nn.Module]]:
+        """All blocks with their names, from `z` to the image."""
+        return list(self.blocks.named_children())
+
+    def forward(self, z: Tensor) -> Tensor:
+        if z.dim() not in (2, 4) or z.shape[1] != self.nz or z.shape[2:].numel() != 1:
+            raise ValueError(f"z has shape {list(z.shape)}: expected [N, {self.nz}] or [N, {self.nz}, 1, 1]")
+        return self.blocks(z.view(z.shape[0], self.nz, 1, 1))
+
+
+class Discriminator(nn.Module):
+    """Images [N, channels, image_size, image_size] -> logits [N] (the probability of "real" before the sigmoid).
+
+    Raises ValueError for an unknown `image_size`, and from `forward` for images of another shape.
+    """
+
+    def __init__(self, image_size: int = 64, channels: int = 3, ndf: int = 64) -> None:
+        super().__init__()
+        base, multiples = ladder(image_size)
+        self.image_size, self.channels, self.ndf = image_size, channels, ndf
+        widths = [ndf * m for m in reversed(multiples)]
+        blocks: OrderedDict[str, nn.Module] = OrderedDict()
+        blocks["image"] = ConvLeakyReLU2d(channels, widths[0], 4, 2, 1, bias=False)
+        for i, (narrow, wide) in enumerate(pairwise(widths), start=1):
+            blocks[f"down{i}"] = ConvBNLeakyReLU2d(narrow, wide, 4, 2, 1, bias=False)
+        blocks["logit"] = ConvAct2d(widths[-1], 1, base, 1, 0, bias=False, activation="identity")
+        self.blocks = FusedSequential(blocks)
+        init_weights(self)
+
+    def stages(self) -> list[tuple[str, nn.Module]]:
+        """All blocks with their names, from the image to the logit."""
+        return list(self.blocks.named_children())
+
+    def forward(self, x: Tensor, stat_groups: int = 1) -> Tensor:
+        """With `stat_groups=g`, each of the `g` equal parts of the batch has BatchNorm statistics of its own, as if the
+        parts were passed one after the other: the same logits, gradients and running statistics."""
+        size = (self.channels, self.image_size, self.image_size)
+        if x.dim() != 4 or x.shape[1:] != size:
+            raise ValueError(f"x has shape {list(x.shape)}: expected [N, {', '.join(map(str, size))}]")
+        if stat_groups == 1:
+            return self.blocks(x).flatten()
+        if isinstance(self.blocks, FusedSequential):
+            return self.blocks(x, stat_groups=stat_groups).flatten()
+        if x.shape[0] % stat_groups:
+            raise ValueError(f"a batch of {x.shape[0]} can't be split into stat_groups={stat_groups} equal parts")
+        return torch.cat([self.blocks(part).flatten() for part in x.chunk(stat_groups)])
+
+
+def init_weights(net: nn.Module) -> None:
+    """The paper's initialisation (section 4): convolutions and linear layers from N(0, 0.02), BatchNorm's weight from
+    N(1, 0.02) and its bias 0. Draws from torch's global generator."""
+    for module in net.modules():
+        if isinstance(module, LinearConvTranspose2d):
+            continue  # its linear layer is a module of its own
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            nn.init.normal_(module.weight, 1.0, 0.02)
+            nn.init.zeros_(module.bias)

