@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Activation:
-    """One row of the table; `slope` is the parameter of `leaky_relu` (negative slope) and `elu` (alpha), else unused."""
+    """One row of the table; `slope` is the parameter of leaky_relu (negative slope) and elu (alpha), else unused."""
 
     id: int  # shared with csrc/common/activations.h
     forward: Callable[[Tensor, float], Tensor]

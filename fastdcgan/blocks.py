@@ -182,7 +182,7 @@ def _why_not_in_block(module: nn.Module) -> str | None:
 
 
 def _pad_of(conv: nn.Conv2d | nn.ConvTranspose2d) -> tuple[list[int], str] | None:
-    """`F.pad` arguments for a padding that the contractions don't have: another mode than zeros, or an asymmetric one."""
+    """`F.pad` arguments for a padding that the contractions don't have: not of zeros, or not symmetric."""
     if conv.padding_mode != "zeros":
         return list(conv._reversed_padding_repeated_twice), conv.padding_mode
     if conv.padding == "same":
@@ -222,7 +222,11 @@ def run_sequential(sequential: nn.Sequential, x: Tensor, stat_groups: int, seams
             x = _call_alone(module, x, stat_groups)
         return x
     for part in segments(sequential):
-        x = _call_alone(part.module, x, stat_groups) if isinstance(part, Alone) else _call_chain(part, x, stat_groups, seams)
+        x = (
+            _call_alone(part.module, x, stat_groups)
+            if isinstance(part, Alone)
+            else _call_chain(part, x, stat_groups, seams)
+        )
     return x
 
 
@@ -269,9 +273,7 @@ def _block(found: FoundBlock, padded: bool, backend: str) -> Block:
         padding = (around[2], around[0])
     else:
         padding = pair(conv.padding)  # type: ignore[arg-type]
-    geometry = Geometry(
-        pair(conv.kernel_size), pair(conv.stride), padding, pair(conv.dilation), conv.groups
-    )
+    geometry = Geometry(pair(conv.kernel_size), pair(conv.stride), padding, pair(conv.dilation), conv.groups)
     act, slope = ("identity", 0.0) if found.act is None else from_module(found.act)  # type: ignore[misc]
     normalised = None
     if norm is not None:

@@ -1,13 +1,13 @@
 """A chain of blocks: its plan, its forward and its backward, in one autograd node.
 
-Only the raw outputs `y` and a few vectors per channel are saved. The formulas are the design's section 2:
+Only the raw outputs `y` and a few vectors per channel are saved:
 
     y = conv(x; w);  s = gamma*r;  t = beta - mu*s;  a = act(s*y + t)
     g = da*act'(s*y + t);  dbeta = sum(g);  dgamma = sum(g*xhat);  dy = s*g + p*y + q
     dx = the adjoint contraction of dy;  dw = weight_grad of (x, dy)
 
-Between two blocks goes either the finished `a`, or the pair (`y`, `coef`) that stands for it: a deferred seam. A bias of
-the convolution is never added to `y`: it shifts `t`, and with batch statistics it cancels.
+Between two blocks goes either the finished `a`, or the pair (`y`, `coef`) that stands for it: a deferred seam. A bias
+of the convolution is never added to `y`: it shifts `t`, and with batch statistics it cancels.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ class BlockTensors(NamedTuple):
 PER_BLOCK = len(BlockTensors._fields)
 
 
+def of_block(values: Sequence[Any], i: int) -> BlockTensors:
+    """The values of block `i` in a sequence that has `PER_BLOCK` of them for each block."""
+    return BlockTensors(*values[i * PER_BLOCK : (i + 1) * PER_BLOCK])
+
+
 @dataclass(frozen=True)
 class Plan:
     """The blocks, and the choices that change speed and memory but no result beyond rounding."""
@@ -101,7 +106,7 @@ def wanted(plan: Plan, needs: Sequence[bool]) -> list[bool]:
     """Per block and one more: does anything before it (`x`, or a parameter of an earlier block) need a gradient?"""
     flags = [bool(needs[0])]
     for i in range(len(plan.blocks)):
-        flags.append(flags[-1] or any(needs[1 + i * PER_BLOCK : 1 + (i + 1) * PER_BLOCK]))
+        flags.append(flags[-1] or any(of_block(needs[1:], i)))
     return flags
 
 
@@ -129,7 +134,8 @@ def _known_coefficients(block: Block, t: BlockTensors, x: Tensor) -> Tensor | No
         return ops.coefficients(mean, var, t.bn_weight, t.bn_bias, t.bias, block.norm.eps, block.backend)
     if block.act == "identity":
         return None
-    return bias_coefficients(t.bias, t.weight.shape[1] * block.geometry.groups if block.transposed else t.weight.shape[0], x)
+    channels = t.weight.shape[1] * block.geometry.groups if block.transposed else t.weight.shape[0]
+    return bias_coefficients(t.bias, channels, x)
 
 
 def _forward(
@@ -140,7 +146,7 @@ def _forward(
     before = [False] * (n + 1) if saving is None else wanted(plan, saving)
     a, found, states = Operand(x), [], []
     for i, block in enumerate(plan.blocks):
-        t = BlockTensors(*tensors[i * PER_BLOCK : (i + 1) * PER_BLOCK])
+        t = of_block(tensors, i)
         last = i + 1 == n
         deferred = not last and plan.deferred[i]
         keep_a = saving is not None and not last and bool(saving[1 + (i + 1) * PER_BLOCK])  # the next dw reads it
@@ -232,9 +238,11 @@ def _backward(
         if not before[i + 1]:
             break
         block, first = plan.blocks[i], 1 + i * PER_BLOCK
-        t = BlockTensors(*tensors[i * PER_BLOCK : (i + 1) * PER_BLOCK])
-        need = BlockTensors(*needs[first : first + PER_BLOCK])
-        dy, grads[first + 1 : first + 4] = _norm_act_backward(block, plan.stat_groups, states[i], t.bias, need, da, sums)
+        t = of_block(tensors, i)
+        need = of_block(needs[1:], i)
+        dy, grads[first + 1 : first + 4] = _norm_act_backward(
+            block, plan.stat_groups, states[i], t.bias, need, da, sums
+        )
         lazy = bool(plan.lazy_grad) and plan.lazy_grad[i]
         if dy.coef is not None and not lazy and (need.weight or before[i]):
             dy = Operand(ops.norm_act(dy, block.backend))
@@ -294,10 +302,8 @@ def _norm_act_backward(
     d_bias = d_bn_weight = d_bn_bias = None
     if need.bias:
         assert bias is not None and sums is not None
-        if batch_stats:
-            d_bias = torch.zeros_like(bias)  # the batch's mean takes every constant out
-        else:
-            d_bias = (sums[0] * coef[0]).sum(0)
+        # With batch statistics the mean takes every constant out.
+        d_bias = torch.zeros_like(bias) if batch_stats else (sums[0] * coef[0]).sum(0)
     if need.bn_weight:
         assert sums is not None
         d_bn_weight = sums[1].sum(0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.chain import PER_BLOCK, Block, BlockTensors, Plan
+from fastdcgan.chain import Block, BlockTensors, Plan, of_block
 from fastdcgan.geometry import Geometry, Pair
 
 
@@ -22,7 +22,7 @@ def check_chain(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> None
         raise ValueError(f"stat_groups={plan.stat_groups} must divide the batch size, got a batch of {x.shape[0]}")
     channels, size = x.shape[1], (x.shape[2], x.shape[3])
     for i, block in enumerate(plan.blocks):
-        t = BlockTensors(*tensors[i * PER_BLOCK : (i + 1) * PER_BLOCK])
+        t = of_block(tensors, i)
         where = f"block {i}" if len(plan.blocks) > 1 else "the block"
         _check_tensors(where, block, t, x)
         channels, size = _check_shapes(where, block, t, channels, size, x)
@@ -39,8 +39,8 @@ def check_chain(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> None
 def _check_tensors(where: str, block: Block, t: BlockTensors, x: Tensor) -> None:
     if t.weight.dtype != x.dtype:
         raise TypeError(
-            f"input and weight must have one dtype, got an input of {x.dtype} and a weight of {t.weight.dtype} at {where}: "
-            f"cast the input, or run under torch.autocast"
+            f"input and weight must have one dtype, got an input of {x.dtype} and a weight of {t.weight.dtype} "
+            f"at {where}: cast the input, or run under torch.autocast"
         )
     for name, tensor in zip(t._fields, t, strict=True):
         if tensor is not None and tensor.device != x.device:
@@ -99,7 +99,9 @@ def check_output_padding(output_padding: Pair, geometry: Geometry) -> None:
 def check_weight(weight: Tensor, groups: int, transposed: bool) -> None:
     """Raise TypeError or ValueError unless `weight` is a 4-d floating-point tensor whose channels `groups` divides."""
     if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
-        raise TypeError(f"weight must be a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
+        raise TypeError(
+            f"weight must be a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}"
+        )
     if weight.dim() != 4:
         layout = "[Ci, Co/groups, kh, kw]" if transposed else "[Co, Ci/groups, kh, kw]"
         raise ValueError(f"weight must have 4 dimensions {layout}, got shape {list(weight.shape)}")

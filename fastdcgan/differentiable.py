@@ -1,6 +1,6 @@
 """The chain in differentiable formulas, for gradients of gradients (`create_graph=True`, e.g. WGAN-GP).
 
-The three contractions are each other's adjoints (design, section 2), so they are closed under differentiation: a
+The three contractions are each other's adjoints, so they are closed under differentiation: a
 gradient of any order is a call of the same three. Normalisation and activation are plain PyTorch.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdcgan import ops
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.base import STORE, Operand, stat_dtype
-from fastdcgan.chain import PER_BLOCK, BlockTensors, Plan
+from fastdcgan.chain import Plan, of_block
 from fastdcgan.geometry import Geometry, Pair
 
 
@@ -69,7 +69,7 @@ class _WeightGrad(torch.autograd.Function):
 def formula(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
     """The chain's output as a differentiable function, to any order, of `x` and `tensors`."""
     for i, block in enumerate(plan.blocks):
-        t = BlockTensors(*tensors[i * PER_BLOCK : (i + 1) * PER_BLOCK])
+        t = of_block(tensors, i)
         if block.transposed:
             size = block.output_size(x.shape[2], x.shape[3])
             y = _ConvTranspose.apply(x, t.weight, block.geometry, size, block.backend)
@@ -100,15 +100,13 @@ def _vector(v: Tensor | None, z: Tensor, default: float) -> Tensor | float:
     return default if v is None else v.to(z.dtype)[:, None, None]
 
 
-def gradients(
-    plan: Plan, inputs: Sequence[Tensor | None], needs: Sequence[bool], da: Tensor
-) -> list[Tensor | None]:
+def gradients(plan: Plan, inputs: Sequence[Tensor | None], needs: Sequence[bool], da: Tensor) -> list[Tensor | None]:
     """Gradients of (x, *tensors) that are themselves differentiable with respect to `inputs` and `da`."""
     with torch.enable_grad():
         # Views, so that differentiation stops here even where one input is a function of another.
         views = [t.view_as(t) if need and t is not None else t for t, need in zip(inputs, needs, strict=True)]
         assert views[0] is not None
         out = formula(plan, views[0], views[1:])
-        asked = [v for v, need in zip(views, needs, strict=True) if need]
+        asked = [v for v, need in zip(views, needs, strict=True) if need and v is not None]
         found = iter(torch.autograd.grad(out, asked, da, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]

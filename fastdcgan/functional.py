@@ -49,9 +49,7 @@ def run_chain(
     """
     n = len(blocks)
     deferred = seams == "deferred" or (seams == "auto" and backends.get(blocks[0].backend).prefers_deferred)
-    plan = Plan(
-        tuple(blocks), stat_groups, (deferred,) * (n - 1), (backends.get(blocks[0].backend).lazy_grad,) * n
-    )
+    plan = Plan(tuple(blocks), stat_groups, (deferred,) * (n - 1), (backends.get(blocks[0].backend).lazy_grad,) * n)
     if isinstance(x, Tensor):
         dtype = compute_dtype(x)
         if dtype != x.dtype or torch.is_autocast_enabled(x.device.type):

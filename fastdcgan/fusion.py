@@ -9,18 +9,19 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils import spectral_norm as old_spectral_norm
-from torch.nn.utils import weight_norm as old_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from fastdcgan import backends, blocks
 from fastdcgan.activations import from_module
-from fastdcgan.blocks import Alone, FoundBlock, FoundChain, leaves, segments, why_alone
+from fastdcgan.blocks import Alone, FoundBlock, FoundChain, leaves, segments
 from fastdcgan.layers import FusedSequential
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -38,7 +39,7 @@ def fuse(model: ModuleT) -> ModuleT:
     _check_module(model)
     for module in list(model.modules()):
         if _holds_block(module):
-            module.__class__ = module.__dict__.pop(_KEY, None) or _fused_class(type(module))
+            module.__class__ = module.__dict__.pop(_KEY, None) or _fused_class(type(module))  # type: ignore[arg-type]
     return model
 
 
@@ -50,10 +51,10 @@ def unfuse(model: ModuleT) -> ModuleT:
     _check_module(model)
     for module in list(model.modules()):
         if isinstance(module, FusedSequential):
-            plain = getattr(type(module), "_plain_class", nn.Sequential)
+            plain: type[nn.Sequential] = getattr(type(module), "_plain_class", nn.Sequential)
             if type(module) is not FusedSequential and plain is nn.Sequential:
                 module.__dict__[_KEY] = type(module)  # so that fuse() gives a drop-in layer its own class back
-            module.__class__ = plain
+            module.__class__ = plain  # type: ignore[assignment]
     return model
 
 
@@ -73,11 +74,11 @@ def _holds_block(module: nn.Module) -> bool:
     return any(
         isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d))
         and (isinstance(after, (nn.BatchNorm2d, nn.SyncBatchNorm)) or from_module(after) is not None)
-        for conv, after in zip(modules, modules[1:], strict=False)
+        for conv, after in pairwise(modules)
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _fused_class(plain: type[nn.Sequential]) -> type[FusedSequential]:
     """`FusedSequential`, or for a subclass of `nn.Sequential` one that is both."""
     if plain is nn.Sequential:
@@ -91,7 +92,7 @@ def _fused_class(plain: type[nn.Sequential]) -> type[FusedSequential]:
 
 
 def _restore(plain: type[nn.Sequential]) -> nn.Module:
-    kind = _fused_class(plain)
+    kind = _fused_class(plain)  # type: ignore[arg-type]
     return kind.__new__(kind)
 
 
@@ -116,7 +117,9 @@ class Explanation(list[Row]):
         head = ("module", "pattern", "runs", "why")
         rows = [(r.name, r.pattern, f"fused on {r.backend}" if r.fused else "as it is", r.why) for r in self]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(3)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in [head, *rows]]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in [head, *rows]
+        ]
         fused = sum(r.fused for r in self)
         return "\n".join([*lines, f"{fused} of {len(self)} fused"])
 
@@ -130,7 +133,7 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     """
     _check_module(model)
     ran = {} if x is None else _observe(model, x)
-    rows, seen = Explanation(), set()
+    rows, seen = Explanation(), set[int]()
     for path, module in model.named_modules():
         if not isinstance(module, nn.Sequential) or id(module) in seen:
             continue
@@ -268,10 +271,7 @@ def _bake(conv: nn.Module) -> None:
         for name in list(conv.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(conv, name, leave_parametrized=True)
     for hook in list(conv._forward_pre_hooks.values()):
-        if isinstance(hook, old_weight_norm.WeightNorm):
-            old_weight_norm.remove_weight_norm(conv, hook.name)
-        elif isinstance(hook, old_spectral_norm.SpectralNorm):
-            old_spectral_norm.remove_spectral_norm(conv, hook.name)
-
-
-__all__ = ["Explanation", "Row", "explain", "fold_batchnorm", "fuse", "unfuse", "why_alone"]
+        if isinstance(hook, WeightNorm):
+            remove_weight_norm(conv, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(conv, hook.name)

@@ -1,9 +1,9 @@
-"""`FusedSequential` and the drop-in layers: `nn.Sequential`s of named `conv`, `bn`, `act` that run as one block each."""
+"""`FusedSequential` and the drop-in layers: `nn.Sequential`s of named `conv`, `bn`, `act` that run as one block."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from fastdcgan import checks
 from fastdcgan.activations import to_module
 from fastdcgan.blocks import run_sequential
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
 
 class FusedSequential(nn.Sequential):
     """An `nn.Sequential` that runs the blocks in it fused: convolution [+ BatchNorm2d] [+ activation].
@@ -42,7 +45,9 @@ class FusedSequential(nn.Sequential):
 class _Layer(FusedSequential):
     """conv [+ bn] [+ act] under those names."""
 
-    def __init__(self, conv: nn.Conv2d | nn.ConvTranspose2d, bn: nn.BatchNorm2d | None, activation: str, slope: float | None):
+    def __init__(
+        self, conv: nn.Conv2d | nn.ConvTranspose2d, bn: nn.BatchNorm2d | None, activation: str, slope: float | None
+    ):
         checks.check_activation(activation)
         parts = {"conv": conv, "bn": bn, "act": to_module(activation, slope)}
         super().__init__(OrderedDict((name, part) for name, part in parts.items() if part is not None))
@@ -67,7 +72,7 @@ class ConvBNAct2d(_Layer):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
@@ -102,7 +107,7 @@ class ConvTransposeBNAct2d(_Layer):
         groups: int = 1,
         bias: bool = True,
         dilation: int | tuple[int, int] = 1,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,

@@ -16,7 +16,6 @@ from fastdcgan import backends
 from fastdcgan.backends.base import Epilogue, Operand, stat_dtype
 from fastdcgan.geometry import Geometry, Pair, pair
 
-
 # --- schemas ---------------------------------------------------------------------------------------------------------
 
 _lib = torch.library.Library("fastdcgan", "DEF")
@@ -65,12 +64,20 @@ def conv(a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue, bac
 def conv_transpose(
     a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Its adjoint: `a` [N, Ci, H, W], weight [Ci, Co/groups, kh, kw] -> [N, Co, *output_size] and the epilogue's vectors.
+    """Its adjoint: `a` [N, Ci, H, W], weight [Ci, Co/groups, kh, kw] -> [N, Co, *output_size], the epilogue's vectors.
 
     It is the forward of `ConvTranspose2d`, and the gradient of a plain conv's input (with that conv's own weight).
     """
     return torch.ops.fastdcgan.conv_transpose(
-        *a, weight, geometry.stride, geometry.padding, geometry.dilation, geometry.groups, output_size, *epilogue, backend
+        *a,
+        weight,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups,
+        output_size,
+        *epilogue,
+        backend,
     )
 
 
@@ -141,8 +148,8 @@ _define(
     _fake_conv,
 )
 _define(
-    f"conv_transpose({_operand_schema('x')}, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-    f"SymInt[2] output_size, {_EPILOGUE}, str backend) -> (Tensor, Tensor)",
+    f"conv_transpose({_operand_schema('x')}, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
+    f"int groups, SymInt[2] output_size, {_EPILOGUE}, str backend) -> (Tensor, Tensor)",
     _conv_transpose,
     _fake_conv_transpose,
 )
@@ -166,7 +173,13 @@ def norm_act_reduce(da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float,
 
 
 def coefficients(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, eps: float, backend: str
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    backend: str,
 ) -> Tensor:
     """`coef` [4, stat_groups, C] of a normalisation: `mean = mean - shift`, `s = weight*rstd`, `t = bias - mean*s`.
 
@@ -177,14 +190,17 @@ def coefficients(
 
 
 def grad_coefficients(sums: Tensor, coef: Tensor, count: float, backend: str) -> Tensor:
-    """`grad_coef` [4, stat_groups, C] from `sums` over `count` values: `p = -s*r*sum(g*xhat)/M`, `q = -s*sum(g)/M - p*mu`."""
+    """`grad_coef` [4, stat_groups, C] from `sums` over `count` values M.
+
+    `p = -s*rstd*sum(g*xhat)/M`, `q = -s*sum(g)/M - p*mean`.
+    """
     return torch.ops.fastdcgan.grad_coefficients(sums, coef, count, backend)
 
 
 def update_running(
     mean: Tensor, var: Tensor, stats: Tensor, shift: Tensor | None, factor: Tensor | None, momentum: float, backend: str
 ) -> None:
-    """Update running statistics [C] in place from `stats`, once per statistics group in order (`Backend.update_running`)."""
+    """Update running statistics [C] in place from `stats`, once per statistics group (`Backend.update_running`)."""
     torch.ops.fastdcgan.update_running(mean, var, stats, shift, factor, momentum, backend)
 
 
@@ -204,7 +220,8 @@ _define(
     lambda da, y, coef, *rest: coef.new_empty((coef.shape[0] // 2, coef.shape[1], coef.shape[2])),
 )
 _define(
-    "coefficients(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? shift, float eps, str backend) -> Tensor",
+    "coefficients(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? shift, float eps, str backend)"
+    " -> Tensor",
     lambda *args: backends.get(args[6]).coefficients(*args[:6]),
     _fake_coefficients,
 )

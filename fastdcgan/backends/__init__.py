@@ -13,7 +13,6 @@ import types
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from fastdcgan.backends.base import Backend, Unavailable, memory_format
 
@@ -26,7 +25,7 @@ _selected: dict[tuple[str, torch.dtype], str] = {}  # what "auto" found
 
 
 def get(name: str) -> Backend:
-    """The backend `name`, loaded at first use. Raises ValueError for an unknown name, Unavailable for one that can't run."""
+    """The backend `name`, loaded at first use. Raises ValueError if it is unknown, Unavailable if it can't run."""
     found = _loaded.get(name)
     if found is None:
         try:
@@ -81,7 +80,9 @@ def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
     if requested != "auto":
         reason = get(requested).covers(device_type, dtype)
         if reason is not None:
-            raise Unavailable(f"backend {requested!r} can't run this block: {reason}; {_alternatives(device_type, dtype)}")
+            raise Unavailable(
+                f"backend {requested!r} can't run this block: {reason}; {_alternatives(device_type, dtype)}"
+            )
         return requested
     key = (device_type, dtype)
     if key not in _selected:

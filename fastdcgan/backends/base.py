@@ -1,8 +1,8 @@
 """What a backend is, what it takes and gives, and the parts that every backend may share.
 
 The contractions take their activations as an `Operand` (a tensor, or one that is computed on load: the prologue) and
-may do more to the accumulator than store it (the `Epilogue`). All formulas are in the design's section 2: `y` is the raw
-convolution output, `z = s*y + t` the pre-activation, `xhat = (y - mean)*rstd`, `g = da*act'(z)`.
+may do more to the accumulator than store it (the `Epilogue`). The README ("How it works") has the formulas: `y` is the
+raw convolution output, `z = s*y + t` the pre-activation, `xhat = (y - mean)*rstd`, `g = da*act'(z)`.
 
 Per-channel vectors are float32 (float64 for float64 tensors) of shape `[rows, stat_groups, C]`; statistics group `i`
 covers the `i`-th of `stat_groups` equal parts of the batch:
@@ -167,8 +167,8 @@ class Backend:
     ) -> None:
         """In place, for each statistics group in order: `running = momentum*batch + (1 - momentum)*running`.
 
-        `shift` [C] is a conv bias that the raw output, and so `stats`, lacks; `factor` [stat_groups], where given, takes
-        the place of `momentum` (a cumulative average). The same roundings as PyTorch's kernels, so the same bits.
+        `shift` [C] is a conv bias that the raw output, and so `stats`, lacks; `factor` [stat_groups], where given,
+        takes the place of `momentum` (a cumulative average). The same roundings as PyTorch's, so the same bits.
         """
         for group in range(stats.shape[1]):
             weight = momentum if factor is None else factor[group]

@@ -12,4 +12,6 @@ class PlannedBackend(Backend):
         self.name = name
 
     def require(self) -> None:
-        raise Unavailable(f"backend {self.name!r} has no kernels in this version of fastdcgan; use 'auto', 'cpu' or 'reference'")
+        raise Unavailable(
+            f"backend {self.name!r} has no kernels in this version of fastdcgan; use 'auto', 'cpu' or 'reference'"
+        )
