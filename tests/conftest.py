@@ -1,0 +1,64 @@
+"""What all tests share: the device, seeds, threads, hypothesis' profile, and the backends that can run here.
+
+FASTDCGAN_TEST_DEVICE   the device that the tests run on ("cpu" by default, or "cuda")
+FASTDCGAN_TEST_THREADS  CPU threads (2 by default)
+HYPOTHESIS_PROFILE      "fixed" (the default: the same examples on every run) or "explore" (new ones, more of them)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import fastdcgan
+from fastdcgan import backends
+
+DEVICE = torch.device(os.environ.get("FASTDCGAN_TEST_DEVICE", "cpu"))
+SLOW_CALLS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+
+settings.register_profile("fixed", deadline=None, derandomize=True, database=None, suppress_health_check=SLOW_CALLS)
+settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=SLOW_CALLS)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(int(os.environ.get("FASTDCGAN_TEST_THREADS", "2")))
+    # float32 means float32 here, for the vanilla modules and for ours; TF32 has tests of its own.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [f"device: {DEVICE}", *(f"backend {name}: {status}" for name, status in fastdcgan.backends().items())]
+
+
+def backends_here(dtype: torch.dtype = torch.float32) -> list[str]:
+    """The names of the backends that run blocks of `dtype` on the test device."""
+    return [name for name, reason in backends.reasons(DEVICE.type, dtype).items() if reason is None]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `backend` runs once per backend available here (`test_ops.py` reports the others as skips)."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", backends_here(), indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a backend that is available here; blocks run on it during the test."""
+    with fastdcgan.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    torch.manual_seed(0)
