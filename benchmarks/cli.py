@@ -1,0 +1,158 @@
+"""`fastdcgan bench`: tables of blocks and of the training step, fused versus PyTorch, on the device at hand."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastdcgan.benchmarks import suites, tables
+from fastdcgan.benchmarks.harness import Timing
+from fastdcgan.benchmarks.peers import PEERS, default_peers
+from fastdcgan.benchmarks.results import Case, Results, environment
+from fastdcgan.benchmarks.shapes import IMAGE_SIZES, Block, NetShape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much a run does."""
+
+    shape: NetShape
+    batch: int
+    block_timing: Timing
+    step_timing: Timing
+    all_blocks: bool = True
+
+
+_CPU = Plan(NetShape(), 32, Timing(15, 0.02, 2.0, 5), Timing(15, 0.1, 45.0, 5))
+_CUDA = Plan(NetShape(), 128, Timing(30, 0.02, 2.0, 10), Timing(30, 0.1, 30.0, 10))
+_QUICK = Plan(NetShape(32, ngf=32, ndf=32), 16, Timing(5, 0.01, 1.0), Timing(5, 0.02, 4.0), all_blocks=False)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fastdcgan bench`."""
+    parser.add_argument("--suite", choices=("blocks", "step", "all"), default="all", help="what to time (default: all)")
+    parser.add_argument("--image-size", type=int, choices=IMAGE_SIZES, help="of the DCGAN (default: 64; --quick: 32)")
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 32 on a CPU, 128 on a GPU; --quick: 16)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("fp32", "bf16"), help="bf16 is autocast (default: fp32 on a CPU, bf16 on a GPU)"
+    )
+    parser.add_argument("--rounds", type=int, help="interleaved rounds a case (default: what fits into its time)")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of: {', '.join(PEERS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to FILE")
+    parser.add_argument("--quick", action="store_true", help="a small net, few blocks, few rounds: to see that it works")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it. 0, or 1 if a peer was wrong or ours failed. Raises ValueError for arguments that make no sense here."""
+    from rich.console import Console
+    from rich.table import Table
+
+    device = _device(args.device)
+    batches = args.batch or [_plan(args, device).batch]
+    for name, values in (("--batch", batches), ("--rounds", [args.rounds] if args.rounds is not None else [])):
+        if min(values, default=1) < 1:
+            raise ValueError(f"{name} has to be at least 1, not {min(values)}")
+    facts = environment(device)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    with console.status("starting") as status:
+
+        def show(case: str, text: str) -> None:
+            status.update(f"{case}: {text}")
+
+        cases = list(_cases(args, device, batches, show))
+    results = Results("bench", facts, cases)
+
+    console.print(tables.caption(results))
+    for suite, cells in tables.CELLS.items():
+        header, lines = cells(results)
+        if not lines:
+            continue
+        table = Table(title={"blocks": "Blocks", "step": "Training step"}[suite])
+        for i, title in enumerate(header):
+            table.add_column(title, justify="left" if i < 4 else "right")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    console.print(tables.NOTE, highlight=False)
+    if args.json is not None:
+        results.write(args.json)
+        console.print(f"results: {args.json}")
+    return _judge(results, console.print)
+
+
+def _judge(results: Results, say: Callable[[str], object]) -> int:
+    bad = [
+        (case, row)
+        for case in results.cases
+        for row in case.rows
+        if row.status == "wrong" or (row.status == "failed" and PEERS[row.peer].fused)
+    ]
+    for case, row in bad:
+        say(f"[red]{row.status}[/red]: {case.name} {case.part}, batch {case.batch}, {row.label} in {row.dtype}: {row.detail}")
+    return int(bool(bad))
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no GPU here; expected cpu")
+    return torch.device(name)
+
+
+def _plan(args: argparse.Namespace, device: torch.device) -> Plan:
+    return _QUICK if args.quick else _CUDA if device.type == "cuda" else _CPU
+
+
+def _timing(timing: Timing, args: argparse.Namespace) -> Timing:
+    return timing if args.rounds is None else Timing(args.rounds, timing.seconds_per_round)
+
+
+def _shape(args: argparse.Namespace, plan: Plan) -> NetShape:
+    size = args.image_size or plan.shape.image_size
+    return NetShape(size, ngf=plan.shape.ngf, ndf=plan.shape.ndf)
+
+
+def _cases(
+    args: argparse.Namespace, device: torch.device, batches: list[int], show: Callable[[str, str], None]
+) -> Iterator[Case]:
+    plan = _plan(args, device)
+    shape = _shape(args, plan)
+    for dtype in args.dtype or (["bf16"] if device.type == "cuda" else ["fp32"]):
+        names = args.peers or default_peers(device, dtype)
+        for batch in batches:
+            if args.suite in ("step", "all"):
+                case = f"step {shape.image_size}x{shape.image_size}, batch {batch}, {dtype}"
+                yield suites.run_step(
+                    shape,
+                    batch,
+                    names,
+                    device,
+                    dtype,
+                    _timing(plan.step_timing, args),
+                    lambda text, case=case: show(case, text),
+                )
+            if args.suite in ("blocks", "all"):
+                for block in _blocks(shape, plan):
+                    case = f"block {block.name}, batch {batch}, {dtype}"
+                    yield from suites.run_block(
+                        block,
+                        batch,
+                        # Compiling is most of a quick run's time: the step has it.
+                        [name for name in names if args.peers or not args.quick or PEERS[name].compile_mode is None],
+                        device,
+                        dtype,
+                        _timing(plan.block_timing, args),
+                        lambda text, case=case: show(case, text),
+                    )
+
+
+def _blocks(shape: NetShape, plan: Plan) -> list[Block]:
+    generator, discriminator = shape.generator(), shape.discriminator()
+    return [*generator, *discriminator] if plan.all_blocks else [generator[1], generator[-1], discriminator[0], discriminator[1]]

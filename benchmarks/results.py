@@ -1,0 +1,186 @@
+"""Results: what a run leaves behind, as JSON, and where it was measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import fastdcgan
+from fastdcgan.benchmarks.harness import Summary
+
+SCHEMA = 1
+RESULTS = Path(__file__).parent / "results"
+STATUSES = ("ok", "wrong", "failed", "unavailable")
+
+
+@dataclass
+class Row:
+    """One peer in a case.
+
+    Args:
+        peer, label: of `peers.Peer`.
+        dtype: "fp32" or "bf16".
+        status: "ok"; "wrong" (its result is further from the truth than `tolerance`: it was not timed); "failed" (the
+            error is in `detail`); "unavailable" (this machine can't run it, why is in `detail`).
+        samples_ms: one a round. `ms` has their median and quartiles.
+        ratio: its time over the reference peer's, round by round: above 1, the reference is faster.
+        error, tolerance: distance from float64, and how much was allowed.
+        saved_bytes: what autograd keeps for the backward. peak_bytes: of GPU memory, weights and optimisers included.
+        prepare_s: compilation, warm-up and capture.
+    """
+
+    peer: str
+    label: str
+    dtype: str
+    status: str = "ok"
+    detail: str = ""
+    samples_ms: list[float] = field(default_factory=list)
+    ms: Summary | None = None
+    ratio: Summary | None = None
+    error: float | None = None
+    tolerance: float | None = None
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
+    prepare_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"unknown status {self.status!r}: expected one of {', '.join(STATUSES)}")
+
+
+@dataclass
+class Case:
+    """Peers side by side on one thing.
+
+    Args:
+        suite: "blocks" or "step".
+        name: the block, or the image size.
+        part: "forward", "backward" or "step".
+        batch: images.
+        dtype: of its rows.
+        reference: the peer that ratios are relative to.
+    """
+
+    suite: str
+    name: str
+    part: str
+    batch: int
+    dtype: str
+    reference: str
+    rows: list[Row]
+
+
+@dataclass
+class Results:
+    """A run. `extra` has what belongs to one kind alone, for example the ceilings of gpu-check."""
+
+    kind: str
+    environment: dict
+    cases: list[Case]
+    dry: bool = False
+    extra: dict = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def wrong(self) -> list[Row]:
+        return [row for case in self.cases for row in case.rows if row.status == "wrong"]
+
+    def write(self, path: Path) -> None:
+        """As JSON; the file appears whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Raises ValueError if the file isn't a results file of this schema."""
+        try:
+            data = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(f"{path} has schema {schema!r}: expected {SCHEMA}")
+        try:
+            cases = [Case(**{**case, "rows": [_row(row) for row in case["rows"]]}) for case in data.pop("cases")]
+            return cls(cases=cases, **data)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a results file: {error}") from error
+
+
+def load(folder: Path = RESULTS) -> list[Results]:
+    """All results files of a folder that are no dry runs, newest last."""
+    found = [Results.read(path) for path in sorted(folder.glob("*.json"))]
+    return sorted((r for r in found if not r.dry), key=lambda r: str(r.environment["created"]))
+
+
+def _row(data: dict) -> Row:
+    summaries = {key: Summary(**data[key]) for key in ("ms", "ratio") if data[key] is not None}
+    return Row(**{**data, **summaries})
+
+
+# --- where it was measured -------------------------------------------------------------------------------------------
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, or None where it isn't there or fails: facts about a machine are optional."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: torch.device) -> dict:
+    """Device, driver, versions, commit, threads and the settings that times depend on."""
+    facts: dict[str, object] = {
+        "device_type": device.type,
+        "device": _cpu_name(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "fastdcgan": _version("fastdcgan"),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "backends": fastdcgan.backends(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}")
+        facts |= {
+            "device": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "driver": driver,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        }
+    return facts

@@ -1,0 +1,184 @@
+"""The suites: build the peers, check them against float64, time those that are right."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastdcgan.benchmarks import floors, harness, peers
+from fastdcgan.benchmarks.peers import DTYPES, PEERS, BlockRunner, Peer, StepRunner
+from fastdcgan.benchmarks.results import Case, Row
+from fastdcgan.benchmarks.shapes import Block, NetShape, inputs
+
+Runner = StepRunner | BlockRunner
+Say = Callable[[str], None]
+DATA_SETS = 2
+
+
+def reference_of(names: Sequence[str]) -> str:
+    """The peer that ratios are relative to: ours, captured where that is there, else the first."""
+    return next((name for name in ("fused-graph", "fused") if name in names), names[0])
+
+
+@contextlib.contextmanager
+def device_settings(device: torch.device) -> Iterator[None]:
+    """cuDNN's search for the fastest algorithm for all peers alike; put back at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _explain(error: Exception) -> str:
+    """The error's own words, with the cause's where it has one."""
+    chain: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain += [line.strip() for line in traceback.format_exception_only(cause)]
+        cause = cause.__cause__
+    return "\n".join(dict.fromkeys(chain))
+
+
+class _Contest:
+    """The peers of one case, from building them to timing them."""
+
+    def __init__(self, names: Sequence[str], device: torch.device, dtype: str, say: Say) -> None:
+        self.device, self.dtype, self.say = device, dtype, say
+        self.rows = {name: Row(name, PEERS[name].label, dtype) for name in names}
+        self.runners: dict[str, Runner] = {}
+        self.samples: dict[str, list[list[float]]] = {}
+
+    def build(self, make: Callable[[Peer, torch.dtype], Runner], kinked: int) -> None:
+        """Build and check every peer (`kinked` as in `peers.tolerance`). One that can't run, fails or is wrong keeps its
+        row, which then says so."""
+        truth = make(peers.TRUTH, torch.float64).observe()
+        yardstick = make(peers.YARDSTICK, DTYPES[self.dtype]).observe()
+        tolerance = peers.tolerance(peers.distance(yardstick, truth), DTYPES[self.dtype], kinked)
+        for name, row in self.rows.items():
+            self.say(f"preparing {name}")
+            row.tolerance = tolerance
+            try:
+                self._build(make, name, truth)
+            except peers.NotHere as error:
+                row.status, row.detail = "unavailable", str(error)
+            # Any error of a peer is a fact to report, and the others go on.
+            except Exception as error:
+                row.status, row.detail = "failed", _explain(error)
+
+    def _build(self, make: Callable[[Peer, torch.dtype], Runner], name: str, truth: Sequence[Tensor]) -> None:
+        row = self.rows[name]
+        cuda = self.device.type == "cuda"
+        allocated = torch.cuda.memory_allocated(self.device) if cuda else 0
+        began = time.perf_counter()
+        runner = make(PEERS[name], DTYPES[self.dtype])
+        runner.prepare()
+        row.prepare_s = time.perf_counter() - began
+        row.error = peers.distance(runner.observe(), truth)
+        assert row.tolerance is not None
+        if not row.error <= row.tolerance:
+            row.status = "wrong"
+            row.detail = f"{row.error:.2e} from float64, expected at most {row.tolerance:.2e}"
+            return
+        row.saved_bytes = runner.saved_bytes()
+        if cuda and isinstance(runner, StepRunner):
+            row.peak_bytes = self._peak(runner) - allocated
+        self.runners[name] = runner
+
+    def _peak(self, runner: StepRunner) -> int:
+        if runner.graph is not None:
+            return runner.capture_peak_bytes  # a replay allocates nothing
+        torch.cuda.reset_peak_memory_stats(self.device)
+        runner()
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def time(self, segments: dict[str, harness.Segments], timing: harness.Timing, cold: bool) -> None:
+        """Time the segments of the peers that are right; `case` makes a case of each segment."""
+        if segments:
+            self.say("timing")
+            self.samples = harness.interleave(segments, harness.timer_for(self.device, cold), timing)
+
+    def case(self, suite: str, name: str, part: str, batch: int, segment: int) -> Case:
+        """The case of one segment, with ratios to the reference."""
+        reference = reference_of(list(self.samples) or list(self.rows))
+        rows = []
+        for peer, row in self.rows.items():
+            series = self.samples[peer][segment] if peer in self.samples else []
+            timed = Row(**{**vars(row), "samples_ms": [1e3 * value for value in series]})
+            if series:
+                timed.ms = harness.summarise(timed.samples_ms)
+                timed.ratio = harness.ratio(series, self.samples[reference][segment])
+            rows.append(timed)
+        return Case(suite, name, part, batch, self.dtype, reference, rows)
+
+
+def _kinked(block: Block, batch: int) -> int:
+    return block.outputs(batch) if block.act in ("relu", "leaky_relu") else 0
+
+
+def run_step(
+    shape: NetShape,
+    batch: int,
+    names: Sequence[str],
+    device: torch.device,
+    dtype: str,
+    timing: harness.Timing,
+    say: Say = lambda text: None,
+) -> Case:
+    """The training step of a net. `names` are keys of `PEERS`, `dtype` of `DTYPES`."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    nets = shape.nets()
+    data = [inputs(shape, batch, seed) for seed in range(DATA_SETS)]
+    contest = _Contest(names, device, dtype, say)
+    kinked = min(_kinked(block, batch) for block in shape.generator() + shape.discriminator() if _kinked(block, batch))
+    with device_settings(device):
+        contest.build(lambda peer, compute: StepRunner(peer, nets, data, device, compute), kinked)
+        segments = {name: (runner,) for name, runner in contest.runners.items() if isinstance(runner, StepRunner)}
+        contest.time(segments, timing, cold=False)
+    return contest.case("step", f"{shape.image_size}x{shape.image_size}", "step", batch, 0)
+
+
+def run_block(
+    block: Block,
+    batch: int,
+    names: Sequence[str],
+    device: torch.device,
+    dtype: str,
+    timing: harness.Timing,
+    say: Say = lambda text: None,
+) -> tuple[Case, Case]:
+    """Forward and backward of one block, as two cases. The noise's gradient is not computed, as in training."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    module = block.module()
+    x = torch.randn(batch, block.in_channels, block.in_size, block.in_size)
+    grad = torch.randn(batch, block.out_channels, block.out_size, block.out_size)
+    contest = _Contest(names, device, dtype, say)
+    with device_settings(device):
+        contest.build(
+            lambda peer, compute: BlockRunner(peer, module, x, grad, device, compute, input_grad=block.in_size > 1),
+            _kinked(block, batch),
+        )
+        segments = {
+            name: (runner.forward, runner.backward)
+            for name, runner in contest.runners.items()
+            if isinstance(runner, BlockRunner)
+        }
+        contest.time(segments, timing, cold=True)
+    name = f"{block.name} {block.in_channels}->{block.out_channels} {block.in_size}->{block.out_size}"
+    return contest.case("blocks", name, "forward", batch, 0), contest.case("blocks", name, "backward", batch, 1)
+
+
+def step_floors(shape: NetShape, batch: int, flops_per_s: float, bytes_per_s: float) -> dict[str, float]:
+    """level -> milliseconds of the floor of a step at the given ceilings."""
+    return {level: 1e3 * floors.step_seconds(shape, batch, level, flops_per_s, bytes_per_s) for level in floors.LEVELS}

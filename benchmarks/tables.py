@@ -1,0 +1,162 @@
+"""Tables of results, and the ones in a document.
+
+    python -m fastdcgan.benchmarks.tables README.md           writes the measured tables of README.md anew
+    python -m fastdcgan.benchmarks.tables README.md --check   exits with 1 if they aren't what the results say
+
+A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`; names are in `TABLES`. No figure gets into a document
+in any other way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from fastdcgan.benchmarks.harness import Summary, is_noisy
+from fastdcgan.benchmarks.results import RESULTS, Results, Row, load
+
+NOT_MEASURED = "not measured yet"
+
+
+def format_ratio(summary: Summary | None) -> str:
+    """Median and quartiles; "~" where the spread is larger than the difference."""
+    if summary is None:
+        return "-"
+    noise = " ~" if is_noisy(summary) else ""
+    return f"{summary.median:.2f}x ({summary.q1:.2f}-{summary.q3:.2f}){noise}"
+
+
+def format_ms(summary: Summary | None) -> str:
+    if summary is None:
+        return "-"
+    digits = 3 if summary.median < 1 else 2 if summary.median < 100 else 0
+    return f"{summary.median:.{digits}f}"
+
+
+def format_bytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.1f}"
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _reason(row: Row) -> str:
+    return textwrap.shorten(f"{row.status}: {row.detail}", 160, placeholder=" ...") if row.detail else row.status
+
+
+Cells = tuple[Sequence[str], list[Sequence[str]]]  # header, lines
+
+
+def step_cells(results: Results) -> Cells:
+    """One line per image size, batch, dtype and peer."""
+    header = ("net", "batch", "dtype", "peer", "ms", "time over reference's", "images/s", "saved MiB", "peak MiB")
+    lines: list[Sequence[str]] = []
+    for case in (case for case in results.cases if case.suite == "step"):
+        for row in case.rows:
+            rate = f"{case.batch / row.ms.median * 1e3:.0f}" if row.ms else "-"
+            over = format_ratio(row.ratio) if row.peer != case.reference else "reference"
+            values = (format_ms(row.ms), over, rate) if row.ms else (_reason(row), "-", "-")
+            memory = (format_bytes(row.saved_bytes), format_bytes(row.peak_bytes))
+            lines.append((case.name, str(case.batch), case.dtype, row.label, *values, *memory))
+    return header, lines
+
+
+def block_cells(results: Results) -> Cells:
+    """One line per block, part and dtype: the reference's time, and every other peer's over it."""
+    cases = [case for case in results.cases if case.suite == "blocks"]
+    labels = list(dict.fromkeys(row.label for case in cases for row in case.rows if row.peer != case.reference))
+    lines: list[Sequence[str]] = []
+    for case in cases:
+        rows = {row.label: row for row in case.rows}
+        reference = next(row for row in case.rows if row.peer == case.reference)
+        own = format_ms(reference.ms) if reference.ms else _reason(reference)
+        cells = [_ratio_cell(rows.get(label), reference) for label in labels]
+        lines.append((case.name, case.part, str(case.batch), case.dtype, f"{own} ({reference.label})", *cells))
+    return ("block", "part", "batch", "dtype", "reference ms", *labels), lines
+
+
+def _ratio_cell(row: Row | None, reference: Row) -> str:
+    if row is None:
+        return "-"
+    if row is reference:
+        return "reference"
+    return format_ratio(row.ratio) if row.ratio else _reason(row)
+
+
+def caption(results: Results) -> str:
+    """One line: where and with what it was measured."""
+    e = results.environment
+    parts = [str(e["device"])]
+    parts.append(f"{e['threads']} threads" if e["device_type"] == "cpu" else f"driver {e['driver']}, CUDA {e['cuda']}")
+    parts.append(f"torch {e['torch']}")
+    if e["commit"]:
+        parts.append(f"commit {e['commit'][:10]}" + (" with changes" if e["uncommitted_changes"] else ""))
+    parts.append(str(e["created"])[:10])
+    return "Measured on " + ", ".join(parts) + "."
+
+
+NOTE = "Medians of interleaved rounds; in brackets the quartiles; ~ where the spread is larger than the difference."
+
+# name -> (device type, suite)
+CELLS: dict[str, Callable[[Results], Cells]] = {"step": step_cells, "blocks": block_cells}
+TABLES = {
+    "bench-cpu-step": ("cpu", "step"),
+    "bench-cpu-blocks": ("cpu", "blocks"),
+    "bench-gpu-step": ("cuda", "step"),
+    "bench-gpu-blocks": ("cuda", "blocks"),
+}
+
+
+def table(name: str, results: Sequence[Results]) -> str:
+    """The text of a README table: for each device the newest results that have such cases, or "not measured yet"."""
+    if name not in TABLES:
+        raise ValueError(f"unknown table {name!r}: expected one of {', '.join(TABLES)}")
+    device_type, suite = TABLES[name]
+    newest: dict[str, Results] = {}
+    for r in results:
+        if r.environment["device_type"] == device_type and any(case.suite == suite for case in r.cases):
+            newest[str(r.environment["device"])] = r
+    if not newest:
+        return NOT_MEASURED
+    return "\n\n".join(f"{caption(r)} {NOTE}\n\n{_markdown(*CELLS[suite](r))}" for r in newest.values())
+
+
+def render(text: str, results: Sequence[Results]) -> str:
+    """`text` with every table of `TABLES` that it has markers for made anew; other markers are left alone.
+
+    Raises ValueError for a marker that begins and doesn't end.
+    """
+    for name in TABLES:
+        begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
+        if begin not in text:
+            continue
+        head, rest = text.split(begin, 1)
+        if end not in rest:
+            raise ValueError(f"{begin} has no {end} after it")
+        text = f"{head}{begin}\n\n{table(name, results)}\n\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastdcgan.benchmarks.tables", description=__doc__.split("\n")[0])
+    parser.add_argument("document", type=Path, help="a Markdown file with markers")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of results files (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
+    args = parser.parse_args(arguments)
+    before = args.document.read_text()
+    after = render(before, load(args.results))
+    if args.check:
+        if after != before:
+            print(f"{args.document}: measured tables are out of date", file=sys.stderr)
+        return int(after != before)
+    args.document.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
