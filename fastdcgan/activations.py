@@ -54,7 +54,7 @@ def _gelu_derivative(z: Tensor, slope: float) -> Tensor:
 
 
 def _elu_derivative(z: Tensor, slope: float) -> Tensor:
-    return torch.where(z > 0, torch.ones_like(z), slope * torch.exp(z.clamp(max=0)))
+    return torch.where(z <= 0, slope * torch.exp(z.clamp(max=0)), 1.0)  # 1 at NaN, as PyTorch has it
 
 
 ACTIVATIONS: dict[str, Activation] = {

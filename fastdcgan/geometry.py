@@ -8,8 +8,8 @@ Pair = tuple[int, int]
 
 
 def pair(value: int | tuple[int, ...]) -> Pair:
-    """`3 -> (3, 3)`; a pair stays as it is."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    """`3` and `(3,)` -> `(3, 3)`; a pair stays as it is."""
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ def test_rejects_a_dropped_tap_of_one_channel(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "lower"), [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float16, torch.bfloat16)]
+    ("dtype", "lower"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float16, torch.bfloat16)],
 )
 def test_rejects_too_low_a_precision(dtype: torch.dtype, lower: torch.dtype) -> None:
     x, weight, vanilla, truth = case(dtype)

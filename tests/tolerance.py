@@ -48,7 +48,9 @@ def verdict(
     dtype = got.dtype
     got, vanilla = got.detach().double(), vanilla.detach().double()
     if not torch.equal(got.isfinite(), vanilla.isfinite()):
-        return [f"has {int((~got.isfinite()).sum())} infinite or NaN elements, vanilla {int((~vanilla.isfinite()).sum())}"]
+        return [
+            f"has {int((~got.isfinite()).sum())} infinite or NaN elements, vanilla {int((~vanilla.isfinite()).sum())}"
+        ]
     finite = vanilla.isfinite()
     got, vanilla, truth = got[finite], vanilla[finite], truth.detach()[finite]
     error, usual = got - truth, vanilla - truth
@@ -82,7 +84,9 @@ def assert_as_accurate(
     assert not faults, f"{what} {'; '.join(faults)}"
 
 
-def assert_same_float64(got: Tensor | None, truth: Tensor | None, what: str = "result", tolerance: float = 1e-10) -> None:
+def assert_same_float64(
+    got: Tensor | None, truth: Tensor | None, what: str = "result", tolerance: float = 1e-10
+) -> None:
     """Fail unless two float64 results agree to `tolerance` of the truth's largest element (or of 1 where that is less).
 
     None equals only None.

@@ -1,0 +1,95 @@
+"""The activation table against PyTorch's modules and autograd, in float64 and at the awkward points."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdcgan.activations import ACTIVATIONS, from_module, to_module
+
+NAMES = list(ACTIVATIONS)
+SLOPES = {"leaky_relu": [0.2, 0.01, 0.0, -0.5, 1.5], "elu": [1.0, 0.3]}
+CASES = [(name, slope) for name in NAMES for slope in SLOPES.get(name, [0.0])]
+HEADER = Path(__file__).parents[1] / "csrc" / "common" / "activations.h"
+
+
+def module_of(name: str, slope: float) -> nn.Module:
+    return to_module(name, slope) or nn.Identity()
+
+
+def points(device: torch.device) -> Tensor:
+    awkward = torch.tensor([0.0, -0.0, 1e-300, -1e-300, 5.0, -5.0, 40.0, -40.0, 800.0, -800.0], dtype=torch.float64)
+    return torch.cat([awkward, torch.linspace(-8, 8, 401, dtype=torch.float64)]).to(device)
+
+
+@pytest.mark.parametrize(("name", "slope"), CASES)
+def test_forward_is_the_modules(name: str, slope: float, device: torch.device) -> None:
+    z = torch.cat([points(device), z_infinite(device)])
+    torch.testing.assert_close(
+        ACTIVATIONS[name].forward(z, slope), module_of(name, slope)(z), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def z_infinite(device: torch.device) -> Tensor:
+    return torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=torch.float64, device=device)
+
+
+@pytest.mark.parametrize(("name", "slope"), CASES)
+def test_derivative_is_autograds(name: str, slope: float, device: torch.device) -> None:
+    z = points(device).requires_grad_()
+    expected = torch.autograd.grad(module_of(name, slope)(z).sum(), z)[0]
+    found = ACTIVATIONS[name].derivative(z.detach(), slope)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("name", "slope"), CASES)
+def test_a_nan_gives_the_gradient_that_pytorch_gives(name: str, slope: float, device: torch.device) -> None:
+    z = torch.full((4,), torch.nan, dtype=torch.float64, device=device, requires_grad=True)
+    expected = torch.autograd.grad(module_of(name, slope)(z).sum(), z)[0]
+    torch.testing.assert_close(ACTIVATIONS[name].derivative(z.detach(), slope), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_both_keep_the_dtype(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    z = torch.randn(8, dtype=dtype, device=device)
+    row = ACTIVATIONS[name]
+    assert row.forward(z, row.default_slope).dtype == dtype
+    assert row.derivative(z, row.default_slope).dtype == dtype
+
+
+@pytest.mark.parametrize(("name", "slope"), CASES)
+def test_a_module_there_and_back(name: str, slope: float) -> None:
+    module = to_module(name, slope)
+    if name == "identity":
+        assert module is None
+    else:
+        assert module is not None
+        assert from_module(module) == (name, slope)
+
+
+def test_default_slopes_are_dcgans_and_pytorchs() -> None:
+    assert from_module(to_module("leaky_relu")) == ("leaky_relu", 0.2)  # type: ignore[arg-type]
+    assert from_module(to_module("elu")) == ("elu", 1.0)  # type: ignore[arg-type]
+    assert from_module(nn.LeakyReLU()) == ("leaky_relu", 0.01)
+
+
+class Clipped(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(max=1)
+
+
+@pytest.mark.parametrize("module", [nn.GELU(approximate="tanh"), Clipped(), nn.Softplus(), nn.ReLU6(), nn.Identity()])
+def test_modules_that_the_table_does_not_have(module: nn.Module) -> None:
+    assert from_module(module) is None
+
+
+def test_ids_are_those_of_the_cpp_header() -> None:
+    enum = re.search(r"enum class ActId[^{]*{([^}]*)}", HEADER.read_text())
+    assert enum is not None
+    ids = {name: int(value) for name, value in re.findall(r"(\w+)\s*=\s*(\d+)", enum.group(1))}
+    assert ids == {name: row.id for name, row in ACTIVATIONS.items()}

@@ -1,0 +1,71 @@
+"""Output sizes, against PyTorch's own, and the rows that a transposed convolution adds."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from fastdcgan.geometry import Geometry, pair
+
+SIDES = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(1, 3), st.integers(1, 14))
+
+
+def geometry_of(rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[Geometry, int, int]:
+    kernel, stride, padding, dilation, size = zip(rows, columns, strict=True)
+    return Geometry(kernel, stride, padding, dilation), size[0], size[1]  # type: ignore[arg-type]
+
+
+def test_pair() -> None:
+    assert pair(3) == (3, 3)
+    assert pair((1, 2)) == (1, 2)
+    assert pair([1, 2]) == (1, 2)  # type: ignore[arg-type]
+    assert pair((4,)) == (4, 4)
+
+
+@settings(max_examples=100)
+@given(SIDES, SIDES)
+def test_conv_size_is_pytorchs(rows: tuple[int, ...], columns: tuple[int, ...]) -> None:
+    g, height, width = geometry_of(rows, columns)
+    size = g.conv_size(height, width)
+    x, weight = torch.empty(1, 1, height, width, device="meta"), torch.empty(1, 1, *g.kernel, device="meta")
+    if (
+        min(
+            height + 2 * g.padding[0] - g.dilation[0] * (g.kernel[0] - 1),
+            width + 2 * g.padding[1] - g.dilation[1] * (g.kernel[1] - 1),
+        )
+        < 1
+    ):
+        assert min(size) < 1
+        return
+    assert size == F.conv2d(x, weight, None, g.stride, g.padding, g.dilation).shape[2:]
+
+
+@settings(max_examples=100)
+@given(SIDES, SIDES, st.integers(0, 3), st.integers(0, 3))
+def test_conv_transpose_size_is_pytorchs(
+    rows: tuple[int, ...], columns: tuple[int, ...], extra_h: int, extra_w: int
+) -> None:
+    g, height, width = geometry_of(rows, columns)
+    extra = (extra_h % max(g.stride[0], g.dilation[0]), extra_w % max(g.stride[1], g.dilation[1]))
+    size = g.conv_transpose_size(height, width, extra)
+    assert g.output_padding(height, width, size) == extra
+    if min(size) < 1:
+        return
+    x, weight = torch.empty(1, 1, height, width, device="meta"), torch.empty(1, 1, *g.kernel, device="meta")
+    out = F.conv_transpose2d(x, weight, None, g.stride, g.padding, extra, 1, g.dilation)
+    assert size == out.shape[2:]
+
+
+@settings(max_examples=100)
+@given(SIDES, SIDES)
+def test_the_adjoint_of_a_convolution_needs_less_padding_than_a_stride(
+    rows: tuple[int, ...], columns: tuple[int, ...]
+) -> None:
+    g, height, width = geometry_of(rows, columns)
+    size = g.conv_size(height, width)
+    if min(size) < 1:
+        return
+    extra = g.output_padding(*size, (height, width))
+    assert all(0 <= e < s for e, s in zip(extra, g.stride, strict=True))
