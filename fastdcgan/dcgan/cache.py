@@ -1,4 +1,4 @@
-"""Decoded images on disk: a memory-mapped uint8 array [N, H, W, C] (.npy) with a JSON header that says when to trust it."""
+"""Decoded images on disk: a memory-mapped uint8 array [N, H, W, C] (.npy), and a JSON header says when to trust it."""
 
 from __future__ import annotations
 

@@ -86,9 +86,10 @@ def load(path: str | Path, *parts: str) -> Checkpoint:
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(f"{path} is no checkpoint of fastdcgan")
             if metadata.get("version") != str(VERSION):
-                raise CheckpointError(f"{path} is a checkpoint of version {metadata.get('version')}: expected {VERSION}")
-            wanted = [key for key in file.keys() if not parts or key.startswith(tuple(f"{p}/" for p in parts))]  # noqa: SIM118
-            return Checkpoint({key: file.get_tensor(key) for key in wanted}, json.loads(metadata["state"]))
+                raise CheckpointError(f"{path} has the version {metadata.get('version')}: expected {VERSION}")
+            prefixes = tuple(f"{part}/" for part in parts) or ""
+            tensors = {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}  # noqa: SIM118
+            return Checkpoint(tensors, json.loads(metadata["state"]))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged, or no checkpoint: {error}") from error
 

@@ -29,8 +29,8 @@ class TrainConfig:
     out: str = _option("", "folder of the run [default: runs/DATA-SIZE, with a number where that exists]")
     cache: str = _option("", "folder of decoded images [default: fastdcgan in the user's cache folder]")
 
-    image_size: int = _option(0, "side of the images [default: 64 for a folder, 32 for a built-in set]", choices=IMAGE_SIZES)
-    channels: int = _option(0, "1 (grey) or 3 (colour) [default: 3 for a folder, 1 for a built-in set]", choices=(1, 3))
+    image_size: int = _option(0, "side of the images [default: 64 for a folder, else 32]", choices=IMAGE_SIZES)
+    channels: int = _option(0, "1 (grey) or 3 (colour) [default: 3 for a folder, else 1]", choices=(1, 3))
     flips: bool | None = _option(None, "mirror half of the images, chosen at random [default: for a folder only]")
     workers: int = _option(0, "threads that decode images [default: one per core]")
 
@@ -51,7 +51,7 @@ class TrainConfig:
     beta2: float = _option(0.999, "Adam's second momentum")
     real_label: float = _option(0.9, "label of real images: below 1 is one-sided label smoothing")
     gradient_penalty: float = _option(0.0, "weight of a gradient penalty on the discriminator, 0 for none")
-    penalty_kind: str = _option("wgan-gp", "which penalty: on mixtures, towards norm 1; or R1, on real images", choices=PENALTIES)
+    penalty_kind: str = _option("wgan-gp", "on mixtures, towards norm 1, or R1 on real images", choices=PENALTIES)
 
     precision: str = _option("fp32", "arithmetic of the networks; bf16 and fp16 by autocast", choices=PRECISIONS)
     device: str = _option("auto", "auto, cpu, cuda or cuda:N; auto is a GPU where there is one")

@@ -44,7 +44,7 @@ _muted = False
 
 
 class Bar:
-    """Progress of `total` steps from `start` on, with a text that changes: `with Bar(...) as bar: bar.update(n, text)`."""
+    """Progress of `total` steps from `start` on, with a changing text: `with Bar(...) as bar: bar.update(n, text)`."""
 
     def __init__(self, title: str, total: int, start: int = 0) -> None:
         self.title, self.total, self.start = title, total, start
@@ -55,9 +55,15 @@ class Bar:
         self._began = self._last_line = time.monotonic()
         # A bar inside a bar, or a stream that is no terminal, gets plain lines.
         if Console().is_terminal and _live is None and not _muted:
-            columns = ("[bold]{task.description}", BarColumn(), TaskProgressColumn(), MofNCompleteColumn())
             self._progress = Progress(
-                *columns, TimeElapsedColumn(), "eta", TimeRemainingColumn(), TextColumn("{task.fields[text]}", markup=False)
+                "[bold]{task.description}",
+                BarColumn(),
+                TaskProgressColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                "eta",
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}", markup=False),
             )
             self._task = self._progress.add_task(self.title, total=self.total, completed=self.start, text="")
             self._progress.start()

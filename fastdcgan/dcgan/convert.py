@@ -21,7 +21,7 @@ _LINEAR_ROWS = "blocks.project.bn.weight"  # its length: channels
 
 
 def load_example_state_dict(net: Generator | Discriminator, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a state_dict of PyTorch's DCGAN example (`main.0.weight`, ...; also of DataParallel: `module.main.0.weight`).
+    """Load a state_dict of PyTorch's DCGAN example: `main.0.weight`, ... (of DataParallel: `module.main.0.weight`).
 
     The example's networks have 64 pixels; networks of other sizes that are written in its style load too.
     Raises RuntimeError, as `load_state_dict` does, for missing or unexpected keys and for other shapes.

@@ -115,8 +115,8 @@ def _report_skipped(skipped: list[str], total: int) -> None:
 class Batches:
     """An endless stream of batches, epoch after epoch, that can be stopped and continued anywhere.
 
-    A batch is float32 [B, C, H, W] in [-1, 1], channels_last, on `device`. The order and the flips of an epoch are drawn
-    at its start, from a generator of this object's own; images that don't fill a last batch wait for another epoch.
+    A batch is float32 [B, C, H, W] in [-1, 1], channels_last, on `device`. The order and the flips of an epoch are
+    drawn at its start, from a generator of this object's own; images that don't fill a last batch sit that epoch out.
     With `world` processes each gets its own slice `rank` of every batch of `batch_size` images, so that together they
     see what one process would.
 

@@ -62,7 +62,7 @@ def join(device: str) -> tuple[Processes, torch.device]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = _device(device, local_rank)
+    chosen = choose_device(device, local_rank)
     if world == 1:
         return Processes(), chosen
     if chosen.type == "cuda":
@@ -72,7 +72,8 @@ def join(device: str) -> tuple[Processes, torch.device]:
     return Processes(dist.get_rank(), world, dist.new_group(backend="gloo")), chosen
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name; "auto" and "cuda" are the GPU number `local_rank`. Raises ValueError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -84,7 +85,7 @@ def _device(name: str, local_rank: int) -> torch.device:
     if device.type == "cuda":
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ValueError(f"device is {name!r}: there are {torch.cuda.device_count()} GPUs, and this is number {index}")
+            raise ValueError(f"device is {name!r}, GPU number {index}: there are {torch.cuda.device_count()}")
         return torch.device("cuda", index)
     return device
 

@@ -61,7 +61,7 @@ class MetricsLog:
         self._pending.clear()
         self._since = time.perf_counter()
         if self._file is not None:
-            self._writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+            self._writer.writerow(_as_text(row))
             self._file.flush()
         if self._tensorboard is not None:
             for key in (*StepMetrics._fields, "images_per_second"):
@@ -107,8 +107,8 @@ class Watch:
         self._said = True
         return (
             f"The discriminator has been winning for {self.PATIENCE} steps (D(x) {values['d_real']:.3f}, D(G(z)) "
-            f"{values['d_fake']:.4f} at step {step}): the generator hardly learns. Try a lower --lr-d, a smaller --ndf, "
-            "--real-label 0.8 or --gradient-penalty 10 --penalty-kind r1; with few images, --flips."
+            f"{values['d_fake']:.4f} at step {step}), so the generator hardly learns. Try a lower --lr-d, a smaller "
+            "--ndf, --real-label 0.8 or --gradient-penalty 10 --penalty-kind r1; with few images, --flips."
         )
 
 
@@ -125,11 +125,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _rewrite(path: Path, rows: list[dict[str, float]]) -> None:
-    whole = ("step", "epoch")
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows({k: int(v) if k in whole else f"{v:.6g}" for k, v in row.items()} for row in rows)
+        writer.writerows(map(_as_text, rows))
+
+
+def _as_text(row: dict[str, float]) -> dict[str, str]:
+    return {key: str(int(value)) if key in ("step", "epoch") else f"{value:.6g}" for key, value in row.items()}
 
 
 def _summary_writer(run: Path, step: int) -> Any:

@@ -50,7 +50,7 @@ class GradientPenalty:
             raise ValueError(f"gradient penalty is {self.kind!r}: expected one of {', '.join(PENALTIES)}")
 
     def __call__(self, discriminator: nn.Module, real: Tensor, fake: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """`scale` keeps float16 gradients in range on the way through D (a GradScaler's scale); the result is unscaled."""
+        """The penalty; `scale` (a GradScaler's) keeps float16 gradients in range on the way through D."""
         if self.kind == "r1":
             x = real.detach().clone()
         else:

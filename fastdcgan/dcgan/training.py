@@ -14,7 +14,6 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -54,13 +53,17 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, images: Images | None = None) -> None:
-        config = config.resolved() if images is None else dataclasses.replace(config, data=config.data or "images").resolved()
+        if images is not None and not config.data:
+            config = dataclasses.replace(config, data="images")
+        config = config.resolved()
         self.config = config
         self.out = Path(config.out)
         self.processes, self.device = distributed.join(config.device)
         console.mute(not self.processes.main)
         self.step = 0
-        self.penalty = GradientPenalty(config.gradient_penalty, config.penalty_kind) if config.gradient_penalty else None
+        self.penalty = None
+        if config.gradient_penalty:
+            self.penalty = GradientPenalty(config.gradient_penalty, config.penalty_kind)
 
         torch.manual_seed(config.seed)
         self._noise = torch.Generator().manual_seed(config.seed + 1)
@@ -95,7 +98,7 @@ class Trainer:
         before = TrainConfig(**saved.state["config"])
         for name in ARCHITECTURE:
             if changes.get(name, getattr(before, name)) != getattr(before, name):
-                raise ValueError(f"{name} is {changes[name]}: the checkpoint has {getattr(before, name)}, which can't change")
+                raise ValueError(f"{name} is {changes[name]}: the checkpoint's is {getattr(before, name)}, and stays")
         run = path.resolve().parent.parent if path.parent.name == "checkpoints" else Path(before.out)
         trainer = cls(dataclasses.replace(before, **{"out": str(run), **changes}), images)
         trainer._restore(saved, path)
@@ -140,7 +143,11 @@ class Trainer:
         self._announce()
         reason = "finished"
         try:
-            with _StopSignals() as stop, Bar("training", total, self.step) as bar, contextlib.closing(iter(self.batches)) as stream:
+            with (
+                _StopSignals() as stop,
+                Bar("training", total, self.step) as bar,
+                contextlib.closing(iter(self.batches)) as stream,
+            ):
                 if self.step == 0:
                     self.save_samples()
                 while self.step < total:
@@ -178,10 +185,10 @@ class Trainer:
 
     def _announce(self) -> None:
         c = self.config
-        where = f"{self.processes.world} processes on {self.device.type}" if self.processes.world > 1 else str(self.device)
+        many = f"{self.processes.world} processes on " if self.processes.world > 1 else ""
         say(
-            f"{len(self.images)} images of {c.image_size}x{c.image_size}x{c.channels}, batch {c.batch_size}, {c.precision} on "
-            f"{where}, steps {self.step} to {self.total_steps}, into {self.out}"
+            f"{len(self.images)} images of {c.image_size}x{c.image_size}x{c.channels}, batch {c.batch_size}, "
+            f"{c.precision} on {many}{self.device}, steps {self.step} to {self.total_steps}, into {self.out}"
         )
 
     def _finish(self) -> None:
@@ -255,9 +262,8 @@ class Trainer:
 
     def _restore(self, saved: Checkpoint, path: Path) -> None:
         if saved.state["images"] != len(self.images):
-            raise CheckpointError(
-                f"{path} was trained on {saved.state['images']} images, and {self.config.data} has {len(self.images)} now"
-            )
+            was = saved.state["images"]
+            raise CheckpointError(f"{path} was trained on {was} images: {self.config.data} has {len(self.images)} now")
         checkpoint.load_weights(unwrapped(self.generator), saved.part("generator"), path)
         checkpoint.load_weights(unwrapped(self.discriminator), saved.part("discriminator"), path)
         for name, optimizer, lr in (
