@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
@@ -216,8 +218,10 @@ recorder: Recorder | None = None
 
 def run_sequential(sequential: nn.Sequential, x: Tensor, stat_groups: int, seams: str) -> Any:
     """`nn.Sequential.forward` with every chain in it run as one."""
+    if isinstance(stat_groups, torch.fx.Proxy):
+        stat_groups = 1  # torch.fx traces the root module's default as an input
     checks.check_stat_groups(stat_groups)
-    if _has_any_global_hook():  # they must see every module
+    if _needs_every_module(x):
         for module in sequential:
             x = _call_alone(module, x, stat_groups)
         return x
@@ -228,6 +232,20 @@ def run_sequential(sequential: nn.Sequential, x: Tensor, stat_groups: int, seams
             else _call_chain(part, x, stat_groups, seams)
         )
     return x
+
+
+def _needs_every_module(x: Any) -> bool:
+    """Whether the call is followed module by module: by global hooks, by tracers, or by transforms that know PyTorch's own
+    functions but no chain (torch.func, forward-mode differentiation)."""
+    if torch.compiler.is_compiling():
+        return _has_any_global_hook()
+    return (
+        _has_any_global_hook()
+        or torch.jit.is_tracing()
+        or isinstance(x, torch.fx.Proxy)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def _call_alone(module: nn.Module, x: Any, stat_groups: int) -> Any:

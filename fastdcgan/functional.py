@@ -28,9 +28,13 @@ def block_backend(x: Tensor) -> str:
     return backends.select(backends.requested(), x.device.type, compute_dtype(x))
 
 
+def _autocast(x: Tensor) -> bool:
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a convolution of `x` runs in: autocast's where it is on (never for float64), else x's own."""
-    if x.dtype != torch.float64 and x.is_floating_point() and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and x.is_floating_point() and _autocast(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -52,7 +56,7 @@ def run_chain(
     plan = Plan(tuple(blocks), stat_groups, (deferred,) * (n - 1), (backends.get(blocks[0].backend).lazy_grad,) * n)
     if isinstance(x, Tensor):
         dtype = compute_dtype(x)
-        if dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+        if dtype != x.dtype or _autocast(x):
             x = x.to(dtype)
             tensors = [t._replace(weight=t.weight.to(dtype)) if t.weight.dtype != torch.float64 else t for t in tensors]
     flat = [v for t in tensors for v in t]

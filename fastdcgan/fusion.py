@@ -71,9 +71,10 @@ def _holds_block(module: nn.Module) -> bool:
     if type(module).forward is not nn.Sequential.forward or "forward" in module.__dict__:
         return False
     modules = [m for _, m in leaves(module) if type(m) is not nn.Identity]
+    norms = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.LazyBatchNorm2d)
     return any(
         isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d))
-        and (isinstance(after, (nn.BatchNorm2d, nn.SyncBatchNorm)) or from_module(after) is not None)
+        and (isinstance(after, norms) or from_module(after) is not None)
         for conv, after in pairwise(modules)
     )
 
@@ -85,10 +86,11 @@ def _fused_class(plain: type[nn.Sequential]) -> type[FusedSequential]:
         return FusedSequential
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple:
-        return _restore, (plain,), self.__dict__  # the class itself has no importable name
+        return _restore, (plain,), self.__getstate__()  # the class itself has no importable name
 
     members = {"_plain_class": plain, "__reduce_ex__": __reduce_ex__, "__module__": plain.__module__}
-    return type(f"Fused{plain.__name__}", (FusedSequential, plain), members)
+    members["forward"] = FusedSequential.forward  # all else that `plain` defines comes first
+    return type(f"Fused{plain.__name__}", (plain, FusedSequential), members)
 
 
 def _restore(plain: type[nn.Sequential]) -> nn.Module:
@@ -192,7 +194,8 @@ def _rows(
         if observed and record is None:
             rows.append(Row(name, block.pattern, False, None, "was not reached by this input"))
             continue
-        device, dtype = block.conv.weight.device.type, block.conv.weight.dtype
+        stored = next(block.conv.parameters())  # reading `weight` would run a parametrization
+        device, dtype = stored.device.type, stored.dtype
         name_of = record.backend if record else backends.select(backends.requested(), device, dtype)
         why = _why_backend(name_of, device, dtype)
         if record:
@@ -224,7 +227,13 @@ def fold_batchnorm(model: ModuleT) -> ModuleT:
     `model.eval()` up to rounding. Raises TypeError if `model` is no `nn.Module`.
     """
     _check_module(model)
-    folded = copy.deepcopy(model).eval()
+    memo = {}  # the old weight_norm leaves a computed `weight`, which deepcopy refuses
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                weight = getattr(module, hook.name)
+                memo[id(weight)] = weight.detach().clone()
+    folded = copy.deepcopy(model, memo).eval()
     uses = Counter(id(child) for module in folded.modules() for child in module._modules.values())
     for module in list(folded.modules()):
         if not isinstance(module, nn.Sequential) or not blocks.is_plain_sequential(module):
@@ -233,6 +242,7 @@ def fold_batchnorm(model: ModuleT) -> ModuleT:
             for block in part.blocks if isinstance(part, FoundChain) else ():
                 if block.norm is not None and uses[id(block.conv)] == 1 and uses[id(block.norm)] == 1:
                     _fold(folded, block)
+                    uses[id(block.norm)] = 0  # gone, also from where the same Sequential is called again
     return folded
 
 
@@ -257,7 +267,8 @@ def _fold(model: nn.Module, block: FoundBlock) -> None:
         weight = (conv.weight.to(wide).reshape(conv.groups, -1, *conv.weight.shape[1:]) * per_group).flatten(0, 1)
     else:
         weight = conv.weight.to(wide) * scale[:, None, None, None]
-    conv.weight.copy_(weight)
+    # A new one: another convolution may share the old.
+    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
     conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
     for module in model.modules():
         for name, child in module._modules.items():
