@@ -52,12 +52,14 @@ class Trainer:
     Raises ValueError for settings that don't fit, and what `load_images` raises.
     """
 
-    def __init__(self, config: TrainConfig, images: Images | None = None) -> None:
+    def __init__(self, config: TrainConfig, images: Images | None = None, *, _resumed: bool = False) -> None:
         if images is not None and not config.data:
             config = dataclasses.replace(config, data="images")
         config = config.resolved()
         self.config = config
         self.out = Path(config.out)
+        if not _resumed and (self.out / "metrics.csv").exists():
+            raise ValueError(f"{self.out} holds a run already: expected a new folder, or that run to be resumed")
         self.processes, self.device = distributed.join(config.device)
         console.mute(not self.processes.main)
         self.step = 0
@@ -100,7 +102,7 @@ class Trainer:
             if changes.get(name, getattr(before, name)) != getattr(before, name):
                 raise ValueError(f"{name} is {changes[name]}: the checkpoint's is {getattr(before, name)}, and stays")
         run = path.resolve().parent.parent if path.parent.name == "checkpoints" else Path(before.out)
-        trainer = cls(dataclasses.replace(before, **{"out": str(run), **changes}), images)
+        trainer = cls(dataclasses.replace(before, **{"out": str(run), **changes}), images, _resumed=True)
         trainer._restore(saved, path)
         return trainer
 

@@ -1,0 +1,40 @@
+"""Small data and short runs for the tests of the DCGAN system."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastdcgan.dcgan import Images, TrainConfig
+
+
+@pytest.fixture
+def images() -> Images:
+    """45 grey images of 28x28, each with a bright square at a place of its own."""
+    random = np.random.default_rng(0)
+    array = random.integers(0, 60, (45, 28, 28, 1), dtype=np.uint8)
+    for picture, (top, left) in zip(array, random.integers(0, 20, (45, 2)), strict=True):
+        picture[top : top + 8, left : left + 8] += 190
+    return Images(array)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    """Five steps an epoch on `images`, with narrow networks."""
+    return TrainConfig(
+        out=str(tmp_path / "run"),
+        data="squares",
+        image_size=28,
+        channels=1,
+        nz=8,
+        ngf=4,
+        ndf=4,
+        batch_size=8,
+        epochs=3,
+        samples=4,
+        log_every=1,
+        device="cpu",
+        flips=True,
+    )

@@ -1,0 +1,238 @@
+"""The networks: shapes, initialisation, the state_dict of PyTorch's example, projections, statistics per half."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastdcgan
+from fastdcgan.dcgan import (
+    IMAGE_SIZES,
+    Discriminator,
+    Generator,
+    convert_projection,
+    example_state_dict,
+    load_example_state_dict,
+)
+
+
+def example_generator(nz: int = 100, ngf: int = 64, nc: int = 3) -> nn.Module:
+    """The generator of PyTorch's DCGAN example, as one flat Sequential called `main`."""
+    widths = [ngf * 8, ngf * 4, ngf * 2, ngf]
+    layers: list[nn.Module] = [nn.ConvTranspose2d(nz, widths[0], 4, 1, 0, bias=False)]
+    for before, after in zip(widths, [*widths[1:], nc], strict=True):
+        layers += [nn.BatchNorm2d(before), nn.ReLU(True), nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)]
+    return nn.ModuleDict({"main": nn.Sequential(*layers, nn.Tanh())})
+
+
+def example_discriminator(ndf: int = 64, nc: int = 3) -> nn.Module:
+    """Its discriminator; the sigmoid at its end has no parameters."""
+    layers: list[nn.Module] = [nn.Conv2d(nc, ndf, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
+    for before in (ndf, ndf * 2, ndf * 4):
+        after = before * 2
+        layers += [nn.Conv2d(before, after, 4, 2, 1, bias=False), nn.BatchNorm2d(after), nn.LeakyReLU(0.2, True)]
+    return nn.ModuleDict({"main": nn.Sequential(*layers, nn.Conv2d(ndf * 8, 1, 4, 1, 0, bias=False), nn.Sigmoid())})
+
+
+def randomise(net: nn.Module) -> None:
+    """Values of every parameter and buffer that no initialisation gives, so that a lost one shows."""
+    with torch.no_grad():
+        for value in net.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(torch.rand_like(value) + 0.1 if value.dim() == 1 else 0.1 * torch.randn_like(value))
+            else:
+                value.fill_(7)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", IMAGE_SIZES)
+def test_shapes(size: int, channels: int) -> None:
+    generator = Generator(size, channels, nz=6, ngf=2)
+    discriminator = Discriminator(size, channels, ndf=2)
+    fake = generator(torch.randn(2, 6))
+    assert fake.shape == (2, channels, size, size)
+    assert fake.abs().max() <= 1
+    assert discriminator(fake).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("size", "widths"),
+    [(28, [7, 2, 1]), (32, [4, 4, 2, 1]), (64, [4, 8, 4, 2, 1]), (128, [4, 16, 8, 4, 2, 1]), (256, [4, 16, 16, 8, 4, 2, 1])],
+)
+def test_ladder(size: int, widths: list[int]) -> None:
+    base, *multiples = widths
+    convs = [block.conv for _, block in Generator(size, ngf=3).stages()]
+    assert convs[0].kernel_size == (base, base)
+    assert [conv.out_channels for conv in convs] == [3 * m for m in multiples] + [3]
+    convs = [block.conv for _, block in Discriminator(size, ndf=3).stages()]
+    assert convs[-1].kernel_size == (base, base)
+    assert [conv.out_channels for conv in convs] == [3 * m for m in reversed(multiples)] + [1]
+
+
+@pytest.mark.parametrize("projection", ["conv", "linear"])
+def test_noise_of_either_shape(projection: str) -> None:
+    generator = Generator(28, 1, nz=5, ngf=2, projection=projection).eval()
+    z = torch.randn(3, 5)
+    assert torch.equal(generator(z), generator(z[:, :, None, None]))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 4), (2, 5, 2, 1), (2, 5, 1)])
+def test_noise_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"z has shape .*: expected \[N, 5\]"):
+        Generator(28, 1, nz=5, ngf=2)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (2, 3, 28, 28), (2, 1, 32, 32)])
+def test_images_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"x has shape .*: expected \[N, 1, 28, 28\]"):
+        Discriminator(28, 1, ndf=2)(torch.randn(shape))
+
+
+def test_unknown_settings() -> None:
+    with pytest.raises(ValueError, match="image_size is 48: expected one of 28, 32, 64, 128, 256"):
+        Generator(48)
+    with pytest.raises(ValueError, match="projection is 'dense': expected one of conv, linear"):
+        Generator(projection="dense")
+
+
+@pytest.mark.parametrize("projection", ["conv", "linear"])
+def test_initialisation(projection: str) -> None:
+    torch.manual_seed(0)
+    nets = [Generator(32, 3, ngf=32, projection=projection), Discriminator(32, 3, ndf=32)]
+    weights = [(name, p) for net in nets for name, p in net.named_parameters()]
+    convolutions = torch.cat([p.flatten() for name, p in weights if ".conv." in name])
+    gammas = torch.cat([p for name, p in weights if name.endswith("bn.weight")])
+    betas = torch.cat([p for name, p in weights if name.endswith("bn.bias")])
+    assert len(convolutions) + len(gammas) + len(betas) == sum(p.numel() for _, p in weights)
+    # Five standard errors of the mean and of the standard deviation.
+    for values, mean in ((convolutions, 0.0), (gammas, 1.0)):
+        error = 0.02 / len(values) ** 0.5
+        assert abs(values.mean() - mean) < 5 * error
+        assert abs(values.std() - 0.02) < 5 * error / 2**0.5
+    assert (betas == 0).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_example_generator(training: bool) -> None:
+    torch.manual_seed(0)
+    theirs, ours = example_generator(12, 4, 3), Generator(64, 3, nz=12, ngf=4)
+    randomise(theirs)
+    load_example_state_dict(ours, theirs.state_dict())
+    exported = example_state_dict(ours)
+    assert list(exported) == list(theirs.state_dict())
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(exported[key], value), key
+    theirs.double().train(training), ours.double().train(training)
+    z = torch.randn(3, 12, 1, 1, dtype=torch.float64)
+    torch.testing.assert_close(ours(z), theirs["main"](z), rtol=1e-9, atol=1e-9)
+    for key, value in theirs.state_dict().items():  # running statistics too
+        torch.testing.assert_close(example_state_dict(ours)[key], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_example_discriminator(training: bool) -> None:
+    torch.manual_seed(0)
+    theirs, ours = example_discriminator(4), Discriminator(64, 3, ndf=4)
+    randomise(theirs)
+    load_example_state_dict(ours, {f"module.{key}": value for key, value in theirs.state_dict().items()})
+    assert list(example_state_dict(ours)) == list(theirs.state_dict())
+    theirs.double().train(training), ours.double().train(training)
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(ours(x).sigmoid(), theirs["main"](x).flatten(), rtol=1e-9, atol=1e-9)
+
+
+def test_example_loads_ours() -> None:
+    theirs, ours = example_generator(10, 2, 1), Generator(64, 1, nz=10, ngf=2, projection="linear")
+    randomise(ours)
+    theirs.load_state_dict(example_state_dict(ours))
+    again = Generator(64, 1, nz=10, ngf=2, projection="linear")
+    load_example_state_dict(again, theirs.state_dict())
+    for key, value in ours.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_example_of_another_size_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_example_state_dict(Generator(64, 3, nz=10, ngf=2), example_generator(10, 4).state_dict())
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        load_example_state_dict(Generator(32, 3, nz=10, ngf=4), example_generator(10, 4).state_dict())
+
+
+@pytest.mark.parametrize("size", [28, 32])
+def test_projections_are_the_same_function(size: int) -> None:
+    torch.manual_seed(0)
+    conv, linear = Generator(size, 1, nz=6, ngf=3), Generator(size, 1, nz=6, ngf=3, projection="linear")
+    randomise(conv)
+    linear.load_state_dict(convert_projection(conv.state_dict(), "linear"))
+    back = convert_projection(linear.state_dict(), "conv")
+    assert set(back) == set(conv.state_dict())
+    for key, value in conv.state_dict().items():
+        assert torch.equal(back[key], value), key
+
+    conv.double(), linear.double()
+    z = torch.randn(4, 6, dtype=torch.float64)
+    a, b = conv(z), linear(z)
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    weight = torch.randn_like(a)
+    (a * weight).sum().backward()
+    (b * weight).sum().backward()
+    grads = convert_projection({k: p.grad for k, p in linear.named_parameters()}, "conv")
+    for key, parameter in conv.named_parameters():
+        torch.testing.assert_close(grads[key], parameter.grad, rtol=1e-9, atol=1e-10)
+
+
+def test_linear_projection_is_a_linear_layer() -> None:
+    torch.manual_seed(0)
+    generator = Generator(32, 1, nz=6, ngf=2, projection="linear").double()
+    block = generator.blocks.project
+    z = torch.randn(5, 6, dtype=torch.float64)
+    by_hand = nn.functional.linear(z, block.conv.linear.weight).view(5, 8, 4, 4)
+    torch.testing.assert_close(block.conv(z[:, :, None, None]), by_hand, rtol=1e-12, atol=1e-12)
+
+
+def test_projections_are_checked() -> None:
+    with pytest.raises(ValueError, match="projection is 'x'"):
+        convert_projection({}, "x")
+
+
+@pytest.mark.parametrize("net", [Generator(32, 1, nz=6, ngf=2), Discriminator(32, 1, ndf=2)], ids=["G", "D"])
+def test_unfused(net: nn.Module) -> None:
+    net = copy.deepcopy(net).double().eval()
+    x = torch.randn(3, 6, dtype=torch.float64) if isinstance(net, Generator) else torch.randn(3, 1, 32, 32).double()
+    fused, keys = net(x), list(net.state_dict())
+    fastdcgan.unfuse(net)
+    assert not any(isinstance(m, fastdcgan.FusedSequential) for m in net.modules())
+    assert list(net.state_dict()) == keys
+    torch.testing.assert_close(net(x), fused, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_statistics_per_half(fused: bool) -> None:
+    """One batch of two halves is two passes: logits, gradients, running statistics."""
+    torch.manual_seed(0)
+    halves = Discriminator(32, 1, ndf=3).double()
+    passes = copy.deepcopy(halves)
+    if not fused:
+        fastdcgan.unfuse(halves)
+    real, fake = torch.randn(2, 6, 1, 32, 32, dtype=torch.float64)
+    fake = fake * 3 + 1
+    a = halves(torch.cat([real, fake]), stat_groups=2)
+    b = torch.cat([passes(real), passes(fake)])
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+    def loss(logits: Tensor) -> Tensor:
+        return (logits * torch.linspace(-1, 2, 12, dtype=torch.float64)).sum()
+
+    loss(a).backward(), loss(b).backward()
+    for (key, p), q in zip(halves.named_parameters(), passes.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10, msg=key)
+    for (key, p), q in zip(halves.named_buffers(), passes.buffers(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12, msg=key)
+
+
+def test_an_odd_batch_has_no_halves() -> None:
+    with pytest.raises(ValueError, match="stat_groups"):
+        fastdcgan.unfuse(Discriminator(28, 1, ndf=2))(torch.randn(3, 1, 28, 28), stat_groups=2)
