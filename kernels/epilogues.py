@@ -1,0 +1,96 @@
+"""What happens to the accumulator of a contraction before it is stored: bias, activation, statistics.
+
+Tiles that return statistics write **partials**: float32 `[stat_groups, tiles_per_group, rows, C]`, contiguous.
+
+    stats       rows = 3: (count, mean, M2) of the tile's values per channel, M2 = sum((value - mean)^2)
+    grad_stats  rows = 2: (sum(g), sum(g*xhat)), or rows = 1: (sum(g),) for a coef of two rows
+
+A tile covers pixels of one statistics group. Every slot is written by exactly one program; a tile that covers no pixel
+has count = mean = M2 = 0. `norm_act.combine_stats` and `combine_sums` read the tiles of a group in ascending order (Chan,
+Golub, LeVeque: Updating formulae and a pairwise algorithm for computing sample variances, 1979), so the same input gives
+the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from fastdcgan.geometry import Pair
+from fastdcgan.kernels.activations import activation, activation_derivative
+
+PARTIAL_ROWS = {"stats": 3, "grad_stats": 2}
+
+
+@dataclass(frozen=True)
+class Sink:
+    """How a tile is finished and stored (a `constexpr` of the kernels)."""
+
+    epilogue: str  # "none" | "bias" | "activate" | "stats" | "grad_stats"
+    act: int
+    partial_rows: int  # rows of the partials, 0 without
+    stride: Pair  # the tile's pixels are `stride` apart in the output: the phases of a transposed conv
+    box: tuple[int, int, int] | None  # images, rows, columns of a tile; None where a tile is a run of pixels
+    rows: int
+    block_c: int
+    descriptors: bool  # `out` and `y` are tensor descriptors of `launch.strided_view`
+
+
+@triton.jit
+def finish_tile(
+    acc, out, y, coef, coef_groups, slope, partials, slot, group, rows, corner, phase, channel, size, S: tl.constexpr
+):
+    """Apply the epilogue to `acc` [rows, block_c] float32, store it, and write its partials to `slot`.
+
+    `rows` and `corner` are those of `prologues.tile_rows`, `phase` the pixel of the output where they begin, `channel` the
+    first output channel, `size` the output's (height, width, channels).
+    """
+    n, q, r, inside = rows
+    n0, q0, r0 = corner
+    height, width, channels = size
+    c = channel + tl.arange(0, S.block_c)
+    in_range = c < channels
+    pixel = (n * height + q * S.stride[0] + phase[0]) * width + r * S.stride[1] + phase[1]
+    offsets = pixel[:, None] * channels + c[None, :]
+    mask = inside[:, None] & in_range[None, :]
+
+    if S.epilogue == "bias":
+        acc += tl.load(coef + c, mask=in_range, other=0.0).to(tl.float32)[None, :]
+    elif S.epilogue == "activate" or S.epilogue == "grad_stats":
+        first = coef + (group % coef_groups) * channels + c
+        step = coef_groups * channels
+        s = tl.load(first, mask=in_range, other=0.0)
+        t = tl.load(first + step, mask=in_range, other=0.0)
+        if S.epilogue == "activate":
+            acc = activation(acc * s[None, :] + t[None, :], slope, S.act)
+        else:
+            if S.descriptors:
+                raw = y.load([n0, q0, phase[0], r0, phase[1] * channels + channel]).reshape(S.rows, S.block_c)
+            else:
+                raw = tl.load(y + offsets, mask=mask, other=0.0)
+            raw = raw.to(tl.float32)
+            acc = acc * activation_derivative(raw * s[None, :] + t[None, :], slope, S.act)
+            g = tl.where(mask, acc, 0.0)
+            place = partials + slot * S.partial_rows * channels + c
+            tl.store(place, tl.sum(g, 0), mask=in_range)
+            if S.partial_rows == 2:
+                mean = tl.load(first + 2 * step, mask=in_range, other=0.0)
+                rstd = tl.load(first + 3 * step, mask=in_range, other=0.0)
+                xhat = (raw - mean[None, :]) * rstd[None, :]
+                tl.store(place + channels, tl.sum(tl.where(mask, g * xhat, 0.0), 0), mask=in_range)
+    elif S.epilogue == "stats":
+        count = tl.sum(inside.to(tl.float32), 0)
+        mean = tl.sum(tl.where(inside[:, None], acc, 0.0), 0) / tl.maximum(count, 1.0)
+        centred = tl.where(inside[:, None], acc - mean[None, :], 0.0)
+        place = partials + slot * S.partial_rows * channels + c
+        tl.store(place, tl.zeros_like(mean) + count, mask=in_range)
+        tl.store(place + channels, mean, mask=in_range)
+        tl.store(place + 2 * channels, tl.sum(centred * centred, 0), mask=in_range)
+
+    if S.descriptors:
+        tile = acc.to(out.dtype).reshape(S.box[0], S.box[1], 1, S.box[2], S.block_c)
+        out.store([n0, q0, phase[0], r0, phase[1] * channels + channel], tile)
+    else:
+        tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
