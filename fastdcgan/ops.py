@@ -112,6 +112,11 @@ def _weight_grad(*args) -> Tensor:
     return backends.get(args[15]).weight_grad(gathered, linear, _geometry(args[10:15]))
 
 
+def _finished(x: Tensor, y: Tensor | None, *rest) -> Tensor:
+    """A tensor with the shape, dtype and memory format that an operand has once it is computed."""
+    return x if y is None else y
+
+
 def _fake_epilogue(out: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
     if epilogue.kind == "stats":
         rows = 3
@@ -124,19 +129,19 @@ def _fake_epilogue(out: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
 
 
 def _fake_conv(*args) -> tuple[Tensor, Tensor]:
-    out = torch.ops.aten.convolution(args[0], args[5], None, *args[6:9], False, [0, 0], args[9])
+    out = torch.ops.aten.convolution(_finished(*args[:2]), args[5], None, *args[6:9], False, [0, 0], args[9])
     return _fake_epilogue(out, Epilogue(*args[10:16]))
 
 
 def _fake_conv_transpose(*args) -> tuple[Tensor, Tensor]:
-    x, weight = args[0], args[5]
+    x, weight = _finished(*args[:2]), args[5]
     extra = _weight_geometry(weight, args[6:10]).output_padding(*x.shape[2:], args[10])
     out = torch.ops.aten.convolution(x, weight, None, *args[6:9], True, extra, args[9])
     return _fake_epilogue(out, Epilogue(*args[11:17]))
 
 
 def _fake_weight_grad(*args) -> Tensor:
-    gathered, linear, kernel, groups = args[0], args[5], args[10], args[14]
+    gathered, linear, kernel, groups = _finished(*args[:2]), args[5], args[10], args[14]
     out = gathered.new_empty((linear.shape[1], gathered.shape[1] // groups, *kernel))
     return out.contiguous(memory_format=backends.memory_format(gathered))
 
@@ -163,7 +168,10 @@ _define(
 
 
 def norm_act(a: Operand, backend: str) -> Tensor:
-    """The operand computed and stored: activation forward, or `dy` of the backward. [N, C, H, W] in `a.x`'s format."""
+    """The operand computed and stored: activation forward, or `dy` of the backward.
+
+    [N, C, H, W] in the dtype and memory format of the raw output: `a.x`, or `a.y` where that is given.
+    """
     return torch.ops.fastdcgan.norm_act(*a, backend)
 
 
@@ -212,7 +220,7 @@ def _fake_coefficients(mean, var, weight, bias, shift, eps, backend) -> Tensor:
 _define(
     f"norm_act({_operand_schema('x')}, str backend) -> Tensor",
     lambda *args: backends.get(args[5]).norm_act(Operand(*args[:5])),
-    lambda x, *rest: torch.empty_like(x),
+    lambda *args: torch.empty_like(_finished(*args)),
 )
 _define(
     "norm_act_reduce(Tensor da, Tensor y, Tensor coef, str act, float slope, str backend) -> Tensor",

@@ -33,7 +33,7 @@ class ReferenceBackend(Backend):
         activation = ACTIVATIONS[a.act]
         if a.y is None:
             return activation.forward(z, a.slope).to(y.dtype)
-        dy = rows[0] * activation.derivative(z, a.slope) * a.x
+        dy = activation.derivative(z, a.slope) * rows[0] * a.x  # in this order it gets the strides of y
         if len(rows) == 4:
             dy = dy + rows[2] * wide + rows[3]
         return dy.to(y.dtype)
