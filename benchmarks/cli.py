@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastdcgan bench`."""
     parser.add_argument("--suite", choices=("blocks", "step", "all"), default="all", help="what to time (default: all)")
     parser.add_argument("--image-size", type=int, choices=IMAGE_SIZES, help="of the DCGAN (default: 64; --quick: 32)")
-    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 32 on a CPU, 128 on a GPU; --quick: 16)")
+    parser.add_argument("--batch", type=int, nargs="+", help="(default: 32 on a CPU, 128 on a GPU; --quick: 16)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     parser.add_argument(
         "--dtype", nargs="+", choices=("fp32", "bf16"), help="bf16 is autocast (default: fp32 on a CPU, bf16 on a GPU)"
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="interleaved rounds a case (default: what fits into its time)")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of: {', '.join(PEERS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to FILE")
-    parser.add_argument("--quick", action="store_true", help="a small net, few blocks, few rounds: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a small net, few blocks, few rounds")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         header, lines = cells(results)
         if not lines:
             continue
-        table = Table(title={"blocks": "Blocks", "step": "Training step"}[suite])
+        table = Table(title=tables.TITLES[suite])
         for i, title in enumerate(header):
             table.add_column(title, justify="left" if i < 4 else "right")
         for line in lines:
@@ -83,19 +83,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         results.write(args.json)
         console.print(f"results: {args.json}")
-    return _judge(results, console.print)
-
-
-def _judge(results: Results, say: Callable[[str], object]) -> int:
-    bad = [
-        (case, row)
-        for case in results.cases
-        for row in case.rows
-        if row.status == "wrong" or (row.status == "failed" and PEERS[row.peer].fused)
-    ]
-    for case, row in bad:
-        say(f"[red]{row.status}[/red]: {case.name} {case.part}, batch {case.batch}, {row.label} in {row.dtype}: {row.detail}")
-    return int(bool(bad))
+    for case, row in results.bad:
+        where = f"{case.name} {case.part}, batch {case.batch}, {row.label} in {row.dtype}"
+        console.print(f"[red]{row.status}[/red]: {where}: {row.detail}", highlight=False)
+    return int(bool(results.bad))
 
 
 def _device(name: str | None) -> torch.device:
@@ -155,4 +146,6 @@ def _cases(
 
 def _blocks(shape: NetShape, plan: Plan) -> list[Block]:
     generator, discriminator = shape.generator(), shape.discriminator()
-    return [*generator, *discriminator] if plan.all_blocks else [generator[1], generator[-1], discriminator[0], discriminator[1]]
+    if plan.all_blocks:
+        return [*generator, *discriminator]
+    return [generator[1], generator[-1], *discriminator[:2]]

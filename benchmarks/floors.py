@@ -1,9 +1,9 @@
 """The floor: how fast a training step could be at best, from FLOPs, bytes and two measured ceilings.
 
 Every contraction takes at least the larger of FLOPs / peak rate and bytes / bandwidth, where it reads each operand once
-and writes its result once; every pass over memory that is not part of a contraction takes its bytes / bandwidth. Contractions
-and passes can't overlap (each needs the one before), so times add up. Activations and working weights have 2 bytes,
-weight gradients 4, and Adam moves 30 bytes a parameter: it reads weight, gradient and two moments in float32, writes weight
+and writes its result once; every pass over memory that is not part of a contraction takes its bytes / bandwidth. They
+can't overlap (each needs the one before), so times add up. Activations and working weights have 2 bytes, weight
+gradients 4, and Adam moves 30 bytes a parameter: it reads weight, gradient and two moments in float32, writes weight
 and moments, and the 2-byte working weight.
 
 Three levels, each a bound that no implementation of its kind can beat:

@@ -1,8 +1,8 @@
 """Timing and statistics: interleaved rounds in one process, medians of per-round ratios, and their spread.
 
-Clocks drift (frequency, other processes), and by more than what is to be told apart; but they drift for all peers alike. So
-every round times each peer once, in an order that alternates, and what is reported is the median over rounds of the
-ratio of two times taken in the same round.
+Speed drifts (clock frequency, other processes), and by more than what is to be told apart; but it drifts for all peers
+alike. So every round times each peer once, in an order that alternates, and what is reported is the median over rounds
+of the ratio of two times taken in the same round.
 """
 
 from __future__ import annotations
@@ -177,9 +177,7 @@ def interleave(
     if not candidates:
         raise ValueError("there is nothing to time")
     began = clock()
-    calls = {
-        name: calls_per_round(timer, segments, timing.seconds_per_round) for name, segments in candidates.items()
-    }
+    calls = {name: calls_per_round(timer, segments, timing.seconds_per_round) for name, segments in candidates.items()}
     samples: dict[str, list[list[float]]] = {name: [[] for _ in segments] for name, segments in candidates.items()}
     order = list(candidates)
     for done in range(timing.rounds):

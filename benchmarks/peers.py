@@ -10,6 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,8 @@ class Peer:
 
     def transform(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """`module` brought to the device and into this peer's form; in place where PyTorch does it in place."""
-        module = module.to(device, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        module = module.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         if dtype == torch.float64:
             module = module.double()
         if self.fused:
@@ -65,8 +67,8 @@ class Peer:
             options = dict(_inductor.list_mode_options(self.compile_mode))
             if self.force_layout:
                 options["force_layout_optimization"] = True
-            # Not `module.compile()`: Dynamo skips frames of torch.nn, so for a Sequential that compiles nothing, in silence.
-            module = torch.compile(module, dynamic=False, options=options)
+            # Not `module.compile()`: Dynamo skips frames of torch.nn, so for a Sequential nothing is compiled.
+            module = cast(nn.Module, torch.compile(module, dynamic=False, options=options))
         return module
 
     def warm_up(self, function: Callable[[], object], device: torch.device) -> None:
@@ -135,15 +137,19 @@ def _autocast(dtype: torch.dtype) -> torch.dtype | None:
     return dtype if dtype == torch.bfloat16 else None
 
 
+def _autocast_region(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype=_autocast(dtype), enabled=_autocast(dtype) is not None)
+
+
 def _to(tensor: Tensor, peer: Peer, device: torch.device, dtype: torch.dtype) -> Tensor:
     # `.to` keeps strides that are already dense, so the format is set by a copy of its own.
     memory_format = torch.channels_last if peer.channels_last else torch.contiguous_format
     return tensor.to(device, dtype, copy=True).contiguous(memory_format=memory_format)
 
 
-def _capture(function: Callable[[], object], **kwargs: object) -> torch.cuda.CUDAGraph:
+def _capture(function: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, **kwargs):
+    with torch.cuda.graph(graph, pool=pool):
         function()
     return graph
 
@@ -252,7 +258,7 @@ class StepRunner:
             return None
 
         def forward() -> Tensor:
-            with torch.autocast(self.device.type, dtype=_autocast(self.dtype), enabled=_autocast(self.dtype) is not None):
+            with _autocast_region(self.device, self.dtype):
                 return self.discriminator(self.generator(self.data[0][1]))
 
         result = saved_bytes(forward, list(self._tensors()))
@@ -294,7 +300,7 @@ class BlockRunner:
     def _forward(self) -> None:
         if self.peer.own_graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(self.device.type, dtype=_autocast(self.dtype), enabled=_autocast(self.dtype) is not None):
+        with _autocast_region(self.device, self.dtype):
             self.out = self.module(self.x)
 
     def _backward(self) -> None:

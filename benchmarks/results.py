@@ -90,8 +90,14 @@ class Results:
     schema: int = SCHEMA
 
     @property
-    def wrong(self) -> list[Row]:
-        return [row for case in self.cases for row in case.rows if row.status == "wrong"]
+    def bad(self) -> list[tuple[Case, Row]]:
+        """What must not be: a peer with a wrong result, or ours failing. Other peers may fail."""
+        return [
+            (case, row)
+            for case in self.cases
+            for row in case.rows
+            if row.status == "wrong" or (row.status == "failed" and row.peer.startswith("fused"))
+        ]
 
     def write(self, path: Path) -> None:
         """As JSON; the file appears whole or not at all."""
@@ -134,7 +140,8 @@ def _row(data: dict) -> Row:
 def _output(*command: str) -> str | None:
     """What a command prints, or None where it isn't there or fails: facts about a machine are optional."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent, check=False)
+        folder = Path(__file__).parent
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=folder, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -172,12 +179,12 @@ def environment(device: torch.device) -> dict:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}")
+        query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
         facts |= {
             "device": properties.name,
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
-            "driver": driver,
+            "driver": _output(*query, f"--id={device.index or 0}"),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "cudnn_benchmark": torch.backends.cudnn.benchmark,

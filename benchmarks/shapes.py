@@ -50,8 +50,9 @@ class Block:
         return batch * self.out_channels * self.out_size**2
 
     def flops(self, batch: int) -> int:
-        """Of any one of its three contractions (forward, input gradient, weight gradient): 2 a multiply-add, taps on the
-        padding counted."""
+        """Of any one of its three contractions (forward, input gradient, weight gradient).
+
+        A multiply-add counts 2, and taps that fall on the padding count too."""
         positions = self.in_size if self.transposed else self.out_size
         return 2 * batch * self.weights * positions**2
 

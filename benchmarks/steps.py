@@ -1,8 +1,8 @@
 """The training step of a DCGAN, written once: every peer runs this very function.
 
-The algorithm is that of Goodfellow et al., 2014, with the non-saturating generator loss, as Radford et al., 2015, train:
-the discriminator on real and on generated images in two passes (so with BatchNorm statistics of their own), its Adam, the
-generator through the updated discriminator, its Adam.
+The algorithm is that of Goodfellow et al., 2014, with the non-saturating generator loss, as Radford et al., 2015,
+train: the discriminator on real and on generated images in two passes (so with BatchNorm statistics of their own), its
+Adam, the generator through the updated discriminator, its Adam.
 """
 
 from __future__ import annotations

@@ -59,8 +59,9 @@ class _Contest:
         self.samples: dict[str, list[list[float]]] = {}
 
     def build(self, make: Callable[[Peer, torch.dtype], Runner], kinked: int) -> None:
-        """Build and check every peer (`kinked` as in `peers.tolerance`). One that can't run, fails or is wrong keeps its
-        row, which then says so."""
+        """Build and check every peer (`kinked` as in `peers.tolerance`).
+
+        One that can't run, fails or is wrong keeps its row, which then says so."""
         truth = make(peers.TRUTH, torch.float64).observe()
         yardstick = make(peers.YARDSTICK, DTYPES[self.dtype]).observe()
         tolerance = peers.tolerance(peers.distance(yardstick, truth), DTYPES[self.dtype], kinked)

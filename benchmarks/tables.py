@@ -3,8 +3,8 @@
     python -m fastdcgan.benchmarks.tables README.md           writes the measured tables of README.md anew
     python -m fastdcgan.benchmarks.tables README.md --check   exits with 1 if they aren't what the results say
 
-A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`; names are in `TABLES`. No figure gets into a document
-in any other way.
+A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`; names are in `TABLES`. No figure gets into a
+document in any other way.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _reason(row: Row) -> str:
+def reason(row: Row) -> str:
+    """Why a row has no time, in a line."""
     return textwrap.shorten(f"{row.status}: {row.detail}", 160, placeholder=" ...") if row.detail else row.status
 
 
@@ -60,7 +61,7 @@ def step_cells(results: Results) -> Cells:
         for row in case.rows:
             rate = f"{case.batch / row.ms.median * 1e3:.0f}" if row.ms else "-"
             over = format_ratio(row.ratio) if row.peer != case.reference else "reference"
-            values = (format_ms(row.ms), over, rate) if row.ms else (_reason(row), "-", "-")
+            values = (format_ms(row.ms), over, rate) if row.ms else (reason(row), "-", "-")
             memory = (format_bytes(row.saved_bytes), format_bytes(row.peak_bytes))
             lines.append((case.name, str(case.batch), case.dtype, row.label, *values, *memory))
     return header, lines
@@ -74,7 +75,7 @@ def block_cells(results: Results) -> Cells:
     for case in cases:
         rows = {row.label: row for row in case.rows}
         reference = next(row for row in case.rows if row.peer == case.reference)
-        own = format_ms(reference.ms) if reference.ms else _reason(reference)
+        own = format_ms(reference.ms) if reference.ms else reason(reference)
         cells = [_ratio_cell(rows.get(label), reference) for label in labels]
         lines.append((case.name, case.part, str(case.batch), case.dtype, f"{own} ({reference.label})", *cells))
     return ("block", "part", "batch", "dtype", "reference ms", *labels), lines
@@ -85,7 +86,7 @@ def _ratio_cell(row: Row | None, reference: Row) -> str:
         return "-"
     if row is reference:
         return "reference"
-    return format_ratio(row.ratio) if row.ratio else _reason(row)
+    return format_ratio(row.ratio) if row.ratio else reason(row)
 
 
 def caption(results: Results) -> str:
@@ -102,28 +103,35 @@ def caption(results: Results) -> str:
 
 NOTE = "Medians of interleaved rounds; in brackets the quartiles; ~ where the spread is larger than the difference."
 
-# name -> (device type, suite)
 CELLS: dict[str, Callable[[Results], Cells]] = {"step": step_cells, "blocks": block_cells}
-TABLES = {
-    "bench-cpu-step": ("cpu", "step"),
-    "bench-cpu-blocks": ("cpu", "blocks"),
-    "bench-gpu-step": ("cuda", "step"),
-    "bench-gpu-blocks": ("cuda", "blocks"),
-}
+TITLES = {"step": "Training step", "blocks": "Blocks"}
+TABLES = {"cpu": "cpu", "gpu": "cuda"}  # marker -> device type
+
+
+def markdown(results: Results, suite: str) -> str:
+    """One suite's table, or "" where nothing of it was measured."""
+    header, lines = CELLS[suite](results)
+    return _markdown(header, lines) if lines else ""
 
 
 def table(name: str, results: Sequence[Results]) -> str:
-    """The text of a README table: for each device the newest results that have such cases, or "not measured yet"."""
+    """The text between the markers `name`: for each device and suite the newest results, or "not measured yet"."""
     if name not in TABLES:
         raise ValueError(f"unknown table {name!r}: expected one of {', '.join(TABLES)}")
-    device_type, suite = TABLES[name]
-    newest: dict[str, Results] = {}
+    newest: dict[tuple[str, str], Results] = {}
     for r in results:
-        if r.environment["device_type"] == device_type and any(case.suite == suite for case in r.cases):
-            newest[str(r.environment["device"])] = r
-    if not newest:
-        return NOT_MEASURED
-    return "\n\n".join(f"{caption(r)} {NOTE}\n\n{_markdown(*CELLS[suite](r))}" for r in newest.values())
+        if r.environment["device_type"] == TABLES[name]:
+            newest |= {(r.environment["device"], suite): r for suite in CELLS if markdown(r, suite)}
+    texts = [
+        f"**{TITLES[suite]}.** {caption(r)} {NOTE}\n\n{markdown(r, suite)}"
+        for (_, suite), r in sorted(newest.items(), key=_place)
+    ]
+    return "\n\n".join(texts) or NOT_MEASURED
+
+
+def _place(item: tuple[tuple[str, str], Results]) -> tuple[str, int]:
+    device, suite = item[0]
+    return device, list(CELLS).index(suite)
 
 
 def render(text: str, results: Sequence[Results]) -> str:
@@ -145,7 +153,7 @@ def render(text: str, results: Sequence[Results]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastdcgan.benchmarks.tables", description=__doc__.split("\n")[0])
     parser.add_argument("document", type=Path, help="a Markdown file with markers")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of results files (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results files (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
     args = parser.parse_args(arguments)
     before = args.document.read_text()

@@ -1,0 +1,187 @@
+"""What `gpu_check.py` runs in processes of their own, so that a limit can end any of it.
+
+Each command writes a results file (or prints), and exits with 1 if something was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fastdcgan
+from fastdcgan.benchmarks import harness, plots, results, steps, suites, tables
+from fastdcgan.benchmarks.floors import step_flops
+from fastdcgan.benchmarks.results import Case, Results
+from fastdcgan.benchmarks.shapes import NetShape, inputs
+
+SHAPE = NetShape()
+DRY_SHAPE = NetShape(16, ngf=8, ndf=8)
+OWN_GPU_BACKENDS = ("triton", "cuda")  # those with kernels that a sanitizer has something to say about
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_worker", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, few rounds")
+    commands = parser.add_subparsers(required=True)
+    for name, run in (("environment", _environment), ("ceilings", _ceilings), ("smallest", _smallest)):
+        command = commands.add_parser(name)
+        command.set_defaults(run=run)
+        command.add_argument("file", type=Path)
+    for name, run in (("step", _step), ("blocks", _blocks)):
+        command = commands.add_parser(name)
+        command.set_defaults(run=run)
+        command.add_argument("file", type=Path)
+        command.add_argument("--batch", type=int, required=True)
+        command.add_argument("--seconds", type=float, required=True, help="to time a case for")
+        command.add_argument(
+            "--case", nargs="+", action="append", required=True, metavar="NAME", help="a dtype, then peers; repeatable"
+        )
+    report = commands.add_parser("report")
+    report.set_defaults(run=_report)
+    report.add_argument("file", type=Path)
+    report.add_argument("plot", type=Path)
+    args = parser.parse_args(arguments)
+    return args.run(args, torch.device(args.device))
+
+
+def _empty(args: argparse.Namespace, device: torch.device) -> Results:
+    with suites.device_settings(device):
+        return Results("gpu-check", results.environment(device), [], dry=args.dry)
+
+
+def _environment(args: argparse.Namespace, device: torch.device) -> int:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(f"torch {torch.__version__} finds no GPU")
+        return 1
+    found = _empty(args, device)
+    found.write(args.file)
+    for name, value in found.environment.items():
+        print(f"{name}: {value}")
+    return 0
+
+
+# --- ceilings --------------------------------------------------------------------------------------------------------
+
+
+def _ceilings(args: argparse.Namespace, device: torch.device) -> int:
+    """A large bfloat16 matrix product on random data, and a copy that counts bytes read and written."""
+    size, copied = (256, 2**20) if args.dry else (8192, 2**31)
+    timer = harness.timer_for(device, cold=False)
+
+    def median_s(function: Callable[[], object]) -> float:
+        calls = harness.calls_per_round(timer, (function,), 0.01 if args.dry else 0.2)
+        return harness.summarise([timer((function,), calls)[0] for _ in range(5)]).median
+
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(a)
+    flops_per_s = 2 * size**3 / median_s(lambda: torch.mm(a, b, out=product))
+    source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    bytes_per_s = 2 * copied / median_s(lambda: target.copy_(source))
+
+    found = _empty(args, device)
+    found.extra["ceilings"] = {"bf16_flops_per_s": flops_per_s, "copy_bytes_per_s": bytes_per_s}
+    found.write(args.file)
+    print(f"bf16 {size}^3 matrix product: {flops_per_s / 1e12:.3g} TFLOP/s; copy: {bytes_per_s / 1e12:.3g} TB/s")
+    return 0
+
+
+# --- timings ---------------------------------------------------------------------------------------------------------
+
+
+def _timing(args: argparse.Namespace) -> harness.Timing:
+    if args.dry:
+        return harness.Timing(3, 0.001, args.seconds)
+    return harness.Timing(50, 0.05, args.seconds, least_rounds=5)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _step(args: argparse.Namespace, device: torch.device) -> int:
+    found = _empty(args, device)
+    shape = DRY_SHAPE if args.dry else SHAPE
+    for dtype, *names in args.case:
+        _add(found, [suites.run_step(shape, args.batch, names, device, dtype, _timing(args), _say)], args.file)
+    return int(bool(found.bad))
+
+
+def _blocks(args: argparse.Namespace, device: torch.device) -> int:
+    found = _empty(args, device)
+    shape = DRY_SHAPE if args.dry else SHAPE
+    blocks = shape.generator() + shape.discriminator()
+    for dtype, *names in args.case:
+        for block in blocks[1:3] if args.dry else blocks:
+            _add(found, suites.run_block(block, args.batch, names, device, dtype, _timing(args)), args.file)
+    return int(bool(found.bad))
+
+
+def _add(found: Results, cases: Sequence[Case], file: Path) -> None:
+    """Written after every case: a limit may end the process at any time."""
+    found.cases += cases
+    found.write(file)
+    for case in cases:
+        for row in case.rows:
+            time = f"{tables.format_ms(row.ms)} ms" if row.ms else tables.reason(row)
+            _say(f"{case.name} {case.part} batch {case.batch} {case.dtype} {row.peer}: {time}")
+
+
+# --- the smallest shapes, for a sanitizer ----------------------------------------------------------------------------
+
+
+def _smallest(args: argparse.Namespace, device: torch.device) -> int:
+    """Two training steps through each backend that has kernels of its own, in each dtype; no vanilla kernels timed."""
+    names = [name for name, why in fastdcgan.backends().items() if why == "available"]
+    if device.type == "cuda":
+        names = [name for name in names if name in OWN_GPU_BACKENDS]
+    real, noise = (tensor.to(device) for tensor in inputs(DRY_SHAPE, 2))
+    for name in names:
+        for dtype in (None, torch.bfloat16):
+            nets = [fastdcgan.fuse(net.to(device)) for net in DRY_SHAPE.nets()]
+            optimisers = [steps.adam(net, device) for net in nets]
+            with fastdcgan.backend(name):
+                losses: tuple[Tensor, ...] = ()
+                for _ in range(2):
+                    losses = steps.gan_step(*nets, *optimisers, real, noise, dtype)
+            values = [loss.item() for loss in losses]
+            _say(f"backend {name}, autocast {dtype}: losses {values}")
+            if not all(map(torch.isfinite, losses)):
+                return 1
+    _empty(args, device).write(args.file)
+    return 0
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def _report(args: argparse.Namespace, device: torch.device) -> int:
+    found = Results.read(args.file)
+    print(tables.caption(found))
+    for suite, title in tables.TITLES.items():
+        print(f"\n{title}\n\n{tables.markdown(found, suite) or tables.NOT_MEASURED}", flush=True)
+    ceilings = found.extra.get("ceilings")
+    limits: dict[int, dict[str, float]] = {}
+    if ceilings is not None:
+        rates = ceilings["bf16_flops_per_s"], ceilings["copy_bytes_per_s"]
+        shape = DRY_SHAPE if args.dry else SHAPE
+        for batch in sorted({case.batch for case in found.cases if case.suite == "step"}):
+            limits[batch] = suites.step_floors(shape, batch, *rates)
+            values = ", ".join(f"{level} {ms:.3f} ms" for level, ms in limits[batch].items())
+            print(f"floors at batch {batch}, {step_flops(shape, batch) / 1e9:.0f} GFLOP: {values}")
+        found.extra["floors_ms"] = {str(batch): values for batch, values in limits.items()}
+        found.write(args.file)
+    if any(case.suite == "step" for case in found.cases):
+        plots.plot_steps(found, limits, args.plot)
+        print(f"plot: {args.plot.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

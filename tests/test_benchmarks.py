@@ -1,0 +1,647 @@
+"""The benchmark suite: statistics, the check of the peers, FLOP counts, results files, gpu-check without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdcgan.benchmarks import cli, floors, gpu_check, harness, peers, plots, results, steps, suites, tables
+from fastdcgan.benchmarks.harness import Summary, Timing
+from fastdcgan.benchmarks.peers import PEERS, BlockRunner, StepRunner
+from fastdcgan.benchmarks.results import Case, Results, Row
+from fastdcgan.benchmarks.shapes import Block, NetShape, inputs
+
+CPU = torch.device("cpu")
+TINY = NetShape(16, ngf=8, ndf=8)
+BLOCK = Block("G1", True, 8, 4, 4, "relu", True)
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_summary_is_median_and_quartiles():
+    assert harness.summarise([5, 1, 2, 3, 4]) == Summary(3, 2, 4)
+    assert harness.summarise([5, 1, 2, 3, 4]).spread == 2
+
+
+@pytest.mark.parametrize("samples", [[], [1.0, float("nan")], [float("inf")]])
+def test_summary_rejects(samples):
+    with pytest.raises(ValueError, match="finite samples"):
+        harness.summarise(samples)
+
+
+def test_ratio_cancels_drift():
+    drift = [1.0, 1.5, 3.0, 2.0, 1.2]
+    found = harness.ratio([2 * d for d in drift], drift)
+    assert (found.median, found.spread) == (2.0, 0.0)
+    assert not harness.is_noisy(found)
+
+
+def test_ratio_shows_noise():
+    found = harness.ratio([1.0, 1.4, 0.7, 1.1, 0.9], [1.0] * 5)
+    assert found == Summary(1.0, 0.9, 1.1)
+    assert harness.is_noisy(found)
+
+
+@pytest.mark.parametrize(("samples", "reference"), [([1.0], [1.0, 2.0]), ([1.0, 1.0], [1.0, 0.0]), ([], [])])
+def test_ratio_rejects(samples, reference):
+    with pytest.raises(ValueError, match="expected"):
+        harness.ratio(samples, reference)
+
+
+class FakeTimer:
+    """Times that are known, and who was called in which order."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self.order, self.now = seconds, [], 0.0
+
+    def __call__(self, segments, calls):
+        (name,) = (segment() for segment in segments)
+        self.order.append((name, calls))
+        self.now += calls * self.seconds[name]
+        return [self.seconds[name]]
+
+
+def _candidates(*names: str) -> dict:
+    return {name: (lambda name=name: name,) for name in names}
+
+
+def test_rounds_alternate_their_order_and_calls_fill_the_round():
+    timer = FakeTimer({"fast": 0.001, "slow": 0.5})
+    samples = harness.interleave(_candidates("fast", "slow"), timer, Timing(3, 0.01))
+    assert samples == {"fast": [[0.001] * 3], "slow": [[0.5] * 3]}
+    fast, slow = ("fast", 10), ("slow", 1)
+    assert timer.order[4:] == [fast, slow, slow, fast, fast, slow]
+
+
+@pytest.mark.parametrize(("budget", "rounds"), [(0.0, 2), (5.5, 4), (1e9, 10)])
+def test_rounds_end_with_the_budget_but_not_before_the_least(budget, rounds):
+    timer = FakeTimer({"a": 1.0})
+    timing = Timing(10, 1.0, budget, least_rounds=2)
+    samples = harness.interleave(_candidates("a"), timer, timing, clock=lambda: timer.now)
+    assert len(samples["a"][0]) == rounds
+
+
+def test_timing_rejects_what_makes_no_sense():
+    with pytest.raises(ValueError, match="rounds has to be at least 1, not 0"):
+        Timing(0)
+    with pytest.raises(ValueError, match="nothing to time"):
+        harness.interleave({}, harness.CPUTimer(), Timing(1))
+    with pytest.raises(ValueError, match="'cpu' or 'cuda'"):
+        harness.timer_for(torch.device("meta"), cold=False)
+
+
+def test_cpu_timer_times_each_segment():
+    import time
+
+    short, long = harness.CPUTimer()((lambda: None, lambda: time.sleep(0.01)), 2)
+    assert 0 <= short < 0.005
+    assert long >= 0.01
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_nets_have_the_shapes_of_a_dcgan(size):
+    shape = NetShape(size, channels=1, nz=10, ngf=4, ndf=4)
+    generator, discriminator = shape.nets()
+    real, noise = inputs(shape, 2)
+    fake = generator(noise)
+    assert fake.shape == real.shape == (2, 1, size, size)
+    assert discriminator(fake).shape == (2, 1, 1, 1)
+    assert sum(p.numel() for net in (generator, discriminator) for p in net.parameters()) == floors.parameters(shape)
+
+
+@pytest.mark.parametrize("size", [8, 48, 0])
+def test_image_size_is_checked(size):
+    with pytest.raises(ValueError, match=f"power of two of at least 16, not {size}"):
+        NetShape(size)
+
+
+def test_step_is_the_textbook_one():
+    """Against two backward passes for D, as most people write it, and no freezing of D in G's step."""
+    torch.manual_seed(0)
+    nets = TINY.nets()
+    real, noise = inputs(TINY, 4)
+    ours = copy.deepcopy(nets)
+    optimisers = [steps.adam(net, CPU) for net in ours]
+    loss_d, loss_g = steps.gan_step(*ours, *optimisers, real, noise)
+
+    generator, discriminator = nets
+    opt_g, opt_d = (steps.adam(net, CPU) for net in nets)
+    one, zero = torch.ones(4, 1, 1, 1), torch.zeros(4, 1, 1, 1)
+    on_real = F.binary_cross_entropy_with_logits(discriminator(real), one)
+    on_real.backward()
+    fake = generator(noise)
+    on_fake = F.binary_cross_entropy_with_logits(discriminator(fake.detach()), zero)
+    on_fake.backward()
+    opt_d.step()
+    expected_g = F.binary_cross_entropy_with_logits(discriminator(fake), one)
+    expected_g.backward()
+    opt_g.step()
+
+    torch.testing.assert_close(loss_d, (on_real + on_fake).detach())
+    torch.testing.assert_close(loss_g, expected_g.detach())
+    for net, expected in zip(ours, nets, strict=True):
+        for (name, value), other in zip(net.state_dict().items(), expected.state_dict().values(), strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6, msg=name)
+    assert all(p.requires_grad for p in ours[1].parameters())
+
+
+# --- floors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch", "gflop"), [(128, 291), (1024, 2329)])
+def test_flops_of_a_step_are_the_known_ones(batch, gflop):
+    assert round(floors.step_flops(NetShape(), batch) / 1e9) == gflop
+
+
+def test_flops_of_a_step_are_those_that_pytorch_counts():
+    generator, discriminator = TINY.nets()
+    optimisers = steps.adam(generator, CPU), steps.adam(discriminator, CPU)
+    with FlopCounterMode(display=False) as counter:
+        steps.gan_step(generator, discriminator, *optimisers, *inputs(TINY, 4))
+    assert floors.step_flops(TINY, 4) == counter.get_total_flops()
+
+
+def test_fusing_more_lowers_the_floor_to_flops_and_fewest_bytes():
+    flops_per_s, bytes_per_s = 8e14, 3e12
+    shape = NetShape()
+    unfused, epilogues, full = (
+        floors.step_seconds(shape, 128, level, flops_per_s, bytes_per_s) for level in floors.LEVELS
+    )
+    assert unfused > epilogues > full > floors.step_flops(shape, 128) / flops_per_s
+    # Where bytes cost nothing, only FLOPs are left.
+    assert floors.step_seconds(shape, 128, "full", flops_per_s, 1e30) == pytest.approx(
+        floors.step_flops(shape, 128) / flops_per_s
+    )
+
+
+def test_bytes_of_a_block_by_hand():
+    block = Block("D", False, 2, 3, 8, "leaky_relu", True)  # x 2*8*8, y 3*4*4, w 3*2*4*4, all for a batch of 1
+    x, y, w = 128, 48, 96
+    assert [work.bytes for work in floors.forward(block, 1, "unfused")] == [2 * (x + y + w), 2 * y, 4 * y]
+    assert [work.bytes for work in floors.forward(block, 1, "full")] == [2 * (x + y + w)]
+    assert [work.bytes for work in floors.backward(block, 1, "full")] == [2 * (x + 2 * y + w), 2 * (x + 2 * y) + 4 * w]
+    assert list(floors.backward(block, 1, input_grad=False, weight_grad=False)) == []
+
+
+def test_floors_reject():
+    with pytest.raises(ValueError, match="unknown level 'none'"):
+        floors.step_seconds(TINY, 1, "none", 1.0, 1.0)
+    with pytest.raises(ValueError, match="bytes_per_s has to be positive, not 0"):
+        floors.step_seconds(TINY, 1, "full", 1.0, 0.0)
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+def _step_case(names: list[str], dtype: str = "fp32") -> Case:
+    return suites.run_step(TINY, 4, names, CPU, dtype, Timing(2, 1e-4))
+
+
+def _block_cases(names: list[str], dtype: str = "fp32") -> tuple[Case, Case]:
+    return suites.run_block(BLOCK, 4, names, CPU, dtype, Timing(2, 1e-4))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_peers_agree_and_are_timed(dtype):
+    names = ["eager", "eager-nhwc", "fused"]
+    cases = [_step_case(names, dtype), *_block_cases(names, dtype)]
+    assert [case.part for case in cases] == ["step", "forward", "backward"]
+    for case in cases:
+        assert case.reference == "fused"
+        for row in case.rows:
+            assert row.status == "ok", row.detail
+            assert len(row.samples_ms) == 2
+            assert row.error <= row.tolerance
+            assert row.saved_bytes > 0
+            assert row.ms.median > 0
+            assert row.ratio == harness.ratio(row.samples_ms, case.rows[-1].samples_ms)
+
+
+def _change(monkeypatch, change) -> None:
+    """Let `change(module)` happen to what the fused peer runs."""
+    original = peers.Peer.transform
+
+    def transform(self, module, device, dtype):
+        module = original(self, module, device, dtype)
+        if self.fused:
+            change(module)
+        return module
+
+    monkeypatch.setattr(peers.Peer, "transform", transform)
+
+
+def _scale_a_weight(module: nn.Module) -> None:
+    with torch.no_grad():
+        next(module.parameters()).mul_(1.5)
+
+
+@pytest.mark.parametrize("run", [_step_case, lambda names: _block_cases(names)[1]], ids=["step", "block"])
+def test_a_wrong_peer_is_marked_and_not_timed(run, monkeypatch):
+    _change(monkeypatch, _scale_a_weight)
+    case = run(["eager", "fused"])
+    eager, fused = case.rows
+    assert (eager.status, fused.status) == ("ok", "wrong")
+    assert "from float64, expected at most" in fused.detail
+    assert fused.samples_ms == []
+    assert eager.ms is not None
+    assert case.reference == "eager"
+    assert Results("bench", {}, [case]).bad == [(case, fused)]
+
+
+def test_a_failing_peer_keeps_its_row_with_the_original_error(monkeypatch):
+    def fail(module):
+        raise RuntimeError("compiling it failed") from OSError("no compiler found")
+
+    _change(monkeypatch, fail)
+    eager, fused = _step_case(["eager", "fused"]).rows
+    assert eager.status == "ok"
+    assert fused.status == "failed"
+    assert "compiling it failed" in fused.detail
+    assert "no compiler found" in fused.detail
+
+
+def test_compiling_nothing_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    (row,) = _step_case(["compile"]).rows
+    assert (row.status, row.detail) == ("failed", "RuntimeError: torch.compile compiled nothing")
+
+
+def test_peers_that_need_a_gpu_say_so():
+    rows = _step_case(["eager", "graph", "fused-graph", "compile-max"]).rows
+    assert [row.status for row in rows] == ["ok", "unavailable", "unavailable", "unavailable"]
+    assert rows[1].detail == "needs a CUDA device"
+
+
+def test_distance_is_the_worst_and_never_hides_nan():
+    truth = [torch.ones(4), torch.full((2,), 2.0)]
+    assert peers.distance(truth, truth) == 0
+    assert peers.distance([truth[0], truth[1] * 1.5], truth) == pytest.approx(0.5)
+    nan = peers.distance([truth[0], truth[1] * float("nan")], truth)
+    assert not nan <= 1e9
+
+
+def test_saved_bytes_are_distinct_and_without_weights():
+    conv = nn.Conv2d(3, 5, 3, padding=1)
+    x = torch.randn(2, 3, 8, 8)
+    # The input of the convolution and the output of the ReLU, in whose place its input was.
+    found = peers.saved_bytes(lambda: torch.relu_(conv(x)), list(conv.parameters()))
+    assert found == 4 * (2 * 3 * 64 + 2 * 5 * 64)
+
+
+class FakeGraph:
+    """Runs on replay what was recorded, as a CUDA graph does with the kernels."""
+
+    def __init__(self, function) -> None:
+        self.function = function
+        function()
+
+    def replay(self) -> None:
+        self.function()
+
+
+@pytest.fixture
+def fake_cuda_graphs(monkeypatch):
+    """CUDA graphs' place taken by a recorder, so that the bookkeeping around them runs on a CPU."""
+
+    class Stream:
+        def __init__(self, *args) -> None:
+            self.waited_for: list = []
+
+        def wait_stream(self, other) -> None:
+            self.waited_for.append(other)
+
+    current = Stream()
+    monkeypatch.setattr(peers.Peer, "require", lambda self, device: None)
+    monkeypatch.setattr(peers, "_capture", lambda function, pool=None: FakeGraph(function))
+    monkeypatch.setattr(FakeGraph, "pool", lambda self: "pool", raising=False)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1)
+    return current
+
+
+def test_a_captured_step_reads_its_own_buffers(fake_cuda_graphs):
+    torch.manual_seed(0)
+    nets, data = TINY.nets(), [inputs(TINY, 4, seed) for seed in range(2)]
+    eager = StepRunner(PEERS["eager-nhwc"], nets, data, CPU, torch.float32)
+    graph = StepRunner(PEERS["graph"], nets, data, CPU, torch.float32)
+    graph.prepare()
+    assert fake_cuda_graphs.waited_for, "the warm-up stream has to be waited for before the capture"
+    buffers = graph.real, graph.noise
+    assert all(buffer is not given for buffer, given in zip(buffers, graph.data[0], strict=True))
+    for a, b in zip(graph.observe(3), eager.observe(3), strict=True):
+        torch.testing.assert_close(a, b)
+    # The same buffers, now with the last data set in them.
+    graph.next = 1
+    graph()
+    assert (graph.real, graph.noise) == buffers
+    torch.testing.assert_close(graph.real, graph.data[1][0])
+
+
+def test_a_captured_block_gives_the_eager_gradients(fake_cuda_graphs):
+    torch.manual_seed(0)
+    arguments = BLOCK.module(), torch.randn(4, 8, 4, 4), torch.randn(4, 4, 8, 8), CPU, torch.float32
+    eager, graph = (BlockRunner(PEERS[name], *arguments) for name in ("eager", "graph"))
+    graph.prepare()
+    for a, b in zip(graph.observe(), eager.observe(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_reset_brings_a_runner_back():
+    torch.manual_seed(0)
+    runner = StepRunner(PEERS["eager"], TINY.nets(), [inputs(TINY, 4)], CPU, torch.float32)
+    first = runner.observe(3)
+    for _ in range(3):
+        runner()
+    for a, b in zip(runner.observe(3), first, strict=True):
+        assert torch.equal(a, b)
+
+
+# --- results and tables ----------------------------------------------------------------------------------------------
+
+
+def _made_up(device: str = "Imaginary", device_type: str = "cpu", created: str = "2020-01-01", **more) -> Results:
+    """Results of a run that never was, for the forms of tables."""
+    rows = [
+        Row(
+            "eager",
+            "PyTorch eager, NCHW",
+            "fp32",
+            samples_ms=[4.0],
+            ms=Summary(4.0, 3.0, 5.0),
+            ratio=Summary(2, 1.9, 2.2),
+        ),
+        Row("compile", "torch.compile", "fp32", "failed", "InvalidCxxCompiler: no compiler\n| found"),
+        Row("fused", "fastdcgan", "fp32", samples_ms=[2.0], ms=Summary(2.0, 2.0, 2.0), ratio=Summary(1, 1, 1)),
+    ]
+    environment = {
+        "device": device,
+        "device_type": device_type,
+        "created": created,
+        "threads": 2,
+        "torch": "9.9",
+        "commit": "0123456789abcdef",
+        "uncommitted_changes": False,
+        "driver": "1.2",
+        "cuda": "13",
+    }
+    cases = [
+        Case("step", "64x64", "step", 8, "fp32", "fused", rows),
+        Case("blocks", "G1 8->4 4->8", "forward", 8, "fp32", "fused", rows),
+    ]
+    return Results("bench", environment, cases, **more)
+
+
+def test_results_round_trip(tmp_path):
+    before = _made_up(extra={"ceilings": {"a": 1.0}})
+    before.write(tmp_path / "new" / "r.json")
+    assert Results.read(tmp_path / "new" / "r.json") == before
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "has schema None: expected 1"),
+        ('{"schema": 99}', "has schema 99: expected 1"),
+        ('{"schema": 1, "cases": [{"suite": "step"}]}', "is not a results file"),
+        ('{"schema": 1, "cases": [], "surprise": 1}', "is not a results file"),
+    ],
+)
+def test_what_is_no_results_file_is_rejected(tmp_path, text, message):
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Results.read(path)
+
+
+def test_environment_names_the_machine_and_versions():
+    found = results.environment(CPU)
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert "available" in found["backends"].values()
+    json.dumps(found)
+
+
+def test_tables_show_every_peer_and_why_one_has_no_time():
+    step = tables.markdown(_made_up(), "step").splitlines()
+    assert len(step) == 2 + 3
+    assert step[2].split(" | ")[4:7] == ["4.00", "2.00x (1.90-2.20)", "2000"]
+    assert "failed: InvalidCxxCompiler: no compiler \\| found" in step[3]
+    assert "reference" in step[4]
+    (block,) = tables.markdown(_made_up(), "blocks").splitlines()[2:]
+    assert "2.00 (fastdcgan)" in block
+
+
+def test_noise_is_marked():
+    assert tables.format_ratio(Summary(1.01, 0.9, 1.2)) == "1.01x (0.90-1.20) ~"
+
+
+README = """before
+<!-- begin:cpu -->
+old
+<!-- end:cpu -->
+<!-- begin:gpu -->
+<!-- end:gpu -->
+<!-- begin:demo -->
+kept
+"""
+
+
+def test_readme_tables_come_from_results_alone(tmp_path):
+    _made_up(created="2020-01-01").write(tmp_path / "a.json")
+    _made_up(created="2020-02-02").write(tmp_path / "b.json")
+    _made_up("Dry", created="2020-03-03", dry=True).write(tmp_path / "c.json")
+    text = tables.render(README, results.load(tmp_path))
+    assert "old" not in text
+    assert "kept" in text
+    assert "Imaginary, 2 threads, torch 9.9, commit 0123456789, 2020-02-02" in text
+    assert "2020-01-01" not in text
+    assert "Dry" not in text
+    assert f"<!-- begin:gpu -->\n\n{tables.NOT_MEASURED}\n\n<!-- end:gpu -->" in text
+    assert tables.render(text, results.load(tmp_path)) == text
+
+
+def test_readme_has_a_table_per_gpu(tmp_path):
+    for device in ("GPU A", "GPU B"):
+        _made_up(device, "cuda").write(tmp_path / f"{device}.json")
+    text = tables.table("gpu", results.load(tmp_path))
+    assert text.index("GPU A, driver 1.2, CUDA 13") < text.index("GPU B, driver")
+    assert text.count("Training step") == text.count("Blocks") == 2
+
+
+def test_a_marker_without_end_is_an_error():
+    with pytest.raises(ValueError, match="begin:gpu --> has no <!-- end:gpu -->"):
+        tables.render("<!-- begin:gpu -->", [])
+
+
+def test_tables_command_checks_and_writes(tmp_path, capsys):
+    document = tmp_path / "README.md"
+    document.write_text(README)
+    arguments = [str(document), "--results", str(tmp_path)]
+    assert tables.main([*arguments, "--check"]) == 1
+    assert document.read_text() == README
+    assert "out of date" in capsys.readouterr().err
+    assert tables.main(arguments) == 0
+    assert tables.main([*arguments, "--check"]) == 0
+    assert document.read_text().count(tables.NOT_MEASURED) == 2
+
+
+def test_plot_is_drawn(tmp_path):
+    plots.plot_steps(_made_up(), {8: {"full": 1.0}}, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no training step"):
+        plots.plot_steps(Results("bench", {}, []), {}, tmp_path / "q.png")
+
+
+# --- fastdcgan bench -------------------------------------------------------------------------------------------------
+
+
+def _bench(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    return cli.run(parser.parse_args(arguments))
+
+
+QUICK = ("--quick", "--device", "cpu", "--batch", "2", "--rounds", "2")
+
+
+def test_bench_from_end_to_end(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    assert _bench(*QUICK, "--peers", "eager", "eager-nhwc", "graph", "fused", "--json", str(file)) == 0
+    found = Results.read(file)
+    assert [case.suite for case in found.cases].count("step") == 1
+    assert {case.part for case in found.cases} == {"step", "forward", "backward"}
+    for case in found.cases:
+        assert [row.status for row in case.rows] == ["ok", "ok", "unavailable", "ok"]
+    shown = capsys.readouterr().out
+    for text in ("Training step", "Blocks", "PyTorch eager, NCHW", "needs a CUDA device", "~ where the spread"):
+        assert text in shown
+
+
+def test_bench_fails_if_ours_is_wrong(monkeypatch, capsys):
+    _change(monkeypatch, _scale_a_weight)
+    assert _bench(*QUICK, "--suite", "step", "--peers", "eager", "fused") == 1
+    assert "wrong: 32x32 step, batch 2, fastdcgan in fp32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch", "0"), "--batch has to be at least 1, not 0"),
+        (("--rounds", "-1"), "--rounds has to be at least 1, not -1"),
+    ],
+)
+def test_bench_rejects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _bench("--device", "cpu", *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_on_a_missing_gpu():
+    with pytest.raises(ValueError, match="finds no GPU"):
+        _bench("--device", "cuda")
+
+
+# --- gpu-check -------------------------------------------------------------------------------------------------------
+
+
+def _parts(tmp_path: Path, dry: bool) -> dict[str, gpu_check.Part]:
+    check = gpu_check.Check(tmp_path, dry)
+    with contextlib.closing(check.log):
+        return {part.name: part for part in check.parts()}
+
+
+def test_gpu_check_has_its_parts(tmp_path):
+    timed = [f"{kind}-{batch}" for kind in ("step", "compiled") for batch in (32, 128, 1024)]
+    found = _parts(tmp_path, dry=False)
+    assert set(found) == {"build", "environment", "ceilings", "tests", "memcheck", "racecheck", "blocks", *timed}
+    assert not any(found[f"compiled-{batch}"].required for batch in (32, 128, 1024))
+    assert all(found[name].required for name in ("build", "environment", "ceilings", "tests", "step-128"))
+    assert found["tests"].environment["FASTDCGAN_TEST_DEVICE"] == "cuda"
+    command = found["step-1024"].command()
+    assert command[command.index("--device") + 1] == "cuda"
+    assert "--dry" not in command
+
+
+def test_gpu_check_names_only_peers_that_are_there():
+    for cases in (gpu_check.EAGER, gpu_check.COMPILED, gpu_check.BLOCKS, gpu_check.DRY_EAGER, gpu_check.DRY_COMPILED):
+        for dtype, *names in cases:
+            assert dtype in peers.DTYPES
+            assert set(names) <= set(PEERS)
+
+
+def test_dry_run_has_the_same_kinds_of_parts(tmp_path):
+    kinds = [{name.split("-")[0] for name in _parts(tmp_path, dry)} for dry in (True, False)]
+    assert kinds[0] == kinds[1]
+    dry = _parts(tmp_path, dry=True)
+    assert "--dry-run" in dry["build"].command()
+    assert dry["tests"].environment["FASTDCGAN_TEST_DEVICE"] == "cpu"
+
+
+def test_sanitizer_is_skipped_with_a_reason_where_there_is_nothing_to_check(tmp_path):
+    command = _parts(tmp_path, dry=False)["memcheck"].command()
+    assert isinstance(command, str)
+    assert "no backend with GPU kernels" in command
+
+
+class OddCheck(gpu_check.Check):
+    """Parts that go wrong in every way, and one real one after them."""
+
+    def parts(self):
+        def python(code):
+            return lambda: [sys.executable, "-c", code]
+
+        return [
+            gpu_check.Part("fails", 20, python("print('about to fail'); raise SystemExit(3)")),
+            gpu_check.Part("hangs", 1, python("import time; print('hanging', flush=True); time.sleep(60)")),
+            gpu_check.Part("absent", 20, lambda: ["/does/not/exist"], required=False),
+            gpu_check.Part("pointless", 20, lambda: "there is no need"),
+            gpu_check.Part("environment", 60, lambda: self._worker("environment", self._file("environment"))),
+        ]
+
+
+def test_gpu_check_goes_on_after_parts_that_go_wrong(tmp_path, capsys):
+    check = OddCheck(tmp_path, dry=True)
+    assert check.run() == 1
+    by_name = {outcome.name: outcome for outcome in check.outcomes}
+    assert [by_name[name].status for name in ("fails", "hangs", "absent", "pointless", "environment", "report")] == [
+        "failed",
+        "out of time",
+        "failed",
+        "skipped",
+        "ok",
+        "ok",
+    ]
+    assert by_name["fails"].detail == "exit code 3; last line: about to fail"
+    assert by_name["hangs"].seconds < 15
+    assert "failed: fails, hangs\n" in capsys.readouterr().out
+    found = Results.read(tmp_path / "gpu-check-dry.json")
+    assert found.dry
+    assert [part["name"] for part in found.extra["parts"]] == ["fails", "hangs", "absent", "pointless", "environment"]
+    assert "about to fail" in (tmp_path / "gpu-check.log").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-check-dry.json", "gpu-check.log"}
+
+
+def test_gpu_check_stops_starting_parts_when_its_time_is_up(tmp_path):
+    check = OddCheck(tmp_path, dry=True, budget_s=0.0)
+    assert check.run() == 1
+    assert {outcome.status for outcome in check.outcomes if outcome.name in ("fails", "environment")} == {"out of time"}
+    assert not list(tmp_path.glob("*.json"))
