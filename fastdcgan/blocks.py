@@ -36,6 +36,8 @@ def why_alone(module: nn.Module) -> str | None:
     """Why a module can't be part of a block though its type could, or None if it can."""
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "its parameters are not initialised yet"
     hooks = [h for h in module._forward_pre_hooks.values() if not isinstance(h, _WEIGHT_HOOKS)]
     if hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks, which must see its own input and output"
@@ -51,8 +53,6 @@ def why_alone(module: nn.Module) -> str | None:
         own = True
     if not own:
         return f"{type(module).__name__} has a forward of its own"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-        return "its parameters are not initialised yet"
     return None
 
 
