@@ -1,0 +1,1 @@
+"""Triton kernels; imports as `fastdcgan.kernels`."""

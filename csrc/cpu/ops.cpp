@@ -1,0 +1,209 @@
+// torch.ops.fastdcgan_cpu: checks, allocation, registration.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cmath>
+#include <tuple>
+
+#include "passes.h"
+#include "sweep.h"
+
+namespace fastdcgan::cpu {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+at::MemoryFormat format_of(const Shape& s) {
+  return s.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+Tensor dense(const Tensor& y) {
+  TORCH_CHECK_VALUE(y.dim() == 4, "expected a tensor [N, C, H, W], got ", y.dim(), " dimensions");
+  TORCH_CHECK_VALUE(y.device().is_cpu(), "expected a tensor on the CPU, got one on ", y.device());
+  const auto dtype = y.scalar_type();
+  TORCH_CHECK_TYPE(
+      dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+      "expected float32, bfloat16 or float16, got ", dtype);
+  return y.contiguous(y.suggest_memory_format());
+}
+
+Shape shape_of(const Tensor& y, int64_t groups) {
+  TORCH_CHECK_VALUE(
+      groups > 0 && y.size(0) % groups == 0, "a batch of ", y.size(0), " can't have ", groups, " statistics groups");
+  // A tensor that is both (one channel, or one pixel) goes the way of channels_last, which needs no planes.
+  return {groups, y.size(0) / groups, y.size(1), y.size(2) * y.size(3), y.is_contiguous(at::MemoryFormat::ChannelsLast)};
+}
+
+Tensor checked_coef(const Tensor& coef, const Tensor& y, bool two_rows_too) {
+  TORCH_CHECK_VALUE(
+      coef.dim() == 3 && (coef.size(0) == 4 || (two_rows_too && coef.size(0) == 2)) && coef.size(2) == y.size(1),
+      "expected coefficients [", two_rows_too ? "2 or 4" : "4", ", groups, ", y.size(1), "], got ", coef.sizes());
+  TORCH_CHECK_TYPE(coef.scalar_type() == at::kFloat, "expected float32 coefficients, got ", coef.scalar_type());
+  return coef.contiguous();
+}
+
+void check_grad(const Tensor& da, const Tensor& y) {
+  TORCH_CHECK_VALUE(da.sizes() == y.sizes(), "expected a gradient of shape ", y.sizes(), ", got ", da.sizes());
+  TORCH_CHECK_TYPE(
+      da.scalar_type() == y.scalar_type(), "expected a gradient of dtype ", y.scalar_type(), ", got ", da.scalar_type());
+}
+
+void check_activation(bool known, int64_t id) { TORCH_CHECK_VALUE(known, "unknown activation id ", id); }
+
+Activation activation(int64_t id, double slope) { return {static_cast<int>(id), static_cast<float>(slope)}; }
+
+Tensor norm_act(const Tensor& y_, const Tensor& coef_, int64_t act, double slope) {
+  const Tensor y = dense(y_), coef = checked_coef(coef_, y, true), out = at::empty_like(y);
+  const Shape s = shape_of(y, coef.size(1));
+  check_activation(
+      norm_act_pass(s, {y.const_data_ptr(), nullptr, out.data_ptr(), y.scalar_type()}, coef.const_data_ptr<float>(),
+                    activation(act, slope)),
+      act);
+  return out;
+}
+
+Tensor norm_act_backward(const Tensor& da_, const Tensor& y_, const Tensor& coef_, int64_t act, double slope) {
+  const Tensor y = dense(y_), coef = checked_coef(coef_, y, true), out = at::empty_like(y);
+  check_grad(da_, y);
+  const Shape s = shape_of(y, coef.size(1));
+  const Tensor da = da_.contiguous(format_of(s));
+  check_activation(
+      norm_act_backward_pass(s, {y.const_data_ptr(), da.const_data_ptr(), out.data_ptr(), y.scalar_type()},
+                             coef.const_data_ptr<float>(), coef.size(0), activation(act, slope)),
+      act);
+  return out;
+}
+
+Tensor norm_act_reduce(const Tensor& da_, const Tensor& y_, const Tensor& coef_, int64_t act, double slope) {
+  const Tensor y = dense(y_), coef = checked_coef(coef_, y, true);
+  check_grad(da_, y);
+  const Shape s = shape_of(y, coef.size(1));
+  const Tensor da = da_.contiguous(format_of(s));
+  const Tensor sums = at::empty({coef.size(0) / 2, coef.size(1), coef.size(2)}, coef.options());
+  check_activation(
+      grad_sums_pass(s, {y.const_data_ptr(), da.const_data_ptr(), nullptr, y.scalar_type()},
+                     coef.const_data_ptr<float>(), coef.size(0), activation(act, slope), sums.data_ptr<float>()),
+      act);
+  return sums;
+}
+
+// Overwrites `da`, which has to lie in memory as `y` does.
+Tensor grad_stats_(Tensor da, const Tensor& y_, const Tensor& coef_, int64_t act, double slope) {
+  const Tensor y = dense(y_), coef = checked_coef(coef_, y, true);
+  check_grad(da, y);
+  const Shape s = shape_of(y, coef.size(1));
+  TORCH_CHECK_VALUE(
+      da.is_contiguous(format_of(s)), "expected a gradient in memory format ", format_of(s), ", got strides ",
+      da.strides());
+  const Tensor sums = at::empty({coef.size(0) / 2, coef.size(1), coef.size(2)}, coef.options());
+  check_activation(
+      grad_sums_pass(s, {y.const_data_ptr(), da.const_data_ptr(), da.data_ptr(), y.scalar_type()},
+                     coef.const_data_ptr<float>(), coef.size(0), activation(act, slope), sums.data_ptr<float>()),
+      act);
+  return sums;
+}
+
+Tensor batch_stats(const Tensor& y_, int64_t groups) {
+  const Tensor y = dense(y_);
+  const Shape s = shape_of(y, groups);
+  const Tensor stats = at::empty({3, groups, s.channels}, y.options().dtype(at::kFloat).memory_format(std::nullopt));
+  batch_stats_pass(s, {y.const_data_ptr(), nullptr, nullptr, y.scalar_type()}, stats.data_ptr<float>());
+  return stats;
+}
+
+// --- per-channel arithmetic, in double -------------------------------------------------------------------------------
+
+optional<Tensor> vector(const optional<Tensor>& x, int64_t channels) {
+  if (!x.has_value()) return std::nullopt;
+  TORCH_CHECK_VALUE(
+      x->dim() == 1 && x->size(0) == channels, "expected a vector of ", channels, " channels, got ", x->sizes());
+  return x->to(at::kFloat).contiguous();
+}
+
+Tensor coefficients(
+    const Tensor& mean_, const Tensor& var_, const optional<Tensor>& weight_, const optional<Tensor>& bias_,
+    const optional<Tensor>& shift_, double eps) {
+  TORCH_CHECK_VALUE(
+      mean_.dim() == 2 && mean_.sizes() == var_.sizes(), "expected mean and variance [groups, channels], got ",
+      mean_.sizes(), " and ", var_.sizes());
+  const Tensor mean = mean_.to(at::kFloat).contiguous(), var = var_.to(at::kFloat).contiguous();
+  const int64_t groups = mean.size(0), channels = mean.size(1), row = groups * channels;
+  const auto weight = vector(weight_, channels), bias = vector(bias_, channels), shift = vector(shift_, channels);
+  const auto value = [](const optional<Tensor>& x, int64_t c, double otherwise) {
+    return x.has_value() ? static_cast<double>(x->const_data_ptr<float>()[c]) : otherwise;
+  };
+  const Tensor coef = at::empty({4, groups, channels}, mean.options());
+  float* out = coef.data_ptr<float>();
+  for (int64_t i = 0; i < row; ++i) {
+    const int64_t c = i % channels;
+    const double mu = static_cast<double>(mean.const_data_ptr<float>()[i]) - value(shift, c, 0);
+    const double rstd = 1 / std::sqrt(static_cast<double>(var.const_data_ptr<float>()[i]) + eps);
+    const double s = value(weight, c, 1) * rstd;
+    out[i] = static_cast<float>(s);
+    out[row + i] = static_cast<float>(value(bias, c, 0) - mu * s);
+    out[2 * row + i] = static_cast<float>(mu);
+    out[3 * row + i] = static_cast<float>(rstd);
+  }
+  return coef;
+}
+
+Tensor grad_coefficients(const Tensor& sums_, const Tensor& coef_, double count) {
+  TORCH_CHECK_VALUE(
+      coef_.dim() == 3 && coef_.size(0) == 4 && sums_.dim() == 3 && sums_.size(0) == 2 &&
+          sums_.size(1) == coef_.size(1) && sums_.size(2) == coef_.size(2),
+      "expected sums [2, groups, channels] and coefficients [4, groups, channels], got ", sums_.sizes(), " and ",
+      coef_.sizes());
+  TORCH_CHECK_TYPE(
+      sums_.scalar_type() == at::kFloat && coef_.scalar_type() == at::kFloat, "expected float32 sums and coefficients");
+  const Tensor sums = sums_.contiguous(), coef = coef_.contiguous(), out = at::empty_like(coef);
+  const int64_t row = coef.size(1) * coef.size(2);
+  const float *sum = sums.const_data_ptr<float>(), *k = coef.const_data_ptr<float>();
+  float* result = out.data_ptr<float>();
+  for (int64_t i = 0; i < row; ++i) {
+    const double s = k[i], mu = k[2 * row + i], rstd = k[3 * row + i];
+    const double p = -s * rstd * sum[row + i] / count;
+    result[i] = k[i];
+    result[row + i] = k[row + i];
+    result[2 * row + i] = static_cast<float>(p);
+    result[3 * row + i] = static_cast<float>(-s * sum[i] / count - p * mu);
+  }
+  return out;
+}
+
+// The threads that a parallel region of this library gets: at::get_num_threads(), unless it was built without OpenMP or
+// runs on another OpenMP runtime than torch.
+int64_t threads() {
+  std::atomic<int64_t> seen{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { ++seen; });
+  return seen;
+}
+
+}  // namespace
+}  // namespace fastdcgan::cpu
+
+TORCH_LIBRARY(fastdcgan_cpu, m) {
+  m.def("norm_act(Tensor y, Tensor coef, int act, float slope) -> Tensor");
+  m.def("norm_act_backward(Tensor da, Tensor y, Tensor coef, int act, float slope) -> Tensor");
+  m.def("norm_act_reduce(Tensor da, Tensor y, Tensor coef, int act, float slope) -> Tensor");
+  m.def("grad_stats_(Tensor(a!) da, Tensor y, Tensor coef, int act, float slope) -> Tensor");
+  m.def("batch_stats(Tensor y, int groups) -> Tensor");
+  m.def(
+      "coefficients(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? shift, float eps) -> Tensor");
+  m.def("grad_coefficients(Tensor sums, Tensor coef, float count) -> Tensor");
+  m.def("threads() -> int", fastdcgan::cpu::threads);
+}
+
+TORCH_LIBRARY_IMPL(fastdcgan_cpu, CPU, m) {
+  m.impl("norm_act", fastdcgan::cpu::norm_act);
+  m.impl("norm_act_backward", fastdcgan::cpu::norm_act_backward);
+  m.impl("norm_act_reduce", fastdcgan::cpu::norm_act_reduce);
+  m.impl("grad_stats_", fastdcgan::cpu::grad_stats_);
+  m.impl("batch_stats", fastdcgan::cpu::batch_stats);
+  m.impl("coefficients", fastdcgan::cpu::coefficients);
+  m.impl("grad_coefficients", fastdcgan::cpu::grad_coefficients);
+}

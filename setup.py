@@ -1,0 +1,262 @@
+"""Builds the C++ and CUDA extensions; everything else about the package is in pyproject.toml.
+
+Each extension is a shared library that registers torch operators, built by a process of its own (`python setup.py
+build_ext` with FASTDCGAN_EXTENSION set). One that can't be built does not fail the installation: what was built and
+what was not, with the original error, is written to fastdcgan/_build.json, which `fastdcgan doctor` shows.
+
+Environment:
+    MAX_JOBS               compilations at a time (default: from cores and memory)
+    TORCH_CUDA_ARCH_LIST   GPU architectures (default: DEFAULT_CUDA_ARCHITECTURES)
+    FASTDCGAN_FORCE_CUDA   1: build the CUDA extension without looking for a CUDA torch; fail where that fails
+    FASTDCGAN_SKIP_CUDA    1: no CUDA extension
+    FASTDCGAN_SKIP_CPU     1: no C++ CPU extension
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CHILD = "FASTDCGAN_EXTENSION"  # names the one extension that this process builds
+DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0 10.0+PTX"
+ERROR_LINES = 40
+
+# ATen's vectors are as wide as these macros say; the run-time choice is in fastdcgan/backends/cpu.py.
+CAPABILITIES: dict[str, list[str]] = {
+    "default": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
+    "avx2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx2", "-mfma", "-mf16c"]
+    + ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+}
+X86 = ("x86_64", "amd64", "i686")
+
+
+# --- what to build ---------------------------------------------------------------------------------------------------
+
+
+def enabled(environment: Mapping[str, str], name: str) -> bool:
+    """Whether a switch is on: "1", "true", "yes", "on" in any case. Raises ValueError for anything but those, "0",
+    "false", "no", "off" and ""."""
+    value = environment.get(name, "").strip().lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{name}={environment[name]!r}: expected 1 or 0")
+
+
+def memory_gib() -> float:
+    """Memory that is free to use, in GiB."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, OSError, ValueError):
+        return 4.0
+
+
+def max_jobs(environment: Mapping[str, str], cores: int, gib: float) -> int:
+    """MAX_JOBS, else one compilation per core and per GiB of memory (the largest takes about 0.7 GiB)."""
+    if environment.get("MAX_JOBS"):
+        jobs = int(environment["MAX_JOBS"])
+        if jobs < 1:
+            raise ValueError(f"MAX_JOBS={jobs}: expected at least 1")
+        return jobs
+    return max(1, min(cores, int(gib)))
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def sources(folder: str, *suffixes: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for s in suffixes for p in (ROOT / "csrc" / folder).glob(f"*{s}"))
+
+
+def headers() -> list[str]:
+    found = [p for suffix in ("h", "cuh") for p in (ROOT / "csrc").rglob(f"*.{suffix}")]
+    return sorted(str(p.relative_to(ROOT)) for p in found)
+
+
+def cpu_extensions(machine: str) -> list[str]:
+    """One library for each vector width that the processor family may have."""
+    return [f"_cpu_{name}" for name in CAPABILITIES if name == "default" or machine.lower() in X86]
+
+
+def planned(environment: Mapping[str, str], machine: str, cuda_sources: list[str]) -> list[str]:
+    """The extensions of this build, before looking for a compiler."""
+    names = [] if enabled(environment, "FASTDCGAN_SKIP_CPU") else cpu_extensions(machine)
+    force, skip = enabled(environment, "FASTDCGAN_FORCE_CUDA"), enabled(environment, "FASTDCGAN_SKIP_CUDA")
+    if force and skip:
+        raise ValueError("FASTDCGAN_FORCE_CUDA=1 and FASTDCGAN_SKIP_CUDA=1: expected one of them")
+    if force and not cuda_sources:
+        raise ValueError("FASTDCGAN_FORCE_CUDA=1: this version has no CUDA sources in csrc/cuda")
+    return names if skip or not cuda_sources else [*names, "_cuda"]
+
+
+def cuda_home(environment: Mapping[str, str]) -> str | None:
+    """The folder of the CUDA toolkit: CUDA_HOME or CUDA_PATH, else that of nvcc."""
+    named = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=environment.get("PATH"))
+    if named or nvcc is None:
+        return named or ("/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None)
+    return str(Path(nvcc).resolve().parent.parent)
+
+
+def why_no_cuda(environment: Mapping[str, str], torch_cuda: str | None) -> str | None:
+    """Why the CUDA extension can't be built here, or None."""
+    if enabled(environment, "FASTDCGAN_FORCE_CUDA"):
+        return None
+    if torch_cuda is None:
+        return "the installed torch is a build without CUDA"
+    if cuda_home(environment) is None:
+        return "nvcc was not found (looked at CUDA_HOME, CUDA_PATH and PATH)"
+    return None
+
+
+# --- one extension, in a process of its own --------------------------------------------------------------------------
+
+
+def openmp_flags() -> list[str]:
+    # Without it at::parallel_for compiles to a plain loop.
+    return ["-fopenmp"] if sys.platform.startswith("linux") else []
+
+
+def cpu_extension(name: str) -> Extension:
+    from torch.utils.cpp_extension import CppExtension
+
+    # The uninitialised values are those of GCC's own AVX-512 headers.
+    quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    return CppExtension(
+        f"fastdcgan.{name}",
+        sources("cpu", ".cpp"),
+        depends=headers(),
+        extra_compile_args=["-O2", *openmp_flags(), *quiet, *CAPABILITIES[name.removeprefix("_cpu_")]],
+        extra_link_args=[*openmp_flags(), *(["-Wl,-s"] if sys.platform.startswith("linux") else [])],
+    )
+
+
+def cuda_extension() -> Extension:
+    import torch
+    from torch.utils.cpp_extension import CUDAExtension
+
+    # torch's stable ABI of 2.11: one binary for that version and later ones.
+    stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]
+    extension = CUDAExtension(
+        "fastdcgan._cuda",
+        sources("cuda", ".cu", ".cpp"),
+        depends=headers(),
+        extra_compile_args={"cxx": ["-O2", *stable], "nvcc": ["-O3", "--expt-relaxed-constexpr", *stable]},
+    )
+    if torch.version.cuda is None:  # FASTDCGAN_FORCE_CUDA: such a torch has neither of these, a CUDA torch brings them
+        extension.libraries = [x for x in extension.libraries if x not in ("c10_cuda", "torch_cuda")]
+    return extension
+
+
+def build_one(name: str) -> None:
+    """`python setup.py build_ext`, with torch's compilation by ninja, of a single extension."""
+    home = cuda_home(os.environ)
+    if home is not None:
+        os.environ["CUDA_HOME"] = home
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    from torch.utils.cpp_extension import BuildExtension
+
+    setup(
+        ext_modules=[cuda_extension() if name == "_cuda" else cpu_extension(name)],
+        cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=True)},
+    )
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+def first_line(*command: str) -> str | None:
+    """The first line that a program prints, or None if there is no such program."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.splitlines()[0] if done.stdout else None
+
+
+class BuildExtensions(build_ext):
+    """Builds every planned extension in a process of its own and records the outcome."""
+
+    def run(self) -> None:
+        import torch  # not at the top: metadata can be read without it
+
+        names = [extension.name.split(".")[-1] for extension in self.extensions]
+        record: dict[str, dict[str, object]] = {}
+        if "_cuda" in names:
+            reason = why_no_cuda(os.environ, torch.version.cuda)
+            if reason is not None:
+                names.remove("_cuda")
+                record["_cuda"] = {"built": False, "error": reason}
+        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
+        work = ROOT / "build" / tag  # stays the same from one installation to the next: only changes are compiled
+        jobs = max_jobs(os.environ, usable_cores(), memory_gib())
+        together = max(1, min(jobs, len(names)))
+        with ThreadPoolExecutor(together) as pool:
+            errors = pool.map(lambda name: self.build_in_process(name, work, max(1, jobs // together)), names)
+            for name, error in zip(names, errors, strict=True):
+                record[name] = {"built": error is None, "error": error}
+        package = ROOT / "fastdcgan" if self.inplace else Path(self.build_lib) / "fastdcgan"
+        package.mkdir(parents=True, exist_ok=True)
+        for stale in package.glob("_c[pu]*.so"):
+            stale.unlink()
+        for name in record:
+            if record[name]["built"]:
+                shutil.copy2(work / "lib" / "fastdcgan" / f"{name}.so", package)
+        information = {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "compiler": first_line(os.environ.get("CXX", "c++"), "--version"),
+            "extensions": record,
+        }
+        (package / "_build.json").write_text(json.dumps(information, indent=2) + "\n")
+        if enabled(os.environ, "FASTDCGAN_FORCE_CUDA") and not record["_cuda"]["built"]:
+            raise RuntimeError(f"FASTDCGAN_FORCE_CUDA=1, but the CUDA extension failed:\n{record['_cuda']['error']}")
+
+    def build_in_process(self, name: str, work: Path, jobs: int) -> str | None:
+        """None, or the last lines of what a failed build printed."""
+        command = [sys.executable, str(ROOT / "setup.py"), "build_ext"]
+        command += ["--build-temp", str(work / name), "--build-lib", str(work / "lib")]
+        if self.force:
+            command.append("--force")
+        environment = {**os.environ, CHILD: name, "MAX_JOBS": str(jobs)}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        print(f"--- fastdcgan.{name}\n{done.stdout}", flush=True)
+        return None if done.returncode == 0 else "\n".join(done.stdout.splitlines()[-ERROR_LINES:])
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+def main() -> None:
+    if os.environ.get(CHILD):
+        build_one(os.environ[CHILD])
+        return
+    names = planned(os.environ, platform.machine(), sources("cuda", ".cu", ".cpp"))
+    setup(
+        ext_modules=[Extension(f"fastdcgan.{name}", []) for name in names],
+        cmdclass={"build_ext": BuildExtensions},
+    )
+
+
+if __name__ == "__main__":
+    main()
