@@ -22,7 +22,7 @@ PENALTIES = ("wgan-gp", "r1")
 
 
 class StepMetrics(NamedTuple):
-    """What a step saw; detached scalars on the device, in float32, so that reading them is the only synchronisation."""
+    """What a step saw; detached scalars on the device, so that reading them is the only synchronisation."""
 
     loss_d: Tensor  # discriminator: real + generated (+ penalty)
     loss_g: Tensor
@@ -54,13 +54,13 @@ class GradientPenalty:
         if self.kind == "r1":
             x = real.detach().clone()
         else:
-            mix = torch.rand(real.shape[0], 1, 1, 1, device=real.device)
+            mix = torch.rand(real.shape[0], 1, 1, 1, device=real.device, dtype=real.dtype)
             x = torch.lerp(fake.to(real.dtype), real, mix)
         x.requires_grad_(True)
-        outputs = discriminator(x).float().sum() * scale
+        outputs = _wide(discriminator(x)).sum() * scale
         (grad,) = torch.autograd.grad(outputs, x, create_graph=True)
         with torch.autocast(x.device.type, enabled=False):
-            square = (grad.float() / scale).square().sum(dim=(1, 2, 3))
+            square = (_wide(grad) / scale).square().sum(dim=(1, 2, 3))
             if self.kind == "r1":
                 return self.weight / 2 * square.mean()
             # The gradient of sqrt is infinite at 0.
@@ -113,14 +113,18 @@ def train_step(
         scaler.update()
 
     with torch.no_grad():
-        seen = [logits.float().sigmoid().mean() for logits in (logits_real, logits_fake, logits_after)]
+        seen = [_wide(logits).sigmoid().mean() for logits in (logits_real, logits_fake, logits_after)]
     return StepMetrics(loss_d.detach(), loss_g.detach(), *seen, extra.detach())
 
 
 def bce_loss(logits: Tensor, label: float) -> Tensor:
-    """Binary cross-entropy of `logits` against one label for all, in float32."""
-    logits = logits.float()
+    """Binary cross-entropy of `logits` against one label for all, in float32 (float64 of float64)."""
+    logits = _wide(logits)
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
