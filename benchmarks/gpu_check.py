@@ -228,6 +228,8 @@ class Check:
             "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
             "TRITON_CACHE_DIR": str(self.work / "triton"),
         }
+        if self.dry:
+            environment["OMP_NUM_THREADS"] = "1"  # tiny shapes gain nothing from more, and lose on a busy machine
         try:
             process = subprocess.Popen(
                 command,

@@ -63,6 +63,7 @@ def _environment(args: argparse.Namespace, device: torch.device) -> int:
     found.write(args.file)
     for name, value in found.environment.items():
         print(f"{name}: {value}")
+    print(tables.caption(found))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,6 +45,6 @@ def plot_steps(results: Results, floors_ms: Mapping[int, Mapping[str, float]], p
         axes.set_xlabel("ms per training step (median, quartiles)")
         axes.set_title(f"batch {batch}")
         axes.grid(axis="x", alpha=0.3)
-    figure.suptitle(caption(results), fontsize="small")
+    figure.suptitle(textwrap.fill(caption(results), 80 * len(batches)), fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

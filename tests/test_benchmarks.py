@@ -26,6 +26,15 @@ TINY = NetShape(16, ngf=8, ndf=8)
 BLOCK = Block("G1", True, 8, 4, 4, "relu", True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tiny shapes gain nothing from more threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
@@ -357,7 +366,7 @@ def test_a_captured_step_reads_its_own_buffers(fake_cuda_graphs):
 def test_a_captured_block_gives_the_eager_gradients(fake_cuda_graphs):
     torch.manual_seed(0)
     arguments = BLOCK.module(), torch.randn(4, 8, 4, 4), torch.randn(4, 4, 8, 8), CPU, torch.float32
-    eager, graph = (BlockRunner(PEERS[name], *arguments) for name in ("eager", "graph"))
+    eager, graph = (BlockRunner(PEERS[name], *arguments) for name in ("eager-nhwc", "graph"))
     graph.prepare()
     for a, b in zip(graph.observe(), eager.observe(), strict=True):
         torch.testing.assert_close(a, b)
@@ -523,7 +532,13 @@ def _bench(*arguments: str) -> int:
 QUICK = ("--quick", "--device", "cpu", "--batch", "2", "--rounds", "2")
 
 
-def test_bench_from_end_to_end(tmp_path, capsys):
+@pytest.fixture
+def tiny_plan(monkeypatch):
+    timing = Timing(2, 1e-4)
+    monkeypatch.setattr(cli, "_QUICK", cli.Plan(TINY, 2, timing, timing, all_blocks=False))
+
+
+def test_bench_from_end_to_end(tiny_plan, tmp_path, capsys):
     file = tmp_path / "bench.json"
     assert _bench(*QUICK, "--peers", "eager", "eager-nhwc", "graph", "fused", "--json", str(file)) == 0
     found = Results.read(file)
@@ -536,10 +551,10 @@ def test_bench_from_end_to_end(tmp_path, capsys):
         assert text in shown
 
 
-def test_bench_fails_if_ours_is_wrong(monkeypatch, capsys):
+def test_bench_fails_if_ours_is_wrong(tiny_plan, monkeypatch, capsys):
     _change(monkeypatch, _scale_a_weight)
     assert _bench(*QUICK, "--suite", "step", "--peers", "eager", "fused") == 1
-    assert "wrong: 32x32 step, batch 2, fastdcgan in fp32" in capsys.readouterr().out
+    assert "wrong: 16x16 step, batch 2, fastdcgan in fp32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
