@@ -1,0 +1,339 @@
+"""Runs: resumed ones to the same bits, stopped ones, diverging ones, and what they write."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastdcgan.dcgan import CheckpointError, Diverged, Images, StepMetrics, TrainConfig, Trainer, checkpoint
+from fastdcgan.dcgan.metrics import Watch, read_metrics
+
+
+def with_out(config: TrainConfig, out: Path, **changes: Any) -> TrainConfig:
+    return dataclasses.replace(config, out=str(out), **changes)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Two checkpoints hold the same bits: weights, moments, random states, counters."""
+    x, y = checkpoint.load(a), checkpoint.load(b)
+    assert x.tensors.keys() == y.tensors.keys()
+    for key, value in x.tensors.items():
+        assert torch.equal(value, y.tensors[key]), key
+    ignored = {"config"}  # the folders differ
+    assert {k: v for k, v in x.state.items() if k not in ignored} == {k: v for k, v in y.state.items() if k not in ignored}
+
+
+# --- resume ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stop", "changes"),
+    [
+        (7, {}),  # in the middle of the second epoch
+        (10, {"projection": "linear"}),  # between epochs
+        (3, {"precision": "bf16", "gradient_penalty": 1.0, "image_size": 32}),  # its mixtures draw from torch's generator
+        (4, {"precision": "fp16"}),
+    ],
+    ids=["mid-epoch", "epoch", "bf16-penalty", "fp16"],
+)
+def test_resumed_is_uninterrupted(
+    stop: int, changes: dict, config: TrainConfig, images: Images, tmp_path: Path
+) -> None:
+    if "image_size" in changes:
+        images = Images(images.array.repeat(2, axis=1).repeat(2, axis=2)[:, :32, :32])
+    whole = Trainer(with_out(config, tmp_path / "whole", **changes), images)
+    assert whole.run().step == 15
+
+    first = Trainer(with_out(config, tmp_path / "parts", max_steps=stop, **changes), images)
+    assert first.run().step == stop
+    torch.rand(3)  # other work in between
+    second = Trainer.resume(tmp_path / "parts", images, max_steps=0)
+    assert second.step == stop
+    assert second.run().step == 15
+    assert_same(checkpoint.find(tmp_path / "whole"), checkpoint.find(tmp_path / "parts"))
+    last = "samples/step-00000015.png"
+    assert (tmp_path / "whole" / last).read_bytes() == (tmp_path / "parts" / last).read_bytes()
+    # The lines of the log too, but for the speed.
+    logs = [read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "parts")]
+    for row in (*logs[0], *logs[1]):
+        del row["images_per_second"]
+    assert logs[0] == logs[1]
+
+
+def test_resume_from_an_older_checkpoint_drops_later_rows(config: TrainConfig, images: Images) -> None:
+    run = Trainer(dataclasses.replace(config, checkpoint_every=4), images).run()
+    older = checkpoint.path_at(run.out, 8)
+    again = Trainer.resume(older, images, max_steps=9)
+    again.run()
+    assert [row["step"] for row in read_metrics(run.out / "metrics.csv")] == list(range(1, 10))
+
+
+def test_resume_takes_changed_settings(config: TrainConfig, images: Images, tmp_path: Path) -> None:
+    Trainer(dataclasses.replace(config, max_steps=2), images).run()
+    trainer = Trainer.resume(config.out, images, lr_g=0.5, beta1=0.7)
+    assert trainer.optimizer_g.param_groups[0]["lr"] == 0.5
+    assert trainer.optimizer_d.param_groups[0]["lr"] == config.lr_d
+    assert trainer.optimizer_d.param_groups[0]["betas"] == (0.7, config.beta2)
+    with pytest.raises(ValueError, match="ngf is 5: the checkpoint's is 4"):
+        Trainer.resume(config.out, images, ngf=5)
+    with pytest.raises(CheckpointError, match="was trained on 45 images: squares has 44 now"):
+        Trainer.resume(config.out, Images(images.array[:44]))
+    moved = tmp_path / "moved"
+    Path(config.out).rename(moved)
+    assert Trainer.resume(moved, images).out == moved
+
+
+def test_a_new_run_does_not_overwrite_another(config: TrainConfig, images: Images) -> None:
+    Trainer(dataclasses.replace(config, max_steps=1), images).run()
+    with pytest.raises(ValueError, match="holds a run already"):
+        Trainer(config, images)
+
+
+def test_same_seed_same_bits(config: TrainConfig, images: Images, tmp_path: Path) -> None:
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        Trainer(with_out(config, tmp_path / name, seed=seed, max_steps=3), images).run()
+    a, b, c = (checkpoint.find(tmp_path / name) for name in "abc")
+    assert_same(a, b)
+    assert not torch.equal(
+        checkpoint.load(a).tensors["generator/blocks.image.conv.weight"],
+        checkpoint.load(c).tensors["generator/blocks.image.conv.weight"],
+    )
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
+
+
+class Interrupting(Trainer):
+    """Gets a signal during its third step."""
+
+    number = signal.SIGINT
+    times = 1
+
+    def train_step(self, real: Tensor) -> StepMetrics:
+        if self.step == 2:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+        return super().train_step(real)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves(
+    number: signal.Signals, config: TrainConfig, images: Images, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    trainer = Interrupting(config, images)
+    trainer.number = number
+    outcome = trainer.run()
+    assert (outcome.reason, outcome.step) == ("interrupted", 3)
+    assert checkpoint.find(outcome.out) == checkpoint.path_at(outcome.out, 3)
+    assert "Stopping after this step" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
+    assert Trainer.resume(outcome.out, images).run().step == 15
+
+
+def test_second_signal_stops_at_once(config: TrainConfig, images: Images) -> None:
+    trainer = Interrupting(config, images)
+    trainer.times = 2
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert not checkpoint.all_of(config.out)
+
+
+def test_time_limit(config: TrainConfig, images: Images) -> None:
+    outcome = Trainer(dataclasses.replace(config, max_minutes=1e-9), images).run()
+    assert (outcome.reason, outcome.step) == ("time", 1)
+    assert checkpoint.find(outcome.out) == checkpoint.path_at(outcome.out, 1)
+
+
+# --- divergence ------------------------------------------------------------------------------------------------------
+
+
+class Poisoned(Trainer):
+    """One weight becomes NaN before the eighth step."""
+
+    def train_step(self, real: Tensor) -> StepMetrics:
+        if self.step == 7:
+            with torch.no_grad():
+                self.discriminator.blocks.image.conv.weight[0, 0, 0, 0] = float("nan")
+        return super().train_step(real)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(config: TrainConfig, images: Images) -> None:
+    # Logged every 10 steps, saved every 4: the NaN is found before a checkpoint is written, not with the log.
+    trainer = Poisoned(dataclasses.replace(config, log_every=10, checkpoint_every=4), images)
+    with pytest.raises(Diverged, match=r"at step 8\. .*lower --lr-g"):
+        trainer.run()
+    assert checkpoint.all_of(config.out) == [checkpoint.path_at(config.out, 4)]
+    assert all(v.isfinite().all() for v in checkpoint.load(checkpoint.find(config.out)).tensors.values())
+
+
+def test_a_loss_that_is_not_finite_stops(config: TrainConfig, images: Images) -> None:
+    trainer = Poisoned(dataclasses.replace(config, checkpoint_every=100), images)
+    with pytest.raises(Diverged, match="loss_d is nan at step 8"):
+        trainer.run()
+    assert [row["step"] for row in read_metrics(Path(config.out) / "metrics.csv")] == list(range(1, 9))
+
+
+def test_d_winning_is_said_once(
+    config: TrainConfig, images: Images, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A generator that hardly learns, against a discriminator that learns fast."""
+    monkeypatch.setattr(Watch, "PATIENCE", 4)
+    settings = {"lr_g": 1e-9, "lr_d": 5e-3, "epochs": 12}
+    Trainer(dataclasses.replace(config, **settings), images).run()
+    said = capsys.readouterr().out
+    assert said.count("has been winning for 4 steps") == 1
+    assert "--lr-d" in said
+
+
+def test_watch_counts_consecutive_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Watch, "PATIENCE", 3)
+    winning = {"loss_d": 0.3, "loss_g": 6.0, "d_real": 0.895, "d_fake": 0.005}
+    even = winning | {"d_fake": 0.3}
+    unsure = winning | {"d_real": 0.5}
+    watch = Watch(0.9)
+    said = [watch.look(v, i) for i, v in enumerate([winning, winning, even, winning, unsure, winning, winning, winning])]
+    assert said[:-1] == [None] * 7 and "at step 7" in str(said[-1])
+    assert all(watch.look(winning, i) is None for i in range(10))
+    for name, value in (("loss_d", float("inf")), ("loss_g", float("nan"))):
+        with pytest.raises(Diverged, match=f"{name} is {value} at step 5"):
+            watch.look(even | {name: value}, 5)
+
+
+# --- what a run writes -----------------------------------------------------------------------------------------------
+
+
+def test_files_of_a_run(config: TrainConfig, images: Images) -> None:
+    run = Trainer(dataclasses.replace(config, keep=2, log_every=4, sample_every=5, tensorboard=True), images).run()
+    assert (run.reason, run.step) == ("finished", 15)
+    assert [path.name for path in checkpoint.all_of(run.out)] == [f"step-{n:08}.safetensors" for n in (10, 15)]
+    pictures = sorted((run.out / "samples").iterdir())
+    assert [path.name for path in pictures] == [f"step-{n:08}.png" for n in (0, 5, 10, 15)]
+    with Image.open(pictures[-1]) as picture:
+        assert picture.size == (62, 62) and picture.mode == "L"  # 2x2 images of 28 with gaps of 2
+    with Image.open(run.out / "samples.gif") as animation:
+        assert animation.n_frames == 4
+    with Image.open(run.out / "losses.png") as plot:
+        assert plot.width > 500
+    assert list((run.out / "tensorboard").glob("events.*"))
+    text = (run.out / "metrics.csv").read_text().splitlines()
+    assert text[0] == "step,epoch,loss_d,loss_g,d_real,d_fake,d_fake_after,penalty,images_per_second"
+    rows = read_metrics(run.out / "metrics.csv")
+    assert [(row["step"], row["epoch"]) for row in rows] == [(4, 0), (8, 1), (12, 2), (15, 3)]
+    assert all(0 < row["d_real"] < 1 and row["images_per_second"] > 0 for row in rows)
+    assert not [path for path in run.out.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_samples_change_nothing(config: TrainConfig, images: Images, tmp_path: Path) -> None:
+    often = Trainer(with_out(config, tmp_path / "often", sample_every=1), images).run()
+    rarely = Trainer(with_out(config, tmp_path / "rarely", sample_every=100), images).run()
+    assert_same(checkpoint.find(often.out), checkpoint.find(rarely.out))
+
+
+def test_checkpoint_appears_whole_or_not_at_all(
+    config: TrainConfig, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(config, images)
+    path = tmp_path / "x.safetensors"
+    checkpoint.save(path, trainer._checkpoint())
+    before = path.read_bytes()
+
+    def disk_full(tensors: dict, target: Path, metadata: dict) -> None:
+        Path(target).write_bytes(before[:1000])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(path, trainer._checkpoint())
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_loading_unpickles_nothing(
+    config: TrainConfig, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Trainer(dataclasses.replace(config, max_steps=1), images).run()
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a pickle was loaded")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, forbidden)
+    monkeypatch.setattr(torch, "load", forbidden)
+    assert Trainer.resume(run.out, images).step == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "pickle", "foreign", "empty"])
+def test_damaged_checkpoints(damage: str, config: TrainConfig, images: Images) -> None:
+    run = Trainer(dataclasses.replace(config, max_steps=1), images).run()
+    path = checkpoint.find(run.out)
+    data = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(data[:-10])
+    elif damage == "header":
+        path.write_bytes(data[:8] + b"x" * 50 + data[58:])
+    elif damage == "pickle":
+        torch.save({"generator": torch.zeros(1)}, path)
+    elif damage == "foreign":
+        from safetensors.torch import save_file
+
+        save_file({"weight": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=path.name):
+        Trainer.resume(path, images)
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        Trainer.resume(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="has no checkpoints"):
+        Trainer.resume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 48}, "image_size is 48: expected one of 28, 32, 64, 128, 256"),
+        ({"channels": 2}, "channels is 2: expected one of 1, 3"),
+        ({"precision": "fp8"}, "precision is 'fp8': expected one of fp32, bf16, fp16"),
+        ({"penalty_kind": "r2"}, "penalty_kind is 'r2'"),
+        ({"batch_size": 0}, "batch_size is 0: expected at least 1"),
+        ({"lr_g": 0.0}, "lr_g is 0.0: expected more than 0"),
+        ({"lr_d": float("nan")}, "lr_d is nan: expected more than 0"),
+        ({"beta1": 1.0}, "beta1 is 1.0: expected at least 0 and below 1"),
+        ({"real_label": 0.5}, "real_label is 0.5: expected more than 0.5 and at most 1"),
+        ({"gradient_penalty": -1.0}, "gradient_penalty is -1.0: expected at least 0"),
+    ],
+)
+def test_settings_are_checked(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+def test_settings_that_depend_on_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    digits = TrainConfig(data="mnist").resolved()
+    assert (digits.image_size, digits.channels, digits.flips, digits.out) == (32, 1, False, "runs/mnist-32")
+    Path("runs/mnist-32").mkdir(parents=True)
+    assert TrainConfig(data="mnist").resolved().out == "runs/mnist-32-2"
+    photos = TrainConfig(data=str(tmp_path / "photos")).resolved()
+    assert (photos.image_size, photos.channels, photos.flips, photos.out) == (64, 3, True, "runs/photos-64")
+    assert TrainConfig(data="mnist", flips=True, image_size=28).resolved().flips is True
+    with pytest.raises(ValueError, match="no data given"):
+        TrainConfig().resolved()
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", "cuda:77"])
+def test_devices_are_checked(device: str, config: TrainConfig, images: Images) -> None:
+    with pytest.raises(ValueError, match=f"device is '{device}'"):
+        Trainer(dataclasses.replace(config, device=device), images)
