@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 Pair = tuple[int, int]
@@ -42,3 +43,32 @@ class Geometry:
         """The rows and columns that `conv_transpose` of a `height` x `width` input adds to reach `output_size`."""
         base = self.conv_transpose_size(height, width)
         return (output_size[0] - base[0], output_size[1] - base[1])
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The taps of `conv_transpose` along one axis, without inserted zeros: one entry per phase `f`, 0 <= f < stride.
+
+    Output pixel `q*stride + f` is the sum over j < count[f] of the weight's tap `first[f] + j*tap_step` times input pixel
+    `q + offset[f] - j*pixel_step`.
+    """
+
+    first: tuple[int, ...]
+    count: tuple[int, ...]
+    offset: tuple[int, ...]
+    tap_step: int
+    pixel_step: int
+
+
+def phases(kernel: int, stride: int, padding: int, dilation: int = 1) -> Phases:
+    """The phases along one axis: phase `f` owns the taps `k` with `k*dilation = f + padding (mod stride)`."""
+    common = math.gcd(dilation, stride)
+    step = stride // common
+    first, count, offset = [], [], []
+    for f in range(stride):
+        own = [k for k in range(min(step, kernel)) if (f + padding - k * dilation) % stride == 0]
+        k = own[0] if own else 0
+        first.append(k)
+        count.append(len(range(k, kernel, step)) if own else 0)
+        offset.append((f + padding - k * dilation) // stride if own else 0)
+    return Phases(tuple(first), tuple(count), tuple(offset), step, dilation // common)

@@ -44,29 +44,29 @@ class Source:
 def tile_rows(tile, group, batch, height, width, ROWS: tl.constexpr, BOX: tl.constexpr):
     """((n, q, r, inside), (n0, q0, r0)): the grid pixels of a tile, whether they exist, and the corner of its box.
 
-    `tile` counts the tiles of one statistics group of `batch` images, each a grid of `height` x `width`.
+    `tile` counts the tiles of one statistics group of `batch` images, each a grid of `height` x `width`, which may be 0.
     """
     i = tl.arange(0, ROWS)
     if BOX is None:
         m = tile * ROWS + i
-        n = m // (height * width)
-        rest = m % (height * width)
-        q = rest // width
-        r = rest % width
-        inside = n < batch
+        across = tl.maximum(width, 1)
+        area = tl.maximum(height * width, 1)
+        n = m // area
+        q = m % area // across
+        r = m % area % across
         n0 = 0
         q0 = 0
         r0 = 0
     else:
-        across = tl.cdiv(width, BOX[2])
-        down = tl.cdiv(height, BOX[1])
+        across = tl.maximum(tl.cdiv(width, BOX[2]), 1)
+        down = tl.maximum(tl.cdiv(height, BOX[1]), 1)
         n0 = tile // (across * down) * BOX[0]
         q0 = tile // across % down * BOX[1]
         r0 = tile % across * BOX[2]
         n = n0 + i // (BOX[1] * BOX[2])
         q = q0 + i // BOX[2] % BOX[1]
         r = r0 + i % BOX[2]
-        inside = (n < batch) & (q < height) & (r < width)
+    inside = (n < batch) & (q < height) & (r < width)
     first = group * batch
     return (n + first, q, r, inside), (n0 + first, q0, r0)
 
@@ -84,10 +84,11 @@ def load_tile(x, y, coef, coef_groups, slope, group, rows, corner, shift, channe
     height, width, channels = size
     c = channel + tl.arange(0, S.block_c)
     in_range = c < channels
-    in_y = q * S.stride[0] + dy
-    in_x = r * S.stride[1] + dx
-    valid = inside & (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
-    mask = valid[:, None] & in_range[None, :]
+    if S.form == "pointer" or S.mask or S.prologue != "none":
+        in_y = q * S.stride[0] + dy
+        in_x = r * S.stride[1] + dx
+        valid = inside & (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
+        mask = valid[:, None] & in_range[None, :]
 
     if S.form == "pointer":
         pixel = (n * height + in_y) * width + in_x

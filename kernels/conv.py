@@ -1,0 +1,100 @@
+"""The strided gather as an implicit matrix product: [pixels, taps*Ci] x [taps*Ci, Co], NHWC.
+
+Forward of Conv2d, and the gradient of a transposed convolution's input. No column matrix exists: a tile of it is a tile
+of the input, shifted by the tap (Chetlur et al., cuDNN: Efficient Primitives for Deep Learning, 2014, section 3).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdcgan.backends.base import STORE, Epilogue, Operand
+from fastdcgan.geometry import Geometry
+from fastdcgan.kernels.contraction import Gather, combined, contract
+from fastdcgan.kernels.epilogues import finish_tile
+from fastdcgan.kernels.launch import dot, in_format_of_torch, tile_of_program
+from fastdcgan.kernels.prologues import load_tile, tile_rows
+from fastdcgan.kernels.tiles import TileConfig
+
+
+@triton.jit
+def conv_kernel(
+    x,
+    x_y,
+    x_coef,
+    x_slope,
+    x_groups,
+    weight,
+    out,
+    e_y,
+    e_coef,
+    e_slope,
+    e_groups,
+    partials,
+    groups,
+    batch,
+    tiles_per_group,
+    height,
+    width,
+    c_in,
+    out_height,
+    out_width,
+    c_out,
+    KERNEL: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    SOURCE: tl.constexpr,
+    SINK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile [SOURCE.rows pixels, SINK.block_c channels] of the output of `groups` times `batch` images.
+
+    `weight` is [Co, taps, Ci] in memory: a tensor descriptor of [Co, taps*Ci] where the source is not "pointer".
+    """
+    m, tile_n = tile_of_program(groups * tiles_per_group, tl.cdiv(c_out, SINK.block_c), GROUP_M)
+    group = m // tiles_per_group
+    rows, corner = tile_rows(m % tiles_per_group, group, batch, out_height, out_width, SOURCE.rows, SINK.box)
+    co = tile_n * SINK.block_c
+    size = (height, width, c_in)
+    blocks = tl.cdiv(c_in, SOURCE.block_c)
+    acc = tl.zeros((SOURCE.rows, SINK.block_c), tl.float32)
+    for step in range(KERNEL[0] * KERNEL[1] * blocks):
+        tap = step // blocks
+        ci = step % blocks * SOURCE.block_c
+        shift = (tap // KERNEL[1] * DILATION[0] - PADDING[0], tap % KERNEL[1] * DILATION[1] - PADDING[1])
+        if SOURCE.form == "pointer":
+            o = co + tl.arange(0, SINK.block_c)
+            i = ci + tl.arange(0, SOURCE.block_c)
+            place = weight + (o[:, None] * (KERNEL[0] * KERNEL[1]) + tap) * c_in + i[None, :]
+            b = tl.load(place, mask=(o < c_out)[:, None] & (i < c_in)[None, :], other=0.0)
+        else:
+            b = weight.load([co, tap * c_in + ci])
+        a = load_tile(x, x_y, x_coef, x_groups, x_slope, group, rows, corner, shift, ci, size, b.dtype, SOURCE)
+        acc = dot(a, b.T, acc, PRECISION)
+    finish_tile(
+        acc, out, e_y, e_coef, e_groups, e_slope, partials, m, group, rows, corner, (0, 0), co,
+        (out_height, out_width, c_out), SINK,
+    )  # fmt: skip
+
+
+def gather_of(geometry: Geometry) -> Gather:
+    """How `conv_kernel` walks the input and the output."""
+    g = geometry
+    lead = (-(-g.padding[0] // g.stride[0]), -(-g.padding[1] // g.stride[1]))
+    constants = {"KERNEL": g.kernel, "PADDING": g.padding, "DILATION": g.dilation}
+    return Gather("conv", g.stride, lead, (1, 1), g.kernel[0] * g.kernel[1], constants)
+
+
+def conv(
+    a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue = STORE, config: TileConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """`a` [N, Ci, H, W], weight [Co, Ci, kh, kw] -> [N, Co, H', W'] in the weight's dtype, and the epilogue's vectors.
+
+    float32, float16 or bfloat16, any memory format (copied to NHWC unless it is that), no groups. `config`: the tile.
+    """
+    size = geometry.conv_size(*a.x.shape[2:])
+    out, partials = contract(conv_kernel, gather_of(geometry), a, weight, weight.shape[0], size, epilogue, config)
+    return in_format_of_torch(out, a.x, weight), combined(out, partials, epilogue)

@@ -1,0 +1,92 @@
+"""What the contractions share on the way to a kernel: memory layout, descriptors, precision, order of the tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastdcgan.geometry import Pair
+from fastdcgan.kernels.tiles import TileConfig
+
+# Kernels are interpreted or compiled as TRITON_INTERPRET says when they are defined.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, accumulated in float32."""
+    if INTERPRETED:  # which multiplies the bits of bfloat16 as integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tile_of_program(tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(m, n) of this program: `GROUP_M` tiles along m run through all of n before the next ones begin."""
+    pid = tl.program_id(0)
+    first = pid // (GROUP_M * tiles_n) * GROUP_M
+    high = tl.minimum(tiles_m - first, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    return first + within % high, within // high
+
+
+def run(kernel: Any, programs: int, arguments: dict[str, Any], config: TileConfig) -> None:
+    """Launch `kernel` with its arguments by name."""
+    kernel[(programs,)](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """`x` [N, C, H, W] with its memory in the order N, H, W, C, without gaps; a copy only if it isn't so already."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_nhwc(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised [N, C, H, W] with its memory in the order N, H, W, C."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def in_format_of_torch(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`out` in the memory format that PyTorch's own convolution of `x` and `weight` has, which `torch.compile` relies on."""
+    formats = [suggest_memory_format(x)] + ([suggest_memory_format(weight)] if x.is_cuda else [])
+    return out if torch.channels_last in formats else out.contiguous()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`tl.dot`'s `input_precision`: TF32 where PyTorch's convolutions may use it, else three TF32 products, whose
+    error is that of float32 (Henry, Tang, Heinecke, 2019)."""
+    if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3"
+
+
+def aligned(x: Tensor | None, channels: int) -> bool:
+    """Whether a tensor descriptor takes `x` with rows of `channels`: addresses are multiples of 16 bytes."""
+    return x is None or (channels * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0)
+
+
+def fits_view(x: Tensor | None, stride: Pair) -> bool:
+    """Whether `strided_view` takes all of `x` [N, C, H, W] (None: there is nothing to view)."""
+    return x is None or (aligned(x, x.shape[1]) and x.shape[2] % stride[0] == 0 and x.shape[3] % stride[1] == 0)
+
+
+def strided_view(x: Tensor | None, stride: Pair, box: tuple[int, int, int], channels: int) -> TensorDescriptor | None:
+    """`x` [N, C, H, W], NHWC in memory, as [N, H/sy, sy, W/sx, sx*C]; a box holds pixels that are `stride` apart."""
+    if x is None:
+        return None
+    n, c, h, w = x.shape
+    sy, sx = stride
+    return TensorDescriptor(
+        x, [n, h // sy, sy, w // sx, sx * c], [h * w * c, sy * w * c, w * c, sx * c, 1], [box[0], box[1], 1, box[2], channels]
+    )
+
+
+def matrix(x: Tensor | None, columns: int, block: Pair) -> TensorDescriptor | None:
+    """Memory without gaps as [numel/columns, columns]."""
+    return None if x is None else TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], list(block))

@@ -1,0 +1,203 @@
+"""Which tile a contraction runs with: what a tile is, the search space, and a heuristic that needs no measuring.
+
+`tuning.py` measures, and keeps what it found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One program's share of a contraction, as a matrix product [block_m, block_k] x [block_k, block_n].
+
+    conv, conv_transpose: m pixels, n output channels, k input channels. weight_grad: m channels of the gathered operand,
+    n channels of the linear one, k pixels. The blocks are powers of two, of at least 16.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+    group_m: int = 8  # tiles along m that run next to each other, for the second-level cache
+    splits: int = 1  # weight_grad: parts of the reduction, summed in a fixed order afterwards
+    descriptors: bool = True  # tensor descriptors where the operands allow it, else masked pointers
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k", "num_warps"):
+            value = getattr(self, name)
+            if value < (1 if name == "num_warps" else 16) or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, and a block at least 16, got {value}")
+
+    def shared_memory(self, itemsize: int, tensors: int) -> int:
+        """Bytes of the tiles in flight; `tensors` of them are loaded for one step of the reduction."""
+        values = self.block_m + self.block_n + (tensors - 2) * max(self.block_m, self.block_n)
+        return values * self.block_k * itemsize * self.num_stages
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a tile needs to know of a GPU."""
+
+    name: str
+    arch: int  # 80, 90 or 100: the kind of tile
+    processors: int
+    shared_memory: int  # bytes that one program may have
+
+
+# Multiprocessors and shared memory of A100, H100 and B200 (CUDA C++ Programming Guide, Compute Capabilities).
+KNOWN = {
+    80: Device("sm_80", 80, 108, 163 * 1024),
+    90: Device("sm_90", 90, 132, 227 * 1024),
+    100: Device("sm_100", 100, 148, 227 * 1024),
+}
+
+
+@lru_cache
+def device_of(device: torch.device) -> Device:
+    """The GPU behind `device`; without one (in Triton's interpreter) an H100's figures."""
+    if device.type != "cuda":
+        return KNOWN[90]
+    found = torch.cuda.get_device_properties(device)
+    # wgmma and tcgen05 are of just these; every other GPU runs the tiles for mma.sync and cp.async.
+    arch = {9: 90, 10: 100}.get(found.major, 80)
+    shared = getattr(found, "shared_memory_per_block_optin", 99 * 1024)
+    return Device(found.name, arch, found.multi_processor_count, shared)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a tile is chosen for: `count` matrix products [m, k] x [k, n]."""
+
+    op: str  # "conv" | "conv_transpose" | "weight_grad"
+    dtype: torch.dtype
+    m: int
+    n: int
+    k: int
+    count: int  # phases of a transposed conv, taps of weight_grad
+    prologue: str  # of weight_grad's two operands, joined by a space
+    epilogue: str
+    shape: tuple[int, ...]  # sizes and geometry, which set this problem apart from others with the same product
+
+    @property
+    def tensors(self) -> int:
+        """Tiles that are loaded for one step of the reduction."""
+        return 2 + self.prologue.split().count("bn_backward")
+
+
+# --- covering a grid of pixels ---------------------------------------------------------------------------------------
+
+Box = tuple[int, int, int]
+_MAX_BOX = 256  # of a side: what a tensor-map copy takes (CUDA driver API, cuTensorMapEncodeTiled)
+
+
+@lru_cache(maxsize=4096)
+def box(rows: int, batch: int, height: int, width: int) -> Box:
+    """(images, rows, columns) of a tile of `rows` pixels, all powers of two: of those that cover `batch` grids of
+    `height` x `width` with the fewest tiles the widest, and of those the highest."""
+    sides = [1 << bits for bits in range(rows.bit_length())]
+    boxes = [(rows // (h * w), h, w) for w in reversed(sides) for h in reversed(sides) if h * w <= rows]
+    return min((b for b in boxes if max(b) <= _MAX_BOX), key=lambda b: tiles(rows, b, batch, height, width))
+
+
+def tiles(rows: int, box: Box | None, batch: int, height: int, width: int) -> int:
+    """How many boxes, or runs of `rows` pixels where there is no box, cover `batch` grids of `height` x `width`."""
+    if box is None:
+        return ceil_div(batch * height * width, rows)
+    return ceil_div(batch, box[0]) * ceil_div(height, box[1]) * ceil_div(width, box[2])
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# --- heuristic -------------------------------------------------------------------------------------------------------
+
+# Per architecture (block_m, block_n, num_warps, num_stages, rate). `rate` ranks tiles by the multiply-adds that they do
+# for each value they load; it is no measured throughput.
+_LADDER = {
+    80: (
+        (128, 128, 8, 3, 1.0),
+        (128, 64, 4, 3, 0.85),
+        (64, 128, 4, 3, 0.85),
+        (64, 64, 4, 4, 0.65),
+        (128, 32, 4, 4, 0.55),
+        (64, 32, 4, 4, 0.45),
+        (128, 16, 4, 4, 0.3),
+    ),
+    90: (
+        (128, 256, 8, 3, 1.0),
+        (128, 128, 8, 4, 0.9),
+        (128, 64, 4, 4, 0.7),
+        (64, 128, 4, 4, 0.7),
+        (64, 64, 4, 4, 0.5),
+        (128, 32, 4, 4, 0.4),
+        (64, 32, 4, 4, 0.3),
+        (128, 16, 4, 4, 0.2),
+    ),
+    100: (
+        (128, 128, 8, 4, 1.0),
+        (128, 64, 8, 4, 0.7),
+        (64, 128, 8, 4, 0.7),
+        (64, 64, 4, 4, 0.5),
+        (128, 32, 4, 4, 0.4),
+        (64, 32, 4, 4, 0.3),
+        (128, 16, 4, 4, 0.2),
+    ),
+}
+_STEP_BYTES = 128  # of one row of a tile: the widest swizzle of shared memory
+_RESERVED = 8 * 1024  # shared memory for barriers and reductions
+_MAX_SPLITS = 64
+_MIN_STEPS = 8  # of the reduction in one program: filling its pipeline takes about half as many
+_BYTE = 64  # multiply-adds in the time of moving one byte of workspace through the second-level cache
+
+
+def heuristic(problem: Problem, device: Device) -> TileConfig:
+    """The candidate that would take the least time if its tiles took turns on the multiprocessors."""
+    rates = {(m, n): rate for m, n, _, _, rate in _LADDER[device.arch]}
+
+    def cost(config: TileConfig) -> float:
+        blocks = ceil_div(problem.m, config.block_m) * ceil_div(problem.n, config.block_n) * problem.count
+        turns = ceil_div(blocks * config.splits, device.processors)
+        steps = ceil_div(ceil_div(problem.k, config.block_k), config.splits) + config.num_stages
+        work = turns * steps * config.block_m * config.block_n * config.block_k / rates[config.block_m, config.block_n]
+        if config.splits > 1:  # float32, written and read
+            work += 8 * config.splits * problem.m * problem.n * problem.count * _BYTE / device.processors
+        return work
+
+    return min(search_space(problem, device), key=cost)
+
+
+def search_space(problem: Problem, device: Device) -> list[TileConfig]:
+    """What tuning may try: the architecture's ladder as far as it fits the problem, for weight_grad with splits."""
+    found = []
+    for block_m, block_n, warps, stages, _ in _LADDER[device.arch]:
+        if (block_m > 64 and block_m >= 2 * problem.m) or (block_n > 16 and block_n >= 2 * problem.n):
+            continue
+        config = TileConfig(block_m, block_n, _STEP_BYTES // problem.dtype.itemsize, warps, stages)
+        config = _fitted(replace(config, descriptors=device.arch >= 90), problem, device)
+        splits = 1
+        while splits == 1 or (
+            problem.op == "weight_grad"
+            and splits <= _MAX_SPLITS
+            and problem.k >= splits * _MIN_STEPS * config.block_k
+        ):
+            found.append(replace(config, splits=splits))
+            splits *= 2
+    return found
+
+
+def _fitted(config: TileConfig, problem: Problem, device: Device) -> TileConfig:
+    """With no more stages, and no longer steps, than shared memory has room for."""
+    room = device.shared_memory - _RESERVED
+    while config.shared_memory(problem.dtype.itemsize, problem.tensors) > room:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        else:
+            config = replace(config, block_k=config.block_k // 2)
+    return config
