@@ -7,7 +7,7 @@ initialised yet it is called as it is, outside any chain.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,19 +99,23 @@ class Alone:
     why: str | None = None
 
 
-def leaves(sequential: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def leaves(
+    sequential: nn.Sequential, prefix: str = "", transparent: Callable[[nn.Module], bool] = is_plain_sequential
+) -> Iterator[tuple[str, nn.Module]]:
     """The modules that a Sequential calls, in order, with nested Sequentials opened where they are transparent."""
     for name, module in sequential._modules.items():
         assert module is not None
-        if is_plain_sequential(module):
-            yield from leaves(module, f"{prefix}{name}.")  # type: ignore[arg-type]
+        if transparent(module):
+            yield from leaves(module, f"{prefix}{name}.", transparent)  # type: ignore[arg-type]
         else:
             yield prefix + name, module
 
 
-def segments(sequential: nn.Sequential) -> list[FoundChain | Alone]:
+def segments(
+    sequential: nn.Sequential, transparent: Callable[[nn.Module], bool] = is_plain_sequential
+) -> list[FoundChain | Alone]:
     """Split the modules of a Sequential into chains and modules that are called as they are."""
-    modules = list(leaves(sequential))
+    modules = list(leaves(sequential, "", transparent))
     found: list[FoundChain | Alone] = []
     i = 0
     while i < len(modules):
@@ -176,9 +180,9 @@ def _why_not_in_block(module: nn.Module) -> str | None:
         if why is not None:
             return why
         if isinstance(module, nn.BatchNorm2d):
-            return "no convolution with its number of channels comes before it"
+            return "no convolution with its number of channels that it can be fused to comes before it"
         if isinstance(module, nn.Module) and from_module(module) is not None:
-            return "no convolution or BatchNorm2d comes before it"
+            return "no convolution or BatchNorm2d that it can be fused to comes before it"
         return f"{type(module).__name__} is not fused: BatchNorm2d and SyncBatchNorm are"
     return None
 
@@ -216,7 +220,7 @@ class Recorder:
 recorder: Recorder | None = None
 
 
-def run_sequential(sequential: nn.Sequential, x: Tensor, stat_groups: int, seams: str) -> Any:
+def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, seams: str) -> Any:
     """`nn.Sequential.forward` with every chain in it run as one."""
     if isinstance(stat_groups, torch.fx.Proxy):
         stat_groups = 1  # torch.fx traces the root module's default as an input

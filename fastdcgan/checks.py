@@ -109,6 +109,12 @@ def check_weight(weight: Tensor, groups: int, transposed: bool) -> None:
         raise ValueError(f"groups must divide the weight's {weight.shape[0]} channels, got groups={groups}")
 
 
+def check_seams(seams: str) -> None:
+    """Raise ValueError for a choice that the plan does not have."""
+    if seams not in ("auto", "finished", "deferred"):
+        raise ValueError(f"seams must be 'auto', 'finished' or 'deferred', got {seams!r}")
+
+
 def check_stat_groups(stat_groups: int) -> None:
     """Raise TypeError or ValueError unless `stat_groups` is a positive int."""
     if not isinstance(stat_groups, (int, torch.SymInt)) or isinstance(stat_groups, bool):

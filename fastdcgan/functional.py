@@ -51,6 +51,7 @@ def run_chain(
 
     Raises TypeError or ValueError (`checks.check_chain`).
     """
+    checks.check_seams(seams)
     n = len(blocks)
     deferred = seams == "deferred" or (seams == "auto" and backends.get(blocks[0].backend).prefers_deferred)
     plan = Plan(tuple(blocks), stat_groups, (deferred,) * (n - 1), (backends.get(blocks[0].backend).lazy_grad,) * n)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -142,9 +143,10 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
         if "forward" in module.__dict__ or type(module).forward not in (nn.Sequential.forward, FusedSequential.forward):
             continue
         fused = isinstance(module, FusedSequential)
-        seen.update(id(m) for m in module.modules() if isinstance(m, nn.Sequential) and blocks.is_plain_sequential(m))
-        for part in segments(module):
-            seen.update(id(m) for m in _modules_of(part))
+        transparent = blocks.is_plain_sequential if fused else _is_plain_unfused
+        seen.update(id(m) for m in _opened(module, transparent))
+        for part in segments(module, transparent):
+            seen.update(id(m) for m in _modules_of(part) if not isinstance(m, nn.Sequential))
             rows.extend(_rows(part, f"{path}." if path else "", fused, ran, x is not None))
     for path, module in model.named_modules():
         if id(module) not in seen and _belongs_to_a_block(module):
@@ -166,6 +168,18 @@ def _observe(model: nn.Module, x: Tensor) -> dict[int, blocks.Record]:
             for name, buffer in model.named_buffers():
                 if name in state:
                     buffer.copy_(state[name])
+
+
+def _is_plain_unfused(module: nn.Module) -> bool:
+    return not isinstance(module, FusedSequential) and blocks.is_plain_sequential(module)
+
+
+def _opened(sequential: nn.Module, transparent: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """The nested Sequentials whose modules `leaves` lists as this one's."""
+    for child in sequential.children():
+        if transparent(child):
+            yield child
+            yield from _opened(child, transparent)
 
 
 def _modules_of(part: FoundChain | Alone) -> list[nn.Module]:
