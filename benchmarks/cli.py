@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Run it. 0, or 1 if a peer was wrong or ours failed. Raises ValueError for arguments that make no sense here."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     device = _device(args.device)
     batches = args.batch or [_plan(args, device).batch]
@@ -59,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
         if min(values, default=1) < 1:
             raise ValueError(f"{name} has to be at least 1, not {min(values)}")
     facts = environment(device)
+    if facts["load_average"] > facts["cores"]:
+        busy = f"load {facts['load_average']:.1f} on {facts['cores']} cores"
+        print(f"Other processes keep this machine busy ({busy}): times will be noisy.", file=sys.stderr)
     console = Console(width=None if sys.stdout.isatty() else 200)
     with console.status("starting") as status:
 
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         for i, title in enumerate(header):
             table.add_column(title, justify="left" if i < 4 else "right")
         for line in lines:
-            table.add_row(*line)
+            table.add_row(*map(Text, line))  # an error in a cell is no markup
         console.print(table)
     console.print(tables.NOTE, highlight=False)
     if args.json is not None:
@@ -85,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"results: {args.json}")
     for case, row in results.bad:
         where = f"{case.name} {case.part}, batch {case.batch}, {row.label} in {row.dtype}"
-        console.print(f"[red]{row.status}[/red]: {where}: {row.detail}", highlight=False)
+        console.print(Text(f"{row.status}: {where}: {row.detail}", style="red"))
     return int(bool(results.bad))
 
 
@@ -127,7 +132,7 @@ def _cases(
                     device,
                     dtype,
                     _timing(plan.step_timing, args),
-                    lambda text, case=case: show(case, text),
+                    functools.partial(show, case),
                 )
             if args.suite in ("blocks", "all"):
                 for block in _blocks(shape, plan):
@@ -140,7 +145,7 @@ def _cases(
                         device,
                         dtype,
                         _timing(plan.block_timing, args),
-                        lambda text, case=case: show(case, text),
+                        functools.partial(show, case),
                     )
 
 

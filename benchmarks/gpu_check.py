@@ -307,14 +307,14 @@ class Check:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dry", action="store_true", default=os.environ.get("DRY", "") not in ("", "0"))
-    out = os.environ.get("OUT") or None
-    parser.add_argument("--out", type=Path, default=out, help="folder (default: benchmarks/results)")
+    where = os.environ.get("OUT") or None
+    parser.add_argument("--out", type=Path, default=where, help="folder (default: benchmarks/results)")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for everything (default: %(default)s)")
     args = parser.parse_args(arguments)
-    out = args.out
+    out: Path | None = args.out
     if out is None:
         out = Path(tempfile.mkdtemp(prefix="gpu-check-dry-")) if args.dry else ROOT / "benchmarks" / "results"
-    return Check(Path(out), args.dry, args.budget).run()
+    return Check(out, args.dry, args.budget).run()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fastdcgan
+from fastdcgan import backends
 from fastdcgan.benchmarks import harness, plots, results, steps, suites, tables
 from fastdcgan.benchmarks.floors import step_flops
 from fastdcgan.benchmarks.results import Case, Results
@@ -139,18 +140,18 @@ def _add(found: Results, cases: Sequence[Case], file: Path) -> None:
 
 def _smallest(args: argparse.Namespace, device: torch.device) -> int:
     """Two training steps through each backend that has kernels of its own, in each dtype; no vanilla kernels timed."""
-    names = [name for name, why in fastdcgan.backends().items() if why == "available"]
+    names = [name for name, why in backends.status().items() if why == "available"]
     if device.type == "cuda":
         names = [name for name in names if name in OWN_GPU_BACKENDS]
     real, noise = (tensor.to(device) for tensor in inputs(DRY_SHAPE, 2))
     for name in names:
         for dtype in (None, torch.bfloat16):
-            nets = [fastdcgan.fuse(net.to(device)) for net in DRY_SHAPE.nets()]
-            optimisers = [steps.adam(net, device) for net in nets]
+            generator, discriminator = (fastdcgan.fuse(net.to(device)) for net in DRY_SHAPE.nets())
+            opt_g, opt_d = steps.adam(generator, device), steps.adam(discriminator, device)
             with fastdcgan.backend(name):
                 losses: tuple[Tensor, ...] = ()
                 for _ in range(2):
-                    losses = steps.gan_step(*nets, *optimisers, real, noise, dtype)
+                    losses = steps.gan_step(generator, discriminator, opt_g, opt_d, real, noise, dtype)
             values = [loss.item() for loss in losses]
             _say(f"backend {name}, autocast {dtype}: losses {values}")
             if not all(map(torch.isfinite, losses)):

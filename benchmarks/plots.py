@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
+from fastdcgan.benchmarks.harness import Summary
 from fastdcgan.benchmarks.results import Results
 from fastdcgan.benchmarks.tables import caption
 
@@ -26,16 +27,15 @@ def plot_steps(results: Results, floors_ms: Mapping[int, Mapping[str, float]], p
     FigureCanvasAgg(figure)
     for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
         # A peer that stands in several cases has the time of the first.
-        rows = {
-            f"{row.label}, {row.dtype}": row
-            for case in reversed(cases)
-            for row in reversed(case.rows)
-            if case.batch == batch and row.ms is not None
-        }
-        bars = sorted(((label, row) for label, row in rows.items()), key=lambda item: item[1].ms.median)
-        medians = [row.ms.median for _, row in bars]
-        whiskers = [[row.ms.median - row.ms.q1 for _, row in bars], [row.ms.q3 - row.ms.median for _, row in bars]]
-        colours = ["tab:orange" if row.peer.startswith("fused") else "tab:blue" for _, row in bars]
+        times: dict[str, tuple[str, Summary]] = {}
+        for case in cases:
+            for row in case.rows:
+                if case.batch == batch and row.ms is not None:
+                    times.setdefault(f"{row.label}, {row.dtype}", (row.peer, row.ms))
+        bars = sorted(times.items(), key=lambda item: item[1][1].median)
+        medians = [ms.median for _, (_, ms) in bars]
+        whiskers = [[ms.median - ms.q1 for _, (_, ms) in bars], [ms.q3 - ms.median for _, (_, ms) in bars]]
+        colours = ["tab:orange" if peer.startswith("fused") else "tab:blue" for _, (peer, _) in bars]
         axes.barh([label for label, _ in bars], medians, xerr=whiskers, color=colours, height=0.6)
         axes.invert_yaxis()
         for (level, ms), style in zip(floors_ms.get(batch, {}).items(), ("--", "-.", ":"), strict=False):

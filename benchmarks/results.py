@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-import fastdcgan
+from fastdcgan import backends
 from fastdcgan.benchmarks.harness import Summary
 
 SCHEMA = 1
@@ -173,9 +174,11 @@ def environment(device: torch.device) -> dict:
         "triton": _version("triton"),
         "fastdcgan": _version("fastdcgan"),
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "backends": fastdcgan.backends(),
+        "backends": backends.status(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

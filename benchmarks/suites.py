@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ class _Contest:
         runner()
         return torch.cuda.max_memory_allocated(self.device)
 
-    def time(self, segments: dict[str, harness.Segments], timing: harness.Timing, cold: bool) -> None:
+    def time(self, segments: Mapping[str, harness.Segments], timing: harness.Timing, cold: bool) -> None:
         """Time the segments of the peers that are right; `case` makes a case of each segment."""
         if segments:
             self.say("timing")

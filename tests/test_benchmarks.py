@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -549,6 +550,12 @@ def test_bench_from_end_to_end(tiny_plan, tmp_path, capsys):
     shown = capsys.readouterr().out
     for text in ("Training step", "Blocks", "PyTorch eager, NCHW", "needs a CUDA device", "~ where the spread"):
         assert text in shown
+
+
+def test_bench_warns_on_a_busy_machine(tiny_plan, monkeypatch, capsys):
+    monkeypatch.setattr(os, "getloadavg", lambda: (1e3, 0.0, 0.0))
+    assert _bench(*QUICK, "--suite", "step", "--peers", "eager") == 0
+    assert "load 1000.0 on" in capsys.readouterr().err
 
 
 def test_bench_fails_if_ours_is_wrong(tiny_plan, monkeypatch, capsys):
