@@ -170,11 +170,13 @@ class Backend:
         `shift` [C] is a conv bias that the raw output, and so `stats`, lacks; `factor` [stat_groups], where given,
         takes the place of `momentum` (a cumulative average). The same roundings as PyTorch's, so the same bits.
         """
+        rounded = float(torch.tensor(momentum, dtype=stats.dtype))
         for group in range(stats.shape[1]):
-            weight = momentum if factor is None else factor[group]
+            weight = rounded if factor is None else factor[group]
             batch_mean = stats[0, group] if shift is None else stats[0, group] + shift
-            mean.copy_(weight * batch_mean + (1 - weight) * mean)
-            var.copy_(weight * stats[2, group] + (1 - weight) * var)
+            mean.copy_(weight * batch_mean + (1 - weight) * mean.to(stats.dtype))
+            # PyTorch's CPU kernel has the batch's variance in double here, and the running one not.
+            var.copy_(weight * stats[2, group].double() + (1 - weight) * var.to(stats.dtype))
 
 
 def _bias(epilogue: Epilogue, weight: Tensor) -> Tensor | None:
