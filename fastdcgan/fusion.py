@@ -241,10 +241,10 @@ def fold_batchnorm(model: ModuleT) -> ModuleT:
     `model.eval()` up to rounding. Raises TypeError if `model` is no `nn.Module`.
     """
     _check_module(model)
-    memo = {}  # the old weight_norm leaves a computed `weight`, which deepcopy refuses
+    memo = {}  # the old weight_norm and spectral_norm leave a computed `weight`, which deepcopy refuses
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, WeightNorm):
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
                 weight = getattr(module, hook.name)
                 memo[id(weight)] = weight.detach().clone()
     folded = copy.deepcopy(model, memo).eval()
@@ -293,8 +293,13 @@ def _fold(model: nn.Module, block: FoundBlock) -> None:
 def _bake(conv: nn.Module) -> None:
     """Make weight norm, spectral norm and parametrizations permanent, so that `weight` is an ordinary parameter."""
     if parametrize.is_parametrized(conv):
-        for name in list(conv.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(conv, name, leave_parametrized=True)
+        # Not remove_parametrizations: it changes the class, which a copied module shares with the original.
+        found = {name: getattr(conv, name).detach().clone() for name in conv.parametrizations}  # type: ignore[union-attr]
+        trained = any(p.requires_grad for p in conv.parametrizations.parameters())  # type: ignore[union-attr]
+        conv.__class__ = parametrize.type_before_parametrizations(conv)
+        del conv.parametrizations
+        for name, value in found.items():
+            conv.register_parameter(name, nn.Parameter(value, requires_grad=trained))
     for hook in list(conv._forward_pre_hooks.values()):
         if isinstance(hook, WeightNorm):
             remove_weight_norm(conv, hook.name)

@@ -1,0 +1,203 @@
+"""`explain`: what runs fused where, what does not and why not; asking changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from alike import build, draw, one_thread
+from models import IMAGE, MODELS, VARIANTS, Generator, UNet, resnet_generator
+from torch import nn
+
+import fastdcgan
+from fastdcgan.fusion import Explanation, Row
+
+PAIRS = {**MODELS, **VARIANTS}
+
+
+def rows_of(model: nn.Module, x: torch.Tensor | None = None) -> dict[str, Row]:
+    return {row.name: row for row in fastdcgan.explain(model, x)}
+
+
+def one_backend(device: torch.device) -> str:
+    return fastdcgan.backends.select(fastdcgan.backends.requested(), device.type, torch.float32)
+
+
+@one_thread()
+@pytest.mark.parametrize("with_input", [False, True], ids=["without x", "with x"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_asking_changes_nothing(name: str, with_input: bool, device: torch.device) -> None:
+    factory, shape = PAIRS[name]
+    model = fastdcgan.fuse(build(factory, torch.float32, device))
+    x = draw(shape, torch.float32, device)
+    state = {key: value.clone() for key, value in [*model.named_parameters(), *model.named_buffers()]}
+    training, random, given = [m.training for m in model.modules()], torch.get_rng_state(), x.clone()
+
+    rows = fastdcgan.explain(model, x if with_input else None)
+
+    after = dict([*model.named_parameters(), *model.named_buffers()])
+    assert after.keys() == state.keys()
+    assert all(torch.equal(value, after[key]) for key, value in state.items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in model.modules()] == training
+    assert torch.equal(x, given)
+    assert all(p.grad is None for p in model.parameters())
+
+    paths = dict(model.named_modules(remove_duplicate=False))
+    assert all(row.name in paths or row.name == "(model)" for row in rows)
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        assert row.why
+        assert (row.backend is not None) == row.fused
+        kind = type(paths[row.name]).__name__.removeprefix("Parametrized")
+        assert row.pattern.split(" + ")[0] == kind
+
+
+def test_what_is_fused(device: torch.device) -> None:
+    rows = rows_of(fastdcgan.fuse(Generator()).to(device))
+    assert list(rows) == ["main.0", "main.3", "main.6", "main.9", "main.12"]
+    assert all(row.fused and row.backend == one_backend(device) for row in rows.values())
+    assert rows["main.0"].pattern == "ConvTranspose2d + BatchNorm2d + ReLU"
+    assert rows["main.12"].pattern == "ConvTranspose2d + Tanh"
+
+    rows = rows_of(fastdcgan.fuse(UNet()))
+    inside = "model.model.1.model.3.model.3.model."
+    assert rows[inside + "1"].pattern == "Conv2d + ReLU"
+    assert rows[inside + "3"].pattern == "ConvTranspose2d + BatchNorm2d"
+    assert rows["model.model.0"].why == "no BatchNorm2d, activation or other block next to it"
+
+    rows = rows_of(fastdcgan.fuse(resnet_generator()))
+    assert rows["10.conv_block.5"].pattern == "Conv2d + BatchNorm2d"
+    assert all(row.fused for row in rows.values())
+
+
+def with_hook() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    model[0].register_forward_hook(lambda *args: None)
+    return model
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x)).relu()
+
+
+REASONS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "hook": (with_hook, "0", "hooks"),
+    "1d": (VARIANTS["1d"][0], "0", "blocks are of 2-d convolutions"),
+    "3d": (VARIANTS["3d"][0], "1", "BatchNorm3d is not fused"),
+    "instance norm": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4)),
+        "1",
+        "InstanceNorm2d is not fused",
+    ),
+    "norm first": (VARIANTS["norm before conv"][0], "0", "no convolution with its number of channels"),
+    "activation first": (
+        lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU()),
+        "0",
+        "no convolution or BatchNorm2d",
+    ),
+    "alone": (
+        lambda: nn.Sequential(*VARIANTS["two blocks"][0](), nn.Dropout(), nn.Conv2d(5, 2, 3)),
+        "7",
+        "no BatchNorm2d, activation or other block next to it",
+    ),
+    "own code": (Own, "conv", "called by code of its own"),
+    "own forward": (VARIANTS["subclass with a forward"][0], "0.0", "called by code of its own"),
+    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()), "0", "not initialised yet"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_why_not(name: str) -> None:
+    factory, where, why = REASONS[name]
+    row = rows_of(fastdcgan.fuse(factory()))[where]
+    assert not row.fused
+    assert row.backend is None
+    assert why in row.why
+
+
+def test_before_fuse_and_after_unfuse() -> None:
+    model = Generator()
+    for change in (lambda m: m, fastdcgan.fuse, fastdcgan.unfuse):
+        rows = fastdcgan.explain(change(model))
+        assert len(rows) == 5
+        assert all(row.fused == (change is fastdcgan.fuse) for row in rows)
+        assert change is fastdcgan.fuse or all("call fastdcgan.fuse(model)" in row.why for row in rows)
+
+
+def test_layers_in_a_plain_sequential_are_fused_as_they_are() -> None:
+    layer = fastdcgan.ConvBNLeakyReLU2d(3, 4, 3)
+    rows = rows_of(nn.Sequential(layer, nn.Conv2d(4, 4, 3), nn.ReLU()))
+    assert {name: row.fused for name, row in rows.items()} == {"0.conv": True, "1": False}
+
+
+def test_a_shared_module_has_a_row_for_each_use() -> None:
+    rows = rows_of(fastdcgan.fuse(VARIANTS["shared block"][0]()))
+    assert list(rows) == ["0.0", "1", "3.0"]
+
+
+def test_an_input_shows_what_ran(device: torch.device) -> None:
+    model = fastdcgan.fuse(VARIANTS["two blocks"][0]()).to(device)
+    x = draw(IMAGE, torch.float32, device)
+    rows = fastdcgan.explain(model, x)
+    assert [row.why.split(";")[0] for row in rows] == [f"input {list(IMAGE)}"] * 2
+    assert all(row.backend == one_backend(device) for row in rows)
+
+    class OneBranch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    found = rows_of(fastdcgan.fuse(OneBranch()).to(device), x)
+    assert found["used.0"].fused
+    assert found["unused.0"].why == "was not reached by this input"
+
+
+def test_an_input_that_fails_leaves_no_trace(device: torch.device) -> None:
+    model = fastdcgan.fuse(
+        build(
+            lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(999, 2)),
+            torch.float32,
+            device,
+        )
+    )
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError):
+        fastdcgan.explain(model, draw(IMAGE, torch.float32, device))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert fastdcgan.blocks.recorder is None
+
+
+def test_the_backend_asked_for_is_named(backend: str, device: torch.device) -> None:
+    rows = fastdcgan.explain(fastdcgan.fuse(VARIANTS["two blocks"][0]()).to(device))
+    assert all(row.backend == backend and row.why == "asked for by name" for row in rows)
+
+
+def test_auto_says_what_it_passed_over(device: torch.device) -> None:
+    with fastdcgan.backend("auto"):
+        model = fastdcgan.fuse(VARIANTS["two blocks"][0]()).to(device, torch.float64)
+        for row in fastdcgan.explain(model):
+            assert row.backend == "reference"
+            assert "not triton: " in row.why
+            assert "not cpu: " in row.why
+
+
+def test_the_table() -> None:
+    text = str(fastdcgan.explain(fastdcgan.fuse(VARIANTS["norm before conv"][0]())))
+    lines = text.splitlines()
+    assert lines[0].split() == ["module", "pattern", "runs", "why"]
+    assert [line.split()[0] for line in lines[1:-1]] == ["0", "1", "2"]
+    column = lines[0].index("runs")
+    assert all(line[column:].startswith(("fused on ", "as it is")) and line[column - 1] == " " for line in lines[1:-1])
+    assert lines[-1] == "1 of 3 fused"
+    assert str(Explanation()).endswith("0 of 0 fused")
