@@ -23,6 +23,11 @@ class Geometry:
     dilation: Pair = (1, 1)
     groups: int = 1
 
+    @property
+    def lead(self) -> Pair:
+        """The padding in whole strides: taps of `conv` begin at most this many strides before an input pixel."""
+        return (-(-self.padding[0] // self.stride[0]), -(-self.padding[1] // self.stride[1]))
+
     def conv_size(self, height: int, width: int) -> Pair:
         """Output height and width of `conv` on a `height` x `width` input (PyTorch, `nn.Conv2d`, Shape)."""
         k, s, p, d = self.kernel, self.stride, self.padding, self.dilation

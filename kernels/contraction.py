@@ -86,9 +86,10 @@ def contract(
         stored = stored and (gather.phases[1] == 1 or channels % block_n == 0)
         stored = stored and (groups == 1 or (box is not None and batch % box[0] == 0))
         mask = gather.stride[1] > 1 and c_in % block_k != 0
-        source = operand.source(
-            "pointer" if box is None else "box", gather.stride, gather.lead, rows, block_k, box is not None and mask
-        )
+        form = "pointer" if box is None else "box"
+        load = (form, gather.stride, box, rows, block_k)
+        store = ("box" if stored else "pointer", gather.phases, box, rows, block_n)
+        source = operand.source(form, gather.stride, gather.lead, rows, block_k, box is not None and mask)
         partial_rows = epilogue_rows(epilogue)
         sink = Sink(
             epilogue.kind, ACTIVATIONS[epilogue.act].id, partial_rows, gather.phases, box, rows, block_n, stored
@@ -98,17 +99,15 @@ def contract(
             shape = (groups, tiles_per_group * count, partial_rows, channels)
             partials = torch.empty(shape, dtype=torch.float32, device=out.device)
         block = (block_n, block_k) if gather.op == "conv" else (block_k, block_n)
-        view = (lambda t: launch.strided_view(t, gather.stride, box, block_k)) if box is not None else (lambda t: t)
-        store = (lambda t: launch.strided_view(t, gather.phases, box, block_n)) if stored else (lambda t: t)
         arguments = dict(
-            x=view(operand.x),
-            x_y=view(operand.y),
+            x=launch.tile_argument(operand.x, *load),
+            x_y=launch.tile_argument(operand.y, *load),
             x_coef=operand.coef,
             x_slope=float(a.slope),
             x_groups=operand.groups,
             weight=w if box is None else launch.matrix(w, w.numel() // w.shape[0], block),
-            out=store(out),
-            e_y=store(e_y),
+            out=launch.tile_argument(out, *store),
+            e_y=launch.tile_argument(e_y, *store),
             e_coef=None if epilogue.coef is None else epilogue.coef.contiguous(),
             e_slope=float(epilogue.slope),
             e_groups=e_groups,

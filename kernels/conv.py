@@ -60,7 +60,9 @@ def conv_kernel(
     co = tile_n * SINK.block_c
     size = (height, width, c_in)
     blocks = tl.cdiv(c_in, SOURCE.block_c)
-    acc = tl.zeros((SOURCE.rows, SINK.block_c), tl.float32)
+    ROWS_M: tl.constexpr = SOURCE.rows
+    COLUMNS_N: tl.constexpr = SINK.block_c
+    acc = tl.zeros((ROWS_M, COLUMNS_N), tl.float32)
     for step in range(KERNEL[0] * KERNEL[1] * blocks):
         tap = step // blocks
         ci = step % blocks * SOURCE.block_c
@@ -83,9 +85,8 @@ def conv_kernel(
 def gather_of(geometry: Geometry) -> Gather:
     """How `conv_kernel` walks the input and the output."""
     g = geometry
-    lead = (-(-g.padding[0] // g.stride[0]), -(-g.padding[1] // g.stride[1]))
     constants = {"KERNEL": g.kernel, "PADDING": g.padding, "DILATION": g.dilation}
-    return Gather("conv", g.stride, lead, (1, 1), g.kernel[0] * g.kernel[1], constants)
+    return Gather("conv", g.stride, g.lead, (1, 1), g.kernel[0] * g.kernel[1], constants)
 
 
 def conv(

@@ -84,7 +84,9 @@ def conv_transpose_kernel(
     kx = entry(COLUMNS.first, fx)
     dy = entry(ROWS.offset, fy)
     dx = entry(COLUMNS.offset, fx)
-    acc = tl.zeros((SOURCE.rows, SINK.block_c), tl.float32)
+    ROWS_M: tl.constexpr = SOURCE.rows
+    COLUMNS_N: tl.constexpr = SINK.block_c
+    acc = tl.zeros((ROWS_M, COLUMNS_N), tl.float32)
     for step in range(taps_y * taps_x * blocks):
         jy = step // blocks // taps_x
         jx = step // blocks % taps_x

@@ -21,9 +21,6 @@ import triton.language as tl
 from fastdcgan.geometry import Pair
 from fastdcgan.kernels.activations import activation, activation_derivative
 
-PARTIAL_ROWS = {"stats": 3, "grad_stats": 2}
-
-
 @dataclass(frozen=True)
 class Sink:
     """How a tile is finished and stored (a `constexpr` of the kernels)."""
@@ -35,7 +32,7 @@ class Sink:
     box: tuple[int, int, int] | None  # images, rows, columns of a tile; None where a tile is a run of pixels
     rows: int
     block_c: int
-    descriptors: bool  # `out` and `y` are tensor descriptors of `launch.strided_view`
+    descriptors: bool  # `out` and `y` are tensor descriptors (`launch.tile_argument`, "box")
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch._prims_common import suggest_memory_format
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdcgan.geometry import Pair
-from fastdcgan.kernels.tiles import TileConfig
+from fastdcgan.kernels.tiles import Box, TileConfig
 
 # Kernels are interpreted or compiled as TRITON_INTERPRET says when they are defined.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -72,21 +72,34 @@ def aligned(x: Tensor | None, channels: int) -> bool:
 
 
 def fits_view(x: Tensor | None, stride: Pair) -> bool:
-    """Whether `strided_view` takes all of `x` [N, C, H, W] (None: there is nothing to view)."""
+    """Whether a descriptor of pixels `stride` apart covers all of `x` [N, C, H, W] (None: there is nothing to cover)."""
     return x is None or (aligned(x, x.shape[1]) and x.shape[2] % stride[0] == 0 and x.shape[3] % stride[1] == 0)
 
 
-def strided_view(x: Tensor | None, stride: Pair, box: tuple[int, int, int], channels: int) -> TensorDescriptor | None:
-    """`x` [N, C, H, W], NHWC in memory, as [N, H/sy, sy, W/sx, sx*C]; a box holds pixels that are `stride` apart."""
-    if x is None:
-        return None
+def tile_argument(
+    x: Tensor | None, form: str, stride: Pair, box: Box | None, rows: int, channels: int
+) -> Tensor | TensorDescriptor | None:
+    """`x` [N, C, H, W], NHWC in memory, as a kernel reads or writes tiles of it (`prologues.Source`).
+
+    "pointer"  `x` itself
+    "box"      a descriptor of [N, H/sy, sy, W/sx, sx*C]: a box holds pixels that are `stride` apart
+    "matrix"   a descriptor of [N*H*W, C]: `rows` consecutive pixels
+    """
+    if x is None or form == "pointer":
+        return x
     n, c, h, w = x.shape
-    sy, sx = stride
-    return TensorDescriptor(
-        x, [n, h // sy, sy, w // sx, sx * c], [h * w * c, sy * w * c, w * c, sx * c, 1], [box[0], box[1], 1, box[2], channels]
-    )
+    if form == "matrix":
+        return matrix(x, c, (rows, channels))
+    assert box is not None
+    shape = [n, h // stride[0], stride[0], w // stride[1], stride[1] * c]
+    strides = [h * w * c, stride[0] * w * c, w * c, stride[1] * c, 1]
+    return TensorDescriptor(x, shape, strides, [box[0], box[1], 1, box[2], channels])
 
 
-def matrix(x: Tensor | None, columns: int, block: Pair) -> TensorDescriptor | None:
-    """Memory without gaps as [numel/columns, columns]."""
-    return None if x is None else TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], list(block))
+def matrix(x: Tensor, columns: int, block: Pair) -> TensorDescriptor:
+    """A descriptor of memory without gaps as [numel/columns, columns]."""
+    return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], list(block))
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]

@@ -25,8 +25,8 @@ class Source:
     """How tiles of an operand are loaded (a `constexpr` of the kernels).
 
     form    "pointer"  masked pointers
-            "box"      tensor descriptors of `launch.strided_view`
-            "matrix"   tensor descriptors of `launch.matrix`: [pixels, C], for tiles whose pixels are consecutive
+            "box"      tensor descriptors, a box of pixels
+            "matrix"   tensor descriptors, for tiles whose pixels are consecutive (`launch.tile_argument`)
     """
 
     form: str
