@@ -86,7 +86,7 @@ def activation_derivative(z, slope, ACT: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.erf(z * _SQRT_HALF))
         d = cdf + z * tl.exp(-0.5 * z * z) * _RSQRT_TWO_PI
     elif ACT == ELU:
-        d = tl.where(z > 0.0, 1.0, slope * tl.exp(tl.where(z > 0.0, 0.0, z)))
+        d = tl.where(z <= 0.0, slope * tl.exp(tl.where(z > 0.0, 0.0, z)), 1.0)
     else:
         tl.static_assert(ACT == IDENTITY, "unknown activation id")
         d = tl.full(z.shape, 1.0, tl.float32)

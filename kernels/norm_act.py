@@ -1,13 +1,13 @@
 """Normalise and activate, its backward, and the per-channel reductions: the passes that are bound by bytes.
 
 Operands, `coef`, `grad_coef`, `stats` and `sums` are as `fastdcgan/backends/base.py` describes them. Every wide tensor
-is read or written once, in 16-byte accesses where its channels (NHWC) or its pixels (NCHW) allow it. A reduction runs in
-two stages: programs that share out the rows, as many as fill the chip at any number of channels, write one partial each;
-`combine_stats` and `combine_sums` then merge the partials in a fixed order. Nothing is atomic, so the same input gives
-the same bits.
+is read or written once, in 16-byte accesses where its channels (NHWC) or its pixels (NCHW) allow it. A reduction runs
+in two stages: programs that share out the rows, as many as fill the chip at any number of channels, write one partial
+each; `combine_stats` and `combine_sums` then merge the partials in a fixed order. Nothing is atomic, so the same input
+gives the same bits.
 
-All functions take float16, bfloat16 or float32 tensors, run on the current stream and allocate through torch alone: they
-can be captured in a CUDA graph.
+All functions take float16, bfloat16 or float32 tensors, run on the current stream and allocate through torch alone:
+they can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from torch import Tensor
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.base import Operand
 from fastdcgan.kernels.activations import activation, activation_derivative
-from fastdcgan.kernels.streaming import StreamConfig, combine_chunk, combine_launch, dense, like, stream_config, walk_of
+from fastdcgan.kernels.partials import chan_reduce, combine_stats, combine_sums
+from fastdcgan.kernels.streaming import (
+    GRAD_SUMS_TILE,
+    STATS_TILE,
+    StreamConfig,
+    dense,
+    like,
+    map_config,
+    reduce_config,
+    walk_of,
+)
 
 # --- stage one: tiles of rows x columns -------------------------------------------------------------------------------
 
@@ -130,18 +140,23 @@ def stats_kernel(
     channels, outers, rows, columns, outer_stride, row_stride, column_stride, tiles, steps,
     FOLDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Partial (count, mean, M2): Welford's recurrence down each row lane, Chan's formula across the lanes."""
+    """Partial (count, mean, M2): Welford's recurrence down each row lane, Chan's formula across the lanes.
+
+    Both work on the distance to the program's first value of the channel, which has the deviation's magnitude.
+    """
     column, channel, mask = _channels_of_program(columns, channels, FOLDED, BLOCK_C)
     count = tl.zeros((BLOCK_R,), tl.float32)
     mean = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     first = tl.program_id(0) * steps
+    base, _, _ = _tile(first, tiles, rows, outers, outer_stride, row_stride, column, column_stride, BLOCK_R)
+    pivot = tl.load(y + base + column * column_stride, mask=mask, other=0.0).to(tl.float32)
     for step in range(first, tl.minimum(first + steps, outers * tiles)):
         base, offsets, exists = _tile(
             step, tiles, rows, outers, outer_stride, row_stride, column, column_stride, BLOCK_R
         )
         inside = exists[:, None] & mask[None, :]
-        wide = tl.load(y + base + offsets, mask=inside, other=0.0).to(tl.float32)
+        wide = tl.load(y + base + offsets, mask=inside, other=0.0).to(tl.float32) - pivot[None, :]
         count += exists.to(tl.float32)
         share = tl.where(exists, 1.0 / tl.maximum(count, 1.0), 0.0)
         delta = tl.where(inside, wide - mean, 0.0)
@@ -149,125 +164,8 @@ def stats_kernel(
         m2 += delta * (wide - mean)
     n, mean, m2 = chan_reduce(count[:, None] + tl.zeros_like(mean), mean, m2)
     _store_partial(partials, 0, 3, n, columns, channels, column, channel, mask)
-    _store_partial(partials, 1, 3, mean, columns, channels, column, channel, mask)
+    _store_partial(partials, 1, 3, mean + pivot, columns, channels, column, channel, mask)
     _store_partial(partials, 2, 3, m2, columns, channels, column, channel, mask)
-
-
-# --- stage two: partials in a fixed order -----------------------------------------------------------------------------
-
-
-@triton.jit
-def chan_reduce(count, mean, m2):
-    """(count, mean, M2) of all rows of three [R, C], by Chan, Golub & LeVeque's formula ("Updating formulae and a
-    pairwise algorithm for computing sample variances", 1979) for many parts at once: no part's squares are of more
-    than its distance to the common mean. Parts with count 0 are ignored."""
-    n = tl.sum(count, axis=0)
-    share = tl.where(n > 0.0, 1.0 / tl.maximum(n, 1.0), 0.0)
-    centre = tl.sum(count * mean, axis=0) * share
-    delta = tl.where(count > 0.0, mean - centre[None, :], 0.0)
-    # What rounding left of the weighted mean of the distances, which is 0 but for that.
-    rest = tl.sum(count * delta, axis=0) * share
-    return n, centre + rest, tl.sum(tl.where(count > 0.0, m2, 0.0) + count * delta * delta, axis=0) - n * rest * rest
-
-
-@triton.jit
-def combine_stats_kernel(
-    partials, out, slots, chunk, channels, FINAL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Merge `chunk` slots of [groups, slots, 3, C] into one; FINAL: into stats [3, groups, C]."""
-    group = tl.program_id(2)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = channel < channels
-    count = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    mean = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    m2 = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    first = tl.program_id(0) * chunk
-    last = tl.minimum(first + chunk, slots)
-    for start in range(first, last, BLOCK_S):
-        slot = start + tl.arange(0, BLOCK_S)
-        inside = (slot < last)[:, None] & mask[None, :]
-        at = partials + (group * slots + slot).to(tl.int64)[:, None] * (3 * channels) + channel[None, :]
-        n = tl.load(at, mask=inside, other=0.0)
-        delta = tl.where(n > 0.0, tl.load(at + channels, mask=inside, other=0.0) - mean, 0.0)
-        part = tl.load(at + 2 * channels, mask=inside, other=0.0)
-        share = n / tl.maximum(count + n, 1.0)
-        mean += delta * share
-        m2 += tl.where(n > 0.0, part, 0.0) + delta * delta * (count * share)
-        count += n
-    n, mean, m2 = chan_reduce(count, mean, m2)
-    if FINAL:
-        row = tl.num_programs(2) * channels
-        to = out + group * channels + channel
-        tl.store(to, mean, mask=mask)
-        tl.store(to + row, tl.div_rn(m2, n), mask=mask)
-        tl.store(to + 2 * row, tl.div_rn(m2, n - 1.0), mask=mask)
-    else:
-        to = out + (group * tl.num_programs(0) + tl.program_id(0)) * 3 * channels + channel
-        tl.store(to, n, mask=mask)
-        tl.store(to + channels, mean, mask=mask)
-        tl.store(to + 2 * channels, m2, mask=mask)
-
-
-@triton.jit
-def combine_sums_kernel(
-    partials, out, slots, chunk, columns, channels, FINAL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Add `chunk` slots of [groups, slots, columns] up; FINAL: into [columns/channels, groups, channels]."""
-    group = tl.program_id(2)
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = column < columns
-    total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    first = tl.program_id(0) * chunk
-    last = tl.minimum(first + chunk, slots)
-    for start in range(first, last, BLOCK_S):
-        slot = start + tl.arange(0, BLOCK_S)
-        at = partials + (group * slots + slot).to(tl.int64)[:, None] * columns + column[None, :]
-        total += tl.load(at, mask=(slot < last)[:, None] & mask[None, :], other=0.0)
-    if FINAL:
-        to = out + (column // channels * tl.num_programs(2) + group) * channels + column % channels
-    else:
-        to = out + (group * tl.num_programs(0) + tl.program_id(0)) * columns + column
-    tl.store(to, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=mask)
-
-
-def combine_stats(partials: Tensor) -> Tensor:
-    """`stats` [3, groups, C] from partials [groups, slots, 3, C] of (count, mean, M2), float32, in a fixed order."""
-    groups, slots, _, channels = partials.shape
-    while True:
-        chunk = combine_chunk(slots)
-        parts = triton.cdiv(slots, chunk)
-        final = parts == 1
-        shape = (3, groups, channels) if final else (groups, parts, 3, channels)
-        out = partials.new_empty(shape)
-        grid, block_s, block_c = combine_launch(parts, chunk, channels, groups)
-        combine_stats_kernel[grid](
-            partials, out, slots, chunk, channels, FINAL=final, BLOCK_S=block_s, BLOCK_C=block_c, num_warps=4
-        )
-        if final:
-            return out
-        partials, slots = out, parts
-
-
-def combine_sums(partials: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[rows, groups, C] in `dtype`: the sum over the slots of partials [groups, slots, rows, C], float32, fixed order."""
-    groups, slots, rows, channels = partials.shape
-    while True:
-        chunk = combine_chunk(slots)
-        parts = triton.cdiv(slots, chunk)
-        final = parts == 1
-        out = (
-            partials.new_empty((rows, groups, channels), dtype=dtype)
-            if final
-            else partials.new_empty((groups, parts, rows, channels))
-        )
-        grid, block_s, block_c = combine_launch(parts, chunk, rows * channels, groups)
-        combine_sums_kernel[grid](
-            partials, out, slots, chunk, rows * channels, channels, FINAL=final, BLOCK_S=block_s, BLOCK_C=block_c,
-            num_warps=4,
-        )  # fmt: skip
-        if final:
-            return out
-        partials, slots = out, parts
 
 
 # --- the passes -------------------------------------------------------------------------------------------------------
@@ -283,7 +181,7 @@ def norm_act(a: Operand, config: StreamConfig | None = None) -> Tensor:
     y = x if a.y is None else like(x, a.y)
     out = torch.empty_like(y)
     walk = walk_of(x, a.coef.shape[1])
-    config = config or stream_config(walk, x.element_size())
+    config = config or map_config(walk, x.element_size())
     norm_act_kernel[walk.grid(config)](
         x, y, a.coef.contiguous(), out, a.slope, *walk.arguments(config),
         ACT=ACTIVATIONS[a.act].id, BACKWARD=a.y is not None, CENTRED=a.coef.shape[0] == 4, **walk.options(config),
@@ -298,7 +196,7 @@ def _grad_sums(
     da = like(y, da)
     g = torch.empty_like(y) if store else y
     walk = walk_of(y, coef.shape[1])
-    config = config or stream_config(walk, y.element_size(), reduces=True)
+    config = config or reduce_config(walk, GRAD_SUMS_TILE)
     rows = coef.shape[0] // 2
     partials = coef.new_empty((walk.groups, walk.slots(config), rows, y.shape[1]))
     grad_sums_kernel[walk.grid(config)](
@@ -323,10 +221,10 @@ def grad_stats(
 
 
 def batch_stats(y: Tensor, groups: int, config: StreamConfig | None = None) -> Tensor:
-    """`stats` [3, groups, C] of a raw output [N, C, H, W]; accurate where the mean is much larger than the deviation."""
+    """`stats` [3, groups, C] of a raw output [N, C, H, W]; accurate also where the mean is far above the deviation."""
     y = dense(y)
     walk = walk_of(y, groups)
-    config = config or stream_config(walk, y.element_size(), reduces=True)
+    config = config or reduce_config(walk, STATS_TILE)
     partials = torch.empty((groups, walk.slots(config), 3, y.shape[1]), dtype=torch.float32, device=y.device)
     stats_kernel[walk.grid(config)](y, partials, *walk.arguments(config), **walk.options(config))
     return combine_stats(partials)
@@ -376,7 +274,7 @@ def grad_coefficients_kernel(sums, coef, grad_coef, count, values, BLOCK: tl.con
 
 @triton.jit
 def update_running_kernel(
-    mean, var, stats, shift, factor, momentum, rest, mean_stride, var_stride, groups, channels, BLOCK: tl.constexpr
+    mean, var, stats, shift, factor, momentum, mean_stride, var_stride, groups, channels, BLOCK: tl.constexpr
 ):
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < channels
@@ -388,16 +286,16 @@ def update_running_kernel(
     if shift is not None:
         moved = tl.load(shift + channel, mask=mask, other=0.0).to(tl.float32)
     new = momentum
-    old = rest
     for group in range(groups):
         if factor is not None:
             new = tl.load(factor + group).to(tl.float32)
-            old = 1.0 - new
         at = stats + group * channels + channel
         batch_mean = tl.load(at, mask=mask, other=0.0) + moved
         unbiased = tl.load(at + 2 * groups * channels, mask=mask, other=0.0)
-        old_mean = (new * batch_mean + old * old_mean.to(tl.float32)).to(mean.dtype.element_ty)
-        old_var = (new * unbiased + old * old_var.to(tl.float32)).to(var.dtype.element_ty)
+        old_mean = (new * batch_mean + (1.0 - new) * old_mean.to(tl.float32)).to(mean.dtype.element_ty)
+        # PyTorch's CPU kernel has the batch's variance in double here, and the running one not.
+        kept = ((1.0 - new) * old_var.to(tl.float32)).to(tl.float64)
+        old_var = (unbiased.to(tl.float64) * new + kept).to(var.dtype.element_ty)
     tl.store(to_mean, old_mean, mask=mask)
     tl.store(to_var, old_var, mask=mask)
 
@@ -439,6 +337,6 @@ def update_running(
     update_running_kernel[(triton.cdiv(channels, _BLOCK),)](
         mean, var, stats.contiguous(),
         None if shift is None else shift.contiguous(), None if factor is None else factor.contiguous(),
-        float(momentum), 1.0 - momentum, mean.stride(0), var.stride(0), groups, channels,
+        float(momentum), mean.stride(0), var.stride(0), groups, channels,
         BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

@@ -8,17 +8,18 @@ A tensor [N, C, H, W] is walked as `groups x outers` matrices of rows x columns;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
 
-# About four programs of four warps for each of an H100's 132 multiprocessors; on smaller chips a second wave.
+# Four programs of four warps for each of an H100's 132 multiprocessors: one wave there.
 _PROGRAMS = 528
-_TILE_BYTES = 8192  # of each wide tensor: four 16-byte accesses in flight for each thread of four warps
-_COMBINE_SLOTS = 1024  # that one program merges
-_COMBINE_CHANNELS = 16  # of one program: two 32-byte sectors of float32
+# Elements of a tile, by the registers that a thread of four warps needs: at least 16 KB in flight per multiprocessor.
+MAP_TILE_BYTES = 8192
+STATS_TILE = 4096
+GRAD_SUMS_TILE = 2048
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class StreamConfig:
 class Walk:
     """A dense tensor's shape and strides as the kernels take them, before any fold."""
 
+    channels_last: bool
     groups: int
     outers: int
     rows: int
@@ -43,10 +45,6 @@ class Walk:
     outer_stride: int
     row_stride: int
     channel_stride: int
-
-    @property
-    def channels_last(self) -> bool:
-        return self.row_stride == self.channels
 
     def tiles(self, config: StreamConfig) -> int:
         """Tiles down one matrix."""
@@ -110,30 +108,34 @@ def walk_of(x: Tensor, groups: int) -> Walk:
         raise ValueError(f"stat_groups={groups} must divide the batch size, got a batch of {n}")
     part, pixels = n // groups, h * w
     if is_channels_last(x):
-        return Walk(groups, 1, part * pixels, c, part * pixels * c, c, 1)
-    return Walk(groups, part, pixels, c, c * pixels, 1, pixels)
+        return Walk(True, groups, 1, part * pixels, c, part * pixels * c, c, 1)
+    return Walk(False, groups, part, pixels, c, c * pixels, 1, pixels)
 
 
-def stream_config(walk: Walk, element_size: int, reduces: bool = False) -> StreamConfig:
-    """The heuristic: full tiles in whole 16-byte accesses, and a row split that fills the chip at any channel count."""
-    elements = _TILE_BYTES // element_size
-    if reduces and element_size == 4:
-        elements //= 2  # two float32 accumulators for each element of the tile
+def map_config(walk: Walk, element_size: int) -> StreamConfig:
+    """The heuristic of a pass that maps elements: four 16-byte accesses for each thread and tensor."""
+    return _tiles(walk, MAP_TILE_BYTES // element_size)
+
+
+def reduce_config(walk: Walk, elements: int) -> StreamConfig:
+    """The heuristic of a pass that reduces: the rows are split so that the chip is full at any number of channels."""
+    config = _tiles(walk, elements)
+    across = triton.cdiv(walk.channels * config.fold, config.block_columns)
+    tiles = walk.groups * walk.outers * walk.tiles(config) * across
+    return replace(config, steps=max(1, triton.cdiv(tiles, _PROGRAMS)))
+
+
+def _tiles(walk: Walk, elements: int) -> StreamConfig:
+    """Tiles of about `elements`, one a program, that are whole 16-byte accesses wherever the shape allows it."""
     power = triton.next_power_of_2
-    fold = 1
-    if walk.channels_last:
-        fold = _fold(walk)
-        columns = walk.channels * fold
-        block_columns = next((b for b in (128, 64) if columns % b == 0), min(128, power(columns)))
-        block_rows = min(elements // block_columns, power(max(1, walk.rows // fold)))
-    else:
+    if not walk.channels_last:
         block_rows = min(256, power(max(1, walk.rows)))
-        block_columns = min(elements // block_rows, power(walk.channels))
-    config = StreamConfig(block_rows, block_columns, 1, fold)
-    if not reduces:
-        return config
-    tiles = walk.outers * walk.tiles(config) * triton.cdiv(walk.channels * fold, block_columns) * walk.groups
-    return StreamConfig(block_rows, block_columns, max(1, tiles // _PROGRAMS), fold)
+        # Wider tiles of small images have to pass the coefficients through shared memory.
+        return StreamConfig(block_rows, min(elements // block_rows, power(walk.channels), 64), 1)
+    fold = _fold(walk)
+    columns = walk.channels * fold
+    block_columns = next((b for b in (128, 64) if columns % b == 0), min(128, power(columns)))
+    return StreamConfig(min(elements // block_columns, power(max(1, walk.rows // fold))), block_columns, 1, fold)
 
 
 def _fold(walk: Walk) -> int:
@@ -145,15 +147,3 @@ def _fold(walk: Walk) -> int:
             if walk.rows % fold == 0 and walk.channels * fold % multiple == 0:
                 return fold
     return 1
-
-
-def combine_chunk(slots: int) -> int:
-    """How many of a group's partials one program merges: all of them where that is quick."""
-    return slots if slots <= 2 * _COMBINE_SLOTS else _COMBINE_SLOTS
-
-
-def combine_launch(parts: int, chunk: int, columns: int, groups: int) -> tuple[tuple[int, int, int], int, int]:
-    """(grid, BLOCK_S, BLOCK_C) of a combine kernel in which `parts` programs merge `chunk` slots each."""
-    block_columns = min(_COMBINE_CHANNELS, triton.next_power_of_2(columns))
-    block_slots = min(256, triton.next_power_of_2(max(1, chunk)))
-    return (parts, triton.cdiv(columns, block_columns), groups), block_slots, block_columns
