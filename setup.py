@@ -141,7 +141,7 @@ def cpu_extension(name: str) -> Extension:
         f"fastdcgan.{name}",
         sources("cpu", ".cpp"),
         depends=headers(),
-        extra_compile_args=["-O2", *openmp_flags(), *quiet, *CAPABILITIES[name.removeprefix("_cpu_")]],
+        extra_compile_args=["-O2", "-fno-math-errno", *openmp_flags(), *quiet, *CAPABILITIES[name.removeprefix("_cpu_")]],
         extra_link_args=[*openmp_flags(), *(["-Wl,-s"] if sys.platform.startswith("linux") else [])],
     )
 

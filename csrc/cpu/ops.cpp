@@ -5,12 +5,12 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <tuple>
+#include <vector>
 
 #include "passes.h"
-#include "sweep.h"
 
 namespace fastdcgan::cpu {
 namespace {
@@ -61,7 +61,7 @@ Tensor norm_act(const Tensor& y_, const Tensor& coef_, int64_t act, double slope
   const Tensor y = dense(y_), coef = checked_coef(coef_, y, true), out = at::empty_like(y);
   const Shape s = shape_of(y, coef.size(1));
   check_activation(
-      norm_act_pass(s, {y.const_data_ptr(), nullptr, out.data_ptr(), y.scalar_type()}, coef.const_data_ptr<float>(),
+      norm_act_pass(s, {y.const_data_ptr(), nullptr, out.data_ptr()}, y.scalar_type(), coef.const_data_ptr<float>(),
                     activation(act, slope)),
       act);
   return out;
@@ -73,7 +73,7 @@ Tensor norm_act_backward(const Tensor& da_, const Tensor& y_, const Tensor& coef
   const Shape s = shape_of(y, coef.size(1));
   const Tensor da = da_.contiguous(format_of(s));
   check_activation(
-      norm_act_backward_pass(s, {y.const_data_ptr(), da.const_data_ptr(), out.data_ptr(), y.scalar_type()},
+      norm_act_backward_pass(s, {y.const_data_ptr(), da.const_data_ptr(), out.data_ptr()}, y.scalar_type(),
                              coef.const_data_ptr<float>(), coef.size(0), activation(act, slope)),
       act);
   return out;
@@ -86,7 +86,7 @@ Tensor norm_act_reduce(const Tensor& da_, const Tensor& y_, const Tensor& coef_,
   const Tensor da = da_.contiguous(format_of(s));
   const Tensor sums = at::empty({coef.size(0) / 2, coef.size(1), coef.size(2)}, coef.options());
   check_activation(
-      grad_sums_pass(s, {y.const_data_ptr(), da.const_data_ptr(), nullptr, y.scalar_type()},
+      grad_sums_pass(s, {y.const_data_ptr(), da.const_data_ptr(), nullptr}, y.scalar_type(),
                      coef.const_data_ptr<float>(), coef.size(0), activation(act, slope), sums.data_ptr<float>()),
       act);
   return sums;
@@ -102,7 +102,7 @@ Tensor grad_stats_(Tensor da, const Tensor& y_, const Tensor& coef_, int64_t act
       da.strides());
   const Tensor sums = at::empty({coef.size(0) / 2, coef.size(1), coef.size(2)}, coef.options());
   check_activation(
-      grad_sums_pass(s, {y.const_data_ptr(), da.const_data_ptr(), da.data_ptr(), y.scalar_type()},
+      grad_sums_pass(s, {y.const_data_ptr(), da.const_data_ptr(), da.data_ptr()}, y.scalar_type(),
                      coef.const_data_ptr<float>(), coef.size(0), activation(act, slope), sums.data_ptr<float>()),
       act);
   return sums;
@@ -112,17 +112,22 @@ Tensor batch_stats(const Tensor& y_, int64_t groups) {
   const Tensor y = dense(y_);
   const Shape s = shape_of(y, groups);
   const Tensor stats = at::empty({3, groups, s.channels}, y.options().dtype(at::kFloat).memory_format(std::nullopt));
-  batch_stats_pass(s, {y.const_data_ptr(), nullptr, nullptr, y.scalar_type()}, stats.data_ptr<float>());
+  batch_stats_pass(s, {y.const_data_ptr(), nullptr, nullptr}, y.scalar_type(), stats.data_ptr<float>());
   return stats;
 }
 
 // --- per-channel arithmetic, in double -------------------------------------------------------------------------------
 
-optional<Tensor> vector(const optional<Tensor>& x, int64_t channels) {
-  if (!x.has_value()) return std::nullopt;
+// `x`, or `otherwise` for every channel, in each group.
+std::vector<double> by_channel(const optional<Tensor>& x, double otherwise, int64_t groups, int64_t channels) {
+  std::vector<double> values(groups * channels, otherwise);
+  if (!x.has_value()) return values;
   TORCH_CHECK_VALUE(
       x->dim() == 1 && x->size(0) == channels, "expected a vector of ", channels, " channels, got ", x->sizes());
-  return x->to(at::kFloat).contiguous();
+  const Tensor wide = x->to(at::kFloat).contiguous();
+  for (int64_t g = 0; g < groups; ++g)
+    std::copy_n(wide.const_data_ptr<float>(), channels, values.begin() + g * channels);
+  return values;
 }
 
 Tensor coefficients(
@@ -133,21 +138,20 @@ Tensor coefficients(
       mean_.sizes(), " and ", var_.sizes());
   const Tensor mean = mean_.to(at::kFloat).contiguous(), var = var_.to(at::kFloat).contiguous();
   const int64_t groups = mean.size(0), channels = mean.size(1), row = groups * channels;
-  const auto weight = vector(weight_, channels), bias = vector(bias_, channels), shift = vector(shift_, channels);
-  const auto value = [](const optional<Tensor>& x, int64_t c, double otherwise) {
-    return x.has_value() ? static_cast<double>(x->const_data_ptr<float>()[c]) : otherwise;
-  };
+  const auto weights = by_channel(weight_, 1, groups, channels), biases = by_channel(bias_, 0, groups, channels),
+             shifts = by_channel(shift_, 0, groups, channels);
   const Tensor coef = at::empty({4, groups, channels}, mean.options());
-  float* out = coef.data_ptr<float>();
+  const float *means = mean.const_data_ptr<float>(), *variances = var.const_data_ptr<float>();
+  const double *weight = weights.data(), *bias = biases.data(), *shift = shifts.data();
+  float *s = coef.data_ptr<float>(), *t = s + row, *mu = t + row, *rstd = mu + row;
+#pragma omp simd
   for (int64_t i = 0; i < row; ++i) {
-    const int64_t c = i % channels;
-    const double mu = static_cast<double>(mean.const_data_ptr<float>()[i]) - value(shift, c, 0);
-    const double rstd = 1 / std::sqrt(static_cast<double>(var.const_data_ptr<float>()[i]) + eps);
-    const double s = value(weight, c, 1) * rstd;
-    out[i] = static_cast<float>(s);
-    out[row + i] = static_cast<float>(value(bias, c, 0) - mu * s);
-    out[2 * row + i] = static_cast<float>(mu);
-    out[3 * row + i] = static_cast<float>(rstd);
+    const double m = static_cast<double>(means[i]) - shift[i];
+    const double r = 1 / std::sqrt(static_cast<double>(variances[i]) + eps);
+    s[i] = static_cast<float>(weight[i] * r);
+    t[i] = static_cast<float>(bias[i] - m * weight[i] * r);
+    mu[i] = static_cast<float>(m);
+    rstd[i] = static_cast<float>(r);
   }
   return coef;
 }
@@ -162,15 +166,16 @@ Tensor grad_coefficients(const Tensor& sums_, const Tensor& coef_, double count)
       sums_.scalar_type() == at::kFloat && coef_.scalar_type() == at::kFloat, "expected float32 sums and coefficients");
   const Tensor sums = sums_.contiguous(), coef = coef_.contiguous(), out = at::empty_like(coef);
   const int64_t row = coef.size(1) * coef.size(2);
-  const float *sum = sums.const_data_ptr<float>(), *k = coef.const_data_ptr<float>();
-  float* result = out.data_ptr<float>();
+  const float *g = sums.const_data_ptr<float>(), *g_xhat = g + row;
+  const float *s = coef.const_data_ptr<float>(), *mu = s + 2 * row, *rstd = s + 3 * row;
+  float *result = out.data_ptr<float>(), *p = result + 2 * row, *q = result + 3 * row;
+  std::copy_n(s, 2 * row, result);
+#pragma omp simd
   for (int64_t i = 0; i < row; ++i) {
-    const double s = k[i], mu = k[2 * row + i], rstd = k[3 * row + i];
-    const double p = -s * rstd * sum[row + i] / count;
-    result[i] = k[i];
-    result[row + i] = k[row + i];
-    result[2 * row + i] = static_cast<float>(p);
-    result[3 * row + i] = static_cast<float>(-s * sum[i] / count - p * mu);
+    const double scale = -static_cast<double>(s[i]) / count;
+    const double slope = scale * rstd[i] * g_xhat[i];
+    p[i] = static_cast<float>(slope);
+    q[i] = static_cast<float>(scale * g[i] - slope * mu[i]);
   }
   return out;
 }

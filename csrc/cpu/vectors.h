@@ -13,11 +13,26 @@ namespace fastdcgan {
 
 using V = at::vec::Vectorized<float>;
 
+// A polynomial near 0 (a minimax fit of (tanh(x) - x)/x^3 in x^2), beyond it (1 - e)/(1 + e) with e = exp(-2|x|): within
+// 2 units of the last place, several times as fast as the vector's own.
+inline V tanh(V x) {
+  const V size = x.abs(), square = x * x;
+  V p = at::vec::fmadd(V(-5.6669681826e-3f), square, V(2.0606167683e-2f));
+  p = at::vec::fmadd(p, square, V(-5.3730003999e-2f));
+  p = at::vec::fmadd(p, square, V(1.3331330958e-1f));
+  p = at::vec::fmadd(p, square, V(-3.3333278057e-1f));
+  const V near = at::vec::fmadd(p * square, x, x);
+  const V e = (V(-2.f) * size).exp();
+  const V far = (V(1.f) - e) / (V(1.f) + e);
+  const V with_sign = V::blendv(V(0.f) - far, far, x > V(0.f));
+  return V::blendv(with_sign, near, size < V(.63f));
+}
+
 template <>
 struct Math<V> {
   static V exp(V x) { return x.exp(); }
   static V expm1(V x) { return x.expm1(); }
-  static V tanh(V x) { return x.tanh(); }
+  static V tanh(V x) { return fastdcgan::tanh(x); }
   static V erf(V x) { return x.erf(); }
   static V if_positive(V z, V then, V other) { return V::blendv(other, then, z > V(0.f)); }
   static V if_not_positive(V z, V then, V other) { return V::blendv(other, then, z <= V(0.f)); }
