@@ -70,7 +70,7 @@ class _HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
         silent = default is None or default is argparse.SUPPRESS or default is False
-        return text if silent or "[default" in text else f"{text} [default: %(default)s]"
+        return text if silent or "default" in text else f"{text} [default: %(default)s]"
 
 
 # --- demo ------------------------------------------------------------------------------------------------------------

@@ -43,10 +43,10 @@ class TrainConfig:
     epochs: int = _option(25, "passes over the data")
     max_steps: int = _option(0, "stop after this many steps [default: no limit]")
     max_minutes: float = _option(0.0, "stop after this much time, counted from this start [default: no limit]")
-    # G below D (Heusel et al., 2017, "GANs Trained by a Two Time-Scale Update Rule"): a D that keeps up needs no extra
-    # steps, and G does not run away from it. D's rate is the paper's (section 4).
-    lr_g: float = _option(1e-4, "learning rate of the generator; below the discriminator's, so that D keeps up with G")
-    lr_d: float = _option(2e-4, "learning rate of the discriminator")
+    # Two time scales (Heusel et al., 2017): a D that learns faster keeps up with G in one step each. G's rate is the
+    # paper's (section 4), D's is twice that.
+    lr_g: float = _option(2e-4, "learning rate of the generator, below the discriminator's")
+    lr_d: float = _option(4e-4, "learning rate of the discriminator")
     beta1: float = _option(0.5, "Adam's first momentum")
     beta2: float = _option(0.999, "Adam's second momentum")
     real_label: float = _option(0.9, "label of real images: below 1 is one-sided label smoothing")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,9 +65,7 @@ def _cache_name(data: str) -> str:
     return f"{path.resolve().name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
 
 
-def _decode_all(
-    source: Source, path: Path, fingerprint: str, image_size: int, channels: int, workers: int
-) -> Images:
+def _decode_all(source: Source, path: Path, fingerprint: str, image_size: int, channels: int, workers: int) -> Images:
     """Decode in parallel (Pillow decodes and resizes without holding Python's lock) straight into the cache file."""
     failed: dict[int, str] = {}
     shape = (len(source), image_size, image_size, channels)
@@ -152,7 +150,7 @@ class Batches:
         """Batches in an epoch."""
         return len(self._array) // self.batch_size
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def stream(self) -> Generator[Tensor]:
         """Batches from where the stream stands; `epoch` and `position` already count the batch that is handed out."""
         with ThreadPoolExecutor(1) as pool:
             coming = self._submit(pool)

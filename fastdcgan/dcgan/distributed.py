@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +50,12 @@ class Processes:
         """`net` with gradients averaged over the processes."""
         if self.world == 1:
             return net
-        # Buffers stay each process's own: broadcasting them would overwrite running statistics at every forward.
         devices = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # The name that replaces broadcast_buffers is not in every torch that is supported.
+            warnings.simplefilter("ignore", FutureWarning)
+            # Running statistics stay each process's own: there is no need to send them round before every forward.
+            return DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
 
 
 def join(device: str) -> tuple[Processes, torch.device]:

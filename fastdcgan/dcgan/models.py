@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ from fastdcgan.layers import (
 IMAGE_SIZES = (28, 32, 64, 128, 256)
 PROJECTIONS = ("conv", "linear")
 _MAX_WIDTH = 16
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def ladder(image_size: int) -> tuple[int, tuple[int, ...]]:
@@ -92,7 +95,7 @@ class Generator(nn.Module):
         for i, (wide, narrow) in enumerate(pairwise(widths), start=1):
             blocks[f"up{i}"] = ConvTransposeBNReLU2d(wide, narrow, 4, 2, 1, bias=False)
         blocks["image"] = ConvTransposeTanh2d(widths[-1], channels, 4, 2, 1, bias=False)
-        self.blocks = FusedSequential(blocks)
+        self.blocks: nn.Sequential = FusedSequential(blocks)
         init_weights(self)
 
     def stages(self) -> list[tuple[str, nn.Module]]:
@@ -121,7 +124,7 @@ class Discriminator(nn.Module):
         for i, (narrow, wide) in enumerate(pairwise(widths), start=1):
             blocks[f"down{i}"] = ConvBNLeakyReLU2d(narrow, wide, 4, 2, 1, bias=False)
         blocks["logit"] = ConvAct2d(widths[-1], 1, base, 1, 0, bias=False, activation="identity")
-        self.blocks = FusedSequential(blocks)
+        self.blocks: nn.Sequential = FusedSequential(blocks)
         init_weights(self)
 
     def stages(self) -> list[tuple[str, nn.Module]]:
@@ -156,3 +159,8 @@ def init_weights(net: nn.Module) -> None:
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             nn.init.normal_(module.weight, 1.0, 0.02)
             nn.init.zeros_(module.bias)
+
+
+def placed(net: ModuleT, device: torch.device | str) -> ModuleT:
+    """`net`, moved to `device`, its convolutions' weights in channels_last."""
+    return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

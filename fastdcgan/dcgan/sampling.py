@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.dcgan import checkpoint, images
-from fastdcgan.dcgan.models import Generator
+from fastdcgan.dcgan.models import Generator, placed
 
 _BATCH = 64
 
@@ -23,7 +23,7 @@ def load_generator(place: str | Path, device: torch.device | str = "cpu") -> Gen
     c = saved.state["config"]
     net = Generator(c["image_size"], c["channels"], c["nz"], c["ngf"], c["projection"])
     checkpoint.load_weights(net, saved.part("generator"), path)
-    return net.to(device, memory_format=torch.channels_last).eval()
+    return placed(net, device).eval()
 
 
 @torch.inference_mode()

@@ -112,15 +112,24 @@ def train_step(
     if scaler is not None:
         scaler.update()
 
-    with torch.no_grad():
-        seen = [_wide(logits).sigmoid().mean() for logits in (logits_real, logits_fake, logits_after)]
-    return StepMetrics(loss_d.detach(), loss_g.detach(), *seen, extra.detach())
+    return StepMetrics(
+        loss_d=loss_d.detach(),
+        loss_g=loss_g.detach(),
+        d_real=_probability(logits_real),
+        d_fake=_probability(logits_fake),
+        d_fake_after=_probability(logits_after),
+        penalty=extra.detach(),
+    )
 
 
 def bce_loss(logits: Tensor, label: float) -> Tensor:
     """Binary cross-entropy of `logits` against one label for all, in float32 (float64 of float64)."""
     logits = _wide(logits)
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
+
+
+def _probability(logits: Tensor) -> Tensor:
+    return _wide(logits.detach()).sigmoid().mean()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Training a DCGAN on real images.
 
-    from fastdcgan.dcgan import TrainConfig, Trainer
+from fastdcgan.dcgan import TrainConfig, Trainer
 
-    trainer = Trainer(TrainConfig(data="mnist", epochs=20, out="runs/mnist"))
-    trainer.run()                                     # samples, checkpoints, metrics and plots are in runs/mnist
-    Trainer.resume("runs/mnist", epochs=40).run()     # goes on where the newest checkpoint is
+trainer = Trainer(TrainConfig(data="mnist", epochs=20, out="runs/mnist"))
+trainer.run()                                     # samples, checkpoints, metrics and plots are in runs/mnist
+Trainer.resume("runs/mnist", epochs=40).run()     # goes on where the newest checkpoint is
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastdcgan.dcgan.config import ARCHITECTURE, TrainConfig
 from fastdcgan.dcgan.console import Bar, say
 from fastdcgan.dcgan.data import Batches, Images, load_images
 from fastdcgan.dcgan.metrics import ADVICE_NOT_FINITE, Diverged, MetricsLog, Watch
-from fastdcgan.dcgan.models import Discriminator, Generator
+from fastdcgan.dcgan.models import Discriminator, Generator, placed
 from fastdcgan.dcgan.steps import GradientPenalty, StepMetrics, train_step, unwrapped
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -148,7 +148,7 @@ class Trainer:
             with (
                 _StopSignals() as stop,
                 Bar("training", total, self.step) as bar,
-                contextlib.closing(iter(self.batches)) as stream,
+                contextlib.closing(self.batches.stream()) as stream,
             ):
                 if self.step == 0:
                     self.save_samples()
@@ -288,10 +288,12 @@ class Trainer:
     # --- setting up ---
 
     def _placed(self, net: nn.Module) -> nn.Module:
+        wrapped = self.processes.wrap(placed(net, self.device), self.device)
         if self.config.sync_bn:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        net.to(self.device, memory_format=torch.channels_last)
-        return self.processes.wrap(net, self.device)
+            # In place, and only now: on a CPU, where PyTorch's SyncBatchNorm does not run but the fused blocks do,
+            # DistributedDataParallel takes no network that has one. The parameters stay the same objects.
+            nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        return wrapped
 
     def _adam(self, net: nn.Module, lr: float) -> torch.optim.Adam:
         return torch.optim.Adam(net.parameters(), lr, (self.config.beta1, self.config.beta2), fused=True)

@@ -60,7 +60,13 @@ def test_shapes(size: int, channels: int) -> None:
 
 @pytest.mark.parametrize(
     ("size", "widths"),
-    [(28, [7, 2, 1]), (32, [4, 4, 2, 1]), (64, [4, 8, 4, 2, 1]), (128, [4, 16, 8, 4, 2, 1]), (256, [4, 16, 16, 8, 4, 2, 1])],
+    [
+        (28, [7, 2, 1]),
+        (32, [4, 4, 2, 1]),
+        (64, [4, 8, 4, 2, 1]),
+        (128, [4, 16, 8, 4, 2, 1]),
+        (256, [4, 16, 16, 8, 4, 2, 1]),
+    ],
 )
 def test_ladder(size: int, widths: list[int]) -> None:
     base, *multiples = widths

@@ -29,7 +29,9 @@ def assert_same(a: Path, b: Path) -> None:
     for key, value in x.tensors.items():
         assert torch.equal(value, y.tensors[key]), key
     ignored = {"config"}  # the folders differ
-    assert {k: v for k, v in x.state.items() if k not in ignored} == {k: v for k, v in y.state.items() if k not in ignored}
+    assert {k: v for k, v in x.state.items() if k not in ignored} == {
+        k: v for k, v in y.state.items() if k not in ignored
+    }
 
 
 # --- resume ----------------------------------------------------------------------------------------------------------
@@ -40,7 +42,7 @@ def assert_same(a: Path, b: Path) -> None:
     [
         (7, {}),  # in the middle of the second epoch
         (10, {"projection": "linear"}),  # between epochs
-        (3, {"precision": "bf16", "gradient_penalty": 1.0, "image_size": 32}),  # its mixtures draw from torch's generator
+        (3, {"precision": "bf16", "gradient_penalty": 1.0, "image_size": 32}),
         (4, {"precision": "fp16"}),
     ],
     ids=["mid-epoch", "epoch", "bf16-penalty", "fp16"],
@@ -201,8 +203,10 @@ def test_watch_counts_consecutive_steps(monkeypatch: pytest.MonkeyPatch) -> None
     even = winning | {"d_fake": 0.3}
     unsure = winning | {"d_real": 0.5}
     watch = Watch(0.9)
-    said = [watch.look(v, i) for i, v in enumerate([winning, winning, even, winning, unsure, winning, winning, winning])]
-    assert said[:-1] == [None] * 7 and "at step 7" in str(said[-1])
+    steps = [winning, winning, even, winning, unsure, winning, winning, winning]
+    said = [watch.look(values, step) for step, values in enumerate(steps)]
+    assert said[:-1] == [None] * 7
+    assert "at step 7" in str(said[-1])
     assert all(watch.look(winning, i) is None for i in range(10))
     for name, value in (("loss_d", float("inf")), ("loss_g", float("nan"))):
         with pytest.raises(Diverged, match=f"{name} is {value} at step 5"):
@@ -219,7 +223,8 @@ def test_files_of_a_run(config: TrainConfig, images: Images) -> None:
     pictures = sorted((run.out / "samples").iterdir())
     assert [path.name for path in pictures] == [f"step-{n:08}.png" for n in (0, 5, 10, 15)]
     with Image.open(pictures[-1]) as picture:
-        assert picture.size == (62, 62) and picture.mode == "L"  # 2x2 images of 28 with gaps of 2
+        assert picture.size == (62, 62)
+        assert picture.mode == "L"
     with Image.open(run.out / "samples.gif") as animation:
         assert animation.n_frames == 4
     with Image.open(run.out / "losses.png") as plot:
@@ -258,9 +263,7 @@ def test_checkpoint_appears_whole_or_not_at_all(
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_loading_unpickles_nothing(
-    config: TrainConfig, images: Images, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_unpickles_nothing(config: TrainConfig, images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Trainer(dataclasses.replace(config, max_steps=1), images).run()
 
     def forbidden(*args: object, **kwargs: object) -> None:

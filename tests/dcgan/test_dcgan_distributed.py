@@ -1,0 +1,98 @@
+"""Two processes under torchrun against one with the whole batch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdcgan.cli import main
+from fastdcgan.dcgan import checkpoint
+from fastdcgan.dcgan.metrics import read_metrics
+
+STEPS = 6
+OPTIONS = [
+    "digits",
+    "--image-size",
+    "28",
+    "--nz",
+    "8",
+    "--ngf",
+    "4",
+    "--ndf",
+    "4",
+    "--batch-size",
+    "16",
+    "--device",
+    "cpu",
+]
+OPTIONS += ["--max-steps", str(STEPS), "--checkpoint-every", "3", "--samples", "4", "--log-every", "1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def torchrun(out: Path, *options: str) -> str:
+    command = [*TORCHRUN, "-m", "fastdcgan", "train", *options, "--out", str(out), "--cache", str(out.parent / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def flat(state: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.double().flatten() for value in state.values()])
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """The folders of one process's run and of two processes' run, and what the two said."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert main(["train", *OPTIONS, "--out", str(folder / "one"), "--cache", str(folder / "cache")]) == 0
+    said = torchrun(folder / "two", *OPTIONS, "--sync-bn")
+    return folder / "one", folder / "two", said
+
+
+def test_two_processes_are_one(runs: tuple[Path, Path, str]) -> None:
+    """Same losses, same update of the weights, same running statistics, within float32 rounding of a few steps."""
+    one, two, _ = runs
+    for a, b in zip(read_metrics(one / "metrics.csv"), read_metrics(two / "metrics.csv"), strict=True):
+        for key in a.keys() - {"images_per_second"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), (key, a["step"])
+    first, last = [[checkpoint.load(checkpoint.path_at(run, step)) for run in (one, two)] for step in (3, STEPS)]
+    for name in ("generator", "discriminator"):
+        before, after = [flat(c[0].part(name)) for c in (first, last)]
+        before_two, after_two = [flat(c[1].part(name)) for c in (first, last)]
+        assert distance(after_two, after) < 1e-4
+        assert distance(after_two - before_two, after - before) < 1e-2  # what three steps changed
+
+
+def test_random_states_and_data_agree(runs: tuple[Path, Path, str]) -> None:
+    one, two, _ = runs
+    a, b = (checkpoint.load(checkpoint.find(run)) for run in (one, two))
+    for key, value in a.part("random").items():
+        assert torch.equal(value, b.part("random")[key]), key
+    assert a.state["data"] == b.state["data"]
+
+
+def test_one_process_talks_and_writes(runs: tuple[Path, Path, str]) -> None:
+    one, two, said = runs
+    assert said.count("2 processes on cpu") == 1
+    assert said.count(f"Done at step {STEPS}") == 1
+    assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
+
+
+def test_statistics_stay_apart_unless_asked(runs: tuple[Path, Path, str]) -> None:
+    """Two processes go on with the run of two, and without sync_bn their running statistics are of half a batch."""
+    one, two, _ = runs
+    more = ["--max-steps", str(STEPS + 2)]
+    assert main(["train", "--resume", str(one), *more]) == 0
+    said = torchrun(two, "--resume", str(two), "--no-sync-bn", *more)
+    assert f"steps {STEPS} to {STEPS + 2}" in said
+    a, b = (checkpoint.load(checkpoint.find(run)).part("discriminator") for run in (one, two))
+    assert distance(b["blocks.down1.bn.running_mean"], a["blocks.down1.bn.running_mean"]) > 1e-3
