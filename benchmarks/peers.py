@@ -234,23 +234,38 @@ class StepRunner:
                     value.zero_()
         self.next = 0
 
-    def observe(self, count: int = 2) -> list[Tensor]:
+    def observe(self) -> list[Tensor]:
         """What has to agree between peers, from the initial state, in float64 on the CPU.
 
-        All gradients of the generator and of the discriminator after the first step (a vector each), and the losses of
-        `count` steps (a vector). Ends in the initial state.
+        All gradients of the generator and of the discriminator (a vector each) and the losses of one step in which
+        nothing is learned: Adam between the two gradients would magnify rounding, since its first step is about
+        lr*sign(g).
         """
         self.reset()
-        losses, gradients = [], []
-        for step in range(count):
-            losses += [loss.double().cpu().clone() for loss in self()]
-            if step == 0:
-                for net in (self.generator, self.discriminator):
-                    # Written out in the logical order: memory formats differ.
-                    parts = [p.grad.double().contiguous().flatten() for p in net.parameters() if p.grad is not None]
-                    gradients.append(torch.cat(parts).cpu())
+        for optimiser in (self.opt_g, self.opt_d):
+            steps.set_learning_rate(optimiser, 0.0)
+        losses = self._losses()
+        gradients = []
+        for net in (self.generator, self.discriminator):
+            # Written out in the logical order: memory formats differ.
+            parts = [p.grad.double().contiguous().flatten() for p in net.parameters() if p.grad is not None]
+            gradients.append(torch.cat(parts).cpu())
+        for optimiser in (self.opt_g, self.opt_d):
+            steps.set_learning_rate(optimiser, steps.LEARNING_RATE)
         self.reset()
-        return [*gradients, torch.stack(losses)]
+        return [*gradients, losses]
+
+    def progress(self) -> Tensor:
+        """How one update changes the two losses on the same data, from the initial state; float64 on the CPU."""
+        self.reset()
+        before = self._losses()
+        self.next = 0
+        after = self._losses()
+        self.reset()
+        return after - before
+
+    def _losses(self) -> Tensor:
+        return torch.stack(self()).double().cpu()
 
     def saved_bytes(self) -> int | None:
         """Bytes that autograd keeps between forward and backward of D(G(noise)); None for compiled or captured nets."""
@@ -377,6 +392,9 @@ def distance(result: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
         error = torch.linalg.vector_norm(a - b)
         errors.append(float(error if norm == 0 else error / norm))
     return float(torch.tensor(errors, dtype=torch.float64).max())
+
+
+PROGRESS_TOLERANCE = 0.5  # of a change of the losses: whether it learns at all; how exactly is `observe`'s to say
 
 
 def tolerance(yardstick: float, dtype: torch.dtype, kinked: int) -> float:

@@ -17,8 +17,16 @@ BETAS = (0.5, 0.999)
 
 
 def adam(net: nn.Module, device: torch.device) -> Adam:
-    """DCGAN's Adam in PyTorch's fastest form; on a GPU with its step count there, so that a CUDA graph can hold it."""
-    return Adam(net.parameters(), lr=LEARNING_RATE, betas=BETAS, fused=True, capturable=device.type == "cuda")
+    """DCGAN's Adam in PyTorch's fastest form; step count and learning rate are on the device, where a CUDA graph reads
+    them."""
+    rate = torch.tensor(LEARNING_RATE, device=device)
+    return Adam(net.parameters(), lr=rate, betas=BETAS, fused=True, capturable=device.type == "cuda")
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """In place, so that a CUDA graph sees it. For optimisers made by `adam`."""
+    for group in optimiser.param_groups:
+        group["lr"].fill_(rate)
 
 
 def gan_step(

@@ -62,21 +62,30 @@ class _Contest:
         """Build and check every peer (`kinked` as in `peers.tolerance`).
 
         One that can't run, fails or is wrong keeps its row, which then says so."""
-        truth = make(peers.TRUTH, torch.float64).observe()
+        exact = make(peers.TRUTH, torch.float64)
+        truth = exact.observe()
+        progress = exact.progress() if isinstance(exact, StepRunner) else None
+        del exact
         yardstick = make(peers.YARDSTICK, DTYPES[self.dtype]).observe()
         tolerance = peers.tolerance(peers.distance(yardstick, truth), DTYPES[self.dtype], kinked)
         for name, row in self.rows.items():
             self.say(f"preparing {name}")
             row.tolerance = tolerance
             try:
-                self._build(make, name, truth)
+                self._build(make, name, truth, progress)
             except peers.NotHere as error:
                 row.status, row.detail = "unavailable", str(error)
             # Any error of a peer is a fact to report, and the others go on.
             except Exception as error:
                 row.status, row.detail = "failed", _explain(error)
 
-    def _build(self, make: Callable[[Peer, torch.dtype], Runner], name: str, truth: Sequence[Tensor]) -> None:
+    def _build(
+        self,
+        make: Callable[[Peer, torch.dtype], Runner],
+        name: str,
+        truth: Sequence[Tensor],
+        progress: Tensor | None,
+    ) -> None:
         row = self.rows[name]
         cuda = self.device.type == "cuda"
         allocated = torch.cuda.memory_allocated(self.device) if cuda else 0
@@ -90,6 +99,12 @@ class _Contest:
             row.status = "wrong"
             row.detail = f"{row.error:.2e} from float64, expected at most {row.tolerance:.2e}"
             return
+        if progress is not None and isinstance(runner, StepRunner):
+            change = runner.progress()
+            if not peers.distance([change], [progress]) <= peers.PROGRESS_TOLERANCE:
+                row.status = "wrong"
+                row.detail = f"an update changes the losses by {change.tolist()}, expected about {progress.tolist()}"
+                return
         row.saved_bytes = runner.saved_bytes()
         if cuda and isinstance(runner, StepRunner):
             row.peak_bytes = self._peak(runner) - allocated

@@ -272,6 +272,21 @@ def test_a_wrong_peer_is_marked_and_not_timed(run, monkeypatch):
     assert Results("bench", {}, [case]).bad == [(case, fused)]
 
 
+def test_a_peer_that_does_not_learn_is_wrong(monkeypatch):
+    original = StepRunner.__init__
+
+    def init(self, peer, *arguments):
+        original(self, peer, *arguments)
+        if peer.fused:
+            self.opt_g.step = self.opt_d.step = lambda: None
+
+    monkeypatch.setattr(StepRunner, "__init__", init)
+    eager, fused = _step_case(["eager", "fused"]).rows
+    assert eager.status == "ok"
+    assert fused.status == "wrong"
+    assert "an update changes the losses by [0.0, 0.0]" in fused.detail
+
+
 def test_a_failing_peer_keeps_its_row_with_the_original_error(monkeypatch):
     def fail(module):
         raise RuntimeError("compiling it failed") from OSError("no compiler found")
@@ -355,7 +370,7 @@ def test_a_captured_step_reads_its_own_buffers(fake_cuda_graphs):
     assert fake_cuda_graphs.waited_for, "the warm-up stream has to be waited for before the capture"
     buffers = graph.real, graph.noise
     assert all(buffer is not given for buffer, given in zip(buffers, graph.data[0], strict=True))
-    for a, b in zip(graph.observe(3), eager.observe(3), strict=True):
+    for a, b in zip([*graph.observe(), graph.progress()], [*eager.observe(), eager.progress()], strict=True):
         torch.testing.assert_close(a, b)
     # The same buffers, now with the last data set in them.
     graph.next = 1
@@ -376,10 +391,10 @@ def test_a_captured_block_gives_the_eager_gradients(fake_cuda_graphs):
 def test_reset_brings_a_runner_back():
     torch.manual_seed(0)
     runner = StepRunner(PEERS["eager"], TINY.nets(), [inputs(TINY, 4)], CPU, torch.float32)
-    first = runner.observe(3)
+    first = [*runner.observe(), runner.progress()]
     for _ in range(3):
         runner()
-    for a, b in zip(runner.observe(3), first, strict=True):
+    for a, b in zip([*runner.observe(), runner.progress()], first, strict=True):
         assert torch.equal(a, b)
 
 
