@@ -233,7 +233,9 @@ class BuildExtensions(build_ext):
         command += ["--build-temp", str(work / name), "--build-lib", str(work / "lib")]
         if self.force:
             command.append("--force")
-        environment = {**os.environ, CHILD: name, "MAX_JOBS": str(jobs)}
+        # ninja may be a package of this Python, which need not be on the PATH.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        environment = {**os.environ, CHILD: name, "MAX_JOBS": str(jobs), "PATH": path}
         done = subprocess.run(
             command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
