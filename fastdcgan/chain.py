@@ -95,11 +95,21 @@ def run(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor
     Returns the output and, per block, its `stats` [3, stat_groups, C] where it used the batch's own, else None.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        if torch.compiler.is_compiling():
+            tensors = _distinct(tensors)
         out, *found = _Chain.apply(plan, x, *tensors)
     else:
         out, found, _ = _forward(plan, x, tensors, saving=None)
     waiting = iter(found)
     return out, [next(waiting) if b.norm is not None and b.norm.batch_stats else None for b in plan.blocks]
+
+
+def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Views in place of repetitions (a convolution used twice): the compiler takes a tensor but once."""
+    found: list[Tensor | None] = []
+    for t in tensors:
+        found.append(t if t is None or not any(t is other for other in found) else t.view_as(t))
+    return found
 
 
 def wanted(plan: Plan, needs: Sequence[bool]) -> list[bool]:

@@ -197,7 +197,7 @@ def coefficients(
     return torch.ops.fastdcgan.coefficients(mean, var, weight, bias, shift, eps, backend)
 
 
-def grad_coefficients(sums: Tensor, coef: Tensor, count: float, backend: str) -> Tensor:
+def grad_coefficients(sums: Tensor, coef: Tensor, count: int, backend: str) -> Tensor:
     """`grad_coef` [4, stat_groups, C] from `sums` over `count` values M.
 
     `p = -s*rstd*sum(g*xhat)/M`, `q = -s*sum(g)/M - p*mean`.
@@ -234,7 +234,7 @@ _define(
     _fake_coefficients,
 )
 _define(
-    "grad_coefficients(Tensor sums, Tensor coef, float count, str backend) -> Tensor",
+    "grad_coefficients(Tensor sums, Tensor coef, SymInt count, str backend) -> Tensor",
     lambda *args: backends.get(args[3]).grad_coefficients(*args[:3]),
     lambda sums, coef, count, backend: torch.empty_like(coef),
 )

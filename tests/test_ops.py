@@ -332,7 +332,7 @@ def test_opcheck_of_the_others(backend: str, monkeypatch: pytest.MonkeyPatch) ->
         ("norm_act_reduce", lambda: ops.norm_act_reduce(da, y, two, ACT, SLOPE, backend)),
         ("coefficients", lambda: ops.coefficients(stats[0], stats[1].abs(), mean, var, None, 1e-5, backend)),
         ("coefficients", lambda: ops.coefficients(stats[0], stats[1].abs(), None, None, mean, 1e-5, backend)),
-        ("grad_coefficients", lambda: ops.grad_coefficients(stats[:2], coef, 24.0, backend)),
+        ("grad_coefficients", lambda: ops.grad_coefficients(stats[:2], coef, 24, backend)),
         ("update_running", lambda: ops.update_running(mean, var, stats, None, None, 0.1, backend)),
         ("update_running", lambda: ops.update_running(mean, var, stats, da[0, :, 0, 0], stats[0, :, 0], 0.1, backend)),
     ]
