@@ -113,7 +113,12 @@ def path_at(run: str | Path, step: int) -> Path:
 def all_of(run: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = (path for path in folder(run).glob("step-*.safetensors") if _NAME.fullmatch(path.name))
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def find(place: str | Path) -> Path:
@@ -129,7 +134,9 @@ def find(place: str | Path) -> Path:
     return checkpoints[-1]
 
 
-def keep_newest(run: str | Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints of a run."""
-    for path in all_of(run)[:-keep]:
+def keep_newest(run: str | Path, step: int, keep: int) -> None:
+    """Delete the checkpoints of a run that come after `step`, and of the others all but the newest `keep`."""
+    paths = all_of(run)
+    past = [path for path in paths if step_of(path) <= step]
+    for path in {*paths} - {*past[-keep:]}:
         path.unlink(missing_ok=True)

@@ -94,6 +94,7 @@ class TrainConfig:
         name = self.data if builtin else Path(self.data).resolve().name
         return dataclasses.replace(
             self,
+            data=self.data if builtin else str(Path(self.data).resolve()),  # a run may go on from another folder
             image_size=size,
             channels=self.channels or (1 if builtin else 3),
             flips=not builtin if self.flips is None else self.flips,

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 T = TypeVar("T")
-_SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 def say(text: str) -> None:
@@ -44,9 +44,10 @@ _muted = False
 
 
 class Bar:
-    """Progress of `total` steps from `start` on, with a changing text: `with Bar(...) as bar: bar.update(n, text)`."""
+    """Progress of `total` steps from `start` on, with `text` behind: `with Bar(...) as bar: bar.update(n)`."""
 
     def __init__(self, title: str, total: int, start: int = 0) -> None:
+        self.text = ""
         self.title, self.total, self.start = title, total, start
         self._progress: Progress | None = None
 
@@ -76,15 +77,15 @@ class Bar:
             self._progress.stop()
             _live = None
 
-    def update(self, done: int, text: str = "") -> None:
+    def update(self, done: int) -> None:
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, text=text)
+            self._progress.update(self._task, completed=done, text=self.text)
             return
         now = time.monotonic()
         if now - self._last_line >= _SECONDS_BETWEEN_LINES or (done == self.total and now - self._began > 1):
             self._last_line = now
             eta = (now - self._began) / max(done - self.start, 1) * (self.total - done)
-            say(f"{self.title} {done}/{self.total}  eta {_clock(eta)}  {text}".rstrip())
+            say(f"{self.title} {done}/{self.total}  eta {_clock(eta)}  {self.text}".rstrip())
 
 
 def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:

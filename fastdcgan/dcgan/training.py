@@ -54,7 +54,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, images: Images | None = None, *, _resumed: bool = False) -> None:
         if images is not None and not config.data:
-            config = dataclasses.replace(config, data="images")
+            config = dataclasses.replace(config, data="images in memory")
         config = config.resolved()
         self.config = config
         self.out = Path(config.out)
@@ -104,6 +104,11 @@ class Trainer:
         run = path.resolve().parent.parent if path.parent.name == "checkpoints" else Path(before.out)
         trainer = cls(dataclasses.replace(before, **{"out": str(run), **changes}), images, _resumed=True)
         trainer._restore(saved, path)
+        later = [p.stem for p in checkpoint.all_of(trainer.out) if checkpoint.step_of(p) > trainer.step]
+        if later:
+            say(
+                f"Going on from step {trainer.step}; the next checkpoint takes the place of later ones: {', '.join(later)}"
+            )
         return trainer
 
     # --- the run ---
@@ -157,7 +162,8 @@ class Trainer:
                     stopping = self.processes.any(stop.asked or time.monotonic() >= deadline)
                     last = stopping or self.step == total
                     if last or self.step % config.log_every == 0:
-                        bar.update(self.step, self._flush())
+                        bar.text = self._flush()
+                    bar.update(self.step)
                     if last or self.step % sample_every == 0:
                         self.save_samples()
                     if last or self.step % checkpoint_every == 0:
@@ -195,11 +201,8 @@ class Trainer:
 
     def _finish(self) -> None:
         if self.processes.main:
-            with contextlib.suppress(FileNotFoundError):
-                plots.plot_losses(self.out / "metrics.csv", self.out / "losses.png")
-            frames = sorted((self.out / "samples").glob("step-*.png"))
-            if frames:
-                images.save_gif(frames, self.out / "samples.gif")
+            plots.plot_losses(self.out / "metrics.csv", self.out / "losses.png")
+            images.save_gif(self._sample_files(), self.out / "samples.gif")
         self.processes.wait()
 
     # --- what a run writes ---
@@ -219,12 +222,20 @@ class Trainer:
         """The grid of the fixed `z` as it is now: samples/step-N.png."""
         if self.processes.main:
             picture = images.grid(self.sample(self._fixed_z))
-            images.save_image(picture, self.out / "samples" / f"step-{self.step:08}.png")
+            path = self.out / "samples" / f"step-{self.step:08}.png"
+            images.save_image(picture, path)
+            for later in self._sample_files():
+                if later.name > path.name:  # of a run that went another way from here
+                    later.unlink()
             self._log.add_picture("samples", np.asarray(picture), self.step)
             self._log.skip_time()
 
+    def _sample_files(self) -> list[Path]:
+        return sorted((self.out / "samples").glob("step-*.png"))
+
     def save_checkpoint(self) -> Path:
-        """Write everything that the run needs to go on, and delete checkpoints beyond `config.keep`.
+        """Write everything that the run needs to go on; delete later checkpoints (of a run that went another way from
+        an earlier one), and all but the newest `config.keep`.
 
         Raises Diverged, and writes nothing, if a weight is not finite.
         """
@@ -232,7 +243,7 @@ class Trainer:
         self._check_weights()
         if self.processes.main:
             checkpoint.save(path, self._checkpoint())
-            checkpoint.keep_newest(self.out, self.config.keep)
+            checkpoint.keep_newest(self.out, self.step, self.config.keep)
         self._log.skip_time()
         return path
 
