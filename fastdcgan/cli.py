@@ -188,5 +188,6 @@ def _bench(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from fastdcgan import doctor
 
-    print(doctor.report())
-    return 0
+    report = doctor.report()
+    print(report)
+    return 0 if report.healthy else 1

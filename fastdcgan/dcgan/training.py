@@ -106,9 +106,7 @@ class Trainer:
         trainer._restore(saved, path)
         later = [p.stem for p in checkpoint.all_of(trainer.out) if checkpoint.step_of(p) > trainer.step]
         if later:
-            say(
-                f"Going on from step {trainer.step}; the next checkpoint takes the place of later ones: {', '.join(later)}"
-            )
+            say(f"Going on from step {trainer.step}: the next checkpoint takes the place of {', '.join(later)}")
         return trainer
 
     # --- the run ---

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fastdcgan
+from fastdcgan import doctor
+from fastdcgan.benchmarks import cli as bench_cli
 from fastdcgan.cli import main
 from fastdcgan.dcgan import checkpoint, demo
 from fastdcgan.dcgan.config import TrainConfig
@@ -265,3 +268,17 @@ def test_demo_stops_in_time(
     assert time.monotonic() - began < 30
     assert 1 <= outcome.step < demo.MOST_STEPS
     assert "as many as fit into 0.5 minutes here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_doctor(healthy: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor.Report, "healthy", healthy)
+    assert main(["doctor"]) == (0 if healthy else 1)
+    assert torch.__version__ in capsys.readouterr().out
+
+
+def test_bench_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(bench_cli, "run", lambda args: seen.append((args.suite, args.quick)) or 3)
+    assert main(["bench", "--suite", "step", "--quick"]) == 3
+    assert seen == [("step", True)]

@@ -76,7 +76,7 @@ def test_resume_from_an_older_checkpoint_replaces_later_ones(
 ) -> None:
     run = Trainer(dataclasses.replace(config, checkpoint_every=4), images).run()
     again = Trainer.resume(checkpoint.path_at(run.out, 8), images, max_steps=9)
-    assert "the place of later ones: step-00000012, step-00000015" in capsys.readouterr().out
+    assert "takes the place of step-00000012, step-00000015" in capsys.readouterr().out
     assert checkpoint.find(run.out) == checkpoint.path_at(run.out, 15)  # nothing is lost before it is replaced
     again.run()
     assert checkpoint.all_of(run.out) == [checkpoint.path_at(run.out, step) for step in (8, 9)]
@@ -95,7 +95,7 @@ def test_resume_takes_changed_settings(config: TrainConfig, images: Images, tmp_
     assert trainer.optimizer_d.param_groups[0]["betas"] == (0.7, config.beta2)
     with pytest.raises(ValueError, match="ngf is 5: the checkpoint's is 4"):
         Trainer.resume(config.out, images, ngf=5)
-    with pytest.raises(CheckpointError, match="was trained on 45 images: .*squares has 44 now"):
+    with pytest.raises(CheckpointError, match=r"was trained on 45 images: .*squares has 44 now"):
         Trainer.resume(config.out, Images(images.array[:44]))
     moved = tmp_path / "moved"
     Path(config.out).rename(moved)
