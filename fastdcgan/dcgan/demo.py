@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from pathlib import Path
 import torch
 
 import fastdcgan
-from fastdcgan.benchmarks.harness import Summary, Timing, interleave, ratio, summarise, timer_for
+from fastdcgan.benchmarks.harness import Summary, Timing, interleave, is_noisy, ratio, summarise, timer_for
+from fastdcgan.benchmarks.results import environment
 from fastdcgan.dcgan import distributed
 from fastdcgan.dcgan.checkpoint import folder as checkpoint_folder
 from fastdcgan.dcgan.config import TrainConfig
@@ -205,7 +205,7 @@ def to_markdown(timed: list[Timed], device: torch.device) -> str:
         lines.append(
             f"| {t.precision} | {1e3 * v.median:.1f} ({1e3 * v.q1:.1f} to {1e3 * v.q3:.1f}) "
             f"| {1e3 * f.median:.1f} ({1e3 * f.q1:.1f} to {1e3 * f.q3:.1f}) "
-            f"| {s.median:.2f} ({s.q1:.2f} to {s.q3:.2f}) |"
+            f"| {s.median:.2f} ({s.q1:.2f} to {s.q3:.2f}){', within noise' if is_noisy(s) else ''} |"
         )
     return "\n".join(lines)
 
@@ -213,12 +213,8 @@ def to_markdown(timed: list[Timed], device: torch.device) -> str:
 def write_results(timed: list[Timed], table: str, device: torch.device, settings: DemoSettings) -> None:
     """comparison.md and comparison.json."""
     result = {
+        "environment": environment(device),
         "unit": "seconds",
-        "device": describe(device),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fastdcgan": fastdcgan.__version__,
         "batch_size": BATCH,
         "image_size": IMAGE_SIZE,
         "channels": CHANNELS,
