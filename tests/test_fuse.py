@@ -51,7 +51,8 @@ def test_nothing_but_classes_changes(name: str) -> None:
         assert all(found[key] is before[key] for key in before)
     for key, module in model.named_modules():
         assert module is modules[key]
-        assert isinstance(module, kinds[key]) and (type(module) is kinds[key] or isinstance(module, FusedSequential))
+        assert isinstance(module, kinds[key])
+        assert type(module) is kinds[key] or isinstance(module, FusedSequential)
 
     once = {key: type(module) for key, module in model.named_modules()}
     fastdcgan.fuse(model)
@@ -59,7 +60,8 @@ def test_nothing_but_classes_changes(name: str) -> None:
 
     assert fastdcgan.unfuse(model) is model
     assert {key: type(module) for key, module in model.named_modules()} == kinds
-    assert repr(model) == text and all("_fastdcgan_class" not in module.__dict__ for module in model.modules())
+    assert repr(model) == text
+    assert all("_fastdcgan_class" not in module.__dict__ for module in model.modules())
 
 
 def test_what_is_fused() -> None:
@@ -69,7 +71,8 @@ def test_what_is_fused() -> None:
     for name in ("1d", "3d", "convolutions only"):
         assert fused_sequentials(fastdcgan.fuse(VARIANTS[name][0]())) == []
     outer = fastdcgan.fuse(VARIANTS["subclass with a forward"][0]())
-    assert fused_sequentials(outer) == [""] and type(outer[0]) is Scaled
+    assert fused_sequentials(outer) == [""]
+    assert type(outer[0]) is Scaled
 
 
 @pytest.mark.parametrize("call", [fastdcgan.fuse, fastdcgan.unfuse, fastdcgan.explain, fastdcgan.fold_batchnorm])
@@ -186,7 +189,9 @@ def test_no_weight_gradients_of_a_frozen_discriminator(monkeypatch: pytest.Monke
     discriminator.requires_grad_(False).zero_grad()
     x.grad = None
     discriminator(x).sum().backward()
-    assert not calls and x.grad is not None and all(p.grad is None for p in discriminator.parameters())
+    assert not calls
+    assert x.grad is not None
+    assert all(p.grad is None for p in discriminator.parameters())
     with torch.no_grad():
         assert discriminator(x).grad_fn is None
     assert discriminator(x.detach()).grad_fn is None
@@ -259,7 +264,8 @@ def test_copies(name: str, way: str, device: torch.device) -> None:
     x = draw(shape, torch.float64, device)
     assert_alike(results(model, x), results(other, x))
     fastdcgan.unfuse(other)
-    assert not fused_sequentials(other) and fused_sequentials(model)
+    assert not fused_sequentials(other)
+    assert fused_sequentials(model)
 
 
 class Stateful(nn.Sequential):
@@ -278,12 +284,17 @@ class Stateful(nn.Sequential):
 
 def test_a_subclass_keeps_what_it_defines(device: torch.device) -> None:
     named = fastdcgan.fuse(Named(4, nn.ReLU()))
-    assert isinstance(named, Named) and isinstance(named, FusedSequential) and named.width == 4
+    assert isinstance(named, Named)
+    assert isinstance(named, FusedSequential)
+    assert named.width == 4
     assert type(fastdcgan.fuse(Named(3, nn.Tanh()))) is type(named)
-    assert type(named).__name__ == "FusedNamed" and type(named).__module__ == Named.__module__
+    assert type(named).__name__ == "FusedNamed"
+    assert type(named).__module__ == Named.__module__
     model = fastdcgan.fuse(Stateful(nn.Conv2d(3, 4, 3), nn.ReLU()))
-    assert model["0"] is model[0] and type(model[:1]) is FusedSequential
-    assert copy.deepcopy(model).cache == {} and pickle.loads(pickle.dumps(model)).cache == {}
+    assert model["0"] is model[0]
+    assert type(model[:1]) is FusedSequential
+    assert copy.deepcopy(model).cache == {}
+    assert pickle.loads(pickle.dumps(model)).cache == {}
     assert model.cache == {"not": "kept"}
 
 
@@ -291,18 +302,19 @@ def test_the_list_interface() -> None:
     model = fastdcgan.fuse(
         nn.Sequential(OrderedDict(a=nn.Conv2d(3, 4, 3), b=nn.BatchNorm2d(4), c=nn.ReLU(), d=nn.Flatten()))
     )
-    assert (
-        len(model) == 4
-        and model.a is model[0]
-        and model[-1] is model.d
-        and list(model) == [model.a, model.b, model.c, model.d]
-    )
+    assert len(model) == 4
+    assert model.a is model[0]
+    assert model[-1] is model.d
+    assert list(model) == [model.a, model.b, model.c, model.d]
     part = model[1:3]
-    assert type(part) is FusedSequential and list(part._modules) == ["b", "c"] and part.b is model.b
+    assert type(part) is FusedSequential
+    assert list(part._modules) == ["b", "c"]
+    assert part.b is model.b
     model.append(nn.Linear(4, 2))
     assert len(model) == 5
     del model[-1]
-    assert len(model) == 4 and isinstance(model + nn.Sequential(nn.ReLU()), nn.Sequential)
+    assert len(model) == 4
+    assert isinstance(model + nn.Sequential(nn.ReLU()), nn.Sequential)
 
 
 @one_thread()

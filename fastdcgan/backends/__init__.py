@@ -44,6 +44,8 @@ def _load(name: str) -> Backend:
         from fastdcgan.backends.reference import ReferenceBackend as kind
     elif name == "cpu":
         from fastdcgan.backends.cpu import CPUBackend as kind
+    elif name == "triton":
+        from fastdcgan.backends.triton import TritonBackend as kind
     elif name in NAMES:
         from fastdcgan.backends.planned import PlannedBackend
 
@@ -71,7 +73,6 @@ def reasons(device_type: str, dtype: torch.dtype) -> dict[str, str | None]:
     return {name: _why_not(name) or get(name).covers(device_type, dtype) for name in NAMES}
 
 
-@torch.compiler.assume_constant_result
 def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend that runs a block: the one asked for, or for "auto" the first in `NAMES` that covers it.
 
@@ -88,6 +89,10 @@ def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
     if key not in _selected:
         _selected[key] = next(name for name, reason in reasons(device_type, dtype).items() if reason is None)
     return _selected[key]
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: that takes longer than all the rest.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _alternatives(device_type: str, dtype: torch.dtype) -> str:
