@@ -13,7 +13,7 @@ from fastdcgan.backends.base import Epilogue, Operand
 from fastdcgan.geometry import Pair
 from fastdcgan.kernels import launch, tiles, tuning
 from fastdcgan.kernels.epilogues import Sink
-from fastdcgan.kernels.norm_act import combine_stats, combine_sums
+from fastdcgan.kernels.partials import combine_stats, combine_sums
 from fastdcgan.kernels.prologues import Source
 
 

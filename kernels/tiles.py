@@ -60,9 +60,9 @@ KNOWN = {
 
 @lru_cache
 def device_of(device: torch.device) -> Device:
-    """The GPU behind `device`; without one (in Triton's interpreter) an H100's figures."""
+    """The GPU behind `device`; in Triton's interpreter an H100 with one multiprocessor: programs run one by one there."""
     if device.type != "cuda":
-        return KNOWN[90]
+        return replace(KNOWN[90], name="interpreter", processors=1)
     found = torch.cuda.get_device_properties(device)
     # wgmma and tcgen05 are of just these; every other GPU runs the tiles for mma.sync and cp.async.
     arch = {9: 90, 10: 100}.get(found.major, 80)
@@ -129,6 +129,7 @@ _LADDER = {
         (128, 32, 4, 4, 0.55),
         (64, 32, 4, 4, 0.45),
         (128, 16, 4, 4, 0.3),
+        (64, 16, 4, 4, 0.2),
     ),
     90: (
         (128, 256, 8, 3, 1.0),
@@ -139,6 +140,7 @@ _LADDER = {
         (128, 32, 4, 4, 0.4),
         (64, 32, 4, 4, 0.3),
         (128, 16, 4, 4, 0.2),
+        (64, 16, 4, 4, 0.15),
     ),
     100: (
         (128, 128, 8, 4, 1.0),
@@ -148,6 +150,7 @@ _LADDER = {
         (128, 32, 4, 4, 0.4),
         (64, 32, 4, 4, 0.3),
         (128, 16, 4, 4, 0.2),
+        (64, 16, 4, 4, 0.15),
     ),
 }
 _STEP_BYTES = 128  # of one row of a tile: the widest swizzle of shared memory
@@ -179,6 +182,8 @@ def search_space(problem: Problem, device: Device) -> list[TileConfig]:
     for block_m, block_n, warps, stages, _ in _LADDER[device.arch]:
         if (block_m > 64 and block_m >= 2 * problem.m) or (block_n > 16 and block_n >= 2 * problem.n):
             continue
+        if block_m * block_n // (32 * warps) > 64 and not _leaves_registers(problem):
+            continue
         config = TileConfig(block_m, block_n, _STEP_BYTES // problem.dtype.itemsize, warps, stages)
         config = _fitted(replace(config, descriptors=device.arch >= 90), problem, device)
         splits = 1
@@ -190,6 +195,11 @@ def search_space(problem: Problem, device: Device) -> list[TileConfig]:
             found.append(replace(config, splits=splits))
             splits *= 2
     return found
+
+
+def _leaves_registers(problem: Problem) -> bool:
+    """Whether more than 64 accumulators a thread leave enough registers for prologues and epilogue (as compiled)."""
+    return problem.epilogue != "grad_stats" and problem.prologue.split().count("none") >= (problem.op == "weight_grad")
 
 
 def _fitted(config: TileConfig, problem: Problem, device: Device) -> TileConfig:

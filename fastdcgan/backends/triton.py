@@ -1,0 +1,145 @@
+"""The Triton backend: contractions with their prologues and epilogues in one kernel each (`kernels/`)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdcgan.backends.base import Backend, Epilogue, Operand, Unavailable
+from fastdcgan.geometry import Geometry, Pair
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OLDEST = (3, 6)  # of Triton
+_TOO_MANY = 2**31  # elements for the kernels' 32-bit offsets
+_OTHERS = "use 'auto', 'cpu' or 'reference'"
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors, as TRITON_INTERPRET said when they were defined."""
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+class TritonBackend(Backend):
+    """NVIDIA GPUs from compute capability 8.0 on; with TRITON_INTERPRET=1 the CPU, slowly, for tests.
+
+    Normalisation and activation always run here. A contraction that `why` has a reason against runs as PyTorch's own
+    convolution between those passes.
+    """
+
+    name = "triton"
+    prefers_deferred = True
+    lazy_grad = True
+
+    def require(self) -> None:
+        asked = os.environ.get("TRITON_INTERPRET")
+        if not torch.cuda.is_available() and not asked:  # before the import, which takes long
+            raise Unavailable(f"backend 'triton' needs a CUDA GPU, or TRITON_INTERPRET=1 for tests; {_OTHERS}")
+        try:
+            import triton
+        except ImportError as error:
+            raise Unavailable(
+                f"backend 'triton' can't import triton: {type(error).__name__}: {error}; {_OTHERS}"
+            ) from error
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
+            oldest = ".".join(map(str, _OLDEST))
+            raise Unavailable(f"backend 'triton' needs triton {oldest} or later, found {triton.__version__}; {_OTHERS}")
+        if not torch.cuda.is_available() and not interpreted():
+            raise Unavailable(f"backend 'triton' needs a CUDA GPU, or TRITON_INTERPRET=1, not {asked!r}; {_OTHERS}")
+
+    def covers(self, device_type: str, dtype: torch.dtype) -> str | None:
+        runs_on = "cpu" if interpreted() else "cuda"
+        if device_type != runs_on:
+            return f"it runs on the device type {runs_on!r}, not {device_type!r}"
+        if dtype not in _DTYPES:
+            return f"it takes {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}, not {dtype}"
+        if runs_on == "cuda":
+            if torch.version.hip is not None:
+                return "it runs on NVIDIA GPUs, and this is a ROCm build of PyTorch"
+            capability = torch.cuda.get_device_capability()
+            if capability < (8, 0):
+                return f"it needs compute capability 8.0 or later, not {capability[0]}.{capability[1]}"
+        return None
+
+    def why(self, geometry: Geometry, *sizes: Sequence[int]) -> str | None:
+        """None if a contraction of tensors of these sizes runs in a Triton kernel, else why PyTorch's own does it."""
+        if geometry.groups != 1:
+            return f"the Triton contractions have no groups, and here are {geometry.groups}"
+        for size in sizes:
+            if not 0 < math.prod(size) < _TOO_MANY:
+                return f"the Triton contractions take 1 to {_TOO_MANY - 1} elements, not {math.prod(size)}"
+        return None
+
+    # --- contractions ---
+
+    def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+        n, _, *size = a.x.shape
+        out = (n, weight.shape[0], *geometry.conv_size(*size))
+        if self.why(geometry, a.x.shape, weight.shape, out) is not None:
+            return super().conv(a, weight, geometry, epilogue)
+        from fastdcgan.kernels.conv import conv
+
+        return conv(a, weight, geometry, epilogue)
+
+    def conv_transpose(
+        self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
+    ) -> tuple[Tensor, Tensor]:
+        out = (a.x.shape[0], weight.shape[1], *output_size)
+        if self.why(geometry, a.x.shape, weight.shape, out) is not None:
+            return super().conv_transpose(a, weight, geometry, output_size, epilogue)
+        from fastdcgan.kernels.conv_transpose import conv_transpose
+
+        return conv_transpose(a, weight, geometry, output_size, epilogue)
+
+    def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
+        if self.why(geometry, gathered.x.shape, linear.x.shape) is not None:
+            return super().weight_grad(gathered, linear, geometry)
+        from fastdcgan.kernels.weight_grad import weight_grad
+
+        return weight_grad(gathered, linear, geometry)
+
+    # --- normalisation and activation ---
+
+    def norm_act(self, a: Operand) -> Tensor:
+        from fastdcgan.kernels import norm_act
+
+        return norm_act.norm_act(a)
+
+    def norm_act_reduce(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> Tensor:
+        from fastdcgan.kernels import norm_act
+
+        return norm_act.norm_act_reduce(da, y, coef, act, slope)
+
+    def grad_stats(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
+        from fastdcgan.kernels import norm_act
+
+        return norm_act.grad_stats(da, y, coef, act, slope)
+
+    def batch_stats(self, y: Tensor, stat_groups: int) -> Tensor:
+        from fastdcgan.kernels import norm_act
+
+        return norm_act.batch_stats(y, stat_groups)
+
+    def coefficients(
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, eps: float
+    ) -> Tensor:
+        from fastdcgan.kernels import norm_act
+
+        return norm_act.coefficients(mean, var, weight, bias, shift, eps)
+
+    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: float) -> Tensor:
+        from fastdcgan.kernels import norm_act
+
+        return norm_act.grad_coefficients(sums, coef, count)
+
+    def update_running(
+        self, mean: Tensor, var: Tensor, stats: Tensor, shift: Tensor | None, factor: Tensor | None, momentum: float
+    ) -> None:
+        from fastdcgan.kernels import norm_act
+
+        norm_act.update_running(mean, var, stats, shift, factor, momentum)
