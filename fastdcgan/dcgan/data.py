@@ -195,13 +195,19 @@ class Batches:
 
     def _gather(self, indices: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
         if self._resident is not None:
-            return self._resident[indices.to(self.device)], flip
-        pixels = torch.from_numpy(self._array[indices.numpy()])
-        return (pixels.pin_memory() if self.device.type == "cuda" else pixels), flip
+            return self._resident[send(indices, self.device)], flip
+        return torch.from_numpy(self._array[indices.numpy()]), flip
 
     def _normalised(self, pixels: Tensor, flip: Tensor) -> Tensor:
-        x = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # NHWC in memory is channels_last
+        x = send(pixels, self.device).permute(0, 3, 1, 2)  # NHWC in memory is channels_last
         x = x.to(torch.float32).div_(127.5).sub_(1.0)
         if self.flips:
-            x = torch.where(flip.to(self.device)[:, None, None, None], x.flip(3), x)
+            x = torch.where(send(flip, self.device)[:, None, None, None], x.flip(3), x)
         return x.contiguous(memory_format=torch.channels_last)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`, without waiting for what a GPU still has to do."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)

@@ -27,7 +27,7 @@ from fastdcgan.dcgan import checkpoint, console, distributed, images, plots
 from fastdcgan.dcgan.checkpoint import Checkpoint, CheckpointError
 from fastdcgan.dcgan.config import ARCHITECTURE, TrainConfig
 from fastdcgan.dcgan.console import Bar, say
-from fastdcgan.dcgan.data import Batches, Images, load_images
+from fastdcgan.dcgan.data import Batches, Images, load_images, send
 from fastdcgan.dcgan.metrics import ADVICE_NOT_FINITE, Diverged, MetricsLog, Watch
 from fastdcgan.dcgan.models import Discriminator, Generator, placed
 from fastdcgan.dcgan.steps import GradientPenalty, StepMetrics, train_step, unwrapped
@@ -320,7 +320,7 @@ class Trainer:
         """This process's part of the noise for a whole batch: [count, nz]."""
         z = torch.randn(self.config.batch_size, self.config.nz, generator=self._noise)
         start = self.processes.rank * count
-        return z[start : start + count].to(self.device)
+        return send(z[start : start + count], self.device)
 
 
 class _StopSignals:

@@ -119,6 +119,17 @@ def test_same_seed_same_bits(config: TrainConfig, images: Images, tmp_path: Path
     )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_the_test_device(precision: str, config: TrainConfig, images: Images, device: torch.device) -> None:
+    """On a GPU, where there is one, as well: trains, saves, goes on."""
+    settings = {"device": str(device), "precision": precision, "gradient_penalty": 1.0, "penalty_kind": "r1"}
+    outcome = Trainer(dataclasses.replace(config, max_steps=7, **settings), images).run()
+    again = Trainer.resume(outcome.out, images, max_steps=9)
+    assert next(again.generator.parameters()).device.type == device.type
+    assert again.run().step == 9
+    assert again.sample(torch.zeros(2, 8)).isfinite().all()
+
+
 # --- stopping --------------------------------------------------------------------------------------------------------
 
 
