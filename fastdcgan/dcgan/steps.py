@@ -49,18 +49,18 @@ class GradientPenalty:
         if self.kind not in PENALTIES:
             raise ValueError(f"gradient penalty is {self.kind!r}: expected one of {', '.join(PENALTIES)}")
 
-    def __call__(self, discriminator: nn.Module, real: Tensor, fake: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """The penalty; `scale` (a GradScaler's) keeps float16 gradients in range on the way through D."""
+    def __call__(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+        """The penalty for images `real` and `fake` [N, C, H, W], a scalar that can be differentiated again."""
         if self.kind == "r1":
             x = real.detach().clone()
         else:
             mix = torch.rand(real.shape[0], 1, 1, 1, device=real.device, dtype=real.dtype)
             x = torch.lerp(fake.to(real.dtype), real, mix)
         x.requires_grad_(True)
-        outputs = _wide(discriminator(x)).sum() * scale
+        outputs = _wide(discriminator(x)).sum()
         (grad,) = torch.autograd.grad(outputs, x, create_graph=True)
         with torch.autocast(x.device.type, enabled=False):
-            square = (_wide(grad) / scale).square().sum(dim=(1, 2, 3))
+            square = _wide(grad).square().sum(dim=(1, 2, 3))
             if self.kind == "r1":
                 return self.weight / 2 * square.mean()
             # The gradient of sqrt is infinite at 0.
@@ -99,7 +99,9 @@ def train_step(
         loss_d = bce_loss(logits_real, real_label) + bce_loss(logits_fake, 0.0)
         extra = loss_d.new_zeros(())
         if penalty is not None:
-            extra = penalty(bare, real, fake.detach(), 1.0 if scaler is None else scaler.scale(loss_d.new_ones(())))
+            # Gradients of single pixels are out of float16's range: its penalty is computed in float32.
+            with torch.autocast(real.device.type, dtype=dtype, enabled=dtype == torch.bfloat16):
+                extra = penalty(bare, real, fake.detach())
             loss_d = loss_d + extra
     optimizer_d.zero_grad(set_to_none=True)
     _backward_and_step(loss_d, optimizer_d, scaler)

@@ -168,16 +168,15 @@ def test_fused_and_plain_stay_together() -> None:
 # --- penalties and precisions ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1.0, 1024.0])
 @pytest.mark.parametrize("kind", ["wgan-gp", "r1"])
-def test_penalty_of_a_linear_discriminator(kind: str, scale: float) -> None:
+def test_penalty_of_a_linear_discriminator(kind: str) -> None:
     """Its gradient is its weight, wherever it is taken."""
     d = nn.Sequential(nn.Flatten(), nn.Linear(4, 1, bias=False)).double()
     norm = d[1].weight.norm()
     expected = 10 * (norm - 1) ** 2 if kind == "wgan-gp" else 5 * norm**2
     real, fake = torch.randn(2, 6, 1, 2, 2, dtype=torch.float64)
     (grad,) = torch.autograd.grad(expected, d[1].weight)
-    penalty = GradientPenalty(10.0, kind)(d, real, fake, scale)
+    penalty = GradientPenalty(10.0, kind)(d, real, fake)
     torch.testing.assert_close(penalty, expected, rtol=1e-9, atol=1e-9)
     penalty.backward()
     torch.testing.assert_close(d[1].weight.grad, grad, rtol=1e-9, atol=1e-9)
@@ -231,7 +230,8 @@ def test_overflow_skips_the_step_and_lowers_the_scale() -> None:
     opts, scaler = adams(*nets), torch.amp.GradScaler("cpu", init_scale=2.0**40)
     start = parameters(*nets)
     ((real, z),) = batches(1)
-    metrics = train_step(*nets, *opts, real, z, dtype=torch.float16, scaler=scaler)
+    penalty = GradientPenalty(10.0)
+    metrics = train_step(*nets, *opts, real, z, dtype=torch.float16, scaler=scaler, penalty=penalty)
     assert torch.equal(parameters(*nets), start)
     assert scaler.get_scale() == 2.0**39
     assert metrics.loss_d.isfinite()
