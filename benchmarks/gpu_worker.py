@@ -143,6 +143,7 @@ def _smallest(args: argparse.Namespace, device: torch.device) -> int:
     names = [name for name, why in backends.status().items() if why == "available"]
     if device.type == "cuda":
         names = [name for name in names if name in OWN_GPU_BACKENDS]
+    torch.manual_seed(0)
     real, noise = (tensor.to(device) for tensor in inputs(DRY_SHAPE, 2))
     for name in names:
         for dtype in (None, torch.bfloat16):

@@ -234,6 +234,11 @@ class StepRunner:
                     value.zero_()
         self.next = 0
 
+    def learn(self, yes: bool) -> None:
+        """Whether Adam changes the weights; its work is the same."""
+        for optimiser in (self.opt_g, self.opt_d):
+            steps.set_learning_rate(optimiser, steps.LEARNING_RATE if yes else 0.0)
+
     def observe(self) -> list[Tensor]:
         """What has to agree between peers, from the initial state, in float64 on the CPU.
 
@@ -242,16 +247,14 @@ class StepRunner:
         lr*sign(g).
         """
         self.reset()
-        for optimiser in (self.opt_g, self.opt_d):
-            steps.set_learning_rate(optimiser, 0.0)
+        self.learn(False)
         losses = self._losses()
         gradients = []
         for net in (self.generator, self.discriminator):
             # Written out in the logical order: memory formats differ.
             parts = [p.grad.double().contiguous().flatten() for p in net.parameters() if p.grad is not None]
             gradients.append(torch.cat(parts).cpu())
-        for optimiser in (self.opt_g, self.opt_d):
-            steps.set_learning_rate(optimiser, steps.LEARNING_RATE)
+        self.learn(True)
         self.reset()
         return [*gradients, losses]
 

@@ -26,13 +26,13 @@ def reference_of(names: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def device_settings(device: torch.device) -> Iterator[None]:
-    """cuDNN's search for the fastest algorithm for all peers alike; put back at the end."""
+def device_settings(device: torch.device, search: bool = True) -> Iterator[None]:
+    """cuDNN's search for the fastest algorithm, for all peers alike; put back at the end."""
     if device.type != "cuda":
         yield
         return
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = search
     try:
         yield
     finally:
@@ -62,10 +62,11 @@ class _Contest:
         """Build and check every peer (`kinked` as in `peers.tolerance`).
 
         One that can't run, fails or is wrong keeps its row, which then says so."""
-        exact = make(peers.TRUTH, torch.float64)
-        truth = exact.observe()
-        progress = exact.progress() if isinstance(exact, StepRunner) else None
-        del exact
+        with device_settings(self.device, search=False):  # which in float64 would take longer than what it saves
+            exact = make(peers.TRUTH, torch.float64)
+            truth = exact.observe()
+            progress = exact.progress() if isinstance(exact, StepRunner) else None
+            del exact
         yardstick = make(peers.YARDSTICK, DTYPES[self.dtype]).observe()
         tolerance = peers.tolerance(peers.distance(yardstick, truth), DTYPES[self.dtype], kinked)
         for name, row in self.rows.items():
@@ -160,6 +161,8 @@ def run_step(
     with device_settings(device):
         contest.build(lambda peer, compute: StepRunner(peer, nets, data, device, compute), kinked)
         segments = {name: (runner,) for name, runner in contest.runners.items() if isinstance(runner, StepRunner)}
+        for (runner,) in segments.values():
+            runner.learn(False)  # faster peers take more steps: all stay on the same weights, so on the same values
         contest.time(segments, timing, cold=False)
     return contest.case("step", f"{shape.image_size}x{shape.image_size}", "step", batch, 0)
 

@@ -379,6 +379,21 @@ def test_a_captured_step_reads_its_own_buffers(fake_cuda_graphs):
     torch.testing.assert_close(graph.real, graph.data[1][0])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_real_cuda_graphs_are_right_and_timed(dtype):
+    names, device, timing = ["eager-nhwc", "graph", "fused", "fused-graph"], torch.device("cuda"), Timing(2, 1e-3)
+    cases = [
+        suites.run_step(TINY, 4, names, device, dtype, timing),
+        *suites.run_block(BLOCK, 4, names, device, dtype, timing),
+    ]
+    for case in cases:
+        assert case.reference == "fused-graph"
+        assert [(row.status, row.detail) for row in case.rows] == [("ok", "")] * 4
+        assert all(row.ms.median > 0 for row in case.rows)
+    assert all(row.peak_bytes > 0 for row in cases[0].rows)
+
+
 def test_a_captured_block_gives_the_eager_gradients(fake_cuda_graphs):
     torch.manual_seed(0)
     arguments = BLOCK.module(), torch.randn(4, 8, 4, 4), torch.randn(4, 4, 8, 8), CPU, torch.float32
@@ -386,6 +401,20 @@ def test_a_captured_block_gives_the_eager_gradients(fake_cuda_graphs):
     graph.prepare()
     for a, b in zip(graph.observe(), eager.observe(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_runner_that_does_not_learn_keeps_its_weights():
+    torch.manual_seed(0)
+    runner = StepRunner(PEERS["eager"], TINY.nets(), [inputs(TINY, 4)], CPU, torch.float32)
+    runner.learn(False)
+    runner()
+    parameters = [*runner.generator.parameters(), *runner.discriminator.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    runner()
+    assert all(map(torch.equal, parameters, before))
+    runner.learn(True)
+    runner()
+    assert not any(map(torch.equal, parameters, before))
 
 
 def test_reset_brings_a_runner_back():
