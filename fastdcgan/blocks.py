@@ -53,6 +53,10 @@ def why_alone(module: nn.Module) -> str | None:
         own = True
     if not own:
         return f"{type(module).__name__} has a forward of its own"
+    if isinstance(module, nn.ConvTranspose2d):
+        for extra, stride in zip(module.output_padding, module.stride, strict=True):
+            if extra >= stride:
+                return f"its output_padding {module.output_padding} reaches its stride {module.stride}"
     return None
 
 

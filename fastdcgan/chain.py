@@ -6,8 +6,8 @@ Only the raw outputs `y` and a few vectors per channel are saved:
     g = da*act'(s*y + t);  dbeta = sum(g);  dgamma = sum(g*xhat);  dy = s*g + p*y + q
     dx = the adjoint contraction of dy;  dw = weight_grad of (x, dy)
 
-Between two blocks goes either the finished `a`, or the pair (`y`, `coef`) that stands for it: a deferred seam. A bias
-of the convolution is never added to `y`: it shifts `t`, and with batch statistics it cancels.
+Between two blocks goes either the finished `a`, or the pair (`y`, `coef`) that stands for it: a deferred seam. In front
+of a normalisation, a bias of the convolution is not added to `y`: it shifts `t`, and with batch statistics it cancels.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _State(NamedTuple):
     """What the backward of one block needs beside the chain's inputs."""
 
     y: Tensor | None  # raw output
-    coef: Tensor | None  # (s, t[, mean, rstd]); None where a = y (+ bias)
+    coef: Tensor | None  # (s, t[, mean, rstd]); None where a = y
     a: Tensor | None  # finished output, where the next block's weight gradient reads it
     total: Tensor | None  # number of values over all processes (synchronised statistics)
 
@@ -136,14 +136,12 @@ def bias_coefficients(bias: Tensor | None, channels: int, like: Tensor) -> Tenso
     return torch.stack([torch.ones_like(shift), shift])[:, None]
 
 
-def _known_coefficients(block: Block, t: BlockTensors, x: Tensor) -> Tensor | None:
-    """The coef of a block that needs no statistics of the batch; None if it has none (then a = y + bias)."""
+def _known_coefficients(block: Block, t: BlockTensors, x: Tensor) -> Tensor:
+    """The coef of a block that needs no statistics of the batch."""
     if block.norm is not None:
         assert t.running_mean is not None and t.running_var is not None
         mean, var = t.running_mean[None], t.running_var[None]
         return ops.coefficients(mean, var, t.bn_weight, t.bn_bias, t.bias, block.norm.eps, block.backend)
-    if block.act == "identity":
-        return None
     channels = t.weight.shape[1] * block.geometry.groups if block.transposed else t.weight.shape[0]
     return bias_coefficients(t.bias, channels, x)
 
@@ -164,11 +162,15 @@ def _forward(
         epilogue, coef, total = STORE, None, None
         if block.norm is not None and block.norm.batch_stats:
             epilogue = Epilogue("stats", stat_groups=plan.stat_groups)
+        elif block.norm is None and (keep_y or block.act == "identity"):
+            # The accumulator takes the bias, before it is rounded: so y, which is z, has the right sign.
+            if t.bias is not None:
+                epilogue = Epilogue("bias", coef=t.bias)
+            if block.act != "identity":
+                coef = _known_coefficients(block, t._replace(bias=None), x)
         else:
             coef = _known_coefficients(block, t, x)
-            if coef is None and t.bias is not None:
-                epilogue = Epilogue("bias", coef=t.bias)
-            elif coef is not None and not keep_y:  # no backward reads y: store a at once
+            if not keep_y:  # no backward reads y: store a at once
                 epilogue = Epilogue("activate", None, coef, block.act, block.slope)
         y, stats = _contract(block, a, t.weight, epilogue)
         if block.norm is not None and block.norm.batch_stats:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastdcgan import backends, checks, ops
 from fastdcgan.activations import ACTIVATIONS
@@ -67,7 +68,7 @@ def run_chain(
 
         for r in running:
             if r is not None and r.num_batches is not None:
-                r.num_batches.add_(1)
+                r.num_batches.add_(stat_groups)
         return formula(plan, x, flat)
     out, stats = run(plan, x, flat)
     for block, t, r, s in zip(blocks, tensors, running, stats, strict=True):
@@ -119,6 +120,10 @@ def _single(
         raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
     geometry = Geometry(pair(tuple(weight.shape[2:])), pair(stride), pair(padding), pair(dilation), groups)
     checks.check_output_padding(pair(output_padding), geometry)
+    beyond = tuple(extra // stride for extra, stride in zip(pair(output_padding), geometry.stride, strict=True))
+    if any(beyond) and x.dim() == 4:  # more than a stride (under a larger dilation): as pixels of zeros in the input
+        x = F.pad(x, (0, beyond[1], 0, beyond[0]))
+        output_padding = (pair(output_padding)[0] % geometry.stride[0], pair(output_padding)[1] % geometry.stride[1])
     chosen = ACTIVATIONS[activation].default_slope if slope is None else slope
     block = Block(transposed, geometry, pair(output_padding), norm, activation, chosen, block_backend(x))
     return run_chain([block], x, [BlockTensors(weight, bias, *norm_tensors)], [running], stat_groups)

@@ -1,0 +1,173 @@
+"""Blocks and small DCGANs in plain PyTorch, their fused twins, and everything that a pass through one leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from conftest import DEVICE
+from tolerance import assert_as_accurate, assert_same_float64
+from torch import Tensor, nn
+
+import fastdcgan
+from fastdcgan.activations import to_module
+
+Outcome = dict[str, Tensor | None]
+
+
+def in_dtype(model: nn.Sequential, dtype: torch.dtype) -> nn.Sequential:
+    """A copy with convolutions in `dtype` and norms in float32, as under autocast."""
+    low = copy.deepcopy(model).to(dtype)
+    for module in low:
+        if isinstance(module, nn.BatchNorm2d) and dtype != torch.float64:
+            module.float()
+    return low
+
+
+def block(
+    transposed: bool,
+    norm: str | None,
+    act: str,
+    channels: tuple[int, int] = (4, 6),
+    *,
+    slope: float | None = None,
+    bias: bool = True,
+    affine: bool = True,
+    track: bool = True,
+    momentum: float | None = 0.1,
+    **geometry: Any,
+) -> nn.Sequential:
+    """conv [+ BatchNorm2d] [+ activation]; `norm` is "train", "eval" or None. float64, on the test device."""
+    geometry = {"kernel_size": 4, "stride": 2, "padding": 1} | geometry
+    conv = (nn.ConvTranspose2d if transposed else nn.Conv2d)(*channels, bias=bias, **geometry)
+    modules: list[nn.Module | None] = [conv]
+    if norm is not None:
+        modules.append(nn.BatchNorm2d(channels[1], momentum=momentum, affine=affine, track_running_stats=track))
+    modules.append(to_module(act, slope))
+    model = nn.Sequential(*(m for m in modules if m is not None))
+    return prepared(model).train(norm != "eval")
+
+
+def prepared(model: nn.Module, seed: int = 0) -> nn.Module:
+    """In float64 on the test device, with norms and biases that are not the identity."""
+    g = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            fan_in = module.weight[0].numel() if isinstance(module, nn.Conv2d) else module.weight[:, 0].numel()
+            draw(module.weight, g, 1.5 / fan_in**0.5)
+            draw(module.bias, g, 0.5)
+        elif isinstance(module, nn.BatchNorm2d):
+            draw(module.weight, g, 0.3, 1.0)
+            draw(module.bias, g, 0.3)
+            draw(module.running_mean, g, 0.3)
+            draw(module.running_var, g, 0.1, 1.0)
+    return model.double().to(DEVICE)
+
+
+@torch.no_grad()
+def draw(tensor: Tensor | None, g: torch.Generator, deviation: float, mean: float = 0.0) -> None:
+    if tensor is not None:
+        tensor.copy_(mean + deviation * torch.randn(tensor.shape, generator=g))
+
+
+def generator(nz: int = 5, width: int = 4) -> nn.Sequential:
+    """16x16 pixels, 3 channels."""
+    return prepared(
+        nn.Sequential(
+            nn.ConvTranspose2d(nz, 2 * width, 4, 1, 0, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU(),
+            nn.ConvTranspose2d(2 * width, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh(),
+        )
+    )  # fmt: skip
+
+
+def discriminator(width: int = 4) -> nn.Sequential:
+    """Of 16x16 pixels, 3 channels."""
+    return prepared(
+        nn.Sequential(
+            nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 2 * width, 3, 1, 1), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 1, 4, 1, 0),
+        )
+    )  # fmt: skip
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    """Normal numbers on the test device, the same in every dtype up to its rounding."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A fused copy."""
+    return fastdcgan.fuse(copy.deepcopy(model))
+
+
+def away_from_kinks(model: nn.Sequential, x: Tensor) -> Tensor:
+    """A gradient for the block's output that is zero where rounding decides on which side of 0 the pre-activation is."""
+    with torch.no_grad():
+        z = in_dtype(model, torch.float64)[:-1](x.double())
+    near = z.abs() < 8 * torch.finfo(x.dtype).eps * z.abs().mean()
+    return numbers(*z.shape, dtype=x.dtype, seed=7).masked_fill(near, 0)
+
+
+def outcome(
+    model: nn.Module,
+    x: Tensor,
+    needs_input: bool = True,
+    stat_groups: int = 1,
+    steps: int = 1,
+    upstream: Tensor | None = None,
+) -> Outcome:
+    """Passes forward and backward through a copy of the model: the last output, the gradients (None where there is none)
+    and the buffers, by name."""
+    model = copy.deepcopy(model)
+    x = x.detach().requires_grad_(needs_input)
+    for _ in range(steps):
+        out = model(x) if stat_groups == 1 else model(x, stat_groups=stat_groups)
+        if out.requires_grad:
+            given = numbers(*out.shape, dtype=out.dtype, seed=7) if upstream is None else upstream
+            out.backward(given.to(out.dtype))
+    found: Outcome = {"output": out.detach(), "input gradient": x.grad}
+    found |= {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
+    return found | dict(model.named_buffers())
+
+
+def assert_same(found: Outcome, expected: Outcome, tolerance: float = 1e-10) -> None:
+    """float64 agrees to `tolerance`, counters exactly, None only with None."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        other = found[name]
+        if value is not None and not value.dtype.is_floating_point:
+            assert other is not None and torch.equal(other, value), f"{name} is {other}, expected {value}"
+        else:
+            assert_same_float64(other, value, name, tolerance)
+
+
+def assert_as_good(found: Outcome, vanilla: Outcome, truth: Outcome, reduction: int) -> None:
+    """Every tensor is as accurate as vanilla's, in the same dtype."""
+    assert found.keys() == vanilla.keys() == truth.keys()
+    for name, usual in vanilla.items():
+        got, right = found[name], truth[name]
+        assert (got is None) == (usual is None), f"{name}: {got}, vanilla {usual}"
+        if got is None or usual is None or right is None:
+            continue
+        if not usual.dtype.is_floating_point:
+            assert torch.equal(got, usual), f"{name} is {got}, expected {usual}"
+            continue
+        scale = None
+        if name.startswith("gradient of") and name.endswith("bias"):
+            # In front of a batch norm it is nothing but rounding, which is relative to what is summed up.
+            terms = [v for k, v in truth.items() if k.startswith("gradient of") and v is not None]
+            scale = max(float(v.square().mean().sqrt()) for v in terms)
+        assert_as_accurate(got, usual, right, name, reduction=reduction, scale=scale)
+
+
+def subsets(items: list[str]) -> list[tuple[str, ...]]:
+    return [s for n in range(len(items) + 1) for s in itertools.combinations(items, n)]
