@@ -1,8 +1,8 @@
 """Partial statistics and sums, one slot for each program that wrote them, merged in a fixed order: no atomics.
 
-Partials are float32 [groups, slots, rows, C]: (count, mean, M2), or sums. A program merges the slots of some channels of
-a group, in ascending order down each of its lanes and then across the lanes; where there are very many slots, as many
-programs as are needed write partials again.
+Partials are float32 [groups, slots, rows, C]: (count, mean, M2), or sums. A program merges the slots of some channels
+of a group, in ascending order down each of its lanes and then across the lanes; where there are very many slots, as
+many programs as are needed write partials again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 _COMBINE_SLOTS = 1024  # that one program merges
-_COMBINE_CHANNELS = 16  # of one program: two 32-byte sectors of float32
+_COMBINE_TILE = 4096  # values of each row that it loads at once
 
 
 @triton.jit
@@ -97,8 +97,8 @@ def _chunk(slots: int) -> int:
 
 def _launch(parts: int, chunk: int, columns: int, groups: int) -> tuple[tuple[int, int, int], int, int]:
     """(grid, BLOCK_S, BLOCK_C) of a combine kernel in which `parts` programs merge `chunk` slots each."""
-    block_columns = min(_COMBINE_CHANNELS, triton.next_power_of_2(columns))
     block_slots = min(256, triton.next_power_of_2(max(1, chunk)))
+    block_columns = min(128, _COMBINE_TILE // block_slots, triton.next_power_of_2(columns))
     return (parts, triton.cdiv(columns, block_columns), groups), block_slots, block_columns
 
 
