@@ -37,9 +37,9 @@ ERROR_LINES = 40
 CAPABILITIES: dict[str, list[str]] = {
     "default": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
     "avx2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx2", "-mfma", "-mf16c"]
-    + ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
 }
+CAPABILITIES["avx512"] = ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx2", "-mfma", "-mf16c"]
+CAPABILITIES["avx512"] += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86 = ("x86_64", "amd64", "i686")
 
 
@@ -137,11 +137,18 @@ def cpu_extension(name: str) -> Extension:
 
     # The uninitialised values are those of GCC's own AVX-512 headers.
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    width = CAPABILITIES[name.removeprefix("_cpu_")]
     return CppExtension(
         f"fastdcgan.{name}",
         sources("cpu", ".cpp"),
         depends=headers(),
-        extra_compile_args=["-O2", "-fno-math-errno", *openmp_flags(), *quiet, *CAPABILITIES[name.removeprefix("_cpu_")]],
+        extra_compile_args=[
+            "-O2",
+            "-fno-math-errno",
+            *openmp_flags(),
+            *quiet,
+            *width,
+        ],
         extra_link_args=[*openmp_flags(), *(["-Wl,-s"] if sys.platform.startswith("linux") else [])],
     )
 

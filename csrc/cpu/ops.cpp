@@ -110,6 +110,7 @@ Tensor grad_stats_(Tensor da, const Tensor& y_, const Tensor& coef_, int64_t act
 
 Tensor batch_stats(const Tensor& y_, int64_t groups) {
   const Tensor y = dense(y_);
+  TORCH_CHECK(y.numel() > 0, "expected at least one element, got a tensor ", y.sizes());  // as PyTorch does
   const Shape s = shape_of(y, groups);
   const Tensor stats = at::empty({3, groups, s.channels}, y.options().dtype(at::kFloat).memory_format(std::nullopt));
   batch_stats_pass(s, {y.const_data_ptr(), nullptr, nullptr}, y.scalar_type(), stats.data_ptr<float>());

@@ -16,9 +16,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def extension_name() -> str:
-    """The library for this processor; ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers what PyTorch reports, and so this."""
+    """The library for this processor; ATEN_CPU_CAPABILITY (default, avx2, avx512) caps what PyTorch reports."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     return f"_cpu_{capability}" if capability in ("avx2", "avx512") else "_cpu_default"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class CPUBackend(Backend):
@@ -45,7 +49,7 @@ class CPUBackend(Backend):
         if device_type != "cpu":
             return f"it runs on the device type 'cpu', not {device_type!r}"
         if dtype not in DTYPES:
-            return f"it takes {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {dtype}"
+            return f"it takes {', '.join(map(_name, DTYPES))}, not {_name(dtype)}"
         return None
 
     def norm_act(self, a: Operand) -> Tensor:
@@ -60,8 +64,10 @@ class CPUBackend(Backend):
 
     def grad_stats(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
         # In place, so `da` has to lie as `y` does.
-        layout = torch.channels_last if y.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        g = da.contiguous(memory_format=layout)
+        if y.is_contiguous(memory_format=torch.channels_last):
+            g = da.contiguous(memory_format=torch.channels_last)
+        else:
+            y, g = y.contiguous(), da.contiguous()
         sums = torch.ops.fastdcgan_cpu.grad_stats_(g, y, coef, ACTIVATIONS[act].id, slope)
         return g, sums
 

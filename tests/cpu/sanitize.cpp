@@ -1,0 +1,56 @@
+// The passes of csrc/cpu on heap blocks that are exactly as long as the tensors, for AddressSanitizer and UBSan.
+// Prints the number of calls.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/cpu/passes.h"
+
+using namespace fastdcgan::cpu;
+
+namespace {
+
+template <class T>
+int run(const Shape& s, c10::ScalarType dtype) {
+  const int64_t n = s.groups * s.group_size(), channels = s.groups * s.channels;
+  const auto y = std::make_unique<T[]>(n), da = std::make_unique<T[]>(n), out = std::make_unique<T[]>(n);
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] = static_cast<T>(std::sin(static_cast<float>(i)));
+    da[i] = static_cast<T>(std::cos(static_cast<float>(i)));
+  }
+  const auto coef = std::make_unique<float[]>(4 * channels), sums = std::make_unique<float[]>(2 * channels),
+             stats = std::make_unique<float[]>(3 * channels);
+  for (int64_t i = 0; i < 4 * channels; ++i) coef[i] = .5f + static_cast<float>(i % 7);
+  int calls = 0;
+  for (int id = 0; id < 8; ++id) {
+    const Activation act{id, .2f};
+    calls += norm_act_pass(s, {y.get(), nullptr, out.get()}, dtype, coef.get(), act);
+    for (int64_t rows : {2, 4}) {
+      calls += norm_act_backward_pass(s, {y.get(), da.get(), out.get()}, dtype, coef.get(), rows, act);
+      calls += grad_sums_pass(s, {y.get(), da.get(), nullptr}, dtype, coef.get(), rows, act, sums.get());
+      calls += grad_sums_pass(s, {y.get(), da.get(), da.get()}, dtype, coef.get(), rows, act, sums.get());
+    }
+  }
+  if (norm_act_pass(s, {y.get(), nullptr, out.get()}, dtype, coef.get(), {8, 0.f})) std::abort();
+  batch_stats_pass(s, {y.get(), nullptr, nullptr}, dtype, stats.get());
+  return calls + 1;
+}
+
+}  // namespace
+
+int main() {
+  int calls = 0;
+  for (int64_t groups : {1, 2})
+    for (int64_t samples : {0, 3})
+      for (int64_t channels : {1, 17, 70})
+        for (int64_t pixels : {1, 15, 275})
+          for (bool channels_last : {false, true}) {
+            const Shape s{groups, samples, channels, pixels, channels_last};
+            calls += run<float>(s, c10::ScalarType::Float);
+            calls += run<c10::BFloat16>(s, c10::ScalarType::BFloat16);
+            calls += run<c10::Half>(s, c10::ScalarType::Half);
+          }
+  std::printf("%d calls\n", calls);
+}

@@ -1,0 +1,212 @@
+"""The build's decisions, what an installation without extensions does, and what importing costs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import fastdcgan
+from fastdcgan import build_info, doctor
+
+ROOT = Path(__file__).parent.parent
+CUDA_SOURCES = ["csrc/cuda/ops.cu"]
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fastdcgan_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def python(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints; it fails the test if the interpreter fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, cwd=ROOT.parent
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# --- decisions of setup.py -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "on"), [("1", True), ("true", True), ("ON", True), ("0", False), ("no", False), ("", False)]
+)
+def test_switches(build: ModuleType, text: str, on: bool) -> None:
+    assert build.enabled({"X": text}, "X") is on
+    assert build.enabled({}, "X") is False
+
+
+def test_a_switch_that_is_neither(build: ModuleType) -> None:
+    with pytest.raises(ValueError, match="FASTDCGAN_SKIP_CPU='maybe': expected 1 or 0"):
+        build.planned({"FASTDCGAN_SKIP_CPU": "maybe"}, "x86_64", [])
+
+
+def test_planned_extensions(build: ModuleType) -> None:
+    widths = ["_cpu_default", "_cpu_avx2", "_cpu_avx512"]
+    assert build.planned({}, "x86_64", []) == widths
+    assert build.planned({}, "AMD64", CUDA_SOURCES) == [*widths, "_cuda"]
+    assert build.planned({}, "aarch64", CUDA_SOURCES) == ["_cpu_default", "_cuda"]
+    assert build.planned({"FASTDCGAN_SKIP_CUDA": "1"}, "x86_64", CUDA_SOURCES) == widths
+    assert build.planned({"FASTDCGAN_SKIP_CPU": "1"}, "x86_64", CUDA_SOURCES) == ["_cuda"]
+    assert build.planned({"FASTDCGAN_SKIP_CPU": "1"}, "x86_64", []) == []
+
+
+def test_forcing_what_can_not_be(build: ModuleType) -> None:
+    with pytest.raises(ValueError, match="expected one of them"):
+        build.planned({"FASTDCGAN_FORCE_CUDA": "1", "FASTDCGAN_SKIP_CUDA": "1"}, "x86_64", CUDA_SOURCES)
+    with pytest.raises(ValueError, match="no CUDA sources"):
+        build.planned({"FASTDCGAN_FORCE_CUDA": "1"}, "x86_64", [])
+
+
+def test_jobs(build: ModuleType) -> None:
+    assert build.max_jobs({}, cores=16, gib=128.0) == 16
+    assert build.max_jobs({}, cores=16, gib=3.7) == 3
+    assert build.max_jobs({}, cores=2, gib=0.4) == 1
+    assert build.max_jobs({"MAX_JOBS": "5"}, cores=2, gib=1.0) == 5
+    with pytest.raises(ValueError, match="MAX_JOBS=0"):
+        build.max_jobs({"MAX_JOBS": "0"}, cores=2, gib=1.0)
+
+
+def test_where_cuda_is(build: ModuleType, tmp_path: Path) -> None:
+    toolkit = tmp_path / "toolkit"
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    linked = tmp_path / "elsewhere"
+    linked.mkdir()
+    (linked / "nvcc").symlink_to(nvcc)
+    assert build.cuda_home({"PATH": str(linked)}) == str(toolkit)  # the toolkit, not the folder of the link
+    assert build.cuda_home({"PATH": str(linked), "CUDA_HOME": "/named"}) == "/named"
+    found = {"PATH": str(linked)}
+    assert build.why_no_cuda(found, "13.0") is None
+    assert "without CUDA" in build.why_no_cuda(found, None)
+    assert build.why_no_cuda({**found, "FASTDCGAN_FORCE_CUDA": "1"}, None) is None
+
+
+def test_capabilities_have_their_macros(build: ModuleType) -> None:
+    for name, flags in build.CAPABILITIES.items():
+        assert f"-DCPU_CAPABILITY={name.upper()}" in flags and f"-DCPU_CAPABILITY_{name.upper()}" in flags
+        assert "-march=native" not in flags
+
+
+# --- what is installed -----------------------------------------------------------------------------------------------
+
+
+def test_packages_are_mapped() -> None:
+    found = python(
+        "import fastdcgan.kernels as k, fastdcgan.benchmarks as b; print(k.__path__[0], b.__path__[0], sep='\\n')"
+    )
+    kernels, benchmarks = map(Path, found.splitlines())
+    assert kernels.name in ("kernels",) and (kernels / "__init__.py").exists()
+    assert benchmarks.name in ("benchmarks",) and (benchmarks / "__init__.py").exists()
+
+
+def test_import_is_quick() -> None:
+    """At most 0.2 s more than torch alone: medians of three interleaved processes each."""
+    code = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+    times: dict[str, list[float]] = {"torch": [], "torch, fastdcgan": []}
+    for _ in range(3):
+        for modules, seconds in times.items():
+            seconds.append(float(python(code.format(f"import {modules}"))))
+    torch_alone, both = (statistics.median(seconds) for seconds in times.values())
+    assert both - torch_alone <= 0.2, times
+
+
+def test_import_loads_and_queries_nothing() -> None:
+    code = """
+import sys, torch
+torch.cuda.is_available = torch.cuda.device_count = None  # a call would fail
+before = set(sys.modules)
+import fastdcgan
+print(sorted({m.split(".")[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))
+print(hasattr(torch.ops.fastdcgan_cpu, "norm_act"))
+"""
+    assert python(code).splitlines() == ["['fastdcgan']", "False"]
+
+
+def test_without_extensions_and_triton() -> None:
+    """`auto` runs the reference, the name raises with what to do, and nothing else changes."""
+    code = """
+import sys
+sys.modules["triton"] = None  # importing it raises ImportError
+from pathlib import Path
+from fastdcgan import build_info
+build_info.PACKAGE = Path("/nonexistent")
+import torch, fastdcgan
+from fastdcgan import backends, doctor
+layer = fastdcgan.ConvBNLeakyReLU2d(3, 8, 4, stride=2, padding=1)
+layer(torch.randn(2, 3, 8, 8)).sum().backward()
+print(backends.select("auto", "cpu", torch.float32))
+try:
+    with fastdcgan.backend("cpu"):
+        pass
+except fastdcgan.Unavailable as error:
+    print(error)
+print(doctor.report().healthy)
+"""
+    name, error, healthy = python(code).splitlines()
+    assert name == "reference"
+    assert (
+        error.startswith("backend 'cpu' needs the C++ extension _cpu_") and "pip install --no-build-isolation" in error
+    )
+    assert healthy == "False"
+
+
+def test_the_original_error_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    error = "csrc/cpu/ops.cpp:1:1: error: expected\nninja: build stopped"
+    record = {"python": "3.11.7", "torch": "2.13.0", "compiler": None}
+    record["extensions"] = {
+        "_cpu_avx2": {"built": False, "error": error},
+        "_cpu_default": {"built": True, "error": None},
+    }
+    (tmp_path / "_build.json").write_text(json.dumps(record))
+    monkeypatch.setattr(build_info, "PACKAGE", tmp_path)
+    assert error in build_info.why_missing("_cpu_avx2")
+    assert "was not built" in build_info.why_missing("_cpu_avx512")
+    found = doctor.Report({}, "", [], build_info.build_info(), {"cpu": "no"}, "cpu", [])
+    assert "error: expected" in str(found) and "ninja: build stopped" in str(found)
+    assert found.verdict().startswith("SLOW") and "_cpu_avx2" in found.verdict()
+
+
+def test_a_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fastdcgan.backends import cpu
+
+    name = cpu.extension_name()
+    (tmp_path / f"{name}.so").write_bytes(b"not a library")
+    (tmp_path / "_build.json").write_text(
+        json.dumps(
+            {"python": "3.11.7", "torch": "1.0", "compiler": None, "extensions": {name: {"built": True, "error": None}}}
+        )
+    )
+    monkeypatch.setattr(build_info, "PACKAGE", tmp_path)
+    with pytest.raises(
+        fastdcgan.Unavailable, match=rf"can't load {name}.so: .*built with torch 1.0 and this is"
+    ) as raised:
+        cpu.CPUBackend().require()
+    assert isinstance(raised.value.__cause__, OSError)
+
+
+def test_doctor() -> None:
+    found = doctor.report()
+    text = str(found)
+    assert str(torch.__version__) in text and torch.backends.cpu.get_cpu_capability() in text
+    for name, status in fastdcgan.backends().items():
+        assert name in text and status.splitlines()[0] in text
+    assert text.splitlines()[-1] == found.verdict()
+    assert found.verdict().startswith("OK" if found.healthy else "SLOW")
+    assert "but" not in found.cpu  # the kernels get the threads that torch has
