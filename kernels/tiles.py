@@ -34,10 +34,10 @@ class TileConfig:
             if value < (1 if name == "num_warps" else 16) or value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, and a block at least 16, got {value}")
 
-    def shared_memory(self, itemsize: int, tensors: int) -> int:
-        """Bytes of the tiles in flight; `tensors` of them are loaded for one step of the reduction."""
-        values = self.block_m + self.block_n + (tensors - 2) * max(self.block_m, self.block_n)
-        return values * self.block_k * itemsize * self.num_stages
+    @property
+    def accumulators(self) -> int:
+        """Registers of a thread that hold the tile's sums."""
+        return self.block_m * self.block_n // (32 * self.num_warps)
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,16 @@ class Problem:
     shape: tuple[int, ...]  # sizes and geometry, which set this problem apart from others with the same product
 
     @property
-    def tensors(self) -> int:
-        """Tiles that are loaded for one step of the reduction."""
-        return 2 + self.prologue.split().count("bn_backward")
+    def prologues(self) -> tuple[str, str]:
+        """Of the left and the right operand of the product; weights have none."""
+        left, _, right = self.prologue.partition(" ")
+        return left, right or "none"
+
+    def shared_memory(self, config: TileConfig) -> int:
+        """Bytes of the tiles in flight: bn_backward loads two for its operand."""
+        left, right = (2 if prologue == "bn_backward" else 1 for prologue in self.prologues)
+        values = (left * config.block_m + right * config.block_n) * config.block_k
+        return values * self.dtype.itemsize * config.num_stages
 
 
 # --- covering a grid of pixels ---------------------------------------------------------------------------------------
@@ -125,6 +132,8 @@ _LADDER = {
         (128, 128, 8, 3, 1.0),
         (128, 64, 4, 3, 0.85),
         (64, 128, 4, 3, 0.85),
+        (128, 64, 8, 3, 0.8),
+        (64, 128, 8, 3, 0.8),
         (64, 64, 4, 4, 0.65),
         (128, 32, 4, 4, 0.55),
         (64, 32, 4, 4, 0.45),
@@ -153,6 +162,9 @@ _LADDER = {
         (64, 16, 4, 4, 0.15),
     ),
 }
+# Per architecture the accumulators a thread may have beside the registers of (grad_stats, two prologues, anything else)
+# without spilling, as compiled (benchmarks/results/triton_compile.md).
+_ROOM = {80: (32, 32, 64), 90: (64, 64, 128), 100: (64, 32, 64)}
 _STEP_BYTES = 128  # of one row of a tile: the widest swizzle of shared memory
 _RESERVED = 8 * 1024  # shared memory for barriers and reductions
 _MAX_SPLITS = 64
@@ -162,13 +174,14 @@ _BYTE = 64  # multiply-adds in the time of moving one byte of workspace through 
 
 def heuristic(problem: Problem, device: Device) -> TileConfig:
     """The candidate that would take the least time if its tiles took turns on the multiprocessors."""
-    rates = {(m, n): rate for m, n, _, _, rate in _LADDER[device.arch]}
+    rates = {(m, n, warps): rate for m, n, warps, _, rate in _LADDER[device.arch]}
 
     def cost(config: TileConfig) -> float:
         blocks = ceil_div(problem.m, config.block_m) * ceil_div(problem.n, config.block_n) * problem.count
         turns = ceil_div(blocks * config.splits, device.processors)
         steps = ceil_div(ceil_div(problem.k, config.block_k), config.splits) + config.num_stages
-        work = turns * steps * config.block_m * config.block_n * config.block_k / rates[config.block_m, config.block_n]
+        rate = rates[config.block_m, config.block_n, config.num_warps]
+        work = turns * steps * config.block_m * config.block_n * config.block_k / rate
         if config.splits > 1:  # float32, written and read
             work += 8 * config.splits * problem.m * problem.n * problem.count * _BYTE / device.processors
         return work
@@ -182,9 +195,9 @@ def search_space(problem: Problem, device: Device) -> list[TileConfig]:
     for block_m, block_n, warps, stages, _ in _LADDER[device.arch]:
         if (block_m > 64 and block_m >= 2 * problem.m) or (block_n > 16 and block_n >= 2 * problem.n):
             continue
-        if block_m * block_n // (32 * warps) > 64 and not _leaves_registers(problem):
-            continue
         config = TileConfig(block_m, block_n, _STEP_BYTES // problem.dtype.itemsize, warps, stages)
+        if config.accumulators > _room(problem, device):
+            continue
         config = _fitted(replace(config, descriptors=device.arch >= 90), problem, device)
         splits = 1
         while splits == 1 or (
@@ -197,15 +210,17 @@ def search_space(problem: Problem, device: Device) -> list[TileConfig]:
     return found
 
 
-def _leaves_registers(problem: Problem) -> bool:
-    """Whether more than 64 accumulators a thread leave enough registers for prologues and epilogue (as compiled)."""
-    return problem.epilogue != "grad_stats" and problem.prologue.split().count("none") >= (problem.op == "weight_grad")
+def _room(problem: Problem, device: Device) -> int:
+    grad_stats, two_prologues, other = _ROOM[device.arch]
+    if problem.epilogue == "grad_stats":
+        return grad_stats
+    return two_prologues if "none" not in problem.prologues else other
 
 
 def _fitted(config: TileConfig, problem: Problem, device: Device) -> TileConfig:
     """With no more stages, and no longer steps, than shared memory has room for."""
     room = device.shared_memory - _RESERVED
-    while config.shared_memory(problem.dtype.itemsize, problem.tensors) > room:
+    while problem.shared_memory(config) > room:
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
         else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import DEVICE
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_accurate
 from torch import Tensor
@@ -223,7 +223,7 @@ def test_activation(act: str) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn, ops: tuple[str, ...]) -> Case:
-    kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     stride = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (2, 3)]))
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
@@ -234,14 +234,14 @@ def cases(draw: st.DrawFn, ops: tuple[str, ...]) -> Case:
         size = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
         extra = (draw(st.integers(0, stride[0] - 1)), draw(st.integers(0, stride[1] - 1)))
     else:
-        size = tuple(max(1, reach[i] - 2 * padding[i]) + draw(st.integers(0, 6)) for i in range(2))
+        size = tuple(max(1, reach[i] - 2 * padding[i]) + draw(st.integers(0, 5)) for i in range(2))
     case = Case(
         op,
         Geometry(kernel, stride, padding, dilation),
         size,
-        draw(st.integers(1, 5)),
+        draw(st.integers(1, 3)),
         draw(st.integers(1, 2)),
-        draw(st.tuples(st.sampled_from([5, 8, 16, 24, 33]), st.sampled_from([1, 8, 16, 24, 33]))),
+        draw(st.tuples(st.sampled_from([5, 8, 16, 24]), st.sampled_from([1, 8, 16, 40]))),
         extra,
         draw(st.sampled_from([torch.float32, torch.float16])),
     )
@@ -253,7 +253,7 @@ def cases(draw: st.DrawFn, ops: tuple[str, ...]) -> Case:
 @st.composite
 def tiles(draw: st.DrawFn) -> TileConfig:
     return TileConfig(
-        draw(st.sampled_from([16, 32, 64])),
+        draw(st.sampled_from([32, 64])),
         draw(st.sampled_from([16, 32])),
         draw(st.sampled_from([16, 32])),
         group_m=draw(st.integers(1, 3)),
@@ -262,15 +262,25 @@ def tiles(draw: st.DrawFn) -> TileConfig:
     )
 
 
-@settings(max_examples=60)
+def few_steps(case: Case, tile: TileConfig) -> bool:
+    """The interpreter takes a few milliseconds for a step of a reduction."""
+    pixels = case.images * case.groups * case.out_size[0] * case.out_size[1]
+    m, n, k = (*case.channels, pixels) if case.op == "weight_grad" else (pixels, case.channels[1], case.channels[0])
+    blocks = -(-m // tile.block_m) * -(-n // tile.block_n) * -(-k // tile.block_k)
+    return blocks * case.geometry.kernel[0] * case.geometry.kernel[1] <= 300
+
+
+@settings(max_examples=40)
 @given(cases(GATHERS), st.sampled_from(PROLOGUES), st.sampled_from(EPILOGUES), tiles())
 def test_gather_of_any_size(case: Case, prologue: str, kind: str, tile: TileConfig) -> None:
+    assume(few_steps(case, tile))
     check_gather(case, prologue, kind, "silu", tile)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(cases(("weight_grad",)), st.sampled_from(PROLOGUES), st.sampled_from(PROLOGUES), tiles())
 def test_weight_grad_of_any_size(case: Case, of_gathered: str, of_linear: str, tile: TileConfig) -> None:
+    assume(few_steps(case, tile))
     check_weight_grad(case, (of_gathered, of_linear), "elu", tile)
 
 
