@@ -160,7 +160,7 @@ def resnet_generator(norm: type[nn.Module] = nn.BatchNorm2d, pad_in_conv: bool =
 
 
 def sn_discriminator(norm: Callable[[nn.Module], nn.Module], ndf: int = 4) -> nn.Sequential:
-    """SN-GAN's discriminator (Miyato et al., 2018): spectral normalisation of every convolution and of the last layer."""
+    """SN-GAN's discriminator (Miyato et al., 2018): spectral norm on every convolution and on the last layer."""
     modules: list[nn.Module] = []
     for ci, co, k, s in ((3, ndf, 3, 1), (ndf, ndf * 2, 4, 2), (ndf * 2, ndf * 2, 3, 1), (ndf * 2, ndf * 4, 4, 2)):
         modules += [norm(nn.Conv2d(ci, co, k, s, 1)), nn.LeakyReLU(0.1)]

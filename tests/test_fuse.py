@@ -125,9 +125,9 @@ def train_dcgan(dtype: torch.dtype, device: torch.device, fused: bool, steps: in
 def test_twenty_steps_of_the_example_dcgan(device: torch.device) -> None:
     """In float64 the same losses; in float32 within twice vanilla's own distance from them, step by step.
 
-    Adam divides by the gradient's own size, so an element whose gradient is mere rounding moves by lr in a direction of
-    its own: after k steps the parameters of two float32 runs differ by up to 2*k*lr there and the losses by their effect.
-    That drift has no useful bound in closed form; vanilla's own drift measures it.
+    Adam divides by the gradient's own size, so an element whose gradient is mere rounding moves by lr in a direction
+    of its own: after k steps two float32 runs differ by up to 2*k*lr there, and the losses by its effect. That drift
+    has no useful bound in closed form; vanilla's own drift measures it.
     """
     steps, eps = 20, torch.finfo(torch.float32).eps
     truth, parameters = train_dcgan(torch.float64, device, False, steps)

@@ -1,4 +1,4 @@
-"""The drop-in layers and `FusedSequential`: arguments, names, equality with PyTorch's modules, statistics groups, seams."""
+"""The drop-in layers and `FusedSequential`: arguments, names, PyTorch's results, statistics groups, seams."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LAYERS: dict[str, tuple[type[nn.Module], tuple, dict[str, Any], tuple[type[nn.Mo
 
 def vanilla_of(name: str) -> nn.Sequential:
     """The same modules in a plain Sequential, made by the way of PyTorch's constructors."""
-    kind, args, kwargs, (act, act_kwargs) = LAYERS[name]
+    _, args, kwargs, (act, act_kwargs) = LAYERS[name]
     conv_kwargs = {key: value for key, value in kwargs.items() if key == "bias"}
     conv = (nn.ConvTranspose2d if "Transpose" in name else nn.Conv2d)(*args, **conv_kwargs)
     parts = {"conv": conv, "bn": nn.BatchNorm2d(args[1]), "act": act(**act_kwargs)}
@@ -114,7 +114,7 @@ def test_bad_arguments() -> None:
         fastdcgan.ConvBNAct2d(3, 4, 3, activation="relu6")
     with pytest.raises(TypeError, match="slope"):
         fastdcgan.ConvTransposeBNReLU2d(3, 4, 3, negative_slope=0.2)
-    with pytest.raises(ValueError, match="groups|divisible"):
+    with pytest.raises(ValueError, match=r"groups|divisible"):
         fastdcgan.ConvAct2d(3, 4, 3, groups=2)
 
 
@@ -192,7 +192,8 @@ def test_a_norm_used_twice_is_updated_in_another_order(name: str, device: torch.
         model = build(VARIANTS[name][0], torch.float64, device)
         found.append(results(kind(fastdcgan.fuse(model) if kind is Grouped else model, 2), x))
     running = [key for key in found[0] if "running" in key]
-    assert not all([torch.allclose(found[1].pop(key), found[0].pop(key)) for key in running])
+    differ = [key for key in running if not torch.allclose(found[1].pop(key), found[0].pop(key))]
+    assert differ
     assert_alike(*found)
 
 

@@ -1,4 +1,4 @@
-"""Several processes: DistributedDataParallel and SyncBatchNorm, two gloo processes on the CPU against one with all data.
+"""DistributedDataParallel and SyncBatchNorm: two gloo processes on the CPU against one with all data.
 
 The processes are started once; each runs every function of `SCENARIOS` and stores what it found.
 """
@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 from alike import assert_alike, build, draw
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import fastdcgan
@@ -279,4 +278,4 @@ def test_converting_a_fused_model_keeps_it_fused() -> None:
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
     assert isinstance(converted, fastdcgan.FusedSequential)
     assert list(converted.state_dict()) == list(net.state_dict())
-    assert [row.pattern for row in fastdcgan.explain(converted)][0] == "Conv2d + SyncBatchNorm + LeakyReLU"
+    assert next(row.pattern for row in fastdcgan.explain(converted)) == "Conv2d + SyncBatchNorm + LeakyReLU"

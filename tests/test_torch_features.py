@@ -1,4 +1,4 @@
-"""How fused models live with the rest of PyTorch: autocast, scaling, transforms, tracing, export, checkpointing, threads."""
+"""Fused models and the rest of PyTorch: autocast, scaling, transforms, tracing, export, checkpointing, threads."""
 
 from __future__ import annotations
 
@@ -172,8 +172,13 @@ def test_a_bad_call_changes_nothing(call: str, device: torch.device) -> None:
     """What vanilla refuses is refused, before any buffer is written."""
     vanilla, fused, x = two(torch.float32, device)
     bad = {
-        "dtype": x.double(), "channels": x[:, :2], "dims": x[0], "small": x[:1, :, :1, :1], "device": x.to("meta"), "type": [x],
-    }[call]  # fmt: skip
+        "dtype": x.double(),
+        "channels": x[:, :2],
+        "dims": x[0],
+        "small": x[:1, :, :1, :1],
+        "device": x.to("meta"),
+        "type": [x],
+    }[call]
     before = copy.deepcopy(fused.state_dict())
     with pytest.raises((RuntimeError, ValueError, TypeError)):
         vanilla(bad)
@@ -206,7 +211,7 @@ def test_anomaly_mode_names_the_block(device: torch.device) -> None:
     _, fused, x = two(torch.float32, device)
     with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(True):
         warnings.simplefilter("ignore")
-        with pytest.raises(RuntimeError, match="_ChainBackward.*nan"):
+        with pytest.raises(RuntimeError, match=r"_ChainBackward.*nan"):
             fused(torch.full_like(x, math.inf)).sum().backward()
 
 
@@ -262,7 +267,7 @@ def test_checkpointing(reentrant: bool, device: torch.device) -> None:
     vanilla, fused, x = two(torch.float64, device)
     expected, found = results(Checkpointed(vanilla), x), results(Checkpointed(fused), x)
     if not reentrant:
-        # Recomputing stops at the last saved tensor: vanilla has updated the first norms twice by then, and a chain none.
+        # Recomputing stops at the last saved tensor: vanilla has updated its first norms again by then, a chain not.
         assert found["model.1.num_batches_tracked"] == 2 < expected["model.1.num_batches_tracked"]
         for key in [key for key in expected if "running" in key or "num_batches" in key]:
             del expected[key], found[key]
