@@ -244,7 +244,9 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
 
 def _needs_every_module(x: Any) -> bool:
     """Whether the call is followed module by module: by global hooks, by tracers, or by transforms that know PyTorch's own
-    functions but no chain (torch.func, forward-mode differentiation)."""
+    functions but no chain (torch.func, forward-mode differentiation); or is of complex numbers, which no chain takes."""
+    if isinstance(x, Tensor) and x.is_complex():
+        return True
     if torch.compiler.is_compiling():
         return _has_any_global_hook()
     return (

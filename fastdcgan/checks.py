@@ -43,6 +43,8 @@ def _check_tensors(where: str, block: Block, t: BlockTensors, x: Tensor) -> None
             f"at {where}: cast the input, or run under torch.autocast"
         )
     for name, tensor in zip(t._fields, t, strict=True):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} of {where} must be a torch.Tensor or None, got {type(tensor).__name__}")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} of {where} is on {tensor.device}, expected {x.device}, where the input is")
     if block.norm is not None and not block.norm.batch_stats and (t.running_mean is None or t.running_var is None):
@@ -73,7 +75,7 @@ def _check_shapes(
 
 def check_activation(name: str) -> None:
     """Raise ValueError for a name that is not in the activation table."""
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(map(repr, ACTIVATIONS))}")
 
 
@@ -105,6 +107,8 @@ def check_weight(weight: Tensor, groups: int, transposed: bool) -> None:
     if weight.dim() != 4:
         layout = "[Ci, Co/groups, kh, kw]" if transposed else "[Co, Ci/groups, kh, kw]"
         raise ValueError(f"weight must have 4 dimensions {layout}, got shape {list(weight.shape)}")
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the weight's {weight.shape[0]} channels, got groups={groups}")
 
