@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -105,12 +106,15 @@ def planned(environment: Mapping[str, str], machine: str, cuda_sources: list[str
 
 
 def cuda_home(environment: Mapping[str, str]) -> str | None:
-    """The folder of the CUDA toolkit: CUDA_HOME or CUDA_PATH, else that of nvcc."""
+    """The folder of the CUDA toolkit: CUDA_HOME or CUDA_PATH, else where nvcc says that it is at home."""
     named = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=environment.get("PATH"))
     if named or nvcc is None:
         return named or ("/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None)
-    return str(Path(nvcc).resolve().parent.parent)
+    # It may be a link or a script elsewhere that calls the real one.
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
+    return str(Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent)
 
 
 def why_no_cuda(environment: Mapping[str, str], torch_cuda: str | None) -> str | None:
@@ -155,8 +159,10 @@ def cpu_extension(name: str) -> Extension:
 
 def cuda_extension() -> Extension:
     import torch
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import CUDAExtension
 
+    cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME")  # a torch without CUDA has looked for none
     # torch's stable ABI of 2.11: one binary for that version and later ones.
     stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]
     extension = CUDAExtension(
