@@ -25,6 +25,10 @@ class Activation:
     default_slope: float = 0.0
     slope_name: str | None = None  # the module's attribute and argument that holds the slope
 
+    def keeps_sign(self, slope: float) -> bool:
+        """Whether `derivative` sees no more of z than `z > 0`, and `forward` keeps that: act'(z) = act'(act(z))."""
+        return self.module is nn.ReLU or (self.module is nn.LeakyReLU and slope >= 0)
+
 
 def _relu_derivative(z: Tensor, slope: float) -> Tensor:
     return torch.where(z <= 0, torch.zeros_like(z), 1.0)  # 0 at 0 and 1 at NaN, as PyTorch has it

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan import ops, sync
+from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.base import STORE, Epilogue, Operand, stat_dtype
 from fastdcgan.geometry import Geometry, Pair
 
@@ -83,7 +84,7 @@ class Plan:
 class _State(NamedTuple):
     """What the backward of one block needs beside the chain's inputs."""
 
-    y: Tensor | None  # raw output
+    y: Tensor | None  # raw output, or what stands for it
     coef: Tensor | None  # (s, t[, mean, rstd]); None where a = y
     a: Tensor | None  # finished output, where the next block's weight gradient reads it
     total: Tensor | None  # number of values over all processes (synchronised statistics)
@@ -159,10 +160,12 @@ def _forward(
         deferred = not last and plan.deferred[i]
         keep_a = saving is not None and not last and bool(saving[1 + (i + 1) * PER_BLOCK])  # the next dw reads it
         keep_y = before[i + 1] or (keep_a and deferred)
+        # act'(z) is then act'(a): a takes the place of y, which nothing else reads.
+        from_sign = block.norm is None and ACTIVATIONS[block.act].keeps_sign(block.slope)
         epilogue, coef, total = STORE, None, None
         if block.norm is not None and block.norm.batch_stats:
             epilogue = Epilogue("stats", stat_groups=plan.stat_groups)
-        elif block.norm is None and (keep_y or block.act == "identity"):
+        elif block.norm is None and (block.act == "identity" or (keep_y and not (from_sign and t.bias is None))):
             # The accumulator takes the bias, before it is rounded: so y, which is z, has the right sign.
             if t.bias is not None:
                 epilogue = Epilogue("bias", coef=t.bias)
@@ -170,7 +173,7 @@ def _forward(
                 coef = _known_coefficients(block, t._replace(bias=None), x)
         else:
             coef = _known_coefficients(block, t, x)
-            if not keep_y:  # no backward reads y: store a at once
+            if not keep_y or from_sign:  # no backward reads y: store a at once
                 epilogue = Epilogue("activate", None, coef, block.act, block.slope)
         y, stats = _contract(block, a, t.weight, epilogue)
         if block.norm is not None and block.norm.batch_stats:
@@ -181,11 +184,15 @@ def _forward(
 
         if coef is None or epilogue.kind == "activate":
             a = Operand(y)
-            states.append(_State(None, None, y if keep_a else None, None))
+            kept = y if epilogue.kind == "activate" and before[i + 1] else None
+            states.append(_State(kept, None if kept is None else coef, y if keep_a else None, None))
             continue
         a = Operand(y, None, coef, block.act, block.slope)
-        if not deferred:
+        if from_sign or not deferred:
             a = Operand(ops.norm_act(a, block.backend))
+        if from_sign:
+            states.append(_State(a.x if keep_y else None, coef, a.x if keep_a else None, None))
+            continue
         states.append(_State(y if keep_y else None, coef, a.x if keep_a and not deferred else None, total))
     return a.x, found, states
 
