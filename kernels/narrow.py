@@ -59,6 +59,8 @@ class NarrowConfig:
 # Small tiles for many warps: a thread gathers 16 values of the patches, or holds 32 products, and no kernel spills.
 _CONV = NarrowConfig(64, 64, 8)
 _WEIGHT_GRAD = NarrowConfig(64, 64, 8, num_stages=2)
+# Pipelined, the transposed float32 operand would be copied 4 bytes at a time.
+_WEIGHT_GRAD_FLOAT32 = NarrowConfig(64, 64, 8)
 
 
 @dataclass(frozen=True)
@@ -273,20 +275,21 @@ def weight_grad(
     gathered: Operand,
     linear: Operand,
     geometry: Geometry,
-    config: NarrowConfig = _WEIGHT_GRAD,
+    config: NarrowConfig | None = None,
 ) -> Tensor:
     """`Backend.weight_grad` where the gathered operand has 1 to 4 channels."""
     narrow, wide = _Narrow.of(gathered, geometry), Loaded.of(linear)
     n, c_x, height, width = narrow.x.shape
     c_dy, *grid = wide.x.shape[1:]
     groups = max(narrow.groups, wide.groups)
+    dtype = (narrow.x if narrow.y is None else narrow.y).dtype
+    config = config or (_WEIGHT_GRAD_FLOAT32 if dtype == torch.float32 else _WEIGHT_GRAD)
     tiles_per_group = triton.cdiv(n // groups * grid[0] * grid[1], config.pixels)
     tiles = groups * tiles_per_group
     block_c = min(config.channels, _columns(c_dy))
     across = triton.cdiv(c_dy, block_c)
     share = triton.cdiv(tiles, config.splits or max(1, _PROGRAMS // across))
     splits = triton.cdiv(tiles, share)
-    dtype = (narrow.x if narrow.y is None else narrow.y).dtype
     partials = torch.empty((1, splits, c_dy, c_x * geometry.kernel[0] * geometry.kernel[1]), device=narrow.x.device)
     weight_grad_kernel[(splits, across)](
         narrow.x, narrow.y, narrow.coef, float(gathered.slope), narrow.groups,

@@ -113,7 +113,7 @@ def combine_stats(partials: Tensor) -> Tensor:
         out = partials.new_empty(shape)
         grid, block_s, block_c = _launch(parts, chunk, channels, groups)
         combine_stats_kernel[grid](
-            partials, out, slots, chunk, channels, FINAL=final, BLOCK_S=block_s, BLOCK_C=block_c, num_warps=4
+            partials, out, slots, chunk, channels, FINAL=final, BLOCK_S=block_s, BLOCK_C=block_c, num_warps=8
         )
         if final:
             return out
@@ -135,7 +135,7 @@ def combine_sums(partials: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
         grid, block_s, block_c = _launch(parts, chunk, rows * channels, groups)
         combine_sums_kernel[grid](
             partials, out, slots, chunk, rows * channels, channels, FINAL=final, BLOCK_S=block_s, BLOCK_C=block_c,
-            num_warps=4,
+            num_warps=8,
         )  # fmt: skip
         if final:
             return out
