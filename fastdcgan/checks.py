@@ -47,6 +47,9 @@ def _check_tensors(where: str, block: Block, t: BlockTensors, x: Tensor) -> None
             raise TypeError(f"{name} of {where} must be a torch.Tensor or None, got {type(tensor).__name__}")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} of {where} is on {tensor.device}, expected {x.device}, where the input is")
+    if block.norm is not None and not (block.norm.eps > 0 or (block.norm.eps == 0 and not block.norm.batch_stats)):
+        least = "positive with batch statistics" if block.norm.batch_stats else "0 or more"
+        raise ValueError(f"eps of {where} must be {least}, got {block.norm.eps}")
     if block.norm is not None and not block.norm.batch_stats and (t.running_mean is None or t.running_var is None):
         raise ValueError(f"{where} is asked to use running statistics, but running_mean or running_var is None")
 

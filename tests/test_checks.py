@@ -92,6 +92,7 @@ FUNCTIONAL: dict[str, tuple[Callable[[Arguments], Any], type[Exception], list[st
     "groups 0": (conv(groups=0), ValueError, ["groups", "0"]),
     "groups do not divide": (conv(groups=4), ValueError, ["groups", "6", "groups=4"]),
     "groups is a string": (conv(groups="2"), TypeError, ["groups", "'2'"]),
+    "eps 0": (conv(eps=0.0), ValueError, ["eps", "positive", "0.0"]),
     "output_padding too large": (
         transposed(output_padding=2), ValueError, ["output_padding=(2, 2)", "stride=(2, 2)", "dilation=(1, 1)"],
     ),
