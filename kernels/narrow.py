@@ -36,24 +36,29 @@ from fastdcgan.kernels.activations import activation, activation_derivative
 from fastdcgan.kernels.contraction import Loaded, combined, epilogue_rows
 from fastdcgan.kernels.epilogues import Sink, finish_tile
 from fastdcgan.kernels.launch import dot
+from fastdcgan.kernels.narrow_transpose import (
+    NARROW,
+    NarrowConfig,
+    conv_transpose,
+    covers_conv_transpose,
+    unfit,
+)
 from fastdcgan.kernels.partials import combine_sums
 from fastdcgan.kernels.prologues import load_tile, tile_rows
 from fastdcgan.kernels.streaming import dense, like
 
-NARROW = 4  # channels at most
+__all__ = [
+    "NarrowConfig",
+    "conv",
+    "conv_transpose",
+    "covers_conv",
+    "covers_conv_transpose",
+    "covers_weight_grad",
+    "weight_grad",
+]
+
 _MAX_COLUMNS = 128  # of a dot's narrow side
 _PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
-
-
-@dataclass(frozen=True)
-class NarrowConfig:
-    """Launch knobs: pixels and wide channels of a tile, parts of a weight gradient (0: enough to fill the chip)."""
-
-    pixels: int
-    channels: int
-    num_warps: int
-    num_stages: int = 1
-    splits: int = 0
 
 
 # Small tiles for many warps: a thread gathers 16 values of the patches, or holds 32 products, and no kernel spills.
@@ -177,18 +182,6 @@ def weight_grad_kernel(
 def _columns(values: int) -> int:
     """A dot's narrow side: a power of two, and what the tensor cores take at least."""
     return max(16, triton.next_power_of_2(values))
-
-
-def unfit(geometry: Geometry, *tensors: Tensor | None) -> str | None:
-    """Why no kernel here takes these tensors."""
-    if geometry.groups != 1:
-        return f"{geometry.groups} groups"
-    for t in tensors:
-        if t is not None and t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"{t.dtype}"
-        if t is not None and t.numel() >= 2**31:
-            return f"a tensor of {t.numel()} elements, 2**31 or more"
-    return None
 
 
 def _unfit_patch(channels: int, geometry: Geometry) -> str | None:

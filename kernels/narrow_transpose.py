@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,10 +16,23 @@ from fastdcgan.kernels import launch
 from fastdcgan.kernels.activations import activation
 from fastdcgan.kernels.contraction import Loaded, combined
 from fastdcgan.kernels.launch import dot
-from fastdcgan.kernels.narrow import NARROW, NarrowConfig, unfit
 from fastdcgan.kernels.prologues import load_tile
 
+NARROW = 4  # channels at most
 _MAX_COLUMNS = 256  # taps x phases x channels
+
+
+@dataclass(frozen=True)
+class NarrowConfig:
+    """Launch knobs: pixels and wide channels of a tile, parts of a weight gradient (0: enough to fill the chip)."""
+
+    pixels: int
+    channels: int
+    num_warps: int
+    num_stages: int = 1
+    splits: int = 0
+
+
 _CONV_TRANSPOSE = NarrowConfig(128, 32, 8, num_stages=2)  # two programs fit on a multiprocessor
 
 
@@ -87,15 +101,18 @@ def conv_transpose_kernel(
     acc = acc.reshape(Y.box, X.box, COLUMNS)
     carry = (k // BLOCK_CO % X.stride + X.phase) // X.stride
     at = tl.arange(0, X.box)[None, :, None] + (X.lead + carry - tx)[None, None, :] + tl.zeros_like(acc).to(tl.int32)
-    found = (at >= 0) & (at < X.box)
+    # A tap that does not exist has weight 0, and 0 times infinity is not 0.
+    found = (at >= 0) & (at < X.box) & (kx < X.kernel)[None, None, :]
     acc = tl.where(found, tl.gather(acc, tl.where(found, at, 0), 1), 0.0)
     acc = tl.sum(acc.reshape(Y.box, X.box, Y.padded_taps, X.padded_taps, OUTPUTS), 3)
     acc = acc.reshape(Y.box, X.box, Y.padded_taps * OUTPUTS)
     k = tl.arange(0, Y.padded_taps * OUTPUTS)
-    carry = (k // (X.stride * BLOCK_CO) % Y.stride + Y.phase) // Y.stride
-    at = tl.arange(0, Y.box)[:, None, None] + (Y.lead + carry - k // OUTPUTS)[None, None, :]
+    phase = k // (X.stride * BLOCK_CO) % Y.stride + Y.phase
+    ty = k // OUTPUTS
+    carry = phase // Y.stride
+    at = tl.arange(0, Y.box)[:, None, None] + (Y.lead + carry - ty)[None, None, :]
     at += tl.zeros_like(acc).to(tl.int32)
-    found = (at >= 0) & (at < Y.box)
+    found = (at >= 0) & (at < Y.box) & (phase % Y.stride + Y.stride * ty < Y.kernel)[None, None, :]
     acc = tl.where(found, tl.gather(acc, tl.where(found, at, 0), 0), 0.0)
     acc = tl.sum(acc.reshape(Y.box, X.box, Y.padded_taps, OUTPUTS), 2).reshape(ROWS, OUTPUTS)
 
@@ -115,6 +132,18 @@ def conv_transpose_kernel(
     mask = mask & (out_y >= 0) & (out_y < out_height) & (out_x >= 0) & (out_x < out_width)
     to = out + image * o_n + out_y * o_h + out_x * o_w + co[None, :] * o_c
     tl.store(to, acc.to(out.dtype.element_ty), mask=mask)
+
+
+def unfit(geometry: Geometry, *tensors: Tensor | None) -> str | None:
+    """Why no kernel here takes these tensors."""
+    if geometry.groups != 1:
+        return f"{geometry.groups} groups"
+    for t in tensors:
+        if t is not None and t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"{t.dtype}"
+        if t is not None and t.numel() >= 2**31:
+            return f"a tensor of {t.numel()} elements, 2**31 or more"
+    return None
 
 
 def covers_conv_transpose(

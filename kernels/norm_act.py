@@ -180,6 +180,8 @@ def norm_act(a: Operand, config: StreamConfig | None = None) -> Tensor:
     x = dense(a.x)
     y = x if a.y is None else like(x, a.y)
     out = torch.empty_like(y)
+    if out.numel() == 0:
+        return out
     walk = walk_of(x, a.coef.shape[1])
     config = config or map_config(walk, x.element_size())
     norm_act_kernel[walk.grid(config)](
@@ -195,6 +197,8 @@ def _grad_sums(
     y = dense(y)
     da = like(y, da)
     g = torch.empty_like(y) if store else y
+    if y.numel() == 0:
+        return g, torch.zeros_like(coef[: coef.shape[0] // 2])
     walk = walk_of(y, coef.shape[1])
     config = config or reduce_config(walk, GRAD_SUMS_TILE)
     rows = coef.shape[0] // 2
@@ -222,6 +226,8 @@ def grad_stats(
 
 def batch_stats(y: Tensor, groups: int, config: StreamConfig | None = None) -> Tensor:
     """`stats` [3, groups, C] of a raw output [N, C, H, W]; accurate also where the mean is far above the deviation."""
+    if y.numel() == 0:
+        raise ValueError(f"statistics need at least one value for each channel, got a batch of {list(y.shape)}")
     y = dense(y)
     walk = walk_of(y, groups)
     config = config or reduce_config(walk, STATS_TILE)

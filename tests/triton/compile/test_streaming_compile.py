@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from fastdcgan.backends.base import STORE, Epilogue, Operand  # noqa: E402
 from fastdcgan.geometry import Geometry  # noqa: E402
-from fastdcgan.kernels import narrow, narrow_transpose, norm_act  # noqa: E402
+from fastdcgan.kernels import narrow, norm_act  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one program may have
@@ -163,10 +163,10 @@ def narrow_layers(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "weight_grad": lambda: narrow.weight_grad(Operand(x), plain, K4),
         "weight_grad of D": lambda: narrow.weight_grad(Operand(x), gradient, K4),
         "weight_grad of G": lambda: narrow.weight_grad(image_gradient, deferred, K4),
-        "conv_transpose": lambda: narrow_transpose.conv_transpose(plain, weight, K4, (64, 64), STORE),
-        "conv_transpose of G": lambda: narrow_transpose.conv_transpose(deferred, weight, K4, (64, 64), tanh),
-        "conv_transpose of D": lambda: narrow_transpose.conv_transpose(gradient, weight, K4, (64, 64), STORE),
-        "conv_transpose k5": lambda: narrow_transpose.conv_transpose(deferred, weight5, K5, (64, 64), tanh),
+        "conv_transpose": lambda: narrow.conv_transpose(plain, weight, K4, (64, 64), STORE),
+        "conv_transpose of G": lambda: narrow.conv_transpose(deferred, weight, K4, (64, 64), tanh),
+        "conv_transpose of D": lambda: narrow.conv_transpose(gradient, weight, K4, (64, 64), STORE),
+        "conv_transpose k5": lambda: narrow.conv_transpose(deferred, weight5, K5, (64, 64), tanh),
     }
 
 

@@ -148,12 +148,12 @@ def test_conv_transpose(n, c, out, h, w, geometry, more, dtype, layout) -> None:
     size = geometry.conv_transpose_size(h, w, tuple(min(more, s - 1) for s in geometry.stride))
     assume(min(size) > 0)
     x, weight = draw(n, c, h, w, dtype=dtype, layout=layout), draw(c, out, *geometry.kernel, dtype=dtype, layout=layout)
-    reason = narrow_transpose.covers_conv_transpose(Operand(x), weight, geometry, size)
+    reason = narrow.covers_conv_transpose(Operand(x), weight, geometry, size)
     if reason is not None:
         assert "products for each pixel" in reason
         assert geometry.kernel[0] * geometry.kernel[1] * out > 64
         return
-    got = narrow_transpose.conv_transpose(Operand(x), weight, geometry, size)
+    got = narrow.conv_transpose(Operand(x), weight, geometry, size)
     usual = REFERENCE.conv_transpose(Operand(x), weight, geometry, size, STORE)
     compare(got, usual, REFERENCE.conv_transpose(Operand(x.double()), weight.double(), geometry, size, STORE))
 
@@ -170,7 +170,7 @@ def test_conv_transpose_with_prologue_and_epilogue(before: str, kind: str) -> No
     elif kind == "activate":
         epilogue = Epilogue("activate", None, coef(2, 1, out), "tanh")
     a = prologue(before, x, groups)
-    got = narrow_transpose.conv_transpose(a, weight, DCGAN, (18, 28), epilogue, NarrowConfig(64, 16, 4))
+    got = narrow.conv_transpose(a, weight, DCGAN, (18, 28), epilogue, NarrowConfig(64, 16, 4))
     usual = REFERENCE.conv_transpose(a, weight, DCGAN, (18, 28), epilogue)
     compare(got, usual, REFERENCE.conv_transpose(wide(a), weight.double(), DCGAN, (18, 28), wide(epilogue)))
 
@@ -200,6 +200,18 @@ def test_every_output_pixel_has_one_tile(h, w, kernel, stride, padding, pixels) 
                         assert at == pixel * stride - padding + tap
                         assert tap >= kernel or not 0 <= pixel < source or 0 <= place < axis.box
         assert written == list(range(out))
+
+
+def test_infinity_stays_where_the_taps_reach() -> None:
+    """The tile has columns for taps that do not exist, too: three of four, or one of two for the odd phase."""
+    for geometry in (Geometry((3, 3), (1, 1), (1, 1)), Geometry((3, 3), (2, 2), (1, 1))):
+        x, weight = draw(1, 8, 6, 6, dtype=torch.float32), draw(8, 3, 3, 3, dtype=torch.float32)
+        x[0, 3, 2, 3] = torch.inf
+        size = geometry.conv_transpose_size(6, 6)
+        got = narrow.conv_transpose(Operand(x), weight, geometry, size)[0]
+        usual = REFERENCE.conv_transpose(Operand(x), weight, geometry, size, STORE)[0]
+        assert torch.equal(got.isfinite(), usual.isfinite())
+        assert not usual.isfinite().all()
 
 
 # --- weight_grad ------------------------------------------------------------------------------------------------------
@@ -242,7 +254,7 @@ def test_the_same_input_gives_the_same_bits() -> None:
         return [
             *narrow.conv(Operand(x), weight, DCGAN, Epilogue("stats"), small),
             narrow.weight_grad(Operand(x), Operand(dy), DCGAN, small),
-            narrow_transpose.conv_transpose(Operand(dy), weight, DCGAN, (16, 16))[0],
+            narrow.conv_transpose(Operand(dy), weight, DCGAN, (16, 16))[0],
         ]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -255,7 +267,7 @@ def test_bfloat16_is_multiplied_as_bfloat16() -> None:
         (narrow.conv(a, weight, DCGAN)[0], REFERENCE.conv(wide(a), wide(weight), DCGAN, STORE)[0]),
         (narrow.weight_grad(a, b, DCGAN), REFERENCE.weight_grad(wide(a), wide(b), DCGAN)),
         (
-            narrow_transpose.conv_transpose(b, weight, DCGAN, (8, 8))[0],
+            narrow.conv_transpose(b, weight, DCGAN, (8, 8))[0],
             REFERENCE.conv_transpose(wide(b), wide(weight), DCGAN, (8, 8), STORE)[0],
         ),
     ]
@@ -284,8 +296,6 @@ def test_what_is_not_covered_says_why() -> None:
         (Geometry((3, 3)), Epilogue("stats"), "epilogue 'stats' with few output channels"),
     ):
         size = geometry.conv_transpose_size(8, 8)
-        cases.append(
-            (narrow_transpose.covers_conv_transpose(Operand(features), up, geometry, size, epilogue), expected)
-        )
+        cases.append((narrow.covers_conv_transpose(Operand(features), up, geometry, size, epilogue), expected))
     for got, expected in cases:
         assert got == expected

@@ -199,6 +199,14 @@ def test_any_strides_and_formats_that_differ() -> None:
     assert_map(kernels.norm_act(Operand(da, y, coef, "relu", 0.3)), Operand(da, y, coef, "relu", 0.3))
 
 
+def test_an_empty_batch() -> None:
+    y, coef = torch.empty(0, 3, 4, 4, device=DEVICE), draw_coef((0, 1, 3, 4, 4), 4)
+    assert kernels.norm_act(Operand(y, None, coef, "relu", 0.0)).shape == y.shape
+    assert torch.equal(kernels.norm_act_reduce(y, y, coef, "relu", 0.0), torch.zeros(2, 1, 3, device=DEVICE))
+    with pytest.raises(ValueError, match=r"at least one value for each channel, got a batch of \[0, 3, 4, 4\]"):
+        kernels.batch_stats(y, 1)
+
+
 def test_a_batch_that_groups_do_not_divide() -> None:
     with pytest.raises(ValueError, match="stat_groups=2 must divide the batch size, got a batch of 3"):
         kernels.batch_stats(torch.ones(3, 4, 2, 2, device=DEVICE), 2)
