@@ -98,6 +98,11 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "InstanceNorm2d is not fused",
     ),
     "norm first": (VARIANTS["norm before conv"][0], "0", "no convolution with its number of channels"),
+    "norm of another width": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3), nn.ReLU()),
+        "1",
+        "no convolution with its number of channels",
+    ),
     "activation first": (
         lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU()),
         "0",
