@@ -27,7 +27,7 @@ from fastdcgan.dcgan.steps import train_step
 from fastdcgan.dcgan.training import DTYPES, Outcome, Trainer
 
 # Wide enough for digits, narrow enough for many steps in the time that there is.
-IMAGE_SIZE, CHANNELS, WIDTH, BATCH = 32, 1, 32, 64
+IMAGE_SIZE, CHANNELS, WIDTH, BATCH = 32, 1, 32, 32
 # Higher than a long run would want: there are few steps, and the digits come sooner.
 LR_G, LR_D = 5e-4, 1e-3
 MOST_STEPS = 4000  # beyond these the digits hardly get better

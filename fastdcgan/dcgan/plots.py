@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from fastdcgan.dcgan.files import replacing
 from fastdcgan.dcgan.metrics import read_metrics
 
 
 def plot_losses(csv_path: Path, path: Path) -> None:
     """Losses, and D's mean probabilities for real and generated images, over the steps of a metrics.csv -> PNG."""
+    # Here, because it takes long to load and most users of this package never plot.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     rows = read_metrics(csv_path)
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(8, 6), layout="constrained")
