@@ -160,8 +160,10 @@ def _forward(
         deferred = not last and plan.deferred[i]
         keep_a = saving is not None and not last and bool(saving[1 + (i + 1) * PER_BLOCK])  # the next dw reads it
         keep_y = before[i + 1] or (keep_a and deferred)
-        # act'(z) is then act'(a): a takes the place of y, which nothing else reads.
+        # act'(z) is then act'(a): a takes the place of y, which nothing else reads. Not where the caller gets a and may
+        # write to it, except for ReLU, whose output PyTorch keeps as well.
         from_sign = block.norm is None and ACTIVATIONS[block.act].keeps_sign(block.slope)
+        from_sign = from_sign and (not last or block.act == "relu")
         epilogue, coef, total = STORE, None, None
         if block.norm is not None and block.norm.batch_stats:
             epilogue = Epilogue("stats", stat_groups=plan.stat_groups)

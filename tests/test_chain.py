@@ -353,6 +353,20 @@ def test_a_weight_changed_between_forward_and_backward_is_an_error() -> None:
         out.backward()
 
 
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("norm", ["train", "eval", None])
+def test_an_output_may_be_written_to_where_vanilla_lets_it(norm: str | None, act: str) -> None:
+    """A module after the block may work in place; ours keeps the output of a block for no other activation than ReLU."""
+    vanilla = nn.Sequential(*block(False, norm, act), nn.Hardtanh(-0.5, 0.5, inplace=True)).train(norm != "eval")
+    if act in ("relu", "tanh", "sigmoid"):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            outcome(vanilla, numbers(*INPUT))
+        if not (act == "relu" and norm is None):
+            outcome(twin(vanilla), numbers(*INPUT))
+    else:
+        assert_same(outcome(twin(vanilla), numbers(*INPUT)), outcome(vanilla, numbers(*INPUT)))
+
+
 def test_an_output_padding_beyond_the_stride() -> None:
     """PyTorch takes it where the dilation is larger still."""
     geometry = {
