@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -164,7 +166,7 @@ def test_no_choice_of_the_plan_changes_the_result(make: type, train: bool, monke
             with monkeypatch.context() as patch:
                 real = functional.run
 
-                def run(plan: Plan, *args, choice=(deferred, lazy)):  # noqa: ANN002, ANN202
+                def run(plan: Plan, *args: Any, choice: tuple = (deferred, lazy), real: Callable = real) -> Any:
                     seen.append(choice)
                     return real(dataclasses.replace(plan, deferred=choice[0], lazy_grad=choice[1]), *args)
 
@@ -307,16 +309,11 @@ def test_an_expanded_gradient(backend: str) -> None:
         low = block(transposed, norm, "tanh").float()
         x = numbers(4, 4, 6, 6, dtype=torch.float32)
         results = {}
-        for name, model, given in (
-            ("truth", copy.deepcopy(low).double(), x.double()),
-            ("vanilla", low, x),
-            ("fused", twin(low), x),
-        ):
-            given = given.clone().requires_grad_()
-            model(given).sum().backward()  # the gradient is one number, expanded
-            results[name] = {"input gradient": given.grad} | {
-                f"gradient of {k}": p.grad for k, p in model.named_parameters()
-            }
+        for name, model in (("truth", in_dtype(low, torch.float64)), ("vanilla", low), ("fused", twin(low))):
+            leaf = (x.double() if name == "truth" else x.clone()).requires_grad_()
+            model(leaf).sum().backward()  # the gradient is one number, expanded
+            grads = {f"gradient of {k}": p.grad for k, p in model.named_parameters()}
+            results[name] = {"input gradient": leaf.grad} | grads
         assert_as_good(results["fused"], results["vanilla"], results["truth"], reduction=4 * 144 * 64)
 
 
@@ -356,7 +353,7 @@ def test_a_weight_changed_between_forward_and_backward_is_an_error() -> None:
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("norm", ["train", "eval", None])
 def test_an_output_may_be_written_to_where_vanilla_lets_it(norm: str | None, act: str) -> None:
-    """A module after the block may work in place; ours keeps the output of a block for no other activation than ReLU."""
+    """A module after the block may work in place: the block keeps its own output for no activation but ReLU."""
     vanilla = nn.Sequential(*block(False, norm, act), nn.Hardtanh(-0.5, 0.5, inplace=True)).train(norm != "eval")
     if act in ("relu", "tanh", "sigmoid"):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):

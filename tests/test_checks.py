@@ -1,4 +1,4 @@
-"""A table of bad calls: each raises the right exception, naming what was given and what was expected, and writes nothing."""
+"""Bad calls: each raises the right exception, naming what was given and what was expected, and writes nothing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ FUNCTIONAL: dict[str, tuple[Callable[[Arguments], Any], type[Exception], list[st
     "weight is a list": (conv(weight=[[1.0]]), TypeError, ["weight", "list"]),
     "weight of integers": (conv(weight=lambda a: a.conv.long()), TypeError, ["weight", "torch.int64"]),
     "complex weight": (conv(weight=lambda a: a.conv.cfloat()), TypeError, ["floating-point", "torch.complex64"]),
-    "weight has 3 dimensions": (conv(weight=lambda a: a.conv[0]), ValueError, ["weight", "[Co, Ci/groups, kh, kw]", "[4, 4, 4]"]),
+    "weight has 3 dimensions": (
+        conv(weight=lambda a: a.conv[0]), ValueError, ["weight", "[Co, Ci/groups, kh, kw]", "[4, 4, 4]"],
+    ),
     "transposed weight, 5": (transposed(weight=lambda a: a.transposed[None]), ValueError, ["[Ci, Co/groups, kh, kw]"]),
     "bias of another length": (conv(bias=lambda a: a.vector[:5]), ValueError, ["bias", "[6]", "[5]"]),
     "bias of two dimensions": (transposed(bias=lambda a: a.vector[None]), ValueError, ["bias", "[6]", "[1, 6]"]),
@@ -64,11 +66,15 @@ FUNCTIONAL: dict[str, tuple[Callable[[Arguments], Any], type[Exception], list[st
     "bn_weight of another length": (conv(bn_weight=lambda a: a.vector[:1]), ValueError, ["bn_weight", "[6]", "[1]"]),
     "bn_bias is a list": (conv(bn_bias=[0.0] * 6), TypeError, ["bn_bias", "torch.Tensor", "list"]),
     "bn_bias on another device": (conv(bn_bias=lambda a: a.vector.to("meta")), ValueError, ["bn_bias", "meta"]),
-    "running_mean of another length": (conv(running_mean=lambda a: a.mean[:4]), ValueError, ["running_mean", "[6]", "[4]"]),
+    "running_mean of another length": (
+        conv(running_mean=lambda a: a.mean[:4]), ValueError, ["running_mean", "[6]", "[4]"],
+    ),
     "running_mean alone": (conv(running_var=None), ValueError, ["running_mean and running_var", "only one"]),
     "running_var alone": (transposed(running_mean=None), ValueError, ["running_mean and running_var", "only one"]),
     "kernel larger than the input": (conv(x=lambda a: a.x[..., :1, :1]), ValueError, ["1x1", "too small", "(4, 4)"]),
-    "nothing left of the output": (transposed(x=lambda a: a.x[..., :1, :1], padding=3), ValueError, ["1x1", "too small"]),
+    "nothing left of the output": (
+        transposed(x=lambda a: a.x[..., :1, :1], padding=3), ValueError, ["1x1", "too small"],
+    ),
     "no pixels": (conv(x=lambda a: a.x[..., :0]), ValueError, ["8x0", "too small"]),
     "stat_groups does not divide": (conv(stat_groups=3), ValueError, ["stat_groups=3", "batch of 4"]),
     "stat_groups is 0": (conv(stat_groups=0), ValueError, ["stat_groups", "at least 1", "0"]),
@@ -78,7 +84,8 @@ FUNCTIONAL: dict[str, tuple[Callable[[Arguments], Any], type[Exception], list[st
         conv(x=lambda a: a.x[:1, :, :2, :2]), ValueError, ["more than 1 value per channel", "[1, 6, 1, 1]"],
     ),
     "one value per group": (
-        conv(x=lambda a: a.x[:, :, :2, :2], stat_groups=4), ValueError, ["more than 1 value per channel", "stat_groups=4"],
+        conv(x=lambda a: a.x[:, :, :2, :2], stat_groups=4),
+        ValueError, ["more than 1 value per channel", "stat_groups=4"],
     ),
     "unknown activation": (conv(activation="mish"), ValueError, ["'mish'", "'leaky_relu'", "'elu'"]),
     "activation is a module": (conv(activation=lambda a: nn.ReLU()), ValueError, ["ReLU()", "'relu'"]),
@@ -250,7 +257,9 @@ def test_the_choice_of_a_backend_ends_with_the_with() -> None:
     from fastdcgan import backends
 
     before = backends.requested()
-    with pytest.raises(KeyError), fastdcgan.backend("reference"):
+    with fastdcgan.backend("reference"):
         assert backends.requested() == "reference"
-        raise KeyError
+    assert backends.requested() == before
+    with pytest.raises(ZeroDivisionError), fastdcgan.backend("reference"):
+        _ = 1 / 0
     assert backends.requested() == before

@@ -7,19 +7,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tolerance import assert_same_float64
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 from twins import assert_same, block, discriminator, generator, numbers, twin
 
 import fastdcgan
-from tolerance import assert_same_float64
 
 KINDS = [(transposed, norm) for transposed in (False, True) for norm in ("train", "eval", None)]
 
 
 def as_function(model: nn.Module) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """The model as a function of its parameters (and the input, first), and those parameters; buffers are left alone."""
+    """The model as a function of the input and its parameters, and those parameters; buffers are left alone."""
     names = [name for name, _ in model.named_parameters()]
     buffers = dict(model.named_buffers())
 

@@ -96,7 +96,7 @@ def test_nothing_is_updated(case: str, backend: str) -> None:
 
 
 def test_no_counter() -> None:
-    """A batch norm without num_batches_tracked, as old checkpoints have it; with momentum None it then stays as it was."""
+    """A batch norm without num_batches_tracked; with momentum None, running statistics then stay as they were."""
     for momentum in (0.1, None):
         model = block(False, "train", "relu", momentum=momentum)
         model[1].num_batches_tracked = None

@@ -88,7 +88,7 @@ def test_a_finished_chain_keeps_no_more_than_vanilla(backend: str) -> None:
 
 
 def test_frozen_weights_keep_less(backend: str) -> None:
-    """In the generator's step the discriminator's weights need no gradient, and its activations are not kept for them."""
+    """In the generator's step the discriminator's weights need no gradient, and no activation is kept for them."""
     model = twin(discriminator(16).float())
     x = numbers(16, 3, 16, 16, dtype=torch.float32).requires_grad_()
     model.seams = "deferred"

@@ -137,7 +137,7 @@ def test_scale_grants_rounding_to_results_that_cancel() -> None:
 
 def test_assertions_fail_and_say_what() -> None:
     _, _, vanilla, truth = case(torch.float32)
-    with pytest.raises(AssertionError, match="dx .*largest error"):
+    with pytest.raises(AssertionError, match=r"dx .*largest error"):
         assert_as_accurate(vanilla + 1, vanilla, truth, "dx")
     with pytest.raises(AssertionError, match="dw is off by"):
         assert_same_float64(truth + 1e-8, truth, "dw")

@@ -1,7 +1,7 @@
 """The torch package's own test cases for convolutions and batch norm, through the fused forms.
 
-A convolution becomes a block with LeakyReLU of slope 1, a batch norm a block behind a depthwise 1x1 convolution of ones:
-both change nothing.
+A convolution becomes a block with LeakyReLU of slope 1, a batch norm a block behind a depthwise 1x1 convolution of
+ones: both change nothing.
 """
 
 from __future__ import annotations

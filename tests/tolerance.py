@@ -33,14 +33,15 @@ def allowance(dtype: torch.dtype, reduction: int = 1) -> float:
 def verdict(
     got: Tensor, vanilla: Tensor, truth: Tensor, *, reduction: int = 1, scale: float | None = None
 ) -> list[str]:
-    """Why `got` is not as accurate as `vanilla`, both in one dtype, measured against `truth` in float64; empty if it is.
+    """Why `got` is not as accurate as `vanilla`, both in one dtype, measured against the float64 `truth`; [] if it is.
 
-    `reduction` is the number of terms of each element's sum (for a weight gradient N*H*W). `scale` is the magnitude that
-    rounding is relative to (by default the truth's root mean square), for results that cancel almost to nothing.
+    `reduction` is the number of terms of each element's sum (for a weight gradient N*H*W). `scale` is the magnitude
+    that rounding is relative to (by default the truth's root mean square), for results that cancel to almost nothing.
     """
     if got.shape != truth.shape or got.dtype != vanilla.dtype or got.device != vanilla.device:
         return [
-            f"is {list(got.shape)} {got.dtype} on {got.device}, expected {list(truth.shape)} {vanilla.dtype} on {vanilla.device}"
+            f"is {list(got.shape)} {got.dtype} on {got.device}, "
+            f"expected {list(truth.shape)} {vanilla.dtype} on {vanilla.device}"
         ]
     assert vanilla.shape == truth.shape and truth.dtype == torch.float64
     if truth.numel() == 0:
@@ -69,7 +70,7 @@ def verdict(
     judge("relative Frobenius norm of the error", _rms(error) / scale, _rms(usual) / scale, extra)
     if size > extra * scale:
         judge("angle to the truth", _angle(got, truth), _angle(vanilla, truth), extra * scale / size)
-    # Independent errors average out: four standard deviations of the mean, and an eighth of a rounding for correlated ones.
+    # Independent errors average out: four standard deviations of the mean; an eighth of a rounding for others.
     floor = 4 * (SLACK * _rms(usual) / scale + extra) / math.sqrt(n) + (extra - rounding(dtype) * 3 / 8)
     judge("mean signed error", abs(float(error.mean())) / scale, abs(float(usual.mean())) / scale, floor)
     judge("scale", _projection(error, truth) * size / scale, _projection(usual, truth) * size / scale, floor)

@@ -110,7 +110,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def away_from_kinks(model: nn.Sequential, x: Tensor) -> Tensor:
-    """A gradient for the block's output that is zero where rounding decides on which side of 0 the pre-activation is."""
+    """A gradient for the block's output, zero where rounding decides on which side of 0 the pre-activation lies."""
     with torch.no_grad():
         z = in_dtype(model, torch.float64)[:-1](x.double())
     near = z.abs() < 8 * torch.finfo(x.dtype).eps * z.abs().mean()
@@ -125,8 +125,8 @@ def outcome(
     steps: int = 1,
     upstream: Tensor | None = None,
 ) -> Outcome:
-    """Passes forward and backward through a copy of the model: the last output, the gradients (None where there is none)
-    and the buffers, by name."""
+    """Passes forward and backward through a copy of the model: the last output, the gradients (None where there is
+    none) and the buffers, by name."""
     model = copy.deepcopy(model)
     x = x.detach().requires_grad_(needs_input)
     for _ in range(steps):
