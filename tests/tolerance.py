@@ -39,10 +39,8 @@ def verdict(
     that rounding is relative to (by default the truth's root mean square), for results that cancel to almost nothing.
     """
     if got.shape != truth.shape or got.dtype != vanilla.dtype or got.device != vanilla.device:
-        return [
-            f"is {list(got.shape)} {got.dtype} on {got.device}, "
-            f"expected {list(truth.shape)} {vanilla.dtype} on {vanilla.device}"
-        ]
+        expected = f"expected {list(truth.shape)} {vanilla.dtype} on {vanilla.device}"
+        return [f"is {list(got.shape)} {got.dtype} on {got.device}, {expected}"]
     assert vanilla.shape == truth.shape and truth.dtype == torch.float64
     if truth.numel() == 0:
         return []
