@@ -28,6 +28,11 @@ class Geometry:
         """The padding in whole strides: taps of `conv` begin at most this many strides before an input pixel."""
         return (-(-self.padding[0] // self.stride[0]), -(-self.padding[1] // self.stride[1]))
 
+    def spans(self, height: int, width: int) -> bool:
+        """Whether the kernel covers a `height` x `width` image exactly, so that `conv` makes one pixel of it."""
+        plain = self.padding == (0, 0) and self.dilation == (1, 1)
+        return plain and self.kernel == (height, width) and self.kernel != (1, 1)
+
     def conv_size(self, height: int, width: int) -> Pair:
         """Output height and width of `conv` on a `height` x `width` input (PyTorch, `nn.Conv2d`, Shape)."""
         k, s, p, d = self.kernel, self.stride, self.padding, self.dilation
@@ -54,8 +59,8 @@ class Geometry:
 class Phases:
     """The taps of `conv_transpose` along one axis, without inserted zeros: one entry per phase `f`, 0 <= f < stride.
 
-    Output pixel `q*stride + f` is the sum over j < count[f] of the weight's tap `first[f] + j*tap_step` times input pixel
-    `q + offset[f] - j*pixel_step`.
+    Output pixel `q*stride + f` is the sum over j < count[f] of the weight's tap `first[f] + j*tap_step` times the input
+    pixel `q + offset[f] - j*pixel_step`.
     """
 
     first: tuple[int, ...]

@@ -12,9 +12,12 @@ from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.base import Epilogue, Operand
 from fastdcgan.geometry import Pair
 from fastdcgan.kernels import launch, tiles, tuning
-from fastdcgan.kernels.epilogues import Sink
+from fastdcgan.kernels.epilogues import Sink, finish_kernel
 from fastdcgan.kernels.partials import combine_stats, combine_sums
 from fastdcgan.kernels.prologues import Source
+
+# The tile and launch options of `finish_kernel`.
+ADD_PARTS = tiles.TileConfig(32, 64, 16, num_warps=4, num_stages=1)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,141 @@ class Gather:
     constants: dict[str, Any]  # further `constexpr` arguments of the kernel
 
 
+class Contraction:
+    """One call of `conv` or `conv_transpose`: its tensors, and how they are launched with a given tile."""
+
+    def __init__(
+        self, kernel: Any, gather: Gather, a: Operand, weight: Tensor, channels: int, size: Pair, epilogue: Epilogue
+    ) -> None:
+        """The output is [N, channels, *size] in the weight's dtype, NHWC in memory; `run` writes it."""
+        self.kernel, self.gather, self.slope, self.epilogue = kernel, gather, float(a.slope), epilogue
+        self.operand, self.weight = Loaded.of(a), launch.nhwc(weight)
+        self.channels, self.size = channels, size
+        coef = epilogue.coef
+        self.e_y = None if epilogue.y is None else launch.nhwc(epilogue.y)
+        self.e_coef = None if coef is None else coef.contiguous()
+        self.e_groups = 1 if coef is None or coef.dim() == 1 else coef.shape[1]
+        self.groups = max(self.operand.groups, epilogue.stat_groups, self.e_groups)
+        self.images = self.operand.x.shape[0]
+        self.batch = self.images // self.groups
+        self.grid = tiles.ceil_div(size[0], gather.phases[0]), tiles.ceil_div(size[1], gather.phases[1])
+        self.phases = gather.phases[0] * gather.phases[1]
+        self.out = launch.empty_nhwc((self.images, channels, *size), self.operand.x, self.weight.dtype)
+        x, y, w = self.operand.x, self.operand.y, self.weight
+        self.described = launch.aligned(w, w.shape[1]) and all(launch.fits_view(t, gather.stride) for t in (x, y))
+
+    def problem(self) -> tiles.Problem:
+        gather, shape = self.gather, self.operand.x.shape
+        return tiles.Problem(
+            gather.op,
+            self.weight.dtype,
+            self.images * self.grid[0] * self.grid[1],
+            self.channels,
+            round(shape[1] * gather.taps),
+            self.phases,
+            self.operand.prologue,
+            self.epilogue.kind,
+            self.described,
+            (*shape, self.channels, *self.size, *self.weight.shape[2:], *gather.stride, *gather.phases, self.groups),
+        )
+
+    def run(self, config: tiles.TileConfig) -> Tensor | None:
+        """Write the output. Returns the epilogue's partials, or None."""
+        gather, operand, w = self.gather, self.operand, self.weight
+        rows, block_k, block_n = config.block_m, config.block_k, config.block_n
+        c_in = operand.x.shape[1]
+        box = tiles.box(rows, self.batch, *self.grid) if config.descriptors and self.described else None
+        form = "pointer" if box is None else "box"
+        # Beyond the last channel lies the next pixel of a view with a stride.
+        mask = box is not None and gather.stride[1] > 1 and c_in % block_k != 0
+        load = (form, gather.stride, box, rows, block_k)
+        block = (block_n, block_k) if gather.op == "conv" else (block_k, block_n)
+        if config.splits == 1:
+            sink, finish, partials = self._finish(box, rows, block_n, config.descriptors)
+        else:
+            parts = torch.empty((config.splits, self.out.numel()), dtype=torch.float32, device=self.out.device)
+            finish = {"out": parts, "e_y": None, "e_coef": None, "e_slope": 0.0, "e_groups": 1, "partials": None}
+            sink = Sink("none", 0, 0, gather.phases, box, rows, block_n, False, part=True)
+        tiles_per_group = tiles.tiles(rows, box, self.batch, *self.grid)
+        arguments = dict(
+            x=launch.tile_argument(operand.x, *load),
+            x_y=launch.tile_argument(operand.y, *load),
+            x_coef=operand.coef,
+            x_slope=self.slope,
+            x_groups=operand.groups,
+            weight=w if box is None else launch.matrix(w, w.numel() // w.shape[0], block),
+            groups=self.groups,
+            batch=self.batch,
+            tiles_per_group=tiles_per_group,
+            splits=config.splits,
+            height=operand.x.shape[2],
+            width=operand.x.shape[3],
+            c_in=c_in,
+            out_height=self.size[0],
+            out_width=self.size[1],
+            c_out=self.channels,
+            SOURCE=operand.source(form, gather.stride, gather.lead, rows, block_k, mask),
+            SINK=sink,
+            GROUP_M=config.group_m,
+            PRECISION=launch.dot_precision(w.dtype),
+            **finish,
+            **gather.constants,
+        )
+        programs = self.groups * tiles_per_group * self.phases * tiles.ceil_div(self.channels, block_n)
+        launch.run(self.kernel, config.splits * programs, arguments, config)
+        return partials if config.splits == 1 else self._add_parts(parts)
+
+    def _finish(
+        self, box: tiles.Box | None, rows: int, block_n: int, descriptors: bool, phases: Pair | None = None
+    ) -> tuple[Sink, dict[str, Any], Tensor | None]:
+        """(how tiles are finished, the kernels' arguments for it, the partials that they write)."""
+        e, phases = self.epilogue, phases or self.gather.phases
+        stored = descriptors and box is not None
+        stored = stored and launch.fits_view(self.out, phases) and launch.fits_view(self.e_y, phases)
+        # Beyond the last channel lies the next pixel of the view, and beyond a group's last image the next group.
+        stored = stored and (phases[1] == 1 or self.channels % block_n == 0)
+        stored = stored and (self.groups == 1 or (box is not None and self.batch % box[0] == 0))
+        grid = tiles.ceil_div(self.size[0], phases[0]), tiles.ceil_div(self.size[1], phases[1])
+        slots = tiles.tiles(rows, box, self.batch, *grid) * phases[0] * phases[1]
+        partial_rows = epilogue_rows(e)
+        partials = None
+        if partial_rows:
+            shape = (self.groups, slots, partial_rows, self.channels)
+            partials = torch.empty(shape, dtype=torch.float32, device=self.out.device)
+        sink = Sink(e.kind, ACTIVATIONS[e.act].id, partial_rows, phases, box, rows, block_n, stored)
+        store = ("box" if stored else "pointer", phases, box, rows, block_n)
+        arguments = {
+            "out": launch.tile_argument(self.out, *store),
+            "e_y": launch.tile_argument(self.e_y, *store),
+            "e_coef": self.e_coef,
+            "e_slope": float(e.slope),
+            "e_groups": self.e_groups,
+            "partials": partials,
+        }
+        return sink, arguments, partials
+
+    def _add_parts(self, parts: Tensor) -> Tensor | None:
+        """Add up the parts of the output in a fixed order, and finish it. Returns the partials, or None."""
+        rows, block_n = ADD_PARTS.block_m, ADD_PARTS.block_n
+        sink, finish, partials = self._finish(None, rows, block_n, False, (1, 1))
+        tiles_per_group = tiles.tiles(rows, None, self.batch, *self.size)
+        arguments = dict(
+            parts=parts,
+            splits=parts.shape[0],
+            values=parts.shape[1],
+            batch=self.batch,
+            tiles_per_group=tiles_per_group,
+            height=self.size[0],
+            width=self.size[1],
+            channels=self.channels,
+            SINK=sink,
+            **finish,
+        )
+        programs = self.groups * tiles_per_group * tiles.ceil_div(self.channels, block_n)
+        launch.run(finish_kernel, programs, arguments, ADD_PARTS)
+        return partials
+
+
 def contract(
     kernel: Any,
     gather: Gather,
@@ -64,87 +202,45 @@ def contract(
     epilogue: Epilogue,
     config: tiles.TileConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch `kernel`: output [N, channels, *size], NHWC in memory, and the epilogue's partials or None."""
-    operand, w = Loaded.of(a), launch.nhwc(weight)
-    n, c_in, height, width = operand.x.shape
-    e_groups = 1 if epilogue.coef is None or epilogue.coef.dim() == 1 else epilogue.coef.shape[1]
-    groups = max(operand.groups, epilogue.stat_groups, e_groups)
-    batch = n // groups
-    grid = (tiles.ceil_div(size[0], gather.phases[0]), tiles.ceil_div(size[1], gather.phases[1]))
-    count = gather.phases[0] * gather.phases[1]
-    e_y = None if epilogue.y is None else launch.nhwc(epilogue.y)
-    out = launch.empty_nhwc((n, channels, *size), operand.x, w.dtype)
-
-    def attempt(config: tiles.TileConfig) -> Tensor | None:
-        rows, block_k, block_n = config.block_m, config.block_k, config.block_n
-        viewed = config.descriptors and launch.aligned(w, w.shape[1])
-        viewed = viewed and launch.fits_view(operand.x, gather.stride) and launch.fits_view(operand.y, gather.stride)
-        box = tiles.box(rows, batch, *grid) if viewed else None
-        tiles_per_group = tiles.tiles(rows, box, batch, *grid)
-        stored = box is not None and launch.fits_view(out, gather.phases) and launch.fits_view(e_y, gather.phases)
-        # Beyond the last channel lies the next pixel of the view, and beyond a group's last image the next group.
-        stored = stored and (gather.phases[1] == 1 or channels % block_n == 0)
-        stored = stored and (groups == 1 or (box is not None and batch % box[0] == 0))
-        mask = gather.stride[1] > 1 and c_in % block_k != 0
-        form = "pointer" if box is None else "box"
-        load = (form, gather.stride, box, rows, block_k)
-        store = ("box" if stored else "pointer", gather.phases, box, rows, block_n)
-        source = operand.source(form, gather.stride, gather.lead, rows, block_k, box is not None and mask)
-        partial_rows = epilogue_rows(epilogue)
-        sink = Sink(
-            epilogue.kind, ACTIVATIONS[epilogue.act].id, partial_rows, gather.phases, box, rows, block_n, stored
-        )
-        partials = None
-        if partial_rows:
-            shape = (groups, tiles_per_group * count, partial_rows, channels)
-            partials = torch.empty(shape, dtype=torch.float32, device=out.device)
-        block = (block_n, block_k) if gather.op == "conv" else (block_k, block_n)
-        arguments = dict(
-            x=launch.tile_argument(operand.x, *load),
-            x_y=launch.tile_argument(operand.y, *load),
-            x_coef=operand.coef,
-            x_slope=float(a.slope),
-            x_groups=operand.groups,
-            weight=w if box is None else launch.matrix(w, w.numel() // w.shape[0], block),
-            out=launch.tile_argument(out, *store),
-            e_y=launch.tile_argument(e_y, *store),
-            e_coef=None if epilogue.coef is None else epilogue.coef.contiguous(),
-            e_slope=float(epilogue.slope),
-            e_groups=e_groups,
-            partials=partials,
-            groups=groups,
-            batch=batch,
-            tiles_per_group=tiles_per_group,
-            height=height,
-            width=width,
-            c_in=c_in,
-            out_height=size[0],
-            out_width=size[1],
-            c_out=channels,
-            SOURCE=source,
-            SINK=sink,
-            GROUP_M=config.group_m,
-            PRECISION=launch.dot_precision(w.dtype),
-            **gather.constants,
-        )
-        programs = groups * tiles_per_group * count * tiles.ceil_div(channels, block_n)
-        launch.run(kernel, programs, arguments, config)
-        return partials
-
+    """Output [N, channels, *size], NHWC in memory, and the epilogue's partials or None."""
+    call = Contraction(kernel, gather, a, weight, channels, size, epilogue)
     if config is None:
-        problem = tiles.Problem(
-            gather.op,
-            w.dtype,
-            n * grid[0] * grid[1],
-            channels,
-            round(c_in * gather.taps),
-            count,
-            operand.prologue,
-            epilogue.kind,
-            (n, c_in, height, width, channels, *size, *w.shape[2:], *gather.stride, groups),
-        )
-        config = tuning.choose(problem, out.device, attempt)
-    return out, attempt(config)
+        config = tuning.choose(call.problem(), call.out.device, call.run)
+    return call.out, call.run(config)
+
+
+# --- kernels as large as their image ---------------------------------------------------------------------------------
+# Where a kernel covers an image exactly, taps and channels are one axis of one matrix product: [N, H*W*C] in memory.
+
+
+def flat(x: Tensor) -> Tensor:
+    """[N, C, H, W] as [N, H*W*C, 1, 1]; a view where `x` is NHWC in memory."""
+    return launch.nhwc(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 1, 1)
+
+
+def flat_operand(a: Operand) -> Operand:
+    taps = a.x.shape[2] * a.x.shape[3]
+    return a._replace(
+        x=flat(a.x), y=None if a.y is None else flat(a.y), coef=None if a.coef is None else a.coef.repeat(1, 1, taps)
+    )
+
+
+def flat_epilogue(e: Epilogue, taps: int) -> Epilogue:
+    """For an output with `taps` times as many channels: (tap, channel)."""
+    coef = None if e.coef is None else e.coef.repeat(*[1] * (e.coef.dim() - 1), taps)
+    return e._replace(y=None if e.y is None else flat(e.y), coef=coef)
+
+
+def flat_partials(partials: Tensor | None, taps: int) -> Tensor | None:
+    """Of an output with (tap, channel) for channels: every tap is a slot."""
+    if partials is None:
+        return None
+    groups, slots, rows, values = partials.shape
+    apart = partials.view(groups, slots, rows, taps, values // taps)
+    return apart.transpose(2, 3).reshape(groups, slots * taps, rows, values // taps).contiguous()
+
+
+# --- what epilogues return -------------------------------------------------------------------------------------------
 
 
 def epilogue_rows(epilogue: Epilogue) -> int:

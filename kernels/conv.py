@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdcgan.backends.base import STORE, Epilogue, Operand
 from fastdcgan.geometry import Geometry
-from fastdcgan.kernels.contraction import Gather, combined, contract
+from fastdcgan.kernels.contraction import Gather, combined, contract, flat, flat_operand
 from fastdcgan.kernels.epilogues import finish_tile
 from fastdcgan.kernels.launch import dot, in_format_of_torch, tile_of_program
 from fastdcgan.kernels.prologues import load_tile, tile_rows
@@ -36,6 +36,7 @@ def conv_kernel(
     groups,
     batch,
     tiles_per_group,
+    splits,
     height,
     width,
     c_in,
@@ -54,7 +55,9 @@ def conv_kernel(
 
     `weight` is [Co, taps, Ci] in memory: a tensor descriptor of [Co, taps*Ci] where the source is not "pointer".
     """
-    m, tile_n = tile_of_program(groups * tiles_per_group, tl.cdiv(c_out, SINK.block_c), GROUP_M)
+    m, tile_n = tile_of_program(splits * groups * tiles_per_group, tl.cdiv(c_out, SINK.block_c), GROUP_M)
+    split = m // (groups * tiles_per_group)
+    m = m % (groups * tiles_per_group)
     group = m // tiles_per_group
     rows, corner = tile_rows(m % tiles_per_group, group, batch, out_height, out_width, SOURCE.rows, SINK.box)
     co = tile_n * SINK.block_c
@@ -63,7 +66,9 @@ def conv_kernel(
     ROWS_M: tl.constexpr = SOURCE.rows
     COLUMNS_N: tl.constexpr = SINK.block_c
     acc = tl.zeros((ROWS_M, COLUMNS_N), tl.float32)
-    for step in range(KERNEL[0] * KERNEL[1] * blocks):
+    steps = KERNEL[0] * KERNEL[1] * blocks
+    share = tl.cdiv(steps, splits)
+    for step in range(split * share, tl.minimum(split * share + share, steps)):
         tap = step // blocks
         ci = step % blocks * SOURCE.block_c
         shift = (tap // KERNEL[1] * DILATION[0] - PADDING[0], tap % KERNEL[1] * DILATION[1] - PADDING[1])
@@ -76,6 +81,8 @@ def conv_kernel(
             b = weight.load([co, tap * c_in + ci])
         a = load_tile(x, x_y, x_coef, x_groups, x_slope, group, rows, corner, shift, ci, size, b.dtype, SOURCE)
         acc = dot(a, b.T, acc, PRECISION)
+    if SINK.part:
+        out += split.to(tl.int64) * groups * batch * out_height * out_width * c_out
     finish_tile(
         acc, out, e_y, e_coef, e_groups, e_slope, partials, m, group, rows, corner, (0, 0), co,
         (out_height, out_width, c_out), SINK,
@@ -96,6 +103,10 @@ def conv(
 
     float32, float16 or bfloat16, any memory format (copied to NHWC unless it is that), no groups. `config`: the tile.
     """
-    size = geometry.conv_size(*a.x.shape[2:])
-    out, partials = contract(conv_kernel, gather_of(geometry), a, weight, weight.shape[0], size, epilogue, config)
+    height, width = a.x.shape[2:]
+    size = geometry.conv_size(height, width)
+    operand, kernel, walk = a, weight, geometry
+    if geometry.spans(height, width):
+        operand, kernel, walk = flat_operand(a), flat(weight), Geometry((1, 1))
+    out, partials = contract(conv_kernel, gather_of(walk), operand, kernel, weight.shape[0], size, epilogue, config)
     return in_format_of_torch(out, a.x, weight), combined(out, partials, epilogue)

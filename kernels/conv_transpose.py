@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdcgan.backends.base import STORE, Epilogue, Operand
 from fastdcgan.geometry import Geometry, Pair, phases
-from fastdcgan.kernels.contraction import Gather, combined, contract
+from fastdcgan.kernels.contraction import Gather, combined, contract, flat, flat_epilogue, flat_partials
 from fastdcgan.kernels.epilogues import finish_tile
 from fastdcgan.kernels.launch import dot, in_format_of_torch, tile_of_program
 from fastdcgan.kernels.prologues import load_tile, tile_rows
@@ -46,6 +46,7 @@ def conv_transpose_kernel(
     groups,
     batch,
     tiles_per_group,
+    splits,
     height,
     width,
     c_in,
@@ -66,7 +67,9 @@ def conv_transpose_kernel(
     and COLUMNS are the `geometry.phases` of the two axes.
     """
     tiles_n = tl.cdiv(c_out, SINK.block_c)
-    m, column = tile_of_program(groups * tiles_per_group, SINK.stride[0] * SINK.stride[1] * tiles_n, GROUP_M)
+    m, column = tile_of_program(splits * groups * tiles_per_group, SINK.stride[0] * SINK.stride[1] * tiles_n, GROUP_M)
+    split = m // (groups * tiles_per_group)
+    m = m % (groups * tiles_per_group)
     group = m // tiles_per_group
     phase = column // tiles_n
     fy = phase // SINK.stride[1]
@@ -87,7 +90,9 @@ def conv_transpose_kernel(
     ROWS_M: tl.constexpr = SOURCE.rows
     COLUMNS_N: tl.constexpr = SINK.block_c
     acc = tl.zeros((ROWS_M, COLUMNS_N), tl.float32)
-    for step in range(taps_y * taps_x * blocks):
+    steps = taps_y * taps_x * blocks
+    share = tl.cdiv(steps, splits)
+    for step in range(split * share, tl.minimum(split * share + share, steps)):
         jy = step // blocks // taps_x
         jx = step // blocks % taps_x
         ci = step % blocks * SOURCE.block_c
@@ -103,6 +108,8 @@ def conv_transpose_kernel(
         a = load_tile(x, x_y, x_coef, x_groups, x_slope, group, rows, corner, shift, ci, size, b.dtype, SOURCE)
         acc = dot(a, b, acc, PRECISION)
     slot = group * tiles_per_group * SINK.stride[0] * SINK.stride[1] + phase * tiles_per_group + m % tiles_per_group
+    if SINK.part:
+        out += split.to(tl.int64) * groups * batch * out_height * out_width * c_out
     finish_tile(
         acc, out, e_y, e_coef, e_groups, e_slope, partials, slot, group, rows, corner, (fy, fx), co,
         (out_height, out_width, c_out), SINK,
@@ -128,10 +135,18 @@ def conv_transpose(
     epilogue: Epilogue = STORE,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`a` [N, Ci, H, W], weight [Ci, Co, kh, kw] -> [N, Co, *output_size] in the weight's dtype, the epilogue's vectors.
+    """`a` [N, Ci, H, W], weight [Ci, Co, kh, kw] -> [N, Co, *output_size] in the weight's dtype, and
+    the epilogue's vectors.
 
     float32, float16 or bfloat16, any memory format (copied to NHWC unless it is that), no groups. `config`: the tile.
     """
-    gather = gather_of(geometry)
-    out, partials = contract(conv_transpose_kernel, gather, a, weight, weight.shape[1], output_size, epilogue, config)
+    channels, taps = weight.shape[1], weight.shape[2] * weight.shape[3]
+    if a.x.shape[2:] == (1, 1) and geometry.spans(*output_size):
+        gather, e = gather_of(Geometry((1, 1))), flat_epilogue(epilogue, taps)
+        out, partials = contract(conv_transpose_kernel, gather, a, flat(weight), taps * channels, (1, 1), e, config)
+        out = out.view(-1, *output_size, channels).permute(0, 3, 1, 2)
+        partials = flat_partials(partials, taps)
+    else:
+        gather = gather_of(geometry)
+        out, partials = contract(conv_transpose_kernel, gather, a, weight, channels, output_size, epilogue, config)
     return in_format_of_torch(out, a.x, weight), combined(out, partials, epilogue)

@@ -6,9 +6,9 @@ Tiles that return statistics write **partials**: float32 `[stat_groups, tiles_pe
     grad_stats  rows = 2: (sum(g), sum(g*xhat)), or rows = 1: (sum(g),) for a coef of two rows
 
 A tile covers pixels of one statistics group. Every slot is written by exactly one program; a tile that covers no pixel
-has count = mean = M2 = 0. `norm_act.combine_stats` and `combine_sums` read the tiles of a group in ascending order (Chan,
-Golub, LeVeque: Updating formulae and a pairwise algorithm for computing sample variances, 1979), so the same input gives
-the same bits on every run.
+has count = mean = M2 = 0. `partials.combine_stats` and `combine_sums` merge the tiles of a group in a fixed order
+(Chan, Golub, LeVeque: Updating formulae and a pairwise algorithm for computing sample variances, 1979), so the same
+input gives the same bits on every run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import triton.language as tl
 
 from fastdcgan.geometry import Pair
 from fastdcgan.kernels.activations import activation, activation_derivative
+from fastdcgan.kernels.prologues import tile_rows
+
 
 @dataclass(frozen=True)
 class Sink:
@@ -33,6 +35,7 @@ class Sink:
     rows: int
     block_c: int
     descriptors: bool  # `out` and `y` are tensor descriptors (`launch.tile_argument`, "box")
+    part: bool = False  # the tile is a part of a sum: it goes to a workspace, and `finish_kernel` finishes it
 
 
 @triton.jit
@@ -41,8 +44,8 @@ def finish_tile(
 ):
     """Apply the epilogue to `acc` [rows, block_c] float32, store it, and write its partials to `slot`.
 
-    `rows` and `corner` are those of `prologues.tile_rows`, `phase` the pixel of the output where they begin, `channel` the
-    first output channel, `size` the output's (height, width, channels).
+    `rows` and `corner` are those of `prologues.tile_rows`, `phase` the pixel of the output where they begin, `channel`
+    the first output channel, `size` the output's (height, width, channels).
     """
     n, q, r, inside = rows
     n0, q0, r0 = corner
@@ -91,3 +94,44 @@ def finish_tile(
         out.store([n0, q0, phase[0], r0, phase[1] * channels + channel], tile)
     else:
         tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_kernel(
+    parts,
+    out,
+    e_y,
+    e_coef,
+    e_slope,
+    e_groups,
+    partials,
+    splits,
+    values,
+    batch,
+    tiles_per_group,
+    height,
+    width,
+    channels,
+    SINK: tl.constexpr,
+):
+    """Add up the parts [splits, values] of an output in ascending order and finish it, one tile a program."""
+    tiles_n = tl.cdiv(channels, SINK.block_c)
+    m = tl.program_id(0) // tiles_n
+    channel = tl.program_id(0) % tiles_n * SINK.block_c
+    group = m // tiles_per_group
+    rows, corner = tile_rows(m % tiles_per_group, group, batch, height, width, SINK.rows, SINK.box)
+    n, q, r, inside = rows
+    c = channel + tl.arange(0, SINK.block_c)
+    pixel = (n * height + q) * width + r
+    place = parts + pixel[:, None] * channels + c[None, :]
+    mask = inside[:, None] & (c < channels)[None, :]
+    ROWS: tl.constexpr = SINK.rows
+    COLUMNS: tl.constexpr = SINK.block_c
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for _ in range(splits):
+        acc += tl.load(place, mask=mask, other=0.0)
+        place += values
+    finish_tile(
+        acc, out, e_y, e_coef, e_groups, e_slope, partials, m, group, rows, corner, (0, 0), channel,
+        (height, width, channels), SINK,
+    )  # fmt: skip

@@ -53,7 +53,7 @@ def empty_nhwc(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None =
 
 
 def in_format_of_torch(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`out` in the memory format that PyTorch's own convolution of `x` and `weight` has, which `torch.compile` relies on."""
+    """`out` in the memory format that PyTorch's convolution of `x` and `weight` has; `torch.compile` relies on it."""
     formats = [suggest_memory_format(x)] + ([suggest_memory_format(weight)] if x.is_cuda else [])
     return out if torch.channels_last in formats else out.contiguous()
 
@@ -72,7 +72,7 @@ def aligned(x: Tensor | None, channels: int) -> bool:
 
 
 def fits_view(x: Tensor | None, stride: Pair) -> bool:
-    """Whether a descriptor of pixels `stride` apart covers all of `x` [N, C, H, W] (None: there is nothing to cover)."""
+    """Whether a descriptor of pixels `stride` apart covers all of `x` [N, C, H, W] (None: nothing to cover)."""
     return x is None or (aligned(x, x.shape[1]) and x.shape[2] % stride[0] == 0 and x.shape[3] % stride[1] == 0)
 
 

@@ -1,9 +1,9 @@
 """Loading a tile of an operand, and what is computed on the way: the prologue.
 
 A tile is `rows` pixels by `block_c` channels of an NHWC tensor. Its pixels come from a grid of (image, q, r): pixel
-(q, r) of the grid, shifted by (dy, dx), lies at `(q*stride + dy, r*stride + dx)` of the tensor. That one rule serves the
-strided gather of `conv` and `weight_grad` (stride of the convolution, a shift per tap) and the phases of `conv_transpose`
-(stride 1). What lies outside the tensor is 0 after the prologue, since padding is 0 and not `act(t)`.
+(q, r) of the grid, shifted by (dy, dx), lies at `(q*stride + dy, r*stride + dx)` of the tensor. That one rule serves
+the strided gather of `conv` and `weight_grad` (stride of the convolution, a shift per tap) and the phases of
+`conv_transpose` (stride 1). What lies outside the tensor is 0 after the prologue: padding is 0 and not `act(t)`.
 
 Two sets of pixels make a tile: a box of images, rows and columns, which a tensor descriptor copies at once, or a run of
 consecutive pixels of the grid, which masked pointers read and which fits any height and width without waste.
@@ -44,7 +44,7 @@ class Source:
 def tile_rows(tile, group, batch, height, width, ROWS: tl.constexpr, BOX: tl.constexpr):
     """((n, q, r, inside), (n0, q0, r0)): the grid pixels of a tile, whether they exist, and the corner of its box.
 
-    `tile` counts the tiles of one statistics group of `batch` images, each a grid of `height` x `width`, which may be 0.
+    `tile` counts the tiles of one statistics group of `batch` images, each a grid of `height` x `width`, perhaps 0.
     """
     i = tl.arange(0, ROWS)
     if BOX is None:
@@ -73,7 +73,7 @@ def tile_rows(tile, group, batch, height, width, ROWS: tl.constexpr, BOX: tl.con
 
 @triton.jit
 def load_tile(x, y, coef, coef_groups, slope, group, rows, corner, shift, channel, size, dtype, S: tl.constexpr):
-    """The operand's tile [rows, block_c] in `dtype`, prologue applied, 0 outside the tensor (`backends/base.py`, Operand).
+    """The tile [rows, block_c] of an `Operand` in `dtype`, prologue applied, 0 outside the tensor.
 
     `rows` and `corner` come from `tile_rows`, `shift` is (dy, dx), `channel` the first channel, `size` the tensor's
     (height, width, channels).

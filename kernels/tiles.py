@@ -15,8 +15,8 @@ import torch
 class TileConfig:
     """One program's share of a contraction, as a matrix product [block_m, block_k] x [block_k, block_n].
 
-    conv, conv_transpose: m pixels, n output channels, k input channels. weight_grad: m channels of the gathered operand,
-    n channels of the linear one, k pixels. The blocks are powers of two, of at least 16.
+    conv, conv_transpose: m pixels, n output channels, k input channels. weight_grad: m channels of the gathered
+    operand, n channels of the linear one, k pixels. The blocks are powers of two, of at least 16.
     """
 
     block_m: int
@@ -25,7 +25,7 @@ class TileConfig:
     num_warps: int = 4
     num_stages: int = 3
     group_m: int = 8  # tiles along m that run next to each other, for the second-level cache
-    splits: int = 1  # weight_grad: parts of the reduction, summed in a fixed order afterwards
+    splits: int = 1  # parts of the reduction, added up in a fixed order afterwards
     descriptors: bool = True  # tensor descriptors where the operands allow it, else masked pointers
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ KNOWN = {
 
 @lru_cache
 def device_of(device: torch.device) -> Device:
-    """The GPU behind `device`; in Triton's interpreter an H100 with one multiprocessor: programs run one by one there."""
+    """The GPU behind `device`; in the interpreter, where programs run one by one, an H100 of one multiprocessor."""
     if device.type != "cuda":
         return replace(KNOWN[90], name="interpreter", processors=1)
     found = torch.cuda.get_device_properties(device)
@@ -82,6 +82,7 @@ class Problem:
     count: int  # phases of a transposed conv, taps of weight_grad
     prologue: str  # of weight_grad's two operands, joined by a space
     epilogue: str
+    descriptors: bool  # whether tensor descriptors can read the operands
     shape: tuple[int, ...]  # sizes and geometry, which set this problem apart from others with the same product
 
     @property
@@ -89,6 +90,10 @@ class Problem:
         """Of the left and the right operand of the product; weights have none."""
         left, _, right = self.prologue.partition(" ")
         return left, right or "none"
+
+    def blocks(self, config: TileConfig) -> int:
+        """Tiles of the result."""
+        return ceil_div(self.m, config.block_m) * ceil_div(self.n, config.block_n) * self.count
 
     def shared_memory(self, config: TileConfig) -> int:
         """Bytes of the tiles in flight: bn_backward loads two for its operand."""
@@ -145,6 +150,8 @@ _LADDER = {
         (128, 128, 8, 4, 0.9),
         (128, 64, 4, 4, 0.7),
         (64, 128, 4, 4, 0.7),
+        (128, 64, 8, 4, 0.65),
+        (64, 128, 8, 4, 0.65),
         (64, 64, 4, 4, 0.5),
         (128, 32, 4, 4, 0.4),
         (64, 32, 4, 4, 0.3),
@@ -162,9 +169,12 @@ _LADDER = {
         (64, 16, 4, 4, 0.15),
     ),
 }
-# Per architecture the accumulators a thread may have beside the registers of (grad_stats, two prologues, anything else)
-# without spilling, as compiled (benchmarks/results/triton_compile.md).
+# Per architecture the accumulators that a thread has room for beside (grad_stats, two prologues, anything else), and
+# the values of a tile that it has room for where bn_backward loads two of them, alone and with the accumulators: as
+# compiled, without spilling (benchmarks/results/triton_compile.md).
 _ROOM = {80: (32, 32, 64), 90: (64, 64, 128), 100: (64, 32, 64)}
+_ROOM_BN_BACKWARD = 32
+_ROOM_BOTH = 128
 _STEP_BYTES = 128  # of one row of a tile: the widest swizzle of shared memory
 _RESERVED = 8 * 1024  # shared memory for barriers and reductions
 _MAX_SPLITS = 64
@@ -177,8 +187,7 @@ def heuristic(problem: Problem, device: Device) -> TileConfig:
     rates = {(m, n, warps): rate for m, n, warps, _, rate in _LADDER[device.arch]}
 
     def cost(config: TileConfig) -> float:
-        blocks = ceil_div(problem.m, config.block_m) * ceil_div(problem.n, config.block_n) * problem.count
-        turns = ceil_div(blocks * config.splits, device.processors)
+        turns = ceil_div(problem.blocks(config) * config.splits, device.processors)
         steps = ceil_div(ceil_div(problem.k, config.block_k), config.splits) + config.num_stages
         rate = rates[config.block_m, config.block_n, config.num_warps]
         work = turns * steps * config.block_m * config.block_n * config.block_k / rate
@@ -190,19 +199,21 @@ def heuristic(problem: Problem, device: Device) -> TileConfig:
 
 
 def search_space(problem: Problem, device: Device) -> list[TileConfig]:
-    """What tuning may try: the architecture's ladder as far as it fits the problem, for weight_grad with splits."""
+    """What tuning may try: the architecture's ladder as far as it fits the problem, with splits where few tiles would
+    leave multiprocessors idle."""
     found = []
     for block_m, block_n, warps, stages, _ in _LADDER[device.arch]:
         if (block_m > 64 and block_m >= 2 * problem.m) or (block_n > 16 and block_n >= 2 * problem.n):
             continue
         config = TileConfig(block_m, block_n, _STEP_BYTES // problem.dtype.itemsize, warps, stages)
-        if config.accumulators > _room(problem, device):
+        if not _has_registers(config, problem, device):
             continue
-        config = _fitted(replace(config, descriptors=device.arch >= 90), problem, device)
+        config = _fitted(replace(config, descriptors=device.arch >= 90 and problem.descriptors), problem, device)
+        blocks = problem.blocks(config)
         splits = 1
         while splits == 1 or (
-            problem.op == "weight_grad"
-            and splits <= _MAX_SPLITS
+            splits <= _MAX_SPLITS
+            and blocks * splits < 4 * device.processors
             and problem.k >= splits * _MIN_STEPS * config.block_k
         ):
             found.append(replace(config, splits=splits))
@@ -210,11 +221,22 @@ def search_space(problem: Problem, device: Device) -> list[TileConfig]:
     return found
 
 
-def _room(problem: Problem, device: Device) -> int:
-    grad_stats, two_prologues, other = _ROOM[device.arch]
+def _has_registers(config: TileConfig, problem: Problem, device: Device) -> bool:
+    """Whether prologues and epilogue have the registers that they need beside the accumulators."""
+    grad_stats, two_prologues, other = _ROOM[device.arch if problem.descriptors else 80]
     if problem.epilogue == "grad_stats":
-        return grad_stats
-    return two_prologues if "none" not in problem.prologues else other
+        room = grad_stats
+    else:
+        room = other if "none" in problem.prologues else two_prologues
+    threads = 32 * config.num_warps
+    loaded = [
+        side * config.block_k // threads
+        for side, prologue in zip((config.block_m, config.block_n), problem.prologues, strict=True)
+        if prologue == "bn_backward"
+    ]
+    if loaded and (max(loaded) > _ROOM_BN_BACKWARD or max(loaded) + config.accumulators > _ROOM_BOTH):
+        return False
+    return config.accumulators <= room
 
 
 def _fitted(config: TileConfig, problem: Problem, device: Device) -> TileConfig:

@@ -125,6 +125,4 @@ def _parsed(content: Any) -> dict[str, dict[str, TileConfig]]:
     found = {key: content[key] for key in ("format", "version")}
     if found != {"format": FORMAT, "version": VERSION}:
         raise ValueError(f"is {found}: expected {FORMAT}, version {VERSION}")
-    return {
-        gpu: {key: TileConfig(**tile) for key, tile in tiles.items()} for gpu, tiles in content["tiles"].items()
-    }
+    return {gpu: {key: TileConfig(**tile) for key, tile in tiles.items()} for gpu, tiles in content["tiles"].items()}

@@ -1,8 +1,8 @@
 """The weight gradient: a reduction over pixels, [Cg, pixels] x [pixels, Cl] for every tap.
 
-The gathered operand (a convolution's input, or a transposed one's output gradient) is shifted by the tap; the linear one
-is not. Few output tiles would leave most multiprocessors idle, so the pixels may be split: every part writes a float32
-tile of its own to a workspace, and a second kernel adds the parts in a fixed order.
+The gathered operand (a convolution's input, or a transposed one's output gradient) is shifted by the tap; the linear
+one is not. Few output tiles would leave most multiprocessors idle, so the pixels may be split: every part writes a
+float32 tile of its own to a workspace, and a second kernel adds the parts in a fixed order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdcgan.backends.base import Operand, memory_format
 from fastdcgan.geometry import Geometry
 from fastdcgan.kernels import launch, tiles, tuning
-from fastdcgan.kernels.contraction import Loaded
+from fastdcgan.kernels.contraction import ADD_PARTS, Loaded, flat_operand
 from fastdcgan.kernels.launch import dot, tile_of_program
 from fastdcgan.kernels.prologues import load_tile, tile_rows
 from fastdcgan.kernels.tiles import TileConfig, ceil_div
@@ -101,7 +101,6 @@ def add_splits_kernel(parts, out, values, splits, BLOCK: tl.constexpr):
     tl.store(out + i, total.to(out.dtype.element_ty), mask=i < values)
 
 
-_ADD = TileConfig(16, 16, 16, num_warps=4, num_stages=1)  # only its launch options are used
 _ADD_BLOCK = 1024
 
 
@@ -110,6 +109,10 @@ def weight_grad(gathered: Operand, linear: Operand, geometry: Geometry, config: 
 
     float32, float16 or bfloat16, any memory format (copied to NHWC unless it is that), no groups. `config`: the tile.
     """
+    if geometry.spans(*gathered.x.shape[2:]):
+        dw = weight_grad(flat_operand(gathered), linear, Geometry((1, 1)), config)
+        dw = dw.view(-1, *geometry.kernel, gathered.x.shape[1]).permute(0, 3, 1, 2)
+        return dw.contiguous(memory_format=memory_format(gathered.x))
     g = geometry
     x, dy = Loaded.of(gathered), Loaded.of(linear)
     n, c_x, height, width = x.x.shape
@@ -118,15 +121,15 @@ def weight_grad(gathered: Operand, linear: Operand, geometry: Geometry, config: 
     batch = n // groups
     taps = g.kernel[0] * g.kernel[1]
     dtype = (x.x if x.y is None else x.y).dtype
+    described = all(launch.fits_view(t, g.stride) for t in (x.x, x.y))
+    described = described and all(launch.fits_view(t, (1, 1)) for t in (dy.x, dy.y))
     dw = launch.empty_nhwc((c_dy, c_x, *g.kernel), x.x, dtype)
 
     def attempt(config: TileConfig) -> None:
         rows, block_x, block_dy = config.block_k, config.block_m, config.block_n
         box = tiles.box(rows, batch, *grid)
-        boxed = config.descriptors and all(launch.fits_view(t, g.stride) for t in (x.x, x.y))
-        boxed = boxed and all(launch.fits_view(t, (1, 1)) for t in (dy.x, dy.y))
         # Beyond a group's last image lies the next group's first.
-        boxed = boxed and (groups == 1 or batch % box[0] == 0)
+        boxed = config.descriptors and described and (groups == 1 or batch % box[0] == 0)
         exact = grid[0] % box[1] == 0 and grid[1] % box[2] == 0
         whole_rows = exact and grid[1] == box[2] and (box[0] == 1 or grid[0] == box[1])
         forms = ("box", "matrix" if whole_rows else "box") if boxed else ("pointer", "pointer")
@@ -140,49 +143,50 @@ def weight_grad(gathered: Operand, linear: Operand, geometry: Geometry, config: 
         load = (forms[0], g.stride, box, rows, block_x)
         load_dy = (forms[1], (1, 1), box, rows, block_dy)
         tiles_per_group = tiles.tiles(rows, box if boxed else None, batch, *grid)
-        arguments = dict(
-            x=launch.tile_argument(x.x, *load),
-            x_y=launch.tile_argument(x.y, *load),
-            x_coef=x.coef,
-            x_slope=float(gathered.slope),
-            x_groups=x.groups,
-            dy=launch.tile_argument(dy.x, *load_dy),
-            dy_y=launch.tile_argument(dy.y, *load_dy),
-            dy_coef=dy.coef,
-            dy_slope=float(linear.slope),
-            dy_groups=dy.groups,
-            out=out,
-            groups=groups,
-            batch=batch,
-            tiles_per_group=tiles_per_group,
-            splits=config.splits,
-            height=height,
-            width=width,
-            c_x=c_x,
-            dy_height=grid[0],
-            dy_width=grid[1],
-            c_dy=c_dy,
-            KERNEL=g.kernel,
-            PADDING=g.padding,
-            DILATION=g.dilation,
-            SOURCE=source,
-            LINEAR=line,
-            BOX=box if boxed else None,
-            GROUP_M=config.group_m,
-            PRECISION=launch.dot_precision(dtype),
-            DTYPE=launch.triton_dtype(dtype),
-        )
+        arguments = {
+            "x": launch.tile_argument(x.x, *load),
+            "x_y": launch.tile_argument(x.y, *load),
+            "x_coef": x.coef,
+            "x_slope": float(gathered.slope),
+            "x_groups": x.groups,
+            "dy": launch.tile_argument(dy.x, *load_dy),
+            "dy_y": launch.tile_argument(dy.y, *load_dy),
+            "dy_coef": dy.coef,
+            "dy_slope": float(linear.slope),
+            "dy_groups": dy.groups,
+            "out": out,
+            "groups": groups,
+            "batch": batch,
+            "tiles_per_group": tiles_per_group,
+            "splits": config.splits,
+            "height": height,
+            "width": width,
+            "c_x": c_x,
+            "dy_height": grid[0],
+            "dy_width": grid[1],
+            "c_dy": c_dy,
+            "KERNEL": g.kernel,
+            "PADDING": g.padding,
+            "DILATION": g.dilation,
+            "SOURCE": source,
+            "LINEAR": line,
+            "BOX": box if boxed else None,
+            "GROUP_M": config.group_m,
+            "PRECISION": launch.dot_precision(dtype),
+            "DTYPE": launch.triton_dtype(dtype),
+        }
         programs = config.splits * taps * ceil_div(c_x, block_x) * ceil_div(c_dy, block_dy)
         launch.run(weight_grad_kernel, programs, arguments, config)
         if config.splits > 1:
             values = dw.numel()
-            arguments = dict(parts=out, out=dw, values=values, splits=config.splits, BLOCK=_ADD_BLOCK)
-            launch.run(add_splits_kernel, ceil_div(values, _ADD_BLOCK), arguments, _ADD)
+            arguments = {"parts": out, "out": dw, "values": values, "splits": config.splits, "BLOCK": _ADD_BLOCK}
+            launch.run(add_splits_kernel, ceil_div(values, _ADD_BLOCK), arguments, ADD_PARTS)
 
     if config is None:
         prologue = f"{x.prologue} {dy.prologue}"
         shape = (n, c_x, height, width, c_dy, *grid, *g.kernel, *g.stride, groups)
-        problem = tiles.Problem("weight_grad", dtype, c_x, c_dy, n * grid[0] * grid[1], taps, prologue, "none", shape)
+        pixels = n * grid[0] * grid[1]
+        problem = tiles.Problem("weight_grad", dtype, c_x, c_dy, pixels, taps, prologue, "none", described, shape)
         config = tuning.choose(problem, dw.device, attempt)
     attempt(config)
     return dw.contiguous(memory_format=memory_format(gathered.x))

@@ -82,9 +82,11 @@ class TritonBackend(Backend):
         out = (n, weight.shape[0], *geometry.conv_size(*size))
         if self.why(geometry, a.x.shape, weight.shape, out) is not None:
             return super().conv(a, weight, geometry, epilogue)
-        from fastdcgan.kernels.conv import conv
+        from fastdcgan.kernels import conv, narrow
 
-        return conv(a, weight, geometry, epilogue)
+        if narrow.covers_conv(a, weight, geometry, epilogue) is None:
+            return narrow.conv(a, weight, geometry, epilogue)
+        return conv.conv(a, weight, geometry, epilogue)
 
     def conv_transpose(
         self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
@@ -92,16 +94,20 @@ class TritonBackend(Backend):
         out = (a.x.shape[0], weight.shape[1], *output_size)
         if self.why(geometry, a.x.shape, weight.shape, out) is not None:
             return super().conv_transpose(a, weight, geometry, output_size, epilogue)
-        from fastdcgan.kernels.conv_transpose import conv_transpose
+        from fastdcgan.kernels import conv_transpose, narrow_transpose
 
-        return conv_transpose(a, weight, geometry, output_size, epilogue)
+        if narrow_transpose.covers_conv_transpose(a, weight, geometry, output_size, epilogue) is None:
+            return narrow_transpose.conv_transpose(a, weight, geometry, output_size, epilogue)
+        return conv_transpose.conv_transpose(a, weight, geometry, output_size, epilogue)
 
     def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
         if self.why(geometry, gathered.x.shape, linear.x.shape) is not None:
             return super().weight_grad(gathered, linear, geometry)
-        from fastdcgan.kernels.weight_grad import weight_grad
+        from fastdcgan.kernels import narrow, weight_grad
 
-        return weight_grad(gathered, linear, geometry)
+        if narrow.covers_weight_grad(gathered, linear, geometry) is None:
+            return narrow.weight_grad(gathered, linear, geometry)
+        return weight_grad.weight_grad(gathered, linear, geometry)
 
     # --- normalisation and activation ---
 

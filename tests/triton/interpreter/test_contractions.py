@@ -190,6 +190,28 @@ def test_prologue_and_epilogue(op: str, prologue: str, kind: str, tile: str) -> 
     check_gather(case, prologue, kind, "leaky_relu", TILES[tile])
 
 
+@pytest.mark.parametrize("kind", EPILOGUES)
+@pytest.mark.parametrize("op", GATHERS)
+def test_a_sum_in_parts(op: str, kind: str) -> None:
+    case = Case(op, Geometry((4, 4), (2, 2), (1, 1)), (4, 6) if op == "conv" else (2, 3))
+    for descriptors in (True, False):
+        check_gather(case, "activate", kind, "relu", TileConfig(32, 16, 16, splits=3, descriptors=descriptors))
+
+
+@pytest.mark.parametrize("kind", EPILOGUES)
+@pytest.mark.parametrize("op", GATHERS)
+def test_a_kernel_as_large_as_its_image(op: str, kind: str) -> None:
+    case = Case(op, Geometry((4, 3)), (4, 3) if op == "conv" else (1, 1), channels=(16, 24))
+    assert case.out_size == ((1, 1) if op == "conv" else (4, 3))
+    for prologue in PROLOGUES:
+        check_gather(case, prologue, kind, "relu", TileConfig(32, 32, 32))
+
+
+def test_weight_grad_of_a_kernel_as_large_as_its_image() -> None:
+    case = Case("weight_grad", Geometry((4, 3)), (4, 3), channels=(16, 24))
+    check_weight_grad(case, ("bn_backward", "activate"), "relu", TileConfig(32, 32, 32))
+
+
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("of_linear", PROLOGUES)
 @pytest.mark.parametrize("of_gathered", PROLOGUES)
@@ -313,7 +335,11 @@ def test_twice_the_same_bits(op: str, tile: str) -> None:
         first, second = (weight_grad(a, b, case.geometry, config) for _ in range(2))
         assert torch.equal(first, second)
         return
-    a, weight, e = case.operand("bn_backward", 24, case.size, "relu"), case.weight(), case.epilogue("grad_stats", "relu")
+    a, weight, e = (
+        case.operand("bn_backward", 24, case.size, "relu"),
+        case.weight(),
+        case.epilogue("grad_stats", "relu"),
+    )
     for first, second in zip(case.run(a, weight, e, TILES[tile]), case.run(a, weight, e, TILES[tile]), strict=True):
         assert torch.equal(first, second)
 
@@ -338,7 +364,9 @@ def test_weight_grad_ignores_input_that_no_tap_reaches() -> None:
     gathered.x[:, :, 6] = torch.nan
     for tile in TILES.values():
         found = weight_grad(gathered, linear, case.geometry, tile)
-        assert torch.allclose(found.double(), REFERENCE.weight_grad(wide(gathered), wide(linear), case.geometry), atol=1e-4)
+        assert torch.allclose(
+            found.double(), REFERENCE.weight_grad(wide(gathered), wide(linear), case.geometry), atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("op", [*GATHERS, "weight_grad"])

@@ -29,7 +29,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "generator": (lambda: Generator(nz=20, ngf=4, pixels=16), (4, 20, 1, 1)),
     "discriminator": (lambda: Discriminator(ndf=8, pixels=16), (4, 3, 16, 16)),
     "groups": (
-        lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+        lambda: nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+        ),
         (2, 8, 4, 4),
     ),
 }
@@ -42,7 +44,6 @@ def _on_triton() -> Iterator[None]:
     with fastdcgan.backend("triton"):
         yield
     builder.options = before
-
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
