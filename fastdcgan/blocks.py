@@ -25,7 +25,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fastdcgan import checks
 from fastdcgan.activations import from_module
 from fastdcgan.chain import Block, BlockTensors, Norm
-from fastdcgan.functional import Running, block_backend, run_chain
+from fastdcgan.functional import Running, block_backend, compute_dtype, run_chain
 from fastdcgan.geometry import Geometry, pair
 
 _CONVS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -211,6 +211,7 @@ class Record:
 
     conv: nn.Module
     shape: tuple[int, ...]
+    dtype: torch.dtype
     backend: str
 
 
@@ -243,8 +244,8 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
 
 
 def _needs_every_module(x: Any) -> bool:
-    """Whether the call is followed module by module: by global hooks, by tracers, or by transforms that know PyTorch's own
-    functions but no chain (torch.func, forward-mode differentiation); or is of complex numbers, which no chain takes."""
+    """Whether the call is followed module by module: by global hooks, by tracers, by transforms that know PyTorch's own
+    functions but no chain (torch.func, forward-mode differentiation); or is of complex numbers, which none takes."""
     if isinstance(x, Tensor) and x.is_complex():
         return True
     if torch.compiler.is_compiling():
@@ -287,7 +288,7 @@ def _call_chain(chain: FoundChain, x: Tensor, stat_groups: int, seams: str) -> T
         tensors.append(_tensors(found))
         running.append(_running(found.norm))
     if recorder is not None and not torch.compiler.is_compiling():
-        recorder.records.extend(Record(f.conv, tuple(x.shape), backend) for f in chain.blocks)
+        recorder.records.extend(Record(f.conv, tuple(x.shape), compute_dtype(x), backend) for f in chain.blocks)
     out = run_chain(blocks, x, tensors, running, stat_groups, seams)
     return out[0] if unbatched else out
 

@@ -12,6 +12,7 @@ of a normalisation, a bias of the convolution is not added to `y`: it shifts `t`
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -214,6 +215,7 @@ class _Chain(torch.autograd.Function):
     def forward(ctx, plan: Plan, x: Tensor, *tensors: Tensor | None):
         out, found, states = _forward(plan, x, tensors, saving=ctx.needs_input_grad[1:])
         ctx.plan = plan
+        ctx.given = [x is not None for x in (x, *tensors)]
         inputs = list(tensors)
         for i, block in enumerate(plan.blocks):
             if block.norm is not None and block.norm.batch_stats:
@@ -231,13 +233,31 @@ class _Chain(torch.autograd.Function):
             return (None,) * (2 + len(plan.blocks) * PER_BLOCK)
         split = 1 + len(plan.blocks) * PER_BLOCK
         inputs, flat = saved[:split], saved[split:]
-        needs = ctx.needs_input_grad[1:]
+        needs = requested(ctx, ctx.needs_input_grad[1:], ctx.given)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             from fastdcgan.differentiable import gradients
 
             return (None, *gradients(plan, inputs, needs, da))
         states = [_State(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
         return (None, *_backward(plan, inputs[0], inputs[1:], states, needs, da))
+
+
+def requested(ctx, needs: Sequence[bool], given: Sequence[bool]) -> list[bool]:
+    """Which gradients this very backward is asked for: `torch.autograd.grad(out, x)` wants no weight's.
+
+    `given` says which of the inputs that `needs` speaks of are tensors.
+    """
+    wants = list(needs)
+    if torch.compiler.is_compiling():
+        return wants
+    nodes = iter(ctx.next_functions)  # one for each input that is a tensor
+    for i in range(len(wants)):
+        node = next(nodes)[0] if given[i] else None
+        if wants[i] and node is not None:
+            # It refuses to answer for a leaf that autograd.grad asks for: then the gradient is wanted.
+            with contextlib.suppress(RuntimeError):
+                wants[i] = torch._C._will_engine_execute_node(node)
+    return wants
 
 
 def _backward(

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdcgan import ops
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.base import STORE, Operand, stat_dtype
-from fastdcgan.chain import Plan, of_block
+from fastdcgan.chain import Plan, of_block, requested
 from fastdcgan.geometry import Geometry, Pair
 
 
@@ -28,8 +28,9 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         (x, weight), g, backend = ctx.saved_tensors, ctx.geometry, ctx.backend
-        dx = _ConvTranspose.apply(dy, weight, g, (x.shape[2], x.shape[3]), backend) if ctx.needs_input_grad[0] else None
-        dw = _WeightGrad.apply(x, dy, g, backend) if ctx.needs_input_grad[1] else None
+        need = requested(ctx, ctx.needs_input_grad[:2], (True, True))
+        dx = _ConvTranspose.apply(dy, weight, g, (x.shape[2], x.shape[3]), backend) if need[0] else None
+        dw = _WeightGrad.apply(x, dy, g, backend) if need[1] else None
         return dx, dw, None, None
 
 
@@ -43,8 +44,9 @@ class _ConvTranspose(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         (x, weight), g, backend = ctx.saved_tensors, ctx.geometry, ctx.backend
-        dx = _Conv.apply(dy, weight, g, backend) if ctx.needs_input_grad[0] else None
-        dw = _WeightGrad.apply(dy, x, g, backend) if ctx.needs_input_grad[1] else None
+        need = requested(ctx, ctx.needs_input_grad[:2], (True, True))
+        dx = _Conv.apply(dy, weight, g, backend) if need[0] else None
+        dw = _WeightGrad.apply(dy, x, g, backend) if need[1] else None
         return dx, dw, None, None, None
 
 
@@ -58,10 +60,11 @@ class _WeightGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dw: Tensor):
         (gathered, linear), g, backend = ctx.saved_tensors, ctx.geometry, ctx.backend
+        need = requested(ctx, ctx.needs_input_grad[:2], (True, True))
         d_gathered = d_linear = None
-        if ctx.needs_input_grad[0]:
+        if need[0]:
             d_gathered = _ConvTranspose.apply(linear, dw, g, (gathered.shape[2], gathered.shape[3]), backend)
-        if ctx.needs_input_grad[1]:
+        if need[1]:
             d_linear = _Conv.apply(gathered, dw, g, backend)
         return d_gathered, d_linear, None, None
 

@@ -63,7 +63,8 @@ def run_chain(
             tensors = [t._replace(weight=t.weight.to(dtype)) if t.weight.dtype != torch.float64 else t for t in tensors]
     flat = [v for t in tensors for v in t]
     checks.check_chain(plan, x, flat)
-    if x.shape[0] == 0:  # as PyTorch: an empty output, zero gradients, running statistics as they were
+    alone = all(b.norm is None or b.norm.process_group is None for b in blocks)
+    if x.shape[0] == 0 and alone:  # as PyTorch: an empty output, zero gradients, running statistics as they were
         from fastdcgan.differentiable import formula
 
         for r in running:

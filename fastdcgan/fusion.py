@@ -51,7 +51,8 @@ def unfuse(model: ModuleT) -> ModuleT:
     """
     _check_module(model)
     for module in list(model.modules()):
-        if isinstance(module, FusedSequential):
+        # A class with a forward of its own is no product of fuse() and no drop-in layer.
+        if isinstance(module, FusedSequential) and type(module).forward is FusedSequential.forward:
             plain: type[nn.Sequential] = getattr(type(module), "_plain_class", nn.Sequential)
             if type(module) is not FusedSequential and plain is nn.Sequential:
                 module.__dict__[_KEY] = type(module)  # so that fuse() gives a drop-in layer its own class back
@@ -209,7 +210,7 @@ def _rows(
             rows.append(Row(name, block.pattern, False, None, "was not reached by this input"))
             continue
         stored = next(block.conv.parameters())  # reading `weight` would run a parametrization
-        device, dtype = stored.device.type, stored.dtype
+        device, dtype = stored.device.type, stored.dtype if record is None else record.dtype
         name_of = record.backend if record else backends.select(backends.requested(), device, dtype)
         why = _why_backend(name_of, device, dtype)
         if record:

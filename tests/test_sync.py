@@ -22,7 +22,7 @@ import fastdcgan
 
 WORLD = 2
 CPU = torch.device("cpu")
-SHAPES = {"even": (4, 4), "uneven": (3, 5)}
+SHAPES = {"even": (4, 4), "uneven": (3, 5), "empty": (8, 0)}
 
 
 def network(momentum: float | None = 0.1, bias: bool = True, affine: bool = True) -> nn.Sequential:
@@ -151,6 +151,7 @@ SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "ddp own fused": lambda rank: own_statistics(rank, True),
     "sync even": lambda rank: synchronised(rank, "even"),
     "sync uneven": lambda rank: synchronised(rank, "uneven"),
+    "sync empty": lambda rank: synchronised(rank, "empty"),
     "sync cumulative": lambda rank: synchronised(rank, "even", momentum=None, bias=False),
     "sync not affine": lambda rank: synchronised(rank, "uneven", affine=False),
     "sync groups": lambda rank: synchronised(rank, "even", stat_groups=2),
@@ -222,6 +223,7 @@ def test_own_statistics_stay_own(found: list) -> None:
     [
         ("sync even", "even", {}),
         ("sync uneven", "uneven", {}),
+        ("sync empty", "empty", {}),
         ("sync cumulative", "even", {"momentum": None, "bias": False}),
         ("sync not affine", "uneven", {"affine": False}),
     ],

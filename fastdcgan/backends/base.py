@@ -154,6 +154,8 @@ class Backend:
         nothing = acc.new_empty((0,), dtype=stat_dtype(acc))
         if e.kind in ("none", "bias"):  # PyTorch's convolution has added the bias
             return acc, nothing
+        if e.kind == "stats" and acc.shape[0] == 0:  # one process's share of a synchronised batch
+            return acc, nothing.new_zeros((3, e.stat_groups, acc.shape[1]))
         if e.kind == "stats":
             return acc, self.batch_stats(acc, e.stat_groups)
         assert e.coef is not None
