@@ -202,6 +202,15 @@ def first_line(*command: str) -> str | None:
     return done.stdout.splitlines()[0] if done.stdout else None
 
 
+def summary(output: str) -> str:
+    """The end of what a failed build printed: of the compiler's lines, not of the Python calls that led there."""
+    lines = output.rstrip().splitlines()
+    calls = next((i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")), None)
+    if calls:
+        lines = [*lines[:calls], lines[-1]]
+    return "\n".join(line if len(line) <= 300 else f"{line[:300]}..." for line in lines[-ERROR_LINES:])
+
+
 class BuildExtensions(build_ext):
     """Builds every planned extension in a process of its own and records the outcome."""
 
@@ -253,7 +262,7 @@ class BuildExtensions(build_ext):
             command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         print(f"--- fastdcgan.{name}\n{done.stdout}", flush=True)
-        return None if done.returncode == 0 else "\n".join(done.stdout.splitlines()[-ERROR_LINES:])
+        return None if done.returncode == 0 else summary(done.stdout)
 
     def get_outputs(self) -> list[str]:
         return []

@@ -50,7 +50,8 @@ class Report:
         lines += ["built", f"  {'with':<10} {self.build.compiler or 'nothing recorded'}"]
         lines += [f"  {'for':<10} Python {self.build.python}, torch {self.build.torch}"] if self.build.torch else []
         lines += [_entry(name, "built" if error is None else error) for name, error in self.build.errors.items()]
-        lines += ["backends", *(_entry(name, status) for name, status in self.backends.items())]
+        # A build's error, which the list above has, begins on the second line.
+        lines += ["backends", *(_entry(name, status.partition("\n")[0]) for name, status in self.backends.items())]
         return "\n".join([*lines, "", self.verdict()])
 
 

@@ -110,6 +110,15 @@ def test_capabilities_have_their_macros(build: ModuleType) -> None:
         assert "-march=native" not in flags
 
 
+def test_summary_of_a_failed_build(build: ModuleType) -> None:
+    calls = ["Traceback (most recent call last):", '  File "setup.py", line 1', "RuntimeError: Error compiling objects"]
+    output = "\n".join([*(f"noise {i}" for i in range(99)), "ops.cpp:1: error: expected ';'", *calls])
+    lines = build.summary(output).splitlines()
+    assert lines[-2:] == ["ops.cpp:1: error: expected ';'", "RuntimeError: Error compiling objects"]
+    assert len(lines) == build.ERROR_LINES
+    assert build.summary("\n".join(calls)).splitlines() == calls  # nothing but the calls
+
+
 # --- what is installed -----------------------------------------------------------------------------------------------
 
 
