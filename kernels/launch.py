@@ -61,7 +61,7 @@ def in_format_of_torch(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def dot_precision(dtype: torch.dtype) -> str:
     """`tl.dot`'s `input_precision`: TF32 where PyTorch's convolutions may use it, else three TF32 products, whose
     error is that of float32 (Henry, Tang, Heinecke, 2019)."""
-    if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32":
+    if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
         return "tf32"
     return "tf32x3"
 
