@@ -42,7 +42,7 @@ def row(case: Case) -> list[str]:
     math_s, bytes_s = flops / PEAK, size / BANDWIDTH
     turns = tiles.ceil_div(programs, H100.processors)
     padded = programs * config.block_m * config.block_n
-    # What the tiles compute beyond the result, multiprocessors without a tile in the last turn, and filling the pipeline.
+    # Three losses: tiles that overhang the result, multiprocessors without a tile in the last turn, filling the pipeline.
     if case.op == "weight_grad":
         reduction = arguments["groups"] * arguments["tiles_per_group"] * config.block_k / config.splits
     else:
@@ -65,17 +65,15 @@ def row(case: Case) -> list[str]:
     ]
 
 
+_COLUMNS = ("contraction", "prologue", "epilogue", "GFLOP", "MB", "floor, us", "tile", "parts", "programs", "turns")
+
+
 def table(batch: int) -> Iterator[str]:
-    header = "contraction|prologue|epilogue|GFLOP|MB|floor, us|tile|parts|programs|turns|tensor cores at most".split(
-        "|"
-    )
+    header = [*_COLUMNS, "tensor cores at most"]
     yield "| " + " | ".join(header) + " |"
     yield "|---|---|---|" + "---:|" * (len(header) - 3)
-    seen = set()
-    for case in cases([90], ["bf16"], [batch], [64]):
-        if case not in seen:
-            seen.add(case)
-            yield "| " + " | ".join(row(case)) + " |"
+    for case in dict.fromkeys(cases([90], ["bf16"], [batch], [64])):
+        yield "| " + " | ".join(row(case)) + " |"
 
 
 def write(path: Path = PLAN) -> None:
