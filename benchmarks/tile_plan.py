@@ -42,7 +42,7 @@ def row(case: Case) -> list[str]:
     math_s, bytes_s = flops / PEAK, size / BANDWIDTH
     turns = tiles.ceil_div(programs, H100.processors)
     padded = programs * config.block_m * config.block_n
-    # Three losses: tiles that overhang the result, multiprocessors without a tile in the last turn, filling the pipeline.
+    # Lost: where tiles overhang the result, multiprocessors without a tile in the last turn, filling the pipeline.
     if case.op == "weight_grad":
         reduction = arguments["groups"] * arguments["tiles_per_group"] * config.block_k / config.splits
     else:
