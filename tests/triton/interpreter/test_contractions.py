@@ -5,6 +5,7 @@ They run in Triton's interpreter (TRITON_INTERPRET=1), or on a GPU where FASTDCG
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -151,6 +152,7 @@ def wide(x: Operand | Epilogue) -> Operand | Epilogue:
 
 
 def check_gather(case: Case, prologue: str, kind: str, act: str, tile: TileConfig | None, rows: int = 4) -> None:
+    torch.manual_seed(0)  # the same numbers where hypothesis calls again
     a = case.operand(prologue, case.channels[0], case.size, act, rows)
     e, weight = case.epilogue(kind, act, rows), case.weight()
     truth = case.reference(wide(a), weight.double(), wide(e))
@@ -159,11 +161,16 @@ def check_gather(case: Case, prologue: str, kind: str, act: str, tile: TileConfi
     assert_as_accurate(found[0], vanilla[0], truth[0], f"output of {case}", reduction=case.terms)
     assert found[1].shape == truth[1].shape
     if found[1].numel():
-        for got, usual, true in zip(found[1], vanilla[1], truth[1], strict=True):
-            assert_as_accurate(got, usual, true, f"{kind} of {case}", reduction=case.terms)
+        # Sums of either sign may cancel: what rounds is their terms.
+        size = float(truth[0].square().mean().sqrt())
+        of_sums = size * math.sqrt(truth[0][:, 0].numel() / case.groups)
+        scales = (size, size**2, size**2) if kind == "stats" else (of_sums, of_sums)
+        for got, usual, true, scale in zip(found[1], vanilla[1], truth[1], scales, strict=False):
+            assert_as_accurate(got, usual, true, f"{kind} of {case}", reduction=case.terms, scale=scale)
 
 
 def check_weight_grad(case: Case, prologues: tuple[str, str], act: str, tile: TileConfig | None) -> None:
+    torch.manual_seed(0)
     gathered = case.operand(prologues[0], case.channels[0], case.size, act)
     linear = case.operand(prologues[1], case.channels[1], case.out_size, act)
     truth = REFERENCE.weight_grad(wide(gathered), wide(linear), case.geometry)
@@ -371,11 +378,20 @@ def test_weight_grad_ignores_input_that_no_tap_reaches() -> None:
 
 @pytest.mark.parametrize("op", [*GATHERS, "weight_grad"])
 def test_bfloat16_with_the_tile_that_is_chosen(op: str) -> None:
+    """Within the rounding of the operands and of the result; the interpreter truncates where a GPU rounds to nearest."""
     case = Case(op, Geometry((4, 4), (2, 2), (1, 1)), (4, 4), channels=(16, 32), dtype=torch.bfloat16)
     if op == "weight_grad":
-        check_weight_grad(case, ("bn_backward", "activate"), "relu", None)
+        gathered, linear = (
+            case.operand("bn_backward", 16, case.size, "relu"),
+            case.operand("none", 32, case.out_size, ""),
+        )
+        found = weight_grad(gathered, linear, case.geometry)
+        truth = REFERENCE.weight_grad(wide(gathered), wide(linear), case.geometry)
     else:
-        check_gather(case, "activate", "stats", "relu", None)
+        a, weight = case.operand("activate", 16, case.size, "relu"), case.weight()
+        found, truth = case.run(a, weight, STORE, None)[0], case.reference(wide(a), weight.double(), STORE)[0]
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - truth).norm() < 2 * torch.finfo(torch.bfloat16).eps * truth.norm()
 
 
 @pytest.mark.parametrize("op", GATHERS)
