@@ -19,10 +19,9 @@ struct Moments {
   }
 
   FASTDCGAN_INLINE void merge(const Moments& other) {
-    if (other.count == 0) return;
     const T total = count + other.count;
+    const T weight = total > 0 ? other.count / total : 0;
     const T delta = other.mean - mean;
-    const T weight = other.count / total;
     mean += delta * weight;
     m2 += other.m2 + delta * delta * count * weight;
     count = total;

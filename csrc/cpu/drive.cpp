@@ -58,26 +58,38 @@ class CoefRows {
   std::vector<float> storage_;
 };
 
-// Float sums by column, handed on by channel.
+// Float sums by column, and from them double ones by channel.
 class ColumnSums {
  public:
   ColumnSums(int sums, const Columns& columns, int64_t step)
-      : columns_(columns), sums_(sums), width_(round_up(columns.size(), step)), storage_(sums * width_) {
+      : columns_(columns), sums_(sums), width_(round_up(columns.size(), step)), storage_(sums * width_),
+        totals_(sums * columns.channels) {
     for (int i = 0; i < sums_; ++i) rows_[i] = storage_.data() + i * width_;
   }
   void clear() { std::fill(storage_.begin(), storage_.end(), 0.f); }
   float* const* rows() { return rows_; }
-  // Calls `consume(channel, sums)` for each channel.
-  template <class F>
-  void by_channel(F&& consume) const {
-    for (int64_t c = 0; c < columns_.channels; ++c) {
-      double totals[kMaxSums] = {};
-      for (int i = 0; i < sums_; ++i)
-        for (int64_t r = 0; r < columns_.repeats; ++r)
-          for (int64_t p = 0; p < columns_.pixels; ++p)
-            totals[i] += rows_[i][(r * columns_.channels + c) * columns_.pixels + p];
-      consume(c, totals);
+  // [sums, channels]
+  const double* by_channel() {
+    std::fill(totals_.begin(), totals_.end(), 0.);
+    const int64_t channels = columns_.channels, pixels = columns_.pixels;
+    for (int i = 0; i < sums_; ++i) {
+      double* total = totals_.data() + i * channels;
+      for (int64_t r = 0; r < columns_.repeats; ++r) {
+        const float* row = rows_[i] + r * channels * pixels;
+        if (pixels == 1) {
+#pragma omp simd
+          for (int64_t c = 0; c < channels; ++c) total[c] += row[c];
+        } else {
+          for (int64_t c = 0; c < channels; ++c) {
+            double sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t p = 0; p < pixels; ++p) sum += row[c * pixels + p];
+            total[c] += sum;
+          }
+        }
+      }
     }
+    return totals_.data();
   }
 
  private:
@@ -85,6 +97,7 @@ class ColumnSums {
   int sums_;
   int64_t width_;
   std::vector<float> storage_;
+  std::vector<double> totals_;
   float* rows_[kMaxSums] = {};
 };
 
@@ -181,16 +194,16 @@ void reduce_chunk(const Sweep& sweep, const Cut& cut, Memory m, int64_t chunk, i
         table.expand(columns, sweep.step, sink.coef() + channel, sweep.rows, sink.stride());
     sweep_tile(sweep, m, t, columns.size(), rows, sums.rows());
     const auto count = static_cast<double>(t.repeat * (t.rows * columns.size() + t.rest) / columns.channels);
-    sums.by_channel([&](int64_t c, const double* x) { consume(channel + c, x, count); });
+    consume(channel, columns.channels, sums.by_channel(), count);
   };
   bool begins = sink.starts();
   cut.tiles(chunk, block, kFlushRows, [&](const Tile& t) {
     if (begins) {
       const Tile few{t.first, std::min(t.rows, kStartRows), t.rows ? 0 : t.rest, t.stride};
-      run(few, [&](int64_t c, const double* x, double n) { sink.start(c, x, n); });
+      run(few, [&](auto... args) { sink.start(args...); });
       begins = false;
     }
-    run(t, [&](int64_t c, const double* x, double n) { sink.add(c, x, n); });
+    run(t, [&](auto... args) { sink.add(args...); });
   });
 }
 

@@ -51,11 +51,12 @@ struct Sink {
   // Coefficients by channel, and how far apart the rows of them are. They may change from block to block.
   virtual const float* coef() const = 0;
   virtual int64_t stride() const = 0;
-  // The double sums of `count` values of a channel, for consecutive blocks of the chunk.
-  virtual void add(int64_t channel, const double* sums, double count) = 0;
+  // Double sums [sweep.sums, channels] of `count` values each, of `channels` channels from `first` on. Called for
+  // consecutive blocks of the chunk.
+  virtual void add(int64_t first, int64_t channels, const double* sums, double count) = 0;
   // The same of the chunk's first few values, before any `add`; only if `starts()`.
   virtual bool starts() const { return false; }
-  virtual void start(int64_t, const double*, double) {}
+  virtual void start(int64_t, int64_t, const double*, double) {}
 };
 
 // `coef`: [sweep.rows, groups, channels].

@@ -41,9 +41,10 @@ struct SumSink final : Sink {
       : coef_(coef), stride_(stride), sums(sums), totals(sums * channels) {}
   const float* coef() const override { return coef_; }
   int64_t stride() const override { return stride_; }
-  void add(int64_t c, const double* x, double) override {
-    const int64_t channels = static_cast<int64_t>(totals.size()) / sums;
-    for (int i = 0; i < sums; ++i) totals[i * channels + c] += x[i];
+  void add(int64_t first, int64_t channels, const double* x, double) override {
+    const int64_t all = static_cast<int64_t>(totals.size()) / sums;
+    for (int i = 0; i < sums; ++i)
+      for (int64_t c = 0; c < channels; ++c) totals[i * all + first + c] += x[i * channels + c];
   }
 };
 

@@ -34,24 +34,31 @@ template <int kRows, class Op, class T>
 inline void sweep_rows(
     const Op& op, Tensors<T> t, const float* const* coef, float* const* sums, int64_t columns, int64_t stride) {
   constexpr int kSums = Op::sums;
+  // Unrolled, so that what is indexed by row, half and sum stays in registers.
   for (int64_t column = 0; column < columns; column += kStep) {
     const typename Op::Coef k[2] = {op.load(coef, column), op.load(coef, column + kWidth)};
     V total[2][kSums ? kSums : 1];
+#pragma GCC unroll 2
     for (int h = 0; h < 2; ++h)
+#pragma GCC unroll 2
       for (int i = 0; i < kSums; ++i) total[h][i] = V(0.f);
     // All rows are read before any is written: rows 4 KiB apart would wait for each other.
     Lanes y[kRows], da[kRows];
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       y[r] = read(t.y + r * stride + column);
       if constexpr (Op::reads_grad) da[r] = read(t.da + r * stride + column);
     }
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       Lanes result;
+#pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) result.half[h] = op(k[h], y[r].half[h], da[r].half[h], total[h]);
       if constexpr (Op::stores) {
         if (t.out) write(t.out + r * stride + column, result);
       }
     }
+#pragma GCC unroll 2
     for (int i = 0; i < kSums; ++i) {
       const Lanes before = read(sums[i] + column);
       write(sums[i] + column, Lanes{{before.half[0] + total[0][i], before.half[1] + total[1][i]}});
