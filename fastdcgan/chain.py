@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastdcgan import ops, sync
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.base import STORE, Epilogue, Operand, stat_dtype
+from fastdcgan.backends.base import STORE, Epilogue, Operand, memory_format, stat_dtype
 from fastdcgan.geometry import Geometry, Pair
 
 
@@ -154,7 +154,7 @@ def _forward(
     """`saving`: which of (x, *tensors) need gradients, or None if nothing does. Returns output, stats, states."""
     n = len(plan.blocks)
     before = [False] * (n + 1) if saving is None else wanted(plan, saving)
-    a, found, states = Operand(x), [], []
+    a, found, states = Operand(_entry(x, tensors)), [], []
     for i, block in enumerate(plan.blocks):
         t = of_block(tensors, i)
         last = i + 1 == n
@@ -198,6 +198,22 @@ def _forward(
             continue
         states.append(_State(y if keep_y else None, coef, a.x if keep_a and not deferred else None, total))
     return a.x, found, states
+
+
+def _entry(x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+    """`x`, said to be channels_last where it has one channel and the second block's weight is channels_last.
+
+    One channel is both formats at once. PyTorch would call it contiguous, the first output too, and the second
+    convolution would have to turn that round.
+    """
+    if len(tensors) == PER_BLOCK or x.shape[1] != 1 or not x.is_contiguous():
+        return x
+    weight = tensors[PER_BLOCK]
+    assert weight is not None
+    if memory_format(weight) != torch.channels_last:
+        return x
+    height, width = x.shape[2:]
+    return x.as_strided(x.shape, (height * width, 1, width, 1))
 
 
 def _count(y: Tensor, stat_groups: int) -> int:

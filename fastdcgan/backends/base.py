@@ -138,8 +138,8 @@ class Backend:
         g = geometry
         x, dy = self.finished(gathered), self.finished(linear)
         shape = (dy.shape[1], x.shape[1] // g.groups, *g.kernel)
-        # Only its shape is read: one value, expanded.
-        weight = x.new_empty(1).expand(shape)
+        # Only its shape and strides are read.
+        weight = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
         return torch.ops.aten.convolution_backward(
             dy, x, weight, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [False, True, False]
         )[1]
