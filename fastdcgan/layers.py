@@ -38,7 +38,7 @@ class FusedSequential(nn.Sequential):
 
     def __getitem__(self, idx: int | slice) -> Any:
         if isinstance(idx, slice):  # a part of a layer is no longer that layer
-            return FusedSequential(OrderedDict(list(self._modules.items())[idx]))  # type: ignore[arg-type]
+            return FusedSequential(OrderedDict(list(self._modules.items())[idx]))
         return super().__getitem__(idx)
 
 

@@ -48,8 +48,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _eager(*tensors: Tensor) -> bool:
-    """Whether nobody watches: no compiler, no dispatch mode, no tensor subclass or meta tensor. A primitive then calls its
-    backend at once, which saves the dispatcher's 20 to 30 us for each."""
+    """Whether nobody watches: no compiler, no dispatch mode, no tensor subclass or meta tensor. A primitive then calls
+    its backend at once, which saves the dispatcher's 20 to 30 us for each."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     return all(type(t) in _PLAIN and not t.is_meta for t in tensors)
@@ -111,7 +111,8 @@ def weight_grad(gathered: Operand, linear: Operand, geometry: Geometry, backend:
 
 
 def _weight_geometry(weight: Tensor, args: tuple) -> Geometry:
-    return Geometry(pair(weight.shape[2:]), *(pair(v) for v in args[:3]), args[3])
+    stride, padding, dilation, groups = args
+    return Geometry(pair(weight.shape[2:]), pair(stride), pair(padding), pair(dilation), groups)
 
 
 def _conv(*args) -> tuple[Tensor, Tensor]:
@@ -153,7 +154,7 @@ def _fake_conv(*args) -> tuple[Tensor, Tensor]:
 
 def _fake_conv_transpose(*args) -> tuple[Tensor, Tensor]:
     x, weight = _finished(*args[:2]), args[5]
-    extra = _weight_geometry(weight, args[6:10]).output_padding(*x.shape[2:], args[10])
+    extra = _weight_geometry(weight, args[6:10]).output_padding(x.shape[2], x.shape[3], args[10])
     out = torch.ops.aten.convolution(x, weight, None, *args[6:9], True, extra, args[9])
     return _fake_epilogue(out, Epilogue(*args[11:17]))
 

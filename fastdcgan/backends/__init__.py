@@ -7,6 +7,7 @@ one runs: `select` gives a name, and the primitives take that name.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import types
@@ -19,6 +20,7 @@ from fastdcgan.backends.base import Backend, Unavailable, memory_format
 __all__ = ["Backend", "Unavailable", "backend", "get", "memory_format", "reasons", "requested", "select", "status"]
 
 NAMES = ("triton", "cuda", "cpu", "reference")  # the order in which "auto" tries them
+_CLASSES = {"triton": "TritonBackend", "cpu": "CPUBackend", "reference": "ReferenceBackend"}
 _requested: str = os.environ.get("FASTDCGAN_BACKEND", "auto")
 _loaded: dict[str, Backend | Unavailable] = {}  # each backend is tried once
 _selected: dict[tuple[str, torch.dtype], str] = {}  # what "auto" found
@@ -40,19 +42,13 @@ def get(name: str) -> Backend:
 
 
 def _load(name: str) -> Backend:
-    if name == "reference":
-        from fastdcgan.backends.reference import ReferenceBackend as kind
-    elif name == "cpu":
-        from fastdcgan.backends.cpu import CPUBackend as kind
-    elif name == "triton":
-        from fastdcgan.backends.triton import TritonBackend as kind
-    elif name in NAMES:
+    if name in _CLASSES:
+        return getattr(importlib.import_module(f"fastdcgan.backends.{name}"), _CLASSES[name])()
+    if name in NAMES:
         from fastdcgan.backends.planned import PlannedBackend
 
         return PlannedBackend(name)
-    else:
-        raise ValueError(f"unknown backend {name!r}: expected 'auto' or one of {', '.join(map(repr, NAMES))}")
-    return kind()
+    raise ValueError(f"unknown backend {name!r}: expected 'auto' or one of {', '.join(map(repr, NAMES))}")
 
 
 def status() -> dict[str, str]:
