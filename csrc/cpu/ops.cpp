@@ -181,6 +181,39 @@ Tensor grad_coefficients(const Tensor& sums_, const Tensor& coef_, double count)
   return out;
 }
 
+// For each group in order: running = momentum*batch + (1 - momentum)*running, with the roundings of PyTorch's kernel: the
+// mean in float, the batch's variance in double. `factor` [groups], where given, takes the place of `momentum`.
+void update_running_(
+    const Tensor& mean, const Tensor& var, const Tensor& stats_, const optional<Tensor>& shift_,
+    const optional<Tensor>& factor_, double momentum) {
+  TORCH_CHECK_VALUE(
+      stats_.dim() == 3 && stats_.size(0) == 3 && mean.dim() == 1 && mean.size(0) == stats_.size(2) &&
+          var.sizes() == mean.sizes(),
+      "expected statistics [3, groups, channels] and running ones [channels], got ", stats_.sizes(), ", ",
+      mean.sizes(), " and ", var.sizes());
+  TORCH_CHECK_TYPE(
+      stats_.scalar_type() == at::kFloat && mean.scalar_type() == at::kFloat && var.scalar_type() == at::kFloat &&
+          mean.is_contiguous() && var.is_contiguous(),
+      "expected contiguous float32 statistics");
+  const Tensor stats = stats_.contiguous();
+  const int64_t groups = stats.size(1), channels = stats.size(2);
+  const auto shifts = by_channel(shift_, 0, 1, channels);
+  const auto factors = by_channel(factor_, static_cast<float>(momentum), 1, groups);
+  const float* values = stats.const_data_ptr<float>();
+  float *means = mean.data_ptr<float>(), *variances = var.data_ptr<float>();
+  for (int64_t g = 0; g < groups; ++g) {
+    const float *batch = values + g * channels, *unbiased = values + (2 * groups + g) * channels;
+    const float weight = static_cast<float>(factors[g]), keep = static_cast<float>(1 - factors[g]);
+    for (int64_t c = 0; c < channels; ++c) {
+      // Products and sums are rounded one by one: volatile keeps the compiler from fusing them.
+      const volatile float fresh = weight * (batch[c] + static_cast<float>(shifts[c])), old = keep * means[c];
+      const volatile float old_variance = keep * variances[c];
+      means[c] = fresh + old;
+      variances[c] = static_cast<float>(factors[g] * unbiased[c] + old_variance);
+    }
+  }
+}
+
 // The threads that a parallel region of this library gets: at::get_num_threads(), unless it was built without OpenMP or
 // runs on another OpenMP runtime than torch.
 int64_t threads() {
@@ -201,6 +234,9 @@ TORCH_LIBRARY(fastdcgan_cpu, m) {
   m.def(
       "coefficients(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? shift, float eps) -> Tensor");
   m.def("grad_coefficients(Tensor sums, Tensor coef, float count) -> Tensor");
+  m.def(
+      "update_running_(Tensor(a!) mean, Tensor(b!) var, Tensor stats, Tensor? shift, Tensor? factor, float momentum) "
+      "-> ()");
   m.def("threads() -> int", fastdcgan::cpu::threads);
 }
 
@@ -212,4 +248,5 @@ TORCH_LIBRARY_IMPL(fastdcgan_cpu, CPU, m) {
   m.impl("batch_stats", fastdcgan::cpu::batch_stats);
   m.impl("coefficients", fastdcgan::cpu::coefficients);
   m.impl("grad_coefficients", fastdcgan::cpu::grad_coefficients);
+  m.impl("update_running_", fastdcgan::cpu::update_running_);
 }

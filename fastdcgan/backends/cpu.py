@@ -79,5 +79,13 @@ class CPUBackend(Backend):
     ) -> Tensor:
         return torch.ops.fastdcgan_cpu.coefficients(mean, var, weight, bias, shift, eps)
 
+    def update_running(
+        self, mean: Tensor, var: Tensor, stats: Tensor, shift: Tensor | None, factor: Tensor | None, momentum: float
+    ) -> None:
+        if mean.dtype == var.dtype == torch.float32 and mean.is_contiguous() and var.is_contiguous():
+            torch.ops.fastdcgan_cpu.update_running_(mean, var, stats, shift, factor, momentum)
+        else:
+            super().update_running(mean, var, stats, shift, factor, momentum)
+
     def grad_coefficients(self, sums: Tensor, coef: Tensor, count: float) -> Tensor:
         return torch.ops.fastdcgan_cpu.grad_coefficients(sums, coef, count)
