@@ -77,6 +77,7 @@ class Compiled:
     geometry: str
     tile: str
     loads: str  # "descriptors" | "pointers"
+    aligned: bool  # whether the rows of both operands are multiples of 16 bytes
     registers: int
     spills: int
     shared_memory: int
@@ -260,6 +261,10 @@ def compile_case(case: Case) -> Compiled:
         geometry=f"k{case.block.kernel}s{case.block.stride}p{case.block.padding}",
         tile=_tile(config),
         loads=_loads(arguments),
+        aligned=all(
+            channels * DTYPES[case.dtype].itemsize % 16 == 0
+            for channels in (case.block.in_channels, case.block.out_channels)
+        ),
         registers=int(registers.group(1)),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         shared_memory=binary.metadata.shared,
@@ -300,7 +305,7 @@ def faults(compiled: Compiled) -> list[str]:
         found.append("no tensor core instruction")
     if compiled.arch == 90 and compiled.dtype == "bf16" and compiled.loads == "descriptors":
         found += [f"no {what}" for what in ("wgmma", "bulk_copies") if not getattr(compiled, what)]
-    if compiled.loads == "pointers" and not compiled.async_copies:
+    if compiled.loads == "pointers" and compiled.aligned and not compiled.async_copies:
         found.append("no asynchronous copy")
     return found
 
@@ -324,8 +329,8 @@ def read(path: Path = TABLE) -> tuple[str, dict[str, Compiled]]:
 def write(rows: Sequence[Compiled], path: Path = TABLE) -> None:
     """The table as JSON, and next to it as Markdown."""
     rows = sorted(rows, key=lambda row: (row.arch, row.dtype, row.op, row.key))
-    content = {"triton": triton.__version__, "kernels": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    kernels = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    path.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{kernels}\n]}}\n')
     columns = ("op", "geometry", "dtype", "prologue", "epilogue", "tile", "loads")
     counts = ("registers", "spills", "shared_memory", "instructions", "tensor_core", "bulk_copies", "async_copies")
     lines = [f"# What the Triton contractions compile to (triton {triton.__version__})", ""]

@@ -140,6 +140,7 @@ _LADDER = {
         (128, 64, 8, 3, 0.8),
         (64, 128, 8, 3, 0.8),
         (64, 64, 4, 4, 0.65),
+        (64, 64, 8, 4, 0.6),
         (128, 32, 4, 4, 0.55),
         (64, 32, 4, 4, 0.45),
         (128, 16, 4, 4, 0.3),
@@ -163,16 +164,25 @@ _LADDER = {
         (128, 64, 8, 4, 0.7),
         (64, 128, 8, 4, 0.7),
         (64, 64, 4, 4, 0.5),
+        (64, 64, 8, 4, 0.45),
         (128, 32, 4, 4, 0.4),
         (64, 32, 4, 4, 0.3),
         (128, 16, 4, 4, 0.2),
         (64, 16, 4, 4, 0.15),
     ),
 }
-# Per architecture the accumulators that a thread has room for beside (grad_stats, two prologues, anything else), and
-# the values of a tile that it has room for where bn_backward loads two of them, alone and with the accumulators: as
-# compiled, without spilling (benchmarks/results/triton_compile.md).
-_ROOM = {80: (32, 32, 64), 90: (64, 64, 128), 100: (64, 32, 64)}
+# What a thread has room for without spilling, as compiled (benchmarks/results/triton_compile.md). Per architecture and
+# bytes of a value, accumulators beside (grad_stats; two prologues, or bn_backward in weight_grad; anything else); then
+# the values of a tile where bn_backward loads two of them, alone and with the accumulators.
+_ROOM = {
+    (80, 2): (32, 32, 64),
+    (80, 4): (32, 16, 32),
+    (90, 2): (64, 64, 128),
+    (90, 4): (64, 64, 128),
+    (100, 2): (64, 32, 64),
+    (100, 4): (32, 16, 64),
+}
+_ROOM_POINTERS = {80: 64, 90: 64, 100: 16}  # where rows are no multiple of 16 bytes
 _ROOM_BN_BACKWARD = 32
 _ROOM_BOTH = 128
 _STEP_BYTES = 128  # of one row of a tile: the widest swizzle of shared memory
@@ -223,11 +233,14 @@ def search_space(problem: Problem, device: Device) -> list[TileConfig]:
 
 def _has_registers(config: TileConfig, problem: Problem, device: Device) -> bool:
     """Whether prologues and epilogue have the registers that they need beside the accumulators."""
-    grad_stats, two_prologues, other = _ROOM[device.arch if problem.descriptors else 80]
+    grad_stats, two_prologues, other = _ROOM[device.arch, problem.dtype.itemsize]
     if problem.epilogue == "grad_stats":
         room = grad_stats
     else:
-        room = other if "none" in problem.prologues else two_prologues
+        heavy = "none" not in problem.prologues or (problem.op == "weight_grad" and "bn_backward" in problem.prologues)
+        room = two_prologues if heavy else other
+    if not problem.descriptors:
+        room = min(room, _ROOM_POINTERS[device.arch])
     threads = 32 * config.num_warps
     loaded = [
         side * config.block_k // threads

@@ -378,7 +378,7 @@ def test_weight_grad_ignores_input_that_no_tap_reaches() -> None:
 
 @pytest.mark.parametrize("op", [*GATHERS, "weight_grad"])
 def test_bfloat16_with_the_tile_that_is_chosen(op: str) -> None:
-    """Within the rounding of the operands and of the result; the interpreter truncates where a GPU rounds to nearest."""
+    """Within the rounding of operands and result; the interpreter truncates where a GPU rounds to nearest."""
     case = Case(op, Geometry((4, 4), (2, 2), (1, 1)), (4, 4), channels=(16, 32), dtype=torch.bfloat16)
     if op == "weight_grad":
         gathered, linear = (
