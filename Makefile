@@ -57,7 +57,8 @@ demo: $(EXTENSIONS) ## train a DCGAN on MNIST, show samples and a table: fused v
 	$(BIN)/fastdcgan demo $(ARGS)
 
 test: lint $(EXTENSIONS) ## lint, then the tests
-	$(BIN)/python -m pytest tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/triton/interpreter $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/interpreter $(ARGS)
 
 lint: $(EXTENSIONS) ## ruff and mypy
 	$(BIN)/ruff check .
