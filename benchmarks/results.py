@@ -126,7 +126,9 @@ class Results:
 
 def load(folder: Path = RESULTS) -> list[Results]:
     """All results files of a folder that are no dry runs, newest last."""
-    found = [Results.read(path) for path in sorted(folder.glob("*.json"))]
+    # The figures of `compile_table.py` lie in the same folder.
+    paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith("triton_")]
+    found = [Results.read(path) for path in paths]
     return sorted((r for r in found if not r.dry), key=lambda r: str(r.environment["created"]))
 
 
