@@ -1,6 +1,5 @@
-"""What all tests share: the device, seeds, threads, hypothesis' profile, and the backends that can run here.
+"""What all tests share: the device (`machine.py`), seeds, threads, hypothesis' profile, and the backends.
 
-FASTDCGAN_TEST_DEVICE   the device that the tests run on ("cpu" by default, or "cuda")
 FASTDCGAN_TEST_THREADS  CPU threads (1 by default: the tensors are small, and waiting threads take time from each other)
 HYPOTHESIS_PROFILE      "fixed" (the default: the same examples on every run) or "explore" (new ones, more of them)
 """
@@ -13,11 +12,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from machine import DEVICE, backends_here
 
 import fastdcgan
-from fastdcgan import backends
 
-DEVICE = torch.device(os.environ.get("FASTDCGAN_TEST_DEVICE", "cpu"))
 SLOW_CALLS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
 settings.register_profile("fixed", deadline=None, derandomize=True, database=None, suppress_health_check=SLOW_CALLS)
@@ -34,11 +32,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"device: {DEVICE}", *(f"backend {name}: {status}" for name, status in fastdcgan.backends().items())]
-
-
-def backends_here(dtype: torch.dtype = torch.float32) -> list[str]:
-    """The names of the backends that run blocks of `dtype` on the test device."""
-    return [name for name, reason in backends.reasons(DEVICE.type, dtype).items() if reason is None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

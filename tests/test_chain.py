@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import backends_here
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from machine import backends_here
 from torch import nn
 from torch.nn import functional as F
 from twins import (

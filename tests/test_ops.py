@@ -8,7 +8,7 @@ from collections.abc import Callable
 import formulas
 import pytest
 import torch
-from conftest import DEVICE, backends_here
+from machine import DEVICE, backends_here
 from tolerance import assert_as_accurate, assert_same_float64
 from torch import Tensor
 

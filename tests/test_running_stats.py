@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DEVICE
+from machine import DEVICE
 from torch import Tensor, nn
 from twins import block, channels_last, in_dtype, numbers, twin
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
+from machine import DEVICE
 from models import Discriminator, Generator
 from torch import Tensor, nn
 from twins import block, channels_last, discriminator, in_dtype, numbers, twin

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
+from machine import DEVICE
 from tolerance import assert_same_float64
 from torch import Tensor, nn
 from torch.func import functional_call

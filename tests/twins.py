@@ -7,7 +7,7 @@ import itertools
 from typing import Any
 
 import torch
-from conftest import DEVICE
+from machine import DEVICE
 from tolerance import assert_as_accurate, assert_same_float64
 from torch import Tensor, nn
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import DEVICE
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from machine import DEVICE
 from tolerance import assert_as_accurate
 from torch import Tensor
 

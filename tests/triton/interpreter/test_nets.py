@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from alike import assert_alike, build, draw, results
-from conftest import DEVICE
+from machine import DEVICE
 from models import Discriminator, Generator
 from torch import Tensor, nn
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import DEVICE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from machine import DEVICE
 from tolerance import assert_as_accurate
 from torch import Tensor
 
