@@ -49,7 +49,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def _eager(*tensors: Tensor) -> bool:
     """Whether nobody watches: no compiler, no dispatch mode, no tensor subclass or meta tensor. A primitive then calls
-    its backend at once, which saves the dispatcher's 20 to 30 us for each."""
+    its backend at once, without the way through the dispatcher."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     return all(type(t) in _PLAIN and not t.is_meta for t in tensors)

@@ -1,4 +1,4 @@
-"""Names of the design that have no kernels in this version: asking for one says so."""
+"""Names of backends that have no kernels in this version: asking for one says so."""
 
 from __future__ import annotations
 
