@@ -1,0 +1,86 @@
+// What a kernel and its caller may not spell themselves: a launch, shared memory, the size of the device. nvcc maps
+// these wrappers to CUDA, a host compiler to the shim in tests/cuda_on_cpu, so every kernel runs on a CPU too. For that
+//   - kernel files (.cuh) include these wrappers, csrc/common and each other, and nothing of CUDA or torch;
+//   - blocks are whole warps, and every thread reaches every barrier and full-mask collective: mask work, never return;
+//   - neither kernels nor wrappers copy or fill a constant size by memcpy or memset, which g++ inlines where the thread
+//     sanitizer does not see it.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#else
+#include "cuda_on_cpu.h"
+#endif
+
+#define GPU_INLINE __device__ __forceinline__
+#define GPU_HOST_INLINE __host__ __device__ __forceinline__
+
+namespace fastdcgan::gpu {
+
+#ifdef __CUDACC__
+using Stream = cudaStream_t;
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+#else
+using Stream = void*;
+#endif
+
+struct Launch {
+  const char* name;  // of the kernel, for errors
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  Stream stream = nullptr;
+};
+
+// Runs `kernel`; throws std::runtime_error with its name where CUDA refuses. Allowed while a stream is captured.
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), const Launch& l, Args&&... args) {
+#ifdef __CUDACC__
+  if (l.shared_bytes > 48 * 1024) {
+    const int bytes = static_cast<int>(l.shared_bytes);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), l.name);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = l.grid;
+  config.blockDim = l.block;
+  config.dynamicSmemBytes = l.shared_bytes;
+  config.stream = l.stream;
+  check(cudaLaunchKernelEx(&config, kernel, Params(std::forward<Args>(args))...), l.name);
+#else
+  cuda_on_cpu::launch(kernel, {l.grid, l.block, l.shared_bytes, l.name}, std::forward<Args>(args)...);
+#endif
+}
+
+// The block's shared memory as a T. Launch with shared_bytes = sizeof(T).
+template <class T>
+GPU_INLINE T& shared_memory() {
+  static_assert(alignof(T) <= 128, "dynamic shared memory is aligned to 128 bytes");
+#ifdef __CUDACC__
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return *reinterpret_cast<T*>(bytes);
+#else
+  return *static_cast<T*>(cuda_on_cpu::engine.shared_bytes(sizeof(T)));
+#endif
+}
+
+// Of the current device.
+inline int multiprocessors() {
+#ifdef __CUDACC__
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+#else
+  return cuda_on_cpu::options.multiprocessors;
+#endif
+}
+
+}  // namespace fastdcgan::gpu

@@ -1,0 +1,12 @@
+// CUDA kernels on a CPU: just enough of the CUDA language for g++ to compile a kernel file and run it, thread for
+// thread, so that a machine without a GPU can prove the kernel right. What is checked:
+//   - a barrier or warp collective that not every thread reaches, or reaches at another line
+//   - reads of shared memory nobody wrote, and use of a cp.async result before its wait
+//   - accesses past the ends of a GuardedBuffer, and writes to one that is read-only
+//   - with -fsanitize=address any access out of bounds, with -fsanitize=thread any data race
+// What a CPU can't show: bank conflicts, tensor-core rounding, memory-order subtleties, register limits, timing.
+#pragma once
+
+#include "builtins.h"
+#include "engine.h"
+#include "language.h"

@@ -1,0 +1,45 @@
+// What the engine keeps of each CUDA thread, and of a launch.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+
+#include "fiber.h"
+#include "language.h"
+
+namespace cuda_on_cpu {
+
+struct LaunchShape {
+  dim3 grid, block;
+  size_t shared_bytes;
+  const char* name;
+};
+
+struct AsyncCopy {  // one cp.async under way
+  void* to;
+  unsigned char data[16];
+  int group;
+};
+
+struct Thread {
+  enum class State : uint8_t { ready, at_barrier, in_warp_call, returned };
+
+  Fiber* fiber = nullptr;
+  State state = State::ready;
+  uint3 index{};
+  const char* call = "";  // the collective it waits in, and where
+  Site site{"", 0};
+  unsigned mask = 0;
+  const void* in = nullptr;
+  void* out = nullptr;
+  unsigned barriers = 0, warp_barriers = 0;
+  std::deque<AsyncCopy> copies;
+  int copy_groups = 0;
+
+  // For the next block.
+  void restart(Fiber& on) {
+    fiber = &on, state = State::ready, barriers = warp_barriers = 0, copies.clear(), copy_groups = 0;
+  }
+};
+
+}  // namespace cuda_on_cpu
