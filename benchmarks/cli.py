@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastdcgan.backends import measured
 from fastdcgan.benchmarks import suites, tables
 from fastdcgan.benchmarks.harness import Timing
 from fastdcgan.benchmarks.peers import PEERS, default_peers
@@ -46,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="interleaved rounds a case (default: what fits into its time)")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of: {', '.join(PEERS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to FILE")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="on a GPU: first search for the best tiles and seams (minutes), and keep them",
+    )
     parser.add_argument("--quick", action="store_true", help="a small net, few blocks, few rounds")
 
 
@@ -57,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
 
     device = _device(args.device)
     batches = args.batch or [_plan(args, device).batch]
+    if args.tune and device.type != "cuda":
+        raise ValueError("--tune searches among GPU kernels, and this runs on a CPU: leave it out")
     for name, values in (("--batch", batches), ("--rounds", [args.rounds] if args.rounds is not None else [])):
         if min(values, default=1) < 1:
             raise ValueError(f"{name} has to be at least 1, not {min(values)}")
@@ -70,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         def show(case: str, text: str) -> None:
             status.update(f"{case}: {text}")
 
-        cases = list(_cases(args, device, batches, show))
+        with measured.tuning() if args.tune else contextlib.nullcontext():
+            cases = list(_cases(args, device, batches, show))
     results = Results("bench", facts, cases)
 
     console.print(tables.caption(results))

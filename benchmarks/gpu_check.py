@@ -110,6 +110,7 @@ class Check:
         self.outcomes: list[Outcome] = []
         self.device = "cpu" if dry else "cuda"
         self.work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+        self.measured = self.work / "measured"  # what "auto" measures in this run, from nothing
         out.mkdir(parents=True, exist_ok=True)
         self.log = (out / "gpu-check.log").open("w")
 
@@ -134,6 +135,7 @@ class Check:
             Part("memcheck", 60, lambda: self._sanitizer("memcheck"), environment=uncached),
             Part("racecheck", 60, lambda: self._sanitizer("racecheck"), environment=uncached),
             self._timings("blocks", "blocks", 60, batches[0], seconds / 6, blocks),
+            *(self._contractions(batch, seconds / 12) for batch in (batches[0], batches[-1])[: 1 + (not self.dry)]),
             *(
                 self._timings(
                     "step", f"compiled-{batch}", 45 if self.dry else 100, batch, seconds, compiled, required=False
@@ -162,6 +164,10 @@ class Check:
         selected = [word for case in cases for word in ("--case", *case)]
         arguments = (command, self._file(name), "--batch", str(batch), "--seconds", str(seconds), *selected)
         return Part(name, limit_s, lambda: self._worker(*arguments), required)
+
+    def _contractions(self, batch: int, seconds: float) -> Part:
+        arguments = (self._file(f"contractions-{batch}"), "--batch", str(batch), "--seconds", str(seconds))
+        return Part(f"contractions-{batch}", 90, lambda: self._worker("contractions", *arguments), required=False)
 
     def _build(self) -> Sequence[str]:
         # A dry run prepares the build and installs nothing.
@@ -229,6 +235,7 @@ class Check:
             "MPLBACKEND": "Agg",
             "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
             "TRITON_CACHE_DIR": str(self.work / "triton"),
+            "FASTDCGAN_MEASURED": str(self.measured),
         }
         if self.dry:
             # Tiny shapes gain nothing from more threads and processes, and lose on a busy machine.
@@ -290,6 +297,8 @@ class Check:
                 merged["extra"] |= found["extra"]
         if not merged:
             return None
+        if self.measured.exists():
+            merged["extra"]["measured"] = json.loads(self.measured.read_text())["gpus"]
         merged["extra"]["parts"] = [asdict(outcome) for outcome in self.outcomes]
         device = merged["environment"]["device"].lower()
         slug = "dry" if self.dry else re.sub(r"[^a-z0-9]+", "-", device).strip("-")

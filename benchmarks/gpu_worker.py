@@ -16,6 +16,7 @@ from torch import Tensor
 import fastdcgan
 from fastdcgan import backends
 from fastdcgan.benchmarks import harness, plots, results, steps, suites, tables
+from fastdcgan.benchmarks.contractions import run_layer
 from fastdcgan.benchmarks.floors import step_flops
 from fastdcgan.benchmarks.results import Case, Results
 from fastdcgan.benchmarks.shapes import NetShape, inputs
@@ -43,6 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument(
             "--case", nargs="+", action="append", required=True, metavar="NAME", help="a dtype, then peers; repeatable"
         )
+    layers = commands.add_parser("contractions")
+    layers.set_defaults(run=_contractions)
+    layers.add_argument("file", type=Path)
+    layers.add_argument("--batch", type=int, required=True)
+    layers.add_argument("--seconds", type=float, required=True, help="to time a case for")
     report = commands.add_parser("report")
     report.set_defaults(run=_report)
     report.add_argument("file", type=Path)
@@ -122,6 +128,16 @@ def _blocks(args: argparse.Namespace, device: torch.device) -> int:
     for dtype, *names in args.case:
         for block in blocks[1:3] if args.dry else blocks:
             _add(found, suites.run_block(block, args.batch, names, device, dtype, _timing(args)), args.file)
+    return int(bool(found.bad))
+
+
+def _contractions(args: argparse.Namespace, device: torch.device) -> int:
+    """The layers without an image side, whose arithmetic counts."""
+    found = _empty(args, device)
+    shape = DRY_SHAPE if args.dry else SHAPE
+    for block in (*shape.generator(), *shape.discriminator()):
+        if shape.channels not in (block.in_channels, block.out_channels):
+            _add(found, run_layer(block, args.batch, device, "bf16", _timing(args)), args.file)
     return int(bool(found.bad))
 
 

@@ -67,9 +67,9 @@ def step_cells(results: Results) -> Cells:
     return header, lines
 
 
-def block_cells(results: Results) -> Cells:
+def block_cells(results: Results, suite: str = "blocks") -> Cells:
     """One line per block, part and dtype: the reference's time, and every other peer's over it."""
-    cases = [case for case in results.cases if case.suite == "blocks"]
+    cases = [case for case in results.cases if case.suite == suite]
     labels = list(dict.fromkeys(row.label for case in cases for row in case.rows if row.peer != case.reference))
     lines: list[Sequence[str]] = []
     for case in cases:
@@ -103,8 +103,18 @@ def caption(results: Results) -> str:
 
 NOTE = "Medians of interleaved rounds; in brackets the quartiles; ~ where the spread is larger than the difference."
 
-CELLS: dict[str, Callable[[Results], Cells]] = {"step": step_cells, "blocks": block_cells}
-TITLES = {"step": "Training step", "blocks": "Blocks"}
+
+def contraction_cells(results: Results) -> Cells:
+    """As `block_cells`, of the bare contractions."""
+    return block_cells(results, "contractions")
+
+
+CELLS: dict[str, Callable[[Results], Cells]] = {
+    "step": step_cells,
+    "blocks": block_cells,
+    "contractions": contraction_cells,
+}
+TITLES = {"step": "Training step", "blocks": "Blocks", "contractions": "Contractions alone"}
 TABLES = {"cpu": "cpu", "gpu": "cuda"}  # marker -> device type
 
 

@@ -1,18 +1,25 @@
 """What the heuristic plans for a DCGAN step on an H100: `python -m fastdcgan.benchmarks.tile_plan`.
 
 For every contraction of the 64x64 net in bfloat16: multiply-adds, bytes, the time that they take at best, the tile, and
-how much of the tensor cores' time the tile can use. Computed, not measured: it says where to look first once there are
+how much of the tensor cores' time the tile can use; for every pass over memory and every image-side contraction its
+bytes; for every seam what the rule chooses. Computed, not measured: it says where to look first once there are
 measurements, and what no measurement can exceed. Written to `results/triton_plan.md`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+import torch
 
 from fastdcgan.benchmarks.compile_table import Case, cases, launches
 from fastdcgan.benchmarks.results import RESULTS
+from fastdcgan.benchmarks.shapes import NetShape
+from fastdcgan.blocks import FoundChain, block_of, segments
 from fastdcgan.kernels import tiles
+from fastdcgan.kernels.seams import seams
 
 PLAN = RESULTS / "triton_plan.md"
 # Measured on an H100, in bfloat16 (FLOP/s) and on a copy (bytes/s).
@@ -76,11 +83,61 @@ def table(batch: int) -> Iterator[str]:
         yield "| " + " | ".join(row(case)) + " |"
 
 
+# --- bound by bytes ---------------------------------------------------------------------------------------------------
+
+# Tensors of the size of a block's output that a pass reads and writes.
+_PASSES = {"batch_stats": 1, "norm_act": 2, "norm_act_reduce, grad_stats": 2, "norm_act backward": 3}
+
+
+def byte_bound(shape: NetShape, batch: int) -> Iterator[list[str]]:
+    """(kernel, block, MB, floor in us) of the passes and the image-side contractions."""
+    for block in (*shape.generator(), *shape.discriminator()):
+        if shape.channels in (block.in_channels, block.out_channels):
+            size = ACTIVATION_BYTES * (block.inputs(batch) + block.outputs(batch) + block.weights)
+            ops = ("forward", "input gradient", "weight gradient")
+            rows = {f"narrow: {op}": size for op in (ops if block.in_size > 1 else ops[::2])}
+        elif block.norm:
+            rows = {name: ACTIVATION_BYTES * count * block.outputs(batch) for name, count in _PASSES.items()}
+        else:
+            continue
+        for name, moved_bytes in rows.items():
+            yield [name, block.name, f"{moved_bytes / 1e6:.1f}", f"{moved_bytes / BANDWIDTH * 1e6:.1f}"]
+
+
+# --- seams ------------------------------------------------------------------------------------------------------------
+
+
+def seam_rows(shape: NetShape) -> Iterator[list[str]]:
+    """(net, deferred seams, blocks whose dy is never stored) by the rule, in training."""
+    for name, net, described in zip("GD", shape.nets(), (shape.generator(), shape.discriminator()), strict=True):
+        (chain,) = segments(net.to(torch.bfloat16))
+        assert isinstance(chain, FoundChain)
+        plan = [block_of(found, False, "triton") for found in chain.blocks]
+        weights = [found.conv.weight for found in chain.blocks]
+        image = (described[0].in_size,) * 2
+        chosen = seams(plan, weights, image, [False, *[True] * len(plan)])
+        between = [f"{a.name}-{b.name}" for a, b in itertools.pairwise(described)]
+        deferred = [seam for seam, flag in zip(between, chosen.deferred, strict=True) if flag]
+        lazy = [block.name for block, flag in zip(described, chosen.lazy_grad, strict=True) if flag]
+        yield [name, ", ".join(deferred) or "none", ", ".join(lazy) or "none"]
+
+
+def _lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "---|" * len(header)
+    for cells in rows:
+        yield "| " + " | ".join(cells) + " |"
+
+
 def write(path: Path = PLAN) -> None:
     lines = ["# The plan of the Triton contractions on an H100 (computed, not measured)", ""]
-    lines += ["Written by `python -m fastdcgan.benchmarks.tile_plan`; NOTES-triton.md says how to read it.", ""]
+    lines += ["Written by `python -m fastdcgan.benchmarks.tile_plan`; NOTES.md says how to read it.", ""]
+    shape = NetShape()
+    lines += ["## Seams", "", *_lines(("net", "deferred", "dy never stored"), seam_rows(shape)), ""]
     for batch in (128, 1024):
         lines += [f"## Batch {batch}", "", *table(batch), ""]
+        header = ("bound by bytes", "block", "MB", "floor, us")
+        lines += [*_lines(header, byte_bound(shape, batch)), ""]
     path.write_text("\n".join(lines))
 
 

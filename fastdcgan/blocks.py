@@ -22,7 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fastdcgan import checks
+from fastdcgan import backends, checks
 from fastdcgan.activations import from_module
 from fastdcgan.chain import Block, BlockTensors, Norm
 from fastdcgan.functional import Running, block_backend, compute_dtype, run_chain
@@ -213,6 +213,7 @@ class Record:
     shape: tuple[int, ...]
     dtype: torch.dtype
     backend: str
+    route: str  # which of its ways the backend took, or ""
 
 
 @dataclass
@@ -220,6 +221,18 @@ class Recorder:
     """Collects `Record`s while `explain` runs a model."""
 
     records: list[Record] = field(default_factory=list)
+
+    def run(self, chain: FoundChain, backend: str, x: Tensor, call: Callable[[], Tensor]) -> Tensor:
+        runs = backends.get(backend)
+        runs.seen = []
+        try:
+            out = call()
+            routes = [*runs.seen, *[""] * len(chain.blocks)]
+            for found, route in zip(chain.blocks, routes, strict=False):
+                self.records.append(Record(found.conv, tuple(x.shape), compute_dtype(x), backend, route))
+        finally:
+            runs.seen = None
+        return out
 
 
 recorder: Recorder | None = None
@@ -284,16 +297,18 @@ def _call_chain(chain: FoundChain, x: Tensor, stat_groups: int, seams: str) -> T
     backend = block_backend(x)
     blocks, tensors, running = [], [], []
     for found in chain.blocks:
-        blocks.append(_block(found, chain.pad is not None and found is chain.blocks[0], backend))
+        blocks.append(block_of(found, chain.pad is not None and found is chain.blocks[0], backend))
         tensors.append(_tensors(found))
         running.append(_running(found.norm))
     if recorder is not None and not torch.compiler.is_compiling():
-        recorder.records.extend(Record(f.conv, tuple(x.shape), compute_dtype(x), backend) for f in chain.blocks)
-    out = run_chain(blocks, x, tensors, running, stat_groups, seams)
+        out = recorder.run(chain, backend, x, lambda: run_chain(blocks, x, tensors, running, stat_groups, seams))
+    else:
+        out = run_chain(blocks, x, tensors, running, stat_groups, seams)
     return out[0] if unbatched else out
 
 
-def _block(found: FoundBlock, padded: bool, backend: str) -> Block:
+def block_of(found: FoundBlock, padded: bool, backend: str) -> Block:
+    """The block as a chain takes it; `padded`: its padding is applied before the chain."""
     conv, norm = found.conv, found.norm
     if padded or conv.padding == "valid":
         padding = (0, 0)

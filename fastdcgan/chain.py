@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastdcgan import ops, sync
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.base import STORE, Epilogue, Operand, memory_format, stat_dtype
+from fastdcgan.backends.base import STORE, Epilogue, Operand, Seams, memory_format, stat_dtype
 from fastdcgan.geometry import Geometry, Pair
 
 
@@ -74,12 +74,11 @@ def of_block(values: Sequence[Any], i: int) -> BlockTensors:
 
 @dataclass(frozen=True)
 class Plan:
-    """The blocks, and the choices that change speed and memory but no result beyond rounding."""
+    """What a chain does."""
 
     blocks: tuple[Block, ...]
-    stat_groups: int = 1
-    deferred: tuple[bool, ...] = ()  # per seam: pass (y, coef) on, not the finished a
-    lazy_grad: tuple[bool, ...] = ()  # per block: dy is computed where it is loaded, and never stored
+    stat_groups: int
+    seams: Seams
 
 
 class _State(NamedTuple):
@@ -158,7 +157,7 @@ def _forward(
     for i, block in enumerate(plan.blocks):
         t = of_block(tensors, i)
         last = i + 1 == n
-        deferred = not last and plan.deferred[i]
+        deferred = not last and plan.seams.deferred[i]
         keep_a = saving is not None and not last and bool(saving[1 + (i + 1) * PER_BLOCK])  # the next dw reads it
         keep_y = before[i + 1] or (keep_a and deferred)
         # act'(z) is then act'(a): a takes the place of y, which nothing else reads. Not where the caller gets a and may
@@ -300,8 +299,7 @@ def _backward(
         dy, grads[first + 1 : first + 4] = _norm_act_backward(
             block, plan.stat_groups, states[i], t.bias, need, da, sums
         )
-        lazy = bool(plan.lazy_grad) and plan.lazy_grad[i]
-        if dy.coef is not None and not lazy and (need.weight or before[i]):
+        if dy.coef is not None and not plan.seams.lazy_grad[i] and (need.weight or before[i]):
             dy = Operand(ops.norm_act(dy, block.backend))
         if need.weight:
             a = Operand(x) if i == 0 else _rebuilt(plan.blocks[i - 1], states[i - 1])
@@ -329,7 +327,7 @@ def _rebuilt(block: Block, state: _State) -> Operand:
 
 def _seam_epilogue(plan: Plan, i: int, states: Sequence[_State]) -> Epilogue:
     """What the gradient contraction of block `i` does to its accumulator, the `da` of block `i - 1`."""
-    if i == 0 or not plan.deferred[i - 1]:
+    if i == 0 or not plan.seams.epilogue_sums[i - 1]:
         return STORE
     block, state = plan.blocks[i - 1], states[i - 1]
     if state.coef is None:
@@ -351,6 +349,8 @@ def _norm_act_backward(
     if coef is None:
         d_bias = da.sum((0, 2, 3), dtype=stat_dtype(da)) if need.bias else None
         return Operand(da), [d_bias, None, None]
+    if norm is None and sums is not None:  # s = 1
+        return Operand(da), [sums[0].sum(0) if need.bias else None, None, None]
     assert y is not None
     act = block.act if sums is None else "identity"
     batch_stats = norm is not None and norm.batch_stats

@@ -8,31 +8,31 @@ import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.chain import Block, BlockTensors, Plan, of_block
+from fastdcgan.chain import Block, BlockTensors, of_block
 from fastdcgan.geometry import Geometry, Pair
 
 
-def check_chain(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
+def check_chain(blocks: Sequence[Block], stat_groups: int, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
     """Raise TypeError or ValueError unless the chain can run on `x` [N, C, H, W] with its blocks' tensors."""
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
     if x.dim() != 4:
         raise ValueError(f"expected 4D input [N, C, H, W], got {x.dim()}D input of shape {list(x.shape)}")
-    if x.shape[0] % plan.stat_groups:
-        raise ValueError(f"stat_groups={plan.stat_groups} must divide the batch size, got a batch of {x.shape[0]}")
+    if x.shape[0] % stat_groups:
+        raise ValueError(f"stat_groups={stat_groups} must divide the batch size, got a batch of {x.shape[0]}")
     channels, size = x.shape[1], (x.shape[2], x.shape[3])
-    for i, block in enumerate(plan.blocks):
+    for i, block in enumerate(blocks):
         t = of_block(tensors, i)
-        where = f"block {i}" if len(plan.blocks) > 1 else "the block"
+        where = f"block {i}" if len(blocks) > 1 else "the block"
         _check_tensors(where, block, t, x)
         channels, size = _check_shapes(where, block, t, channels, size, x)
         norm = block.norm
         if norm is not None and norm.batch_stats and norm.process_group is None and x.shape[0] > 0:
-            values = x.shape[0] // plan.stat_groups * size[0] * size[1]
+            values = x.shape[0] // stat_groups * size[0] * size[1]
             if values == 1:
                 raise ValueError(
                     f"expected more than 1 value per channel when training, got an output of "
-                    f"{[x.shape[0], channels, *size]} with stat_groups={plan.stat_groups} at {where}"
+                    f"{[x.shape[0], channels, *size]} with stat_groups={stat_groups} at {where}"
                 )
 
 

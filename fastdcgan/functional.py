@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdcgan import backends, checks, ops
+from fastdcgan import backends, checks, ops, planning
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.chain import Block, BlockTensors, Norm, Plan, run
+from fastdcgan.chain import Block, BlockTensors, Norm, run
 from fastdcgan.geometry import Geometry, Pair, pair
 
 
@@ -53,16 +53,14 @@ def run_chain(
     Raises TypeError or ValueError (`checks.check_chain`).
     """
     checks.check_seams(seams)
-    n = len(blocks)
-    deferred = seams == "deferred" or (seams == "auto" and backends.get(blocks[0].backend).prefers_deferred)
-    plan = Plan(tuple(blocks), stat_groups, (deferred,) * (n - 1), (backends.get(blocks[0].backend).lazy_grad,) * n)
     if isinstance(x, Tensor):
         dtype = compute_dtype(x)
         if dtype != x.dtype or _autocast(x):
             x = x.to(dtype)
             tensors = [t._replace(weight=t.weight.to(dtype)) if t.weight.dtype != torch.float64 else t for t in tensors]
     flat = [v for t in tensors for v in t]
-    checks.check_chain(plan, x, flat)
+    checks.check_chain(blocks, stat_groups, x, flat)
+    plan = planning.plan(blocks, x, tensors, stat_groups, seams)
     alone = all(b.norm is None or b.norm.process_group is None for b in blocks)
     if x.shape[0] == 0 and alone:  # as PyTorch: an empty output, zero gradients, running statistics as they were
         from fastdcgan.differentiable import formula

@@ -214,7 +214,7 @@ def _rows(
         name_of = record.backend if record else backends.select(backends.requested(), device, dtype)
         why = _why_backend(name_of, device, dtype)
         if record:
-            why = f"input {list(record.shape)}; {why}"
+            why = f"input {list(record.shape)}; {why}" + (f"; {record.route}" if record.route else "")
         rows.append(Row(name, block.pattern, True, name_of, why))
     return rows
 
@@ -222,6 +222,8 @@ def _rows(
 def _why_backend(name: str, device: str, dtype: torch.dtype) -> str:
     if backends.requested() != "auto":
         return "asked for by name"
+    if name == "auto":  # on a GPU
+        return "first choice"
     before = []
     for other, reason in backends.reasons(device, dtype).items():
         if other == name:

@@ -32,12 +32,17 @@ def _define(signature: str, implementation: Callable, fake: Callable) -> None:
     name = signature.split("(")[0]
 
     _lib.define(signature)
-    _lib.impl(name, lambda *args: _without_autocast(implementation, *args), "CompositeExplicitAutograd")
+    _lib.impl(name, lambda *args: _call(implementation, *args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastdcgan::{name}", fake, lib=_lib)
 
 
-def _without_autocast(function: Callable, *args):
-    """The layer has applied autocast; inside a primitive the dtypes are what the caller chose."""
+def _call(function: Callable, *args):
+    """`function(*args)` on the GPU that the first argument is on, where that is not the current one, without autocast:
+    the layer has applied it, and inside a primitive the dtypes are what the caller chose."""
+    first = args[0].x if isinstance(args[0], Operand) else args[0]
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            return _call(function, *args)
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args)
@@ -69,7 +74,7 @@ def conv(a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue, bac
     It is the forward of `Conv2d`, and the gradient of a transposed conv's input (with that conv's own weight).
     """
     if _eager(a.x, weight):
-        return _without_autocast(backends.get(backend).conv, a, weight, geometry, epilogue)
+        return _call(backends.get(backend).conv, a, weight, geometry, epilogue)
     return torch.ops.fastdcgan.conv(
         *a, weight, geometry.stride, geometry.padding, geometry.dilation, geometry.groups, *epilogue, backend
     )
@@ -83,7 +88,7 @@ def conv_transpose(
     It is the forward of `ConvTranspose2d`, and the gradient of a plain conv's input (with that conv's own weight).
     """
     if _eager(a.x, weight):
-        return _without_autocast(backends.get(backend).conv_transpose, a, weight, geometry, output_size, epilogue)
+        return _call(backends.get(backend).conv_transpose, a, weight, geometry, output_size, epilogue)
     return torch.ops.fastdcgan.conv_transpose(
         *a,
         weight,
@@ -103,7 +108,7 @@ def weight_grad(gathered: Operand, linear: Operand, geometry: Geometry, backend:
     `gathered` is the side that the taps shift over: the input of a conv, or the output gradient of a transposed conv.
     """
     if _eager(gathered.x, linear.x):
-        return _without_autocast(backends.get(backend).weight_grad, gathered, linear, geometry)
+        return _call(backends.get(backend).weight_grad, gathered, linear, geometry)
     g = geometry
     return torch.ops.fastdcgan.weight_grad(
         *gathered, *linear, g.kernel, g.stride, g.padding, g.dilation, g.groups, backend
@@ -192,14 +197,14 @@ def norm_act(a: Operand, backend: str) -> Tensor:
     [N, C, H, W] in the dtype and memory format of the raw output: `a.x`, or `a.y` where that is given.
     """
     if _eager(a.x):
-        return _without_autocast(backends.get(backend).norm_act, a)
+        return _call(backends.get(backend).norm_act, a)
     return torch.ops.fastdcgan.norm_act(*a, backend)
 
 
 def norm_act_reduce(da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float, backend: str) -> Tensor:
     """`sums` of `g = da*act'(s*y + t)`: the reduction of the BN backward, [2 or 1, stat_groups, C]."""
     if _eager(da, y):
-        return _without_autocast(backends.get(backend).norm_act_reduce, da, y, coef, act, slope)
+        return _call(backends.get(backend).norm_act_reduce, da, y, coef, act, slope)
     return torch.ops.fastdcgan.norm_act_reduce(da, y, coef, act, slope, backend)
 
 
@@ -218,7 +223,7 @@ def coefficients(
     `mean` has it, i.e. with running statistics) are [C] or None. The coef has the shifted mean, that of the raw output.
     """
     if _eager(mean, var):
-        return _without_autocast(backends.get(backend).coefficients, mean, var, weight, bias, shift, eps)
+        return _call(backends.get(backend).coefficients, mean, var, weight, bias, shift, eps)
     return torch.ops.fastdcgan.coefficients(mean, var, weight, bias, shift, eps, backend)
 
 
@@ -228,7 +233,7 @@ def grad_coefficients(sums: Tensor, coef: Tensor, count: int, backend: str) -> T
     `p = -s*rstd*sum(g*xhat)/M`, `q = -s*sum(g)/M - p*mean`.
     """
     if _eager(sums, coef):
-        return _without_autocast(backends.get(backend).grad_coefficients, sums, coef, count)
+        return _call(backends.get(backend).grad_coefficients, sums, coef, count)
     return torch.ops.fastdcgan.grad_coefficients(sums, coef, count, backend)
 
 
@@ -237,7 +242,7 @@ def update_running(
 ) -> None:
     """Update running statistics [C] in place from `stats`, once per statistics group (`Backend.update_running`)."""
     if _eager(mean, var, stats):
-        _without_autocast(backends.get(backend).update_running, mean, var, stats, shift, factor, momentum)
+        _call(backends.get(backend).update_running, mean, var, stats, shift, factor, momentum)
         return
     torch.ops.fastdcgan.update_running(mean, var, stats, shift, factor, momentum, backend)
 

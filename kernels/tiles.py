@@ -188,12 +188,18 @@ _ROOM_BOTH = 128
 _STEP_BYTES = 128  # of one row of a tile: the widest swizzle of shared memory
 _RESERVED = 8 * 1024  # shared memory for barriers and reductions
 _MAX_SPLITS = 64
+_SHORT = 12  # candidates to measure: compiling one takes seconds
 _MIN_STEPS = 8  # of the reduction in one program: filling its pipeline takes about half as many
 _BYTE = 64  # multiply-adds in the time of moving one byte of workspace through the second-level cache
 
 
 def heuristic(problem: Problem, device: Device) -> TileConfig:
     """The candidate that would take the least time if its tiles took turns on the multiprocessors."""
+    return shortlist(problem, device)[0]
+
+
+def shortlist(problem: Problem, device: Device) -> list[TileConfig]:
+    """What is worth measuring: the candidates that would take the least time so, the best first."""
     rates = {(m, n, warps): rate for m, n, warps, _, rate in _LADDER[device.arch]}
 
     def cost(config: TileConfig) -> float:
@@ -205,7 +211,7 @@ def heuristic(problem: Problem, device: Device) -> TileConfig:
             work += 8 * config.splits * problem.m * problem.n * problem.count * _BYTE / device.processors
         return work
 
-    return min(search_space(problem, device), key=cost)
+    return sorted(search_space(problem, device), key=cost)[:_SHORT]
 
 
 def search_space(problem: Problem, device: Device) -> list[TileConfig]:

@@ -53,10 +53,11 @@ def weight_grad_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     """One tile [SOURCE.block_c, LINEAR.block_c] of one tap, from one of `splits` parts of the pixels.
 
-    `x` is the gathered operand, `dy` the linear one; `out` is [splits, Cl, taps, Cg].
+    `x` is the gathered operand, `dy` the linear one; `out` is [splits, Cl, taps, Cg], added to if ADD.
     """
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1]
     tiles_x = tl.cdiv(c_x, SOURCE.block_c)
@@ -86,31 +87,55 @@ def weight_grad_kernel(
     c = cx + tl.arange(0, SOURCE.block_c)
     o = cdy + tl.arange(0, LINEAR.block_c)
     place = out + split.to(tl.int64) * c_dy * TAPS * c_x + (o[None, :] * TAPS + tap) * c_x + c[:, None]
-    tl.store(place, acc.to(out.dtype.element_ty), mask=(c < c_x)[:, None] & (o < c_dy)[None, :])
+    mask = (c < c_x)[:, None] & (o < c_dy)[None, :]
+    if ADD:
+        acc += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(place, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def add_splits_kernel(parts, out, values, splits, BLOCK: tl.constexpr):
-    """out [values] = the sum of parts [splits, values], in ascending order."""
+def add_splits_kernel(parts, out, values, splits, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    """out [values] = the sum of parts [splits, values], in ascending order; with ADD that and what `out` was."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     place = parts + i
     for _ in range(splits):
         total += tl.load(place, mask=i < values, other=0.0)
         place += values
+    if ADD:
+        total += tl.load(out + i, mask=i < values, other=0.0).to(tl.float32)
     tl.store(out + i, total.to(out.dtype.element_ty), mask=i < values)
 
 
 _ADD_BLOCK = 1024
 
 
-def weight_grad(gathered: Operand, linear: Operand, geometry: Geometry, config: TileConfig | None = None) -> Tensor:
+def weight_grad(
+    gathered: Operand,
+    linear: Operand,
+    geometry: Geometry,
+    config: TileConfig | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
     """`gathered` [N, Cg, H, W], `linear` [N, Cl, H', W'] -> [Cl, Cg, kh, kw], in the dtype of a raw output.
 
     float32, float16 or bfloat16, any memory format (copied to NHWC unless it is that), no groups. `config`: the tile.
+    `into` [Cl, Cg, kh, kw], channels_last, of any of these dtypes, is a gradient that this one is added to, in place
+    and rounded once; it is returned. Raises ValueError if it has another shape or layout.
     """
+    shape_of_weight = (linear.x.shape[1], gathered.x.shape[1], *geometry.kernel)
+    if into is not None and (
+        into.shape != shape_of_weight or not into.is_contiguous(memory_format=torch.channels_last)
+    ):
+        raise ValueError(
+            f"into must be channels_last of shape {list(shape_of_weight)}, "
+            f"got {list(into.shape)} with strides {into.stride()}"
+        )
     if geometry.spans(*gathered.x.shape[2:]):
-        dw = weight_grad(flat_operand(gathered), linear, Geometry((1, 1)), config)
+        rows = None if into is None else into.permute(0, 2, 3, 1).reshape(len(into), -1, 1, 1)
+        dw = weight_grad(flat_operand(gathered), linear, Geometry((1, 1)), config, rows)
+        if into is not None:
+            return into
         dw = dw.view(-1, *geometry.kernel, gathered.x.shape[1]).permute(0, 3, 1, 2)
         return dw.contiguous(memory_format=memory_format(gathered.x))
     g = geometry
@@ -123,9 +148,11 @@ def weight_grad(gathered: Operand, linear: Operand, geometry: Geometry, config: 
     dtype = (x.x if x.y is None else x.y).dtype
     described = all(launch.fits_view(t, g.stride) for t in (x.x, x.y))
     described = described and all(launch.fits_view(t, (1, 1)) for t in (dy.x, dy.y))
-    dw = launch.empty_nhwc((c_dy, c_x, *g.kernel), x.x, dtype)
 
-    def attempt(config: TileConfig) -> None:
+    def attempt(config: TileConfig, dw: Tensor | None = None) -> Tensor:
+        add = dw is not None
+        if dw is None:
+            dw = launch.empty_nhwc(shape_of_weight, x.x, dtype)
         rows, block_x, block_dy = config.block_k, config.block_m, config.block_n
         box = tiles.box(rows, batch, *grid)
         # Beyond a group's last image lies the next group's first.
@@ -174,19 +201,23 @@ def weight_grad(gathered: Operand, linear: Operand, geometry: Geometry, config: 
             "GROUP_M": config.group_m,
             "PRECISION": launch.dot_precision(dtype),
             "DTYPE": launch.triton_dtype(dtype),
+            "ADD": add and config.splits == 1,
         }
         programs = config.splits * taps * ceil_div(c_x, block_x) * ceil_div(c_dy, block_dy)
         launch.run(weight_grad_kernel, programs, arguments, config)
         if config.splits > 1:
             values = dw.numel()
-            arguments = {"parts": out, "out": dw, "values": values, "splits": config.splits, "BLOCK": _ADD_BLOCK}
-            launch.run(add_splits_kernel, ceil_div(values, _ADD_BLOCK), arguments, ADD_PARTS)
+            parts = {"parts": out, "out": dw, "values": values, "splits": config.splits}
+            launch.run(
+                add_splits_kernel, ceil_div(values, _ADD_BLOCK), {**parts, "BLOCK": _ADD_BLOCK, "ADD": add}, ADD_PARTS
+            )
+        return dw
 
     if config is None:
         prologue = f"{x.prologue} {dy.prologue}"
         shape = (n, c_x, height, width, c_dy, *grid, *g.kernel, *g.stride, groups)
         pixels = n * grid[0] * grid[1]
         problem = tiles.Problem("weight_grad", dtype, c_x, c_dy, pixels, taps, prologue, "none", described, shape)
-        config = tuning.choose(problem, dw.device, attempt)
-    attempt(config)
-    return dw.contiguous(memory_format=memory_format(gathered.x))
+        config = tuning.choose(problem, x.x.device, attempt)
+    dw = attempt(config, into)
+    return dw if into is not None else dw.contiguous(memory_format=memory_format(gathered.x))

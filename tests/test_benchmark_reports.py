@@ -234,9 +234,10 @@ def _parts(tmp_path: Path, dry: bool) -> dict[str, gpu_check.Part]:
 
 def test_gpu_check_has_its_parts(tmp_path):
     timed = [f"{kind}-{batch}" for kind in ("step", "compiled") for batch in (32, 128, 1024)]
+    timed += [f"contractions-{batch}" for batch in (128, 1024)]
     found = _parts(tmp_path, dry=False)
     assert set(found) == {"build", "environment", "ceilings", "tests", "memcheck", "racecheck", "blocks", *timed}
-    assert not any(found[f"compiled-{batch}"].required for batch in (32, 128, 1024))
+    assert not any(found[name].required for name in timed if not name.startswith("step"))
     assert all(found[name].required for name in ("build", "environment", "ceilings", "tests", "step-128"))
     assert found["tests"].environment["FASTDCGAN_TEST_DEVICE"] == "cuda"
     command = found["step-1024"].command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ from twins import (
 import fastdcgan
 from fastdcgan import functional
 from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.backends.base import Seams
 from fastdcgan.chain import Plan
 
 KINDS = [(transposed, norm) for transposed in (False, True) for norm in ("train", "eval", None)]
@@ -161,18 +163,19 @@ def test_no_choice_of_the_plan_changes_the_result(make: type, train: bool, monke
     expected = outcome(model, x)
     n = sum(isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) for m in model)
     seen = []
-    for deferred in [(False,) * (n - 1), (True,) * (n - 1), tuple(i % 2 == 0 for i in range(n - 1))]:
-        for lazy in [(False,) * n, (True,) * n, tuple(i % 2 == 1 for i in range(n))]:
-            with monkeypatch.context() as patch:
-                real = functional.run
+    some = [(False,) * (n - 1), (True,) * (n - 1), tuple(i % 2 == 0 for i in range(n - 1))]
+    lazy = [(False,) * n, (True,) * n, tuple(i % 2 == 1 for i in range(n))]
+    for choice in itertools.starmap(Seams, itertools.product(some, some, lazy)):
+        with monkeypatch.context() as patch:
+            real = functional.run
 
-                def run(plan: Plan, *args: Any, choice: tuple = (deferred, lazy), real: Callable = real) -> Any:
-                    seen.append(choice)
-                    return real(dataclasses.replace(plan, deferred=choice[0], lazy_grad=choice[1]), *args)
+            def run(plan: Plan, *args: Any, choice: Seams = choice, real: Callable = real) -> Any:
+                seen.append(choice)
+                return real(dataclasses.replace(plan, seams=choice), *args)
 
-                patch.setattr(functional, "run", run)
-                assert_same(outcome(twin(model), x), expected)
-    assert len(set(seen)) == 9
+            patch.setattr(functional, "run", run)
+            assert_same(outcome(twin(model), x), expected)
+    assert len(set(seen)) == 27
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,6 +21,7 @@ __all__ = ["Backend", "Unavailable", "backend", "get", "memory_format", "reasons
 
 NAMES = ("triton", "cuda", "cpu", "reference")  # the order in which "auto" tries them
 _CLASSES = {"triton": "TritonBackend", "cpu": "CPUBackend", "reference": "ReferenceBackend"}
+_GPU = ("triton", "cuda")  # whose kernels "auto" has a choice of
 _requested: str = os.environ.get("FASTDCGAN_BACKEND", "auto")
 _loaded: dict[str, Backend | Unavailable] = {}  # each backend is tried once
 _selected: dict[tuple[str, torch.dtype], str] = {}  # what "auto" found
@@ -42,6 +43,10 @@ def get(name: str) -> Backend:
 
 
 def _load(name: str) -> Backend:
+    if name == "auto":
+        from fastdcgan.backends.auto import AutoBackend
+
+        return AutoBackend([get(own) for own in _GPU if _why_not(own) is None])
     if name in _CLASSES:
         return getattr(importlib.import_module(f"fastdcgan.backends.{name}"), _CLASSES[name])()
     if name in NAMES:
@@ -72,6 +77,7 @@ def reasons(device_type: str, dtype: torch.dtype) -> dict[str, str | None]:
 def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend that runs a block: the one asked for, or for "auto" the first in `NAMES` that covers it.
 
+    On a GPU that is "auto" itself where one of ours covers it: then each contraction has a choice (`auto.py`).
     Raises Unavailable if the one asked for can't run it.
     """
     if requested != "auto":
@@ -83,7 +89,8 @@ def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
         return requested
     key = (device_type, dtype)
     if key not in _selected:
-        _selected[key] = next(name for name, reason in reasons(device_type, dtype).items() if reason is None)
+        first = next(name for name, reason in reasons(device_type, dtype).items() if reason is None)
+        _selected[key] = "auto" if device_type == "cuda" and first in _GPU else first
     return _selected[key]
 
 

@@ -15,12 +15,16 @@ covers the `i`-th of `stat_groups` equal parts of the batch:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdcgan.geometry import Geometry, Pair
+
+if TYPE_CHECKING:
+    from fastdcgan.chain import Block
 
 
 class Operand(NamedTuple):
@@ -59,6 +63,14 @@ class Epilogue(NamedTuple):
 STORE = Epilogue()
 
 
+class Seams(NamedTuple):
+    """The choices of a chain's plan that change speed and memory, but no result beyond rounding."""
+
+    deferred: tuple[bool, ...]  # per seam: pass (y, coef) on, not the finished a
+    epilogue_sums: tuple[bool, ...]  # per seam: grad_stats is the epilogue of the contraction that gives da
+    lazy_grad: tuple[bool, ...]  # per block: dy is computed where it is loaded, and never stored
+
+
 def stat_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which statistics, coefficients and activations of `x` are computed."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -80,9 +92,8 @@ class Backend:
     epilogue as passes of their own (`norm_act`, `batch_stats`, `grad_stats`), so a backend may own as few as those."""
 
     name: str
-    # What the chain's plan does where it has the choice: pass (y, coef) between blocks, never store dy.
-    prefers_deferred = False
-    lazy_grad = False
+    chooses_seams = False  # whether `seams` may say anything but no
+    seen: list[str] | None = None  # for `explain`: where each contraction went, if a backend has more than one way
 
     def require(self) -> None:
         """Raise Unavailable, with the original error, if this backend can't run on this machine."""
@@ -90,6 +101,21 @@ class Backend:
     def covers(self, device_type: str, dtype: torch.dtype) -> str | None:
         """None if blocks of this device and dtype run here, else the reason."""
         raise NotImplementedError
+
+    def seams(self, blocks: Sequence[Block], weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Seams:
+        """What a chain does where nothing was measured: `blocks` on an input image of `size`, with these weights.
+
+        `needs`: whether the input, and then each of the weights, needs a gradient.
+        """
+        n = len(blocks)
+        return Seams((False,) * (n - 1), (False,) * (n - 1), (False,) * n)
+
+    def why_not(self, op: str, *args: Any) -> str | None:
+        """None if this call of a contraction runs in a kernel of this backend's own, else why PyTorch's own does it.
+
+        `op` is "conv", "conv_transpose" or "weight_grad", and `args` are that method's.
+        """
+        return f"backend {self.name!r} has no contractions of its own"
 
     # --- what a backend has to bring: shapes and formulas as in ops.py ---
 

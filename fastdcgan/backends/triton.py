@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdcgan.backends.base import Backend, Epilogue, Operand, Unavailable
+from fastdcgan.backends.base import Backend, Epilogue, Operand, Seams, Unavailable
 from fastdcgan.geometry import Geometry, Pair
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,13 +29,12 @@ def interpreted() -> bool:
 class TritonBackend(Backend):
     """NVIDIA GPUs from compute capability 8.0 on; with TRITON_INTERPRET=1 the CPU, slowly, for tests.
 
-    Normalisation and activation always run here. A contraction that `why` has a reason against runs as PyTorch's own
-    convolution between those passes.
+    Normalisation and activation always run here. A contraction that `why_not` has a reason against runs as PyTorch's
+    own convolution between those passes.
     """
 
     name = "triton"
-    prefers_deferred = True
-    lazy_grad = True
+    chooses_seams = True
 
     def require(self) -> None:
         asked = os.environ.get("TRITON_INTERPRET")
@@ -61,13 +61,31 @@ class TritonBackend(Backend):
         if runs_on == "cuda":
             if torch.version.hip is not None:
                 return "it runs on NVIDIA GPUs, and this is a ROCm build of PyTorch"
-            capability = torch.cuda.get_device_capability()
+            capability = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
             if capability < (8, 0):
                 return f"it needs compute capability 8.0 or later, not {capability[0]}.{capability[1]}"
         return None
 
-    def why(self, geometry: Geometry, *sizes: Sequence[int]) -> str | None:
-        """None if a contraction of tensors of these sizes runs in a Triton kernel, else why PyTorch's own does it."""
+    def seams(self, blocks: Sequence, weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Seams:
+        from fastdcgan.kernels.seams import seams
+
+        return seams(blocks, weights, size, needs)
+
+    def _own(self, op: str, *args: Any) -> bool:
+        """Whether a kernel of ours runs this call."""
+        reason = self.why_not(op, *args)
+        if self.seen is not None:
+            self.seen.append("" if reason is None else f"PyTorch's convolution: {reason}")
+        return reason is None
+
+    def why_not(self, op: str, *args: Any) -> str | None:
+        first, second, geometry = args[:3]
+        if op == "weight_grad":
+            sizes = [first.x.shape, second.x.shape]
+        else:
+            out = args[3] if op == "conv_transpose" else geometry.conv_size(*first.x.shape[2:])
+            channels = second.shape[1 if op == "conv_transpose" else 0]
+            sizes = [first.x.shape, second.shape, (first.x.shape[0], channels, *out)]
         if geometry.groups != 1:
             return f"the Triton contractions have no groups, and here are {geometry.groups}"
         for size in sizes:
@@ -78,35 +96,35 @@ class TritonBackend(Backend):
     # --- contractions ---
 
     def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
-        n, _, *size = a.x.shape
-        out = (n, weight.shape[0], *geometry.conv_size(*size))
-        if self.why(geometry, a.x.shape, weight.shape, out) is not None:
+        if not self._own("conv", a, weight, geometry, epilogue):
             return super().conv(a, weight, geometry, epilogue)
-        from fastdcgan.kernels import conv, narrow
+        from fastdcgan.kernels import conv, narrow, turned
 
-        if narrow.covers_conv(a, weight, geometry, epilogue) is None:
-            return narrow.conv(a, weight, geometry, epilogue)
+        for kernel in (narrow, turned):
+            if kernel.covers_conv(a, weight, geometry, epilogue) is None:
+                return kernel.conv(a, weight, geometry, epilogue)
         return conv.conv(a, weight, geometry, epilogue)
 
     def conv_transpose(
         self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
     ) -> tuple[Tensor, Tensor]:
-        out = (a.x.shape[0], weight.shape[1], *output_size)
-        if self.why(geometry, a.x.shape, weight.shape, out) is not None:
+        if not self._own("conv_transpose", a, weight, geometry, output_size, epilogue):
             return super().conv_transpose(a, weight, geometry, output_size, epilogue)
-        from fastdcgan.kernels import conv_transpose, narrow_transpose
+        from fastdcgan.kernels import conv_transpose, narrow_transpose, turned
 
-        if narrow_transpose.covers_conv_transpose(a, weight, geometry, output_size, epilogue) is None:
-            return narrow_transpose.conv_transpose(a, weight, geometry, output_size, epilogue)
+        for kernel in (narrow_transpose, turned):
+            if kernel.covers_conv_transpose(a, weight, geometry, output_size, epilogue) is None:
+                return kernel.conv_transpose(a, weight, geometry, output_size, epilogue)
         return conv_transpose.conv_transpose(a, weight, geometry, output_size, epilogue)
 
     def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
-        if self.why(geometry, gathered.x.shape, linear.x.shape) is not None:
+        if not self._own("weight_grad", gathered, linear, geometry):
             return super().weight_grad(gathered, linear, geometry)
-        from fastdcgan.kernels import narrow, weight_grad
+        from fastdcgan.kernels import narrow, turned, weight_grad
 
-        if narrow.covers_weight_grad(gathered, linear, geometry) is None:
-            return narrow.weight_grad(gathered, linear, geometry)
+        for kernel in (narrow, turned):
+            if kernel.covers_weight_grad(gathered, linear, geometry) is None:
+                return kernel.weight_grad(gathered, linear, geometry)
         return weight_grad.weight_grad(gathered, linear, geometry)
 
     # --- normalisation and activation ---

@@ -61,6 +61,8 @@ class Trainer:
         if not _resumed and (self.out / "metrics.csv").exists():
             raise ValueError(f"{self.out} holds a run already: expected a new folder, or that run to be resumed")
         self.processes, self.device = distributed.join(config.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # every batch has one shape: measuring at first use pays
         console.mute(not self.processes.main)
         self.step = 0
         self.penalty = None

@@ -1,11 +1,10 @@
-"""The choice of tiles, and the cache of measured ones."""
+"""The choice of tiles, and measuring them."""
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
+from fastdcgan.backends import measured  # noqa: E402
 from fastdcgan.kernels import tiles, tuning  # noqa: E402
 from fastdcgan.kernels.tiles import Device, Problem, TileConfig  # noqa: E402
 
@@ -86,102 +86,73 @@ def test_a_block_is_a_power_of_two(changed: dict[str, int]) -> None:
         TileConfig(**{"block_m": 64, "block_n": 64, "block_k": 32, **changed})
 
 
-# --- measuring and the cache -----------------------------------------------------------------------------------------
+# --- measuring -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    file = tmp_path / "folder" / "tiles.json"
-    monkeypatch.setenv("FASTDCGAN_TILES", str(file))
-    monkeypatch.setattr(tuning, "_files", {})
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    found = tmp_path / "folder" / "measured.json"
+    monkeypatch.setenv("FASTDCGAN_MEASURED", str(found))
+    monkeypatch.setattr(measured, "_files", {})
+    monkeypatch.setattr(measured, "gpu_key", lambda device: "a GPU")
     monkeypatch.setattr(tuning, "device_of", lambda device: H100)
-    return file
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return found
 
 
 CUDA = torch.device("cuda")
 MEASURED = TileConfig(64, 32, 64, 4, 2)
 
 
-def test_what_was_measured_is_chosen_and_survives(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuning.remember(cache, H100, PROBLEM, MEASURED)
-    tuning.remember(cache, H100, replace(PROBLEM, shape=(1,)), replace(MEASURED, splits=2))
-    monkeypatch.setattr(tuning, "_files", {})  # a new process
+def remember(problem: Problem, config: TileConfig) -> None:
+    measured.remember(tuning.KIND, "a GPU", tuning.problem_key(problem), asdict(config))
+
+
+def test_what_was_measured_is_chosen(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remember(PROBLEM, MEASURED)
+    remember(replace(PROBLEM, shape=(1,)), replace(MEASURED, splits=2))
+    monkeypatch.setattr(measured, "_files", {})  # a new process
     assert tuning.choose(PROBLEM, CUDA, pytest.fail) == MEASURED
     assert tuning.choose(replace(PROBLEM, shape=(1,)), CUDA, pytest.fail).splits == 2
     assert tuning.choose(replace(PROBLEM, shape=(2,)), CUDA, pytest.fail) == tiles.heuristic(PROBLEM, H100)
-    assert [file.name for file in cache.parent.iterdir()] == ["tiles.json"]
 
 
-def test_other_gpus_and_versions_have_entries_of_their_own(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuning.remember(cache, H100, PROBLEM, MEASURED)
-    monkeypatch.setattr(tuning, "device_of", lambda device: tiles.KNOWN[100])
-    assert tuning.choose(PROBLEM, CUDA, pytest.fail) != MEASURED
-    monkeypatch.setattr(tuning, "device_of", lambda device: H100)
-    monkeypatch.setattr(triton, "__version__", "99.0")
-    assert tuning.choose(PROBLEM, CUDA, pytest.fail) != MEASURED
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "[]",
-        "{}",
-        '{"format": "something-else", "version": 1}',
-        '{"format": "fastdcgan-tiles", "version": 0, "tiles": {}}',
-        '{"format": "fastdcgan-tiles", "version": 1, "tiles": {"gpu": {"key": {"block_m": 3}}}}',
-        '{"format": "fastdcgan-tiles", "version": 1, "tiles": {"gpu": 3}}',
-    ],
-)
-def test_a_foreign_file_is_ignored_with_one_warning_and_kept(cache: Path, content: str) -> None:
-    cache.parent.mkdir()
-    cache.write_text(content)
-    with pytest.warns(UserWarning, match=r"tiles\.json are ignored"):
-        chosen = tuning.choose(PROBLEM, CUDA, pytest.fail)
-    assert chosen == tiles.heuristic(PROBLEM, H100)
-    assert cache.read_text() == content
+@pytest.mark.parametrize("entry", [{"block_m": 3}, {"unknown": 64}, 5])
+def test_a_tile_that_is_none_is_ignored_with_one_warning(file: Path, entry: object) -> None:
+    measured.remember(tuning.KIND, "a GPU", tuning.problem_key(PROBLEM), entry)
+    with pytest.warns(UserWarning, match=r"measured\.json are ignored"):
+        assert tuning.choose(PROBLEM, CUDA, pytest.fail) == tiles.heuristic(PROBLEM, H100)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tuning.choose(PROBLEM, CUDA, pytest.fail)
 
 
-def test_tuning_measures_every_candidate_once_and_keeps_the_fastest(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tuning_measures_a_short_list_once_and_keeps_the_fastest(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def milliseconds(calls: dict[TileConfig, Callable], device: torch.device) -> dict[TileConfig, float]:
+        return {config: abs(config.block_m * config.block_n - 128 * 64) for config in calls}
+
     tried: list[TileConfig] = []
-
-    def milliseconds(call) -> float:
-        call()
-        return abs(tried[-1].block_m * tried[-1].block_n - 128 * 64)
-
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(measured, "milliseconds", milliseconds)
     assert tuning.choose(PROBLEM, CUDA, pytest.fail) == tiles.heuristic(PROBLEM, H100)
-    with tuning.tuning():
+    with measured.tuning():
         chosen = tuning.choose(PROBLEM, CUDA, tried.append)
         assert tuning.choose(PROBLEM, CUDA, pytest.fail) == chosen
-    assert tried == tiles.search_space(PROBLEM, H100)
+    assert tuning.choose(PROBLEM, CUDA, pytest.fail) == chosen
+    assert tried == tiles.shortlist(PROBLEM, H100)
+    assert tried[0] == tiles.heuristic(PROBLEM, H100)
     assert chosen.block_m * chosen.block_n == 128 * 64
-    assert json.loads(cache.read_text())["version"] == tuning.VERSION
+    assert measured.lookup(tuning.KIND, "a GPU", tuning.problem_key(PROBLEM)) == asdict(chosen)
 
 
-def test_nothing_is_tuned_while_a_graph_is_captured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with tuning.tuning():
-        assert tuning.choose(PROBLEM, CUDA, pytest.fail) == tiles.heuristic(PROBLEM, H100)
-    assert not cache.exists()
+def test_a_tile_without_room_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "milliseconds", lambda calls, device: {config: config.block_m for config in calls})
 
-
-def test_a_tile_without_room_is_left_out() -> None:
-    def time(call) -> float:
-        return call()
-
-    def attempt(config: TileConfig) -> float:
+    def attempt(config: TileConfig) -> None:
         if config.block_m == 64:
             raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
-        return config.block_m
 
     small, large = TileConfig(64, 64, 64), TileConfig(128, 64, 64)
-    assert tuning.fastest([small, large], attempt, time) == large
+    assert tuning.fastest([small, large], attempt, CUDA) == large
     with pytest.raises(RuntimeError, match="none of 1 tiles fits"):
-        tuning.fastest([small], attempt, time)
+        tuning.fastest([small], attempt, CUDA)

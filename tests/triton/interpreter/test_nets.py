@@ -22,6 +22,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 import fastdcgan  # noqa: E402
 from fastdcgan import backends  # noqa: E402
+from fastdcgan.backends.base import STORE, Operand  # noqa: E402
 from fastdcgan.geometry import Geometry  # noqa: E402
 
 STEPS = 1
@@ -69,12 +70,24 @@ def test_twice_the_same_bits(name: str) -> None:
 
 def test_what_no_kernel_takes_has_a_reason() -> None:
     backend = backends.get("triton")
-    assert backend.why(Geometry((3, 3)), (2, 8, 4, 4)) is None
-    assert "no groups" in backend.why(Geometry((3, 3), groups=2), (2, 8, 4, 4))
-    assert "elements" in backend.why(Geometry((3, 3)), (0, 8, 4, 4))
-    assert "elements" in backend.why(Geometry((3, 3)), (2**20, 2**11, 1, 1))
+
+    def why(x: tuple[int, ...], groups: int = 1) -> str | None:
+        a, w = Operand(torch.empty(x, device="meta")), torch.empty(4, x[1] // groups, 3, 3, device="meta")
+        return backend.why_not("conv", a, w, Geometry((3, 3), (1, 1), (1, 1), groups=groups), STORE)
+
+    assert why((2, 8, 4, 4)) is None
+    assert "no groups" in why((2, 8, 4, 4), groups=2)
+    assert "elements" in why((0, 8, 4, 4))
+    assert "elements" in why((2**20, 2**11, 1, 1))
     assert "float64" in backend.covers(DEVICE.type, torch.float64)
     assert "meta" in backend.covers("meta", torch.float32)
+
+
+def test_explain_says_what_pytorch_does() -> None:
+    factory, shape = NETS["groups"]
+    rows = fastdcgan.explain(fastdcgan.fuse(build(factory, torch.float32, DEVICE)), draw(shape, torch.float32, DEVICE))
+    assert "PyTorch's convolution: the Triton contractions have no groups, and here are 2" in rows[0].why
+    assert "PyTorch's" not in rows[1].why
 
 
 def test_an_empty_batch_runs() -> None:

@@ -1,0 +1,106 @@
+"""The bare contractions, without prologue or epilogue: backends with kernels of their own against PyTorch's (cuDNN's).
+
+Forward, input gradient and weight gradient of one layer, channels_last, each call with a cold second-level cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastdcgan import backends
+from fastdcgan.backends.base import STORE, Operand
+from fastdcgan.benchmarks import harness, peers
+from fastdcgan.benchmarks.results import Case, Row
+from fastdcgan.benchmarks.shapes import Block
+from fastdcgan.benchmarks.suites import device_settings
+from fastdcgan.geometry import Geometry
+
+LIBRARY = "pytorch"
+PARTS = ("forward", "input gradient", "weight gradient")
+Call = Callable[[], Tensor]
+
+
+def run_layer(block: Block, batch: int, device: torch.device, dtype: str, timing: harness.Timing) -> list[Case]:
+    """A case for each part: a row for PyTorch's, and one for each backend that runs it in a kernel of its own."""
+    torch.manual_seed(0)
+    shapes = (
+        (batch, block.in_channels, block.in_size, block.in_size),
+        (block.in_channels, block.out_channels, block.kernel, block.kernel),
+        (batch, block.out_channels, block.out_size, block.out_size),
+    )
+    if not block.transposed:
+        shapes = (shapes[0], (block.out_channels, block.in_channels, *shapes[1][2:]), shapes[2])
+    x, w, dy = (
+        torch.randn(shape).to(device, peers.DTYPES[dtype]).contiguous(memory_format=torch.channels_last)
+        for shape in shapes
+    )
+    with device_settings(device):
+        return [_case(block, part, x, w, dy, dtype, timing) for part in PARTS]
+
+
+def _case(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor, dtype: str, timing: harness.Timing) -> Case:
+    library = _library(block, part, x, w, dy)
+    with device_settings(x.device, search=False):
+        exact = _library(block, part, x.double(), w.double(), dy.double())()
+    allowed = peers.tolerance(peers.distance([library().double()], [exact]), x.dtype, 0)
+    rows, calls = [Row(LIBRARY, "PyTorch's", dtype)], {LIBRARY: library}
+    for name, call in _own(block, part, x, w, dy).items():
+        row = Row(name, name, dtype, tolerance=allowed)
+        rows.append(row)
+        try:
+            row.error = peers.distance([call().double()], [exact])
+        # Any error of a kernel is a fact to report, and the others go on.
+        except Exception as error:
+            row.status, row.detail = "failed", f"{type(error).__name__}: {error}"
+            continue
+        if row.error <= allowed:
+            calls[name] = call
+        else:
+            row.status, row.detail = "wrong", f"{row.error:.2e} from float64, expected at most {allowed:.2e}"
+    reference = next((name for name in calls if name != LIBRARY), LIBRARY)
+    segments = {name: (call,) for name, call in calls.items()}
+    samples = harness.interleave(segments, harness.timer_for(x.device, cold=True), timing)
+    for row in rows:
+        if row.peer in samples:
+            row.samples_ms = [1e3 * value for value in samples[row.peer][0]]
+            row.ms = harness.summarise(row.samples_ms)
+            row.ratio = harness.ratio(samples[row.peer][0], samples[reference][0])
+    name = f"{block.name} {block.in_channels}->{block.out_channels} {block.in_size}->{block.out_size}"
+    return Case("contractions", name, part, len(x), dtype, reference, rows)
+
+
+def _library(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor) -> Call:
+    places = ((block.stride,) * 2, (block.padding,) * 2, (1, 1), block.transposed, (0, 0), 1)
+    if part == "forward":
+        return functools.partial(torch.ops.aten.convolution, x, w, None, *places)
+    mask = [part == "input gradient", part == "weight gradient", False]
+    return lambda: torch.ops.aten.convolution_backward(dy, x, w, None, *places, mask)[mask.index(True)]
+
+
+def _own(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor) -> dict[str, Call]:
+    """The call by the name of its backend."""
+    geometry = Geometry((block.kernel,) * 2, (block.stride,) * 2, (block.padding,) * 2)
+    arguments: tuple
+    if part == "weight gradient":
+        gathered, linear = (dy, x) if block.transposed else (x, dy)
+        op, arguments = "weight_grad", (Operand(gathered), Operand(linear), geometry)
+    else:
+        a, size = (x, dy.shape[2:]) if part == "forward" else (dy, x.shape[2:])
+        if block.transposed == (part == "forward"):
+            op, arguments = "conv_transpose", (Operand(a), w, geometry, tuple(size), STORE)
+        else:
+            op, arguments = "conv", (Operand(a), w, geometry, STORE)
+    able = [name for name, reason in backends.reasons(x.device.type, x.dtype).items() if reason is None]
+    own = [backends.get(name) for name in able]
+    return {
+        b.name: functools.partial(_first, getattr(b, op), arguments) for b in own if b.why_not(op, *arguments) is None
+    }
+
+
+def _first(function: Callable, arguments: tuple) -> Tensor:
+    out = function(*arguments)
+    return out if isinstance(out, Tensor) else out[0]

@@ -1,0 +1,170 @@
+"""What was measured on this machine and is kept: tiles, routes of contractions, seams of chains.
+
+One JSON file, `measured.json` in `fastdcgan` of the user's cache folder, or the file that FASTDCGAN_MEASURED names.
+Entries are of one GPU and one set of versions; a file that is not of this format is left alone, with a warning.
+
+Nothing is ever measured while a CUDA graph is being captured. Otherwise new shapes are
+
+    compared   our kernels against PyTorch's own convolution: where `torch.backends.cudnn.benchmark` is on, which is how
+               PyTorch is told that measuring at first use is welcome
+    searched   also among tiles and seams, which takes seconds a shape: inside `tuning()`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "fastdcgan-measured"
+VERSION = 1
+# What is slower by less than this is taken for as fast: the choice should not change with noise.
+MARGIN = 0.03
+
+_tuning = False
+_files: dict[Path, dict[str, Any]] = {}  # each file is read once
+
+
+# --- when ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def tuning() -> Iterator[None]:
+    """Inside a `with`, what was never measured on this GPU is: tiles, routes and seams; and the best is kept."""
+    global _tuning
+    before, _tuning = _tuning, True
+    try:
+        yield
+    finally:
+        _tuning = before
+
+
+def may_search(device: torch.device) -> bool:
+    """Whether tiles and seams may be measured now."""
+    return _tuning and _idle(device)
+
+
+def may_compare(device: torch.device) -> bool:
+    """Whether our kernels may be measured against PyTorch's own now."""
+    asked = torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
+    return (_tuning or asked) and _idle(device)
+
+
+def _idle(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+# --- how long ---------------------------------------------------------------------------------------------------------
+
+_WARM_UPS = 3
+_ROUNDS = 20
+_CACHE_SIZES = 4  # bytes written between two calls, in second-level caches
+
+
+def milliseconds(calls: Mapping[Any, Callable[[], object]], device: torch.device) -> dict[Any, float]:
+    """The median time on the GPU of each call, taken in turns, each with a cold second-level cache.
+
+    The writes that empty the cache also give the host the time to launch what comes next.
+    """
+    with torch.cuda.device(device):
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        flush = torch.empty(_CACHE_SIZES * cache, dtype=torch.uint8, device=device)
+        for call in calls.values():
+            for _ in range(_WARM_UPS):
+                call()
+        pairs: dict[Any, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+        for _ in range(_ROUNDS):
+            for name, call in calls.items():
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                flush.zero_()
+                begin.record()
+                call()
+                end.record()
+                pairs[name].append((begin, end))
+        torch.cuda.synchronize(device)
+        return {name: _median([begin.elapsed_time(end) for begin, end in found]) for name, found in pairs.items()}
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def path() -> Path:
+    """The file of measurements."""
+    named = os.environ.get("FASTDCGAN_MEASURED")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdcgan"
+    return Path(named) if named else folder / "measured.json"
+
+
+@lru_cache
+def gpu_key(device: torch.device) -> str:
+    """What measured times hold for: the GPU, and what makes its code."""
+    from fastdcgan import __version__
+
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = "none"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name} | fastdcgan {__version__} | torch {torch.__version__} | triton {triton}"
+
+
+def lookup(kind: str, gpu: str, key: str) -> Any:
+    """What `remember` was given, or None."""
+    return _read(path()).get(gpu, {}).get(kind, {}).get(key)
+
+
+def remember(kind: str, gpu: str, key: str, value: Any) -> None:
+    """Add an entry to the file, which is replaced as a whole: a reader sees the old one or the new one."""
+    file = path()
+    _files.pop(file, None)  # another process may have written since
+    entries = _read(file)
+    entries.setdefault(gpu, {}).setdefault(kind, {})[key] = value
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+    try:
+        with os.fdopen(handle, "w") as out:
+            json.dump({"format": FORMAT, "version": VERSION, "gpus": entries}, out, indent=1, sort_keys=True)
+        os.replace(name, file)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def ignored(error: Exception) -> None:
+    """Say that the file, or an entry of it, is not what this version writes."""
+    reason = f"{type(error).__name__}: {error}"
+    warnings.warn(f"measurements in {path()} are ignored: {reason}", stacklevel=3)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if file not in _files:
+        _files[file] = {}
+        try:
+            if file.exists():
+                _files[file] = _parsed(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            ignored(error)
+    return _files[file]
+
+
+def _parsed(content: Any) -> dict[str, Any]:
+    found = {key: content[key] for key in ("format", "version")}
+    if found != {"format": FORMAT, "version": VERSION}:
+        raise ValueError(f"is {found}: expected {FORMAT}, version {VERSION}")
+    for kinds in content["gpus"].values():
+        for entries in kinds.values():
+            if not isinstance(entries, dict):
+                raise TypeError(f"expected entries by name, got {entries!r}")
+    return content["gpus"]

@@ -1,0 +1,104 @@
+"""The plan of a chain: the seams asked for, or measured, or else those of the backend's rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdcgan import backends, chain
+from fastdcgan.backends import measured
+from fastdcgan.backends.base import Seams
+from fastdcgan.chain import Block, BlockTensors, Plan
+
+KIND = "seams"
+
+_known: dict[Any, Seams | None] = {}  # what the file of measurements says, asked once
+
+
+def plan(blocks: Sequence[Block], x: Tensor, tensors: Sequence[BlockTensors], stat_groups: int, seams: str) -> Plan:
+    """`seams` is "auto", or "deferred" or "finished" for all of them."""
+    backend, n = backends.get(blocks[0].backend), len(blocks)
+    if backend.chooses_seams:
+        weights, grad = [t.weight for t in tensors], torch.is_grad_enabled()
+        needs = [grad and t.requires_grad for t in (x, *weights)]
+        chosen = backend.seams(blocks, weights, (x.shape[2], x.shape[3]), needs)
+    else:  # without asking: it is on the way of every call
+        chosen = Seams((False,) * (n - 1), (False,) * (n - 1), (False,) * n)
+    if seams != "auto":
+        wanted = (seams == "deferred",) * (n - 1)
+        sums = tuple(a or b for a, b in zip(wanted, chosen.epilogue_sums, strict=True))
+        return Plan(tuple(blocks), stat_groups, Seams(wanted, sums, chosen.lazy_grad))
+    made = Plan(tuple(blocks), stat_groups, chosen)
+    if backend.chooses_seams and not torch.compiler.is_compiling():
+        return _measured(made, x, tensors)
+    return made
+
+
+def _measured(rule: Plan, x: Tensor, tensors: Sequence[BlockTensors]) -> Plan:
+    """The plan with the seams that were measured for it, or are now, or else `rule`."""
+    if any(b.norm is not None and b.norm.process_group is not None for b in rule.blocks):
+        return rule  # processes would have to agree
+    flat = [t for each in tensors for t in each]
+    needs = [t is not None and t.requires_grad for t in (x, *flat)] if torch.is_grad_enabled() else []
+    problem = (rule.blocks, rule.stat_groups, x.shape, x.dtype, tuple(needs), tuple(t.weight.shape for t in tensors))
+    searching, key = measured.may_search(x.device), (x.device, problem)
+    if key not in _known or (searching and _known[key] is None):
+        name, gpu = repr(problem), measured.gpu_key(x.device)
+        found = _parsed(measured.lookup(KIND, gpu, name), len(rule.blocks))
+        if found is None and searching:
+            found = fastest(rule, lambda p: _work(p, x.detach(), flat, needs), x.device)
+            measured.remember(KIND, gpu, name, found._asdict())
+        _known[key] = found
+    found = _known[key]
+    return rule if found is None else Plan(rule.blocks, rule.stat_groups, found)
+
+
+def _parsed(entry: Any, blocks: int) -> Seams | None:
+    if entry is None:
+        return None
+    try:
+        found = Seams(**{name: tuple(map(bool, flags)) for name, flags in entry.items()})
+        if list(map(len, found)) != [blocks - 1, blocks - 1, blocks]:
+            raise ValueError(f"expected the seams of {blocks} blocks, got {entry}")
+    except (TypeError, ValueError, AttributeError) as error:
+        measured.ignored(error)
+        return None
+    return found
+
+
+def fastest(rule: Plan, work: Callable[[Plan], Callable[[], object]], device: torch.device) -> Seams:
+    """From the rule's seams on, turn round one choice after the other and keep what is faster by more than noise.
+
+    `work` gives what is timed for a plan.
+    """
+    best = rule.seams
+    for kind, flags in enumerate(rule.seams):
+        for i in range(len(flags)):
+            turned = tuple(flag != (j == i) for j, flag in enumerate(best[kind]))
+            other = Seams(*[turned if k == kind else flags for k, flags in enumerate(best)])
+            calls = {s: work(Plan(rule.blocks, rule.stat_groups, s)) for s in (best, other)}
+            times = measured.milliseconds(calls, device)
+            if times[other] < (1 - measured.MARGIN) * times[best]:
+                best = other
+    return best
+
+
+def _work(made: Plan, x: Tensor, flat: Sequence[Tensor | None], needs: Sequence[bool]) -> Callable[[], object]:
+    """A forward, and a backward if anything needs a gradient; no buffer is updated."""
+    da: Tensor | None = None
+
+    @torch.no_grad()
+    def call() -> None:
+        nonlocal da
+        if any(needs):
+            out, _, states = chain._forward(made, x, flat, needs)
+            da = torch.ones_like(out) if da is None else da
+            # The epilogue may write to the gradient that it is given.
+            chain._backward(made, x, flat, states, needs, da.clone())
+        else:
+            chain._forward(made, x, flat, None)
+
+    return call
