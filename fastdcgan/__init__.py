@@ -1,6 +1,6 @@
 """fastdcgan: fused kernels that make the convolutional GAN family train fast, behind drop-in layers."""
 
-from fastdcgan import backends, functional
+from fastdcgan import backends, functional, optim
 from fastdcgan.backends import Unavailable, backend
 from fastdcgan.fusion import explain, fold_batchnorm, fuse, unfuse
 from fastdcgan.layers import (
@@ -36,6 +36,7 @@ __all__ = [
     "fold_batchnorm",
     "functional",
     "fuse",
+    "optim",
     "unfuse",
 ]
 

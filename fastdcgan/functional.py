@@ -13,6 +13,8 @@ from fastdcgan import backends, checks, ops, planning
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.chain import Block, BlockTensors, Norm, run
 from fastdcgan.geometry import Geometry, Pair, pair
+from fastdcgan.losses import bce_with_logits as bce_with_logits
+from fastdcgan.pixels import normalize_images as normalize_images
 
 
 class Running(NamedTuple):

@@ -64,7 +64,9 @@ class Checkpoint:
             for parameter in group["params"]:
                 for entry, value in optimizer.state[parameter].items():
                     if value.shape == parameter.shape:
-                        optimizer.state[parameter][entry] = torch.empty_like(parameter).copy_(value).detach()
+                        optimizer.state[parameter][entry] = (
+                            torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach()
+                        )
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:

@@ -18,6 +18,7 @@ from fastdcgan.dcgan import cache
 from fastdcgan.dcgan.console import say, track
 from fastdcgan.dcgan.files import replacing
 from fastdcgan.dcgan.sources import Source, open_source
+from fastdcgan.pixels import normalize_images
 
 _NAMED_IN_FULL = 10
 _RESIDENT_SHARE = 0.25  # of a GPU's free memory
@@ -199,11 +200,7 @@ class Batches:
         return torch.from_numpy(self._array[indices.numpy()]), flip
 
     def _normalised(self, pixels: Tensor, flip: Tensor) -> Tensor:
-        x = send(pixels, self.device).permute(0, 3, 1, 2)  # NHWC in memory is channels_last
-        x = x.to(torch.float32).div_(127.5).sub_(1.0)
-        if self.flips:
-            x = torch.where(send(flip, self.device)[:, None, None, None], x.flip(3), x)
-        return x.contiguous(memory_format=torch.channels_last)
+        return normalize_images(send(pixels, self.device), send(flip, self.device) if self.flips else None)
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

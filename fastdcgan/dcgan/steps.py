@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+from fastdcgan.losses import bce_with_logits
 
 PENALTIES = ("wgan-gp", "r1")
 
@@ -95,8 +96,8 @@ def train_step(
 
     with autocast:
         fake = generator(z)
-        logits_real, logits_fake = _logits(discriminator, real, fake.detach())
-        loss_d = bce_loss(logits_real, real_label) + bce_loss(logits_fake, 0.0)
+        losses, (d_real, d_fake) = _real_and_fake(discriminator, real, fake.detach(), real_label)
+        loss_d = losses.sum()
         extra = loss_d.new_zeros(())
         if penalty is not None:
             # Gradients of single pixels are out of float16's range: its penalty is computed in float32.
@@ -107,8 +108,7 @@ def train_step(
     _backward_and_step(loss_d, optimizer_d, scaler)
 
     with autocast, frozen(bare):
-        logits_after = bare(fake).flatten()
-        loss_g = bce_loss(logits_after, 1.0)
+        loss_g, d_fake_after = bce_with_logits(bare(fake), 1.0)
     optimizer_g.zero_grad(set_to_none=True)
     _backward_and_step(loss_g, optimizer_g, scaler)
     if scaler is not None:
@@ -117,21 +117,11 @@ def train_step(
     return StepMetrics(
         loss_d=loss_d.detach(),
         loss_g=loss_g.detach(),
-        d_real=_probability(logits_real),
-        d_fake=_probability(logits_fake),
-        d_fake_after=_probability(logits_after),
+        d_real=d_real,
+        d_fake=d_fake,
+        d_fake_after=d_fake_after,
         penalty=extra.detach(),
     )
-
-
-def bce_loss(logits: Tensor, label: float) -> Tensor:
-    """Binary cross-entropy of `logits` against one label for all, in float32 (float64 of float64)."""
-    logits = _wide(logits)
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
-
-
-def _probability(logits: Tensor) -> Tensor:
-    return _wide(logits.detach()).sigmoid().mean()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -156,12 +146,14 @@ def frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _logits(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+def _real_and_fake(discriminator: nn.Module, real: Tensor, fake: Tensor, real_label: float) -> tuple[Tensor, Tensor]:
+    """D's losses [2] of real and of generated images, and the probabilities [2] that it gives them."""
     if "stat_groups" in inspect.signature(unwrapped(discriminator).forward).parameters:
         both = torch.cat([real.to(fake.dtype), fake])
-        logits = discriminator(both, stat_groups=2).flatten()
-        return logits[: len(real)], logits[len(real) :]
-    return discriminator(real).flatten(), discriminator(fake).flatten()
+        return bce_with_logits(discriminator(both, stat_groups=2), (real_label, 0.0))
+    pairs = (bce_with_logits(discriminator(real), real_label), bce_with_logits(discriminator(fake), 0.0))
+    losses, probabilities = zip(*pairs, strict=True)
+    return torch.stack(losses), torch.stack(probabilities)
 
 
 def _backward_and_step(loss: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> None:

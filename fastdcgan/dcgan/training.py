@@ -31,6 +31,7 @@ from fastdcgan.dcgan.data import Batches, Images, load_images, send
 from fastdcgan.dcgan.metrics import ADVICE_NOT_FINITE, Diverged, MetricsLog, Watch
 from fastdcgan.dcgan.models import Discriminator, Generator, placed
 from fastdcgan.dcgan.steps import GradientPenalty, StepMetrics, train_step, unwrapped
+from fastdcgan.optim import FusedAdam
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -306,8 +307,8 @@ class Trainer:
             nn.SyncBatchNorm.convert_sync_batchnorm(net)
         return wrapped
 
-    def _adam(self, net: nn.Module, lr: float) -> torch.optim.Adam:
-        return torch.optim.Adam(net.parameters(), lr, (self.config.beta1, self.config.beta2), fused=True)
+    def _adam(self, net: nn.Module, lr: float) -> FusedAdam:
+        return FusedAdam(net.parameters(), lr, (self.config.beta1, self.config.beta2))
 
     def _load_images(self) -> Images:
         """Process 0 decodes, the others read its cache."""

@@ -6,6 +6,9 @@
 #include <memory>
 #include <vector>
 
+#include "../../csrc/cpu/adam.h"
+#include "../../csrc/cpu/images.h"
+#include "../../csrc/cpu/losses.h"
 #include "../../csrc/cpu/passes.h"
 
 using namespace fastdcgan::cpu;
@@ -38,10 +41,49 @@ int run(const Shape& s, c10::ScalarType dtype) {
   return calls + 1;
 }
 
+template <class T>
+int run_training(c10::ScalarType dtype) {
+  int calls = 0;
+  for (int64_t n : {0, 1, 31, 40000}) {
+    const auto weight = std::make_unique<float[]>(n), m = std::make_unique<float[]>(n), v = std::make_unique<float[]>(n);
+    const auto grad = std::make_unique<T[]>(n);
+    const auto copy = std::make_unique<c10::BFloat16[]>(n);
+    const auto half = std::make_unique<c10::Half[]>(n);
+    for (double scale : {1., 8.}) {
+      adam_pass({{weight.get(), grad.get(), m.get(), v.get(), nullptr, n, dtype, c10::ScalarType::Float, 1},
+                 {weight.get(), grad.get(), m.get(), v.get(), copy.get(), n, dtype, c10::ScalarType::BFloat16, 2},
+                 {weight.get(), grad.get(), m.get(), v.get(), half.get(), n, dtype, c10::ScalarType::Half, 3}},
+                {.1, .9, .99, 1e-8, .1, scale == 1, false, scale});
+      ++calls;
+    }
+  }
+  for (int64_t parts : {1, 2}) {
+    const float labels[] = {.9f, 0.f};
+    const auto logits = std::make_unique<T[]>(parts * 5);
+    const auto grad = std::make_unique<float[]>(parts * 5), out = std::make_unique<float[]>(2 * parts);
+    for (float* g : {grad.get(), static_cast<float*>(nullptr)}) {
+      bce_pass(logits.get(), dtype, parts, 5, labels, out.get(), out.get() + parts, g);
+      ++calls;
+    }
+  }
+  for (int64_t width : {1, 5, 70})
+    for (int64_t channels : {1, 3}) {
+      const int64_t n = 2 * 3 * width * channels;
+      const auto pixels = std::make_unique<uint8_t[]>(n);
+      const auto out = std::make_unique<T[]>(n);
+      const bool flip[] = {false, true};
+      images_pass({2, 3, width, channels}, pixels.get(), flip, out.get(), dtype);
+      images_pass({2, 3, width, channels}, pixels.get(), nullptr, out.get(), dtype);
+      calls += 2;
+    }
+  return calls;
+}
+
 }  // namespace
 
 int main() {
-  int calls = 0;
+  int calls = run_training<float>(c10::ScalarType::Float) + run_training<c10::BFloat16>(c10::ScalarType::BFloat16) +
+              run_training<c10::Half>(c10::ScalarType::Half);
   for (int64_t groups : {1, 2})
     for (int64_t samples : {0, 3})
       for (int64_t channels : {1, 17, 70})

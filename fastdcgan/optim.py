@@ -1,0 +1,319 @@
+"""Adam over all parameters in one pass over memory.
+
+A step reads the gradient and reads and writes the weight and both moments: 28 bytes a float32 parameter, and nothing
+else counts. `FusedAdam` does that in one launch for all tensors of a param group, and in the same pass keeps a bfloat16
+or float16 copy of the weights up to date for whoever computes with it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.optimizer import ParamsT
+
+from fastdcgan import native
+
+_LOW = (torch.bfloat16, torch.float16)
+_GRADS = (torch.float32, *_LOW)
+_CHUNK = 4096  # elements of a block of the CUDA kernel (csrc/cuda/adam.cuh), each with a step counter of its own
+
+
+class _Counter(NamedTuple):
+    """A parameter's step on a GPU: one counter for each chunk, so that no two blocks share one."""
+
+    chunks: Tensor
+    step: Tensor  # what `state["step"]` is: a view of the first
+    version: int  # of `step`: another one means that somebody wrote to it
+
+
+class FusedAdam(torch.optim.Adam):
+    """`torch.optim.Adam` (and, with `decoupled_weight_decay`, `torch.optim.AdamW`): the same arguments, arithmetic and
+    state_dict, which either loads from the other's.
+
+        opt = fastdcgan.optim.FusedAdam(model.parameters(), lr=2e-4, betas=(0.5, 0.999))
+
+    Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015), algorithm 1; Loshchilov and Hutter, "Decoupled
+    Weight Decay Regularization" (2019), algorithm 2.
+
+    Parameters in bfloat16 or float16 get float32 moments and a float32 master copy, `state[p]["master"]`, which is what
+    is updated; the parameter is that, rounded. (Such a state_dict loads into `torch.optim.Adam`, which rounds the
+    moments and ignores the master.)
+
+    Args:
+        params: an iterable of parameters or of param groups, real and dense, on any device.
+        lr: a float or a tensor of one element; where a CUDA graph is to see new values, a tensor on the GPU.
+        betas, eps, weight_decay, maximize, capturable: as in `torch.optim.Adam`.
+        amsgrad: as there; such groups are updated by PyTorch's own fused Adam.
+        decoupled_weight_decay: shrink the weights themselves (AdamW) instead of adding to the gradients.
+        copies: float32 parameter -> bfloat16 or float16 tensor of its shape, which is given the parameter's new value
+            in the pass that computes it. `write_copies` does that between steps, say after loading weights.
+
+    What is not covered (float64, amsgrad, tensors with gaps, devices and machines without the extension) is updated by
+    PyTorch's own fused Adam; `explain()` says what runs where. It takes part in `torch.amp.GradScaler` as PyTorch's
+    fused Adam does: it unscales the gradients itself, and skips the step if one was not finite.
+
+    Raises ValueError or TypeError for arguments that don't fit, among them complex parameters; `step` raises TypeError
+    for sparse gradients, and RuntimeError in a CUDA graph's capture without `capturable=True`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        decoupled_weight_decay: bool = False,
+        copies: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
+        self._counters: dict[Tensor, _Counter] = {}
+        self._copies: dict[Tensor, Tensor] = {}
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            capturable=capturable,
+            fused=True,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        self._copies = dict(copies or {})
+        known = set(chain.from_iterable(group["params"] for group in self.param_groups))
+        for p, copy in self._copies.items():
+            _check_copy(p, copy, p in known)
+        self.write_copies()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if not p.is_floating_point():
+                del self.param_groups[-1]
+                raise TypeError(f"FusedAdam takes real floating-point parameters, got one of {p.dtype}")
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; `closure`, if given, computes the loss again and its result is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            ready = [p for p in group["params"] if p.grad is not None]
+            _check_capture(group, ready)
+            batches: dict[tuple[torch.device, bool], list[Tensor]] = defaultdict(list)
+            for p in ready:
+                if p.grad.layout != torch.strided:
+                    raise TypeError(f"FusedAdam takes dense gradients, got one of layout {p.grad.layout}")
+                self._prepare(p, group)
+                batches[p.device, self._why_torch(p, group) is None].append(p)
+            for (device, covered), params in batches.items():
+                scaler = (self._scalar("grad_scale", device), self._scalar("found_inf", device))
+                (self._by_kernel if covered else self._by_torch)(params, group, *scaler)
+        return loss
+
+    def write_copies(self) -> None:
+        """Give every tensor of `copies` its parameter's value as it is now."""
+        for p, copy in self._copies.items():
+            copy.copy_(p.detach())
+
+    def explain(self) -> str:
+        """What updates the parameters: one line for each param group, device, dtype and reason."""
+        found: dict[tuple, list[Tensor]] = defaultdict(list)
+        for i, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                found[i, p.device, p.dtype, self._why_torch(p, group)].append(p)
+        lines = []
+        for (i, device, dtype, why), params in found.items():
+            what = f"{len(params)} tensors, {sum(p.numel() for p in params)} values, {dtype} on {device}"
+            lines.append(f"group {i}: {what}: {'one fused pass' if why is None else f'by torch ({why})'}")
+        return "\n".join(lines)
+
+    # --- state ---
+
+    def _prepare(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Make the state of a parameter that has none, and have it lie in memory as the parameter does."""
+        state = self.state[p]
+        dtype = torch.float32 if p.dtype in _LOW else p.dtype
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        if state["step"].device != p.device:  # torch.optim.Adam without `fused` keeps it on the CPU
+            state["step"] = state["step"].to(p.device, torch.float32)
+        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(p, dtype=dtype)
+        if p.dtype in _LOW:
+            names = (*names, "master")
+            if "master" not in state:
+                state["master"] = p.detach().to(dtype, copy=True)
+        for name in names:
+            if state[name].dtype != dtype or not _lie_alike(state[name], p):
+                state[name] = torch.empty_like(p, dtype=dtype).copy_(state[name])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class, or of `torch.optim.Adam` or `AdamW` with any of their settings."""
+        groups = [{**group, "fused": True, "foreach": None} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        # It has rounded everything to the parameter's dtype.
+        ids = chain.from_iterable(group["params"] for group in groups)
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, p in zip(ids, params, strict=True):
+            saved = state_dict["state"].get(index, {})
+            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master"):
+                if p.dtype in _LOW and name in saved:
+                    self.state[p][name] = saved[name].to(p.device, torch.float32, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_copies": self._copies}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._counters = {}
+        self._step_supports_amp_scaling = True
+
+    def _scalar(self, name: str, device: torch.device) -> Tensor | None:
+        """`grad_scale` or `found_inf`, where a GradScaler has set it."""
+        value = getattr(self, name, None)
+        return None if value is None else value.to(device, non_blocking=True)
+
+    # --- the update ---
+
+    def _why_torch(self, p: Tensor, group: dict[str, Any]) -> str | None:
+        """None if the kernel updates a parameter, else why PyTorch does."""
+        if p.dtype not in _GRADS:
+            return f"the kernel takes float32, bfloat16 and float16, not {p.dtype}"
+        if group["amsgrad"]:
+            return "the kernel has no amsgrad"
+        if not _dense(p):
+            return f"the kernel takes tensors without gaps, not strides {p.stride()}"
+        return native.why_not(p.device.type)
+
+    def _by_kernel(
+        self, params: list[Tensor], group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        device = params[0].device
+        grads = [_laid_as(cast(Tensor, p.grad), p) for p in params]
+        states = [self.state[p] for p in params]
+        nothing = torch.empty(0, device=device)
+        low = [p.dtype in _LOW for p in params]
+        lr = group["lr"]
+        on_device: tuple[Tensor | None, ...] = ()
+        if device.type == "cuda":
+            steps = [self._counter(p) for p in params]
+            on_device = (lr.to(device) if isinstance(lr, Tensor) else None,)
+            lr = 0.0 if isinstance(lr, Tensor) else lr
+        else:
+            steps = [state["step"] for state in states]
+        native.operators(device.type).adam_(
+            [state["master"] if is_low else p for p, state, is_low in zip(params, states, low, strict=True)],
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [p if is_low else self._copies.get(p, nothing) for p, is_low in zip(params, low, strict=True)],
+            steps,
+            float(lr),
+            *on_device,
+            *map(float, group["betas"]),
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            group["decoupled_weight_decay"],
+            group["maximize"],
+            grad_scale,
+            found_inf,
+        )
+        if grad_scale is not None:  # the kernel has unscaled them where they lie
+            for p, grad in zip(params, grads, strict=True):
+                if grad is not p.grad:
+                    cast(Tensor, p.grad).copy_(grad)
+
+    def _counter(self, p: Tensor) -> Tensor:
+        """The step counters of a parameter's chunks, made anew where `state["step"]` is not what they began with."""
+        counter, step = self._counters.get(p), self.state[p]["step"]
+        if counter is None or counter.step is not step or counter.version != step._version:
+            chunks = step.detach().reshape(1).repeat(max(1, -(-p.numel() // _CHUNK)))
+            self.state[p]["step"] = step = chunks[0]
+            counter = self._counters[p] = _Counter(chunks, step, step._version)
+        return counter.chunks
+
+    def _by_torch(
+        self, params: list[Tensor], group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        states = [self.state[p] for p in params]
+        weights = [state.get("master", p) for p, state in zip(params, states, strict=True)]
+        grads = [cast(Tensor, p.grad).to(w.dtype) for p, w in zip(params, weights, strict=True)]
+        adam(
+            weights,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+            [state["step"] for state in states],
+            fused=True,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            amsgrad=group["amsgrad"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+            capturable=group["capturable"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+        )
+        for p, weight in zip(params, weights, strict=True):
+            if weight is not p:
+                p.copy_(weight)
+            if p in self._copies:
+                self._copies[p].copy_(p)
+
+
+def _dense(t: Tensor) -> bool:
+    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have the same order in memory."""
+    if a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous()):
+        return True
+    both = a.dim() == b.dim() == 4
+    return both and all(t.is_contiguous(memory_format=torch.channels_last) for t in (a, b))
+
+
+def _laid_as(grad: Tensor, p: Tensor) -> Tensor:
+    """A gradient in a dtype that the kernel takes and in the parameter's order, itself where it is so already."""
+    if grad.dtype in _GRADS and _lie_alike(grad, p):
+        return grad
+    return torch.empty_like(p, dtype=grad.dtype if grad.dtype in _GRADS else torch.float32).copy_(grad)
+
+
+def _check_copy(p: Tensor, copy: Tensor, known: bool) -> None:
+    if not known:
+        raise ValueError(f"copies has a tensor {list(p.shape)} that is none of the parameters")
+    if p.dtype != torch.float32 or copy.dtype not in _LOW:
+        raise TypeError(f"copies are bfloat16 or float16 of float32 parameters, got {copy.dtype} of {p.dtype}")
+    if copy.shape != p.shape or copy.device != p.device or not _lie_alike(copy, p):
+        raise ValueError(
+            f"a copy has shape {list(copy.shape)} and strides {copy.stride()} on {copy.device}: expected "
+            f"{list(p.shape)} and {p.stride()} on {p.device}"
+        )
+
+
+def _check_capture(group: dict[str, Any], params: list[Tensor]) -> None:
+    on_gpu = any(p.is_cuda for p in params)
+    if on_gpu and not group["capturable"] and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("FusedAdam.step() in a CUDA graph's capture needs capturable=True")
