@@ -28,6 +28,7 @@ __all__ = [
     "ConvTransposeTanh2d",
     "Discriminator",
     "FusedSequential",
+    "GANStep",
     "Generator",
     "Unavailable",
     "backend",
@@ -46,4 +47,8 @@ def __getattr__(name: str) -> object:
         from fastdcgan.dcgan import models
 
         return getattr(models, name)
+    if name == "GANStep":
+        from fastdcgan.graphs import GANStep
+
+        return GANStep
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -130,6 +130,14 @@ class FusedAdam(torch.optim.Adam):
         for p, copy in self._copies.items():
             copy.copy_(p.detach())
 
+    def prepare(self) -> None:
+        """Make the state of all parameters now: a CUDA graph's capture can make none that lasts."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._prepare(p, group)
+                if p.is_cuda and self._why_torch(p, group) is None:
+                    self._counter(p)
+
     def explain(self) -> str:
         """What updates the parameters: one line for each param group, device, dtype and reason."""
         found: dict[tuple, list[Tensor]] = defaultdict(list)
@@ -244,6 +252,10 @@ class FusedAdam(torch.optim.Adam):
         """The step counters of a parameter's chunks, made anew where `state["step"]` is not what they began with."""
         counter, step = self._counters.get(p), self.state[p]["step"]
         if counter is None or counter.step is not step or counter.version != step._version:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "FusedAdam: state was made or changed since the last step: prepare() before capturing"
+                )
             chunks = step.detach().reshape(1).repeat(max(1, -(-p.numel() // _CHUNK)))
             self.state[p]["step"] = step = chunks[0]
             counter = self._counters[p] = _Counter(chunks, step, step._version)

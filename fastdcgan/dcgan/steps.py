@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +68,24 @@ class GradientPenalty:
             return self.weight * ((square + 1e-12).sqrt() - 1).square().mean()
 
 
+class GANLoss(NamedTuple):
+    """A pair of losses on logits [N]: `discriminator(real, generated)` and `generator(generated)`, scalars."""
+
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor], Tensor]
+
+
+# Lim and Ye, "Geometric GAN" (2017), and Miyato et al., "Spectral Normalization for GANs" (2018), equations 16 and 17.
+HINGE = GANLoss(lambda real, fake: (1 - real).relu().mean() + (1 + fake).relu().mean(), lambda fake: -fake.mean())
+# Arjovsky et al., "Wasserstein GAN" (2017), equation 2; its critic is to be kept Lipschitz, say by a penalty.
+WASSERSTEIN = GANLoss(lambda real, fake: fake.mean() - real.mean(), lambda fake: -fake.mean())
+# Mao et al., "Least Squares Generative Adversarial Networks" (2017), equation 9.
+LEAST_SQUARES = GANLoss(
+    lambda real, fake: ((real - 1).square().mean() + fake.square().mean()) / 2,
+    lambda fake: (fake - 1).square().mean() / 2,
+)
+
+
 def train_step(
     generator: nn.Module,
     discriminator: nn.Module,
@@ -76,10 +94,12 @@ def train_step(
     real: Tensor,
     z: Tensor,
     *,
+    loss: GANLoss | None = None,
     real_label: float = 0.9,
     penalty: GradientPenalty | None = None,
     dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    accumulate: int = 1,
 ) -> StepMetrics:
     """Update D on `real` [N, C, H, W] and on `G(z)`, then G through the new D, once each.
 
@@ -88,40 +108,50 @@ def train_step(
     The images are generated once: D sees them detached, and G's gradient flows through the same graph. In G's part D's
     parameters ask for no gradient, so none is computed for them.
 
-    `dtype` float16 or bfloat16 runs both networks under autocast, losses in float32; `scaler` is for float16.
-    Modules may be wrapped in DistributedDataParallel. Nothing here waits for the device.
+    `loss` None is binary cross-entropy with `real_label` for real images. `dtype` float16 or bfloat16 runs both
+    networks under autocast, losses in float32; `scaler` is for float16. `accumulate` k takes the batch in k equal
+    parts, one after the other, and averages their gradients and metrics; BatchNorm's statistics are of a part. Modules
+    may be wrapped in DistributedDataParallel. Nothing here waits for the device.
+
+    Raises ValueError if `accumulate` doesn't divide the batch.
     """
+    if accumulate < 1 or real.shape[0] % accumulate:
+        raise ValueError(f"accumulate={accumulate} must divide the batch, got {real.shape[0]} images")
     bare = unwrapped(discriminator)
     autocast = torch.autocast(real.device.type, dtype=dtype, enabled=dtype is not None)
+    seen: list[tuple[Tensor, ...]] = []
+    fakes: list[Tensor] = []
 
-    with autocast:
-        fake = generator(z)
-        losses, (d_real, d_fake) = _real_and_fake(discriminator, real, fake.detach(), real_label)
-        loss_d = losses.sum()
-        extra = loss_d.new_zeros(())
-        if penalty is not None:
-            # Gradients of single pixels are out of float16's range: its penalty is computed in float32.
-            with torch.autocast(real.device.type, dtype=dtype, enabled=dtype == torch.bfloat16):
-                extra = penalty(bare, real, fake.detach())
-            loss_d = loss_d + extra
     optimizer_d.zero_grad(set_to_none=True)
-    _backward_and_step(loss_d, optimizer_d, scaler)
+    for x, noise in zip(real.chunk(accumulate), z.chunk(accumulate), strict=True):
+        with autocast:
+            fake = generator(noise)
+            loss_d, d_real, d_fake = _discriminator_loss(discriminator, x, fake.detach(), loss, real_label)
+            extra = loss_d.new_zeros(())
+            if penalty is not None:
+                # Gradients of single pixels are out of float16's range: its penalty is computed in float32.
+                with torch.autocast(real.device.type, dtype=dtype, enabled=dtype == torch.bfloat16):
+                    extra = penalty(bare, x, fake.detach())
+                loss_d = loss_d + extra
+        _backward(loss_d, accumulate, scaler)
+        fakes.append(fake)
+        seen.append((loss_d.detach(), d_real, d_fake, extra.detach()))
+    _step(optimizer_d, scaler)
 
-    with autocast, frozen(bare):
-        loss_g, d_fake_after = bce_with_logits(bare(fake), 1.0)
     optimizer_g.zero_grad(set_to_none=True)
-    _backward_and_step(loss_g, optimizer_g, scaler)
+    for i, fake in enumerate(fakes):
+        with autocast, frozen(bare):
+            loss_g, d_fake_after = _generator_loss(bare(fake), loss)
+        _backward(loss_g, accumulate, scaler)
+        seen[i] += (loss_g.detach(), d_fake_after)
+    _step(optimizer_g, scaler)
     if scaler is not None:
         scaler.update()
 
-    return StepMetrics(
-        loss_d=loss_d.detach(),
-        loss_g=loss_g.detach(),
-        d_real=d_real,
-        d_fake=d_fake,
-        d_fake_after=d_fake_after,
-        penalty=extra.detach(),
+    loss_d, d_real, d_fake, extra, loss_g, d_fake_after = (
+        values[0] if accumulate == 1 else torch.stack(values).mean() for values in zip(*seen, strict=True)
     )
+    return StepMetrics(loss_d, loss_g, d_real, d_fake, d_fake_after, extra)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -146,20 +176,44 @@ def frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _real_and_fake(discriminator: nn.Module, real: Tensor, fake: Tensor, real_label: float) -> tuple[Tensor, Tensor]:
-    """D's losses [2] of real and of generated images, and the probabilities [2] that it gives them."""
+def _discriminator_loss(
+    discriminator: nn.Module, real: Tensor, fake: Tensor, loss: GANLoss | None, real_label: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """D's loss, and the mean probabilities that it gives to real and to generated images."""
     if "stat_groups" in inspect.signature(unwrapped(discriminator).forward).parameters:
-        both = torch.cat([real.to(fake.dtype), fake])
-        return bce_with_logits(discriminator(both, stat_groups=2), (real_label, 0.0))
-    pairs = (bce_with_logits(discriminator(real), real_label), bce_with_logits(discriminator(fake), 0.0))
-    losses, probabilities = zip(*pairs, strict=True)
-    return torch.stack(losses), torch.stack(probabilities)
+        logits = discriminator(torch.cat([real.to(fake.dtype), fake]), stat_groups=2)
+        if loss is None:
+            losses, (d_real, d_fake) = bce_with_logits(logits, (real_label, 0.0))
+            return losses.sum(), d_real, d_fake
+        on_real, on_fake = _wide(logits.flatten()).chunk(2)
+    else:
+        on_real, on_fake = discriminator(real), discriminator(fake)
+        if loss is None:
+            (of_real, d_real), (of_fake, d_fake) = bce_with_logits(on_real, real_label), bce_with_logits(on_fake, 0.0)
+            return of_real + of_fake, d_real, d_fake
+        on_real, on_fake = _wide(on_real.flatten()), _wide(on_fake.flatten())
+    return loss.discriminator(on_real, on_fake), _probability(on_real), _probability(on_fake)
 
 
-def _backward_and_step(loss: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+def _generator_loss(logits: Tensor, loss: GANLoss | None) -> tuple[Tensor, Tensor]:
+    """G's loss, and the mean probability that D gives to its images."""
+    if loss is None:
+        return bce_with_logits(logits, 1.0)
+    wide = _wide(logits.flatten())
+    return loss.generator(wide), _probability(wide)
+
+
+def _probability(logits: Tensor) -> Tensor:
+    return logits.detach().sigmoid().mean()
+
+
+def _backward(loss: Tensor, parts: int, scaler: torch.amp.GradScaler | None) -> None:
+    loss = loss if parts == 1 else loss / parts
+    (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+def _step(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> None:
     if scaler is None:
-        loss.backward()
         optimizer.step()
     else:
-        scaler.scale(loss).backward()
         scaler.step(optimizer)
