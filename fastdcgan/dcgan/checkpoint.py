@@ -3,6 +3,7 @@
 Nothing in it is pickled, so loading one runs no code of whoever wrote it. It appears whole or not at all.
 
     generator/KEY, discriminator/KEY           the networks' state_dicts
+    ema/KEY                                    the average of the generator's, where a run keeps one
     optimizer_g/INDEX/KEY, optimizer_d/...     Adam's moments
     random/NAME                                states of the random generators
 """
@@ -51,7 +52,11 @@ class Checkpoint:
         saved = optimizer.state_dict()
         tensors = {f"{index}/{key}": value for index, s in saved["state"].items() for key, value in s.items()}
         self.add(name, tensors)
-        self.state[name] = saved["param_groups"]
+        # A learning rate is a tensor where a CUDA graph reads it.
+        self.state[name] = [
+            {key: float(value) if isinstance(value, Tensor) else value for key, value in group.items()}
+            for group in saved["param_groups"]
+        ]
 
     def load_optimizer(self, name: str, optimizer: Optimizer) -> None:
         state: dict[int, dict[str, Tensor]] = {}

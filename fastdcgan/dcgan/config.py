@@ -51,6 +51,8 @@ class TrainConfig:
     beta2: float = _option(0.999, "Adam's second momentum")
     real_label: float = _option(0.9, "label of real images: below 1 is one-sided label smoothing")
     gradient_penalty: float = _option(0.0, "weight of a gradient penalty on the discriminator, 0 for none")
+    accumulate: int = _option(1, "parts that a batch is computed in, one after the other, to save memory")
+    ema: float = _option(0.0, "decay of a moving average of the generator's weights, 0 for none")
     penalty_kind: str = _option("wgan-gp", "on mixtures, towards norm 1, or R1 on real images", choices=PENALTIES)
 
     precision: str = _option("fp32", "arithmetic of the networks; bf16 and fp16 by autocast", choices=PRECISIONS)
@@ -70,7 +72,7 @@ class TrainConfig:
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             if choices and value not in choices and value != f.default:
                 raise ValueError(f"{f.name} is {value!r}: expected one of {', '.join(map(str, choices))}")
-        for name in ("nz", "ngf", "ndf", "batch_size", "epochs", "samples", "keep", "log_every"):
+        for name in ("nz", "ngf", "ndf", "batch_size", "epochs", "samples", "keep", "log_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
         for name in ("max_steps", "max_minutes", "gradient_penalty", "sample_every", "checkpoint_every", "workers"):
@@ -79,9 +81,13 @@ class TrainConfig:
         for name in ("lr_g", "lr_d"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 0 and below 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate is {self.accumulate}: expected a divisor of the batch size, {self.batch_size}"
+            )
         if not 0.5 < self.real_label <= 1:
             raise ValueError(f"real_label is {self.real_label}: expected more than 0.5 and at most 1")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import fastdcgan
+from fastdcgan.benchmarks import steps
 from fastdcgan.benchmarks.harness import Summary, Timing, interleave, is_noisy, ratio, summarise, timer_for
 from fastdcgan.benchmarks.results import environment
 from fastdcgan.dcgan import distributed
@@ -23,8 +24,9 @@ from fastdcgan.dcgan.console import say
 from fastdcgan.dcgan.data import load_images
 from fastdcgan.dcgan.files import replacing
 from fastdcgan.dcgan.models import Discriminator, Generator, placed
-from fastdcgan.dcgan.steps import train_step
 from fastdcgan.dcgan.training import DTYPES, Outcome, Trainer
+from fastdcgan.graphs import GANStep
+from fastdcgan.optim import FusedAdam
 
 # Wide enough for digits, narrow enough for many steps in the time that there is.
 IMAGE_SIZE, CHANNELS, WIDTH, BATCH = 32, 1, 32, 32
@@ -134,16 +136,16 @@ def _clear(out: Path) -> None:
 
 
 def compare(device: torch.device, seconds: float, seed: int = 0) -> list[Timed]:
-    """Time `train_step` on fused and on plain networks with the same weights, in turns, at fp32 and bf16."""
+    """Time a training step of ours and of plain PyTorch with the same weights, in turns, at fp32 and bf16."""
     torch.manual_seed(seed)
     nets = _networks(device)
     real = torch.rand(BATCH, CHANNELS, IMAGE_SIZE, IMAGE_SIZE, device=device).mul_(2).sub_(1)
     real = real.contiguous(memory_format=torch.channels_last)
     z = torch.randn(BATCH, nets[0].nz, device=device)
     candidates = {
-        (name, precision): [_stepper(_copies(nets, fused), real, z, DTYPES[precision])]
+        (name, precision): [stepper(copy.deepcopy(nets), real, z, DTYPES[precision])]
         for precision in ("fp32", "bf16")
-        for name, fused in (("vanilla", False), ("fused", True))
+        for name, stepper in (("vanilla", _vanilla), ("fused", _fused))
     }
     times = interleave(
         {"/".join(key): segments for key, segments in candidates.items()},
@@ -163,22 +165,26 @@ def _networks(device: torch.device) -> tuple[Generator, Discriminator]:
     return placed(generator, device), placed(discriminator, device)
 
 
-def _copies(nets: tuple[Generator, Discriminator], fused: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
-    generator, discriminator = copy.deepcopy(nets)
-    if fused:
-        return generator, discriminator
-    # What anyone would write: a plain nn.Sequential of PyTorch's own modules, real and generated images one by one.
-    return fastdcgan.unfuse(generator), fastdcgan.unfuse(discriminator).blocks
-
-
-def _stepper(
-    nets: tuple[torch.nn.Module, torch.nn.Module], real: torch.Tensor, z: torch.Tensor, dtype: torch.dtype | None
+def _vanilla(
+    nets: tuple[Generator, Discriminator], real: torch.Tensor, z: torch.Tensor, dtype: torch.dtype | None
 ) -> Callable[[], object]:
-    betas = (TrainConfig.beta1, TrainConfig.beta2)
-    generator, discriminator = nets
-    adam_g = torch.optim.Adam(generator.parameters(), LR_G, betas, fused=True)
-    adam_d = torch.optim.Adam(discriminator.parameters(), LR_D, betas, fused=True)
-    return lambda: train_step(generator, discriminator, adam_g, adam_d, real, z, dtype=dtype)
+    """What anyone would write: a plain nn.Sequential of PyTorch's own modules, the textbook loop, PyTorch's Adam."""
+    generator, discriminator = fastdcgan.unfuse(nets[0]), fastdcgan.unfuse(nets[1]).blocks
+    adam_g, adam_d = (steps.adam(net, real.device) for net in (generator, discriminator))
+    return lambda: steps.gan_step(generator, discriminator, adam_g, adam_d, real, z, dtype)
+
+
+def _fused(
+    nets: tuple[Generator, Discriminator], real: torch.Tensor, z: torch.Tensor, dtype: torch.dtype | None
+) -> Callable[[], object]:
+    """What a training run does."""
+    betas, capturable = (TrainConfig.beta1, TrainConfig.beta2), real.device.type == "cuda"
+    optimizers = [
+        FusedAdam(net.parameters(), rate, betas, capturable=capturable)
+        for net, rate in zip(nets, (LR_G, LR_D), strict=True)
+    ]
+    step = GANStep(*nets, *optimizers, dtype=dtype)
+    return lambda: step(real, z)
 
 
 def describe(device: torch.device) -> str:

@@ -30,7 +30,8 @@ from fastdcgan.dcgan.console import Bar, say
 from fastdcgan.dcgan.data import Batches, Images, load_images, send
 from fastdcgan.dcgan.metrics import ADVICE_NOT_FINITE, Diverged, MetricsLog, Watch
 from fastdcgan.dcgan.models import Discriminator, Generator, placed
-from fastdcgan.dcgan.steps import GradientPenalty, StepMetrics, train_step, unwrapped
+from fastdcgan.dcgan.steps import GradientPenalty, StepMetrics, unwrapped
+from fastdcgan.graphs import GANStep
 from fastdcgan.optim import FusedAdam
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,6 +80,18 @@ class Trainer:
         self.optimizer_g = self._adam(self.generator, config.lr_g)
         self.optimizer_d = self._adam(self.discriminator, config.lr_d)
         self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
+        self._gan_step = GANStep(
+            self.generator,
+            self.discriminator,
+            self.optimizer_g,
+            self.optimizer_d,
+            real_label=config.real_label,
+            penalty=self.penalty,
+            dtype=DTYPES[config.precision],
+            scaler=self.scaler,
+            accumulate=config.accumulate,
+            ema=config.ema,
+        )
 
         self.images = self._load_images() if images is None else images
         self.batches = Batches(
@@ -122,18 +135,7 @@ class Trainer:
 
     def train_step(self, real: Tensor) -> StepMetrics:
         """One step on this process's part of a batch."""
-        metrics = train_step(
-            self.generator,
-            self.discriminator,
-            self.optimizer_g,
-            self.optimizer_d,
-            real,
-            self._z(len(real)),
-            real_label=self.config.real_label,
-            penalty=self.penalty,
-            dtype=DTYPES[self.config.precision],
-            scaler=self.scaler,
-        )
+        metrics = self._gan_step(real, self._z(len(real)))
         self.step += 1
         return metrics
 
@@ -259,6 +261,8 @@ class Trainer:
         stream = self.batches.state_dict()
         result.add("generator", unwrapped(self.generator).state_dict())
         result.add("discriminator", unwrapped(self.discriminator).state_dict())
+        if self._gan_step.ema is not None:
+            result.add("ema", self._gan_step.ema.state_dict())
         result.add_optimizer("optimizer_g", self.optimizer_g)
         result.add_optimizer("optimizer_d", self.optimizer_d)
         random = {"noise": self._noise.get_state(), "torch": torch.get_rng_state(), "data": stream.pop("random")}
@@ -280,6 +284,9 @@ class Trainer:
             raise CheckpointError(f"{path} was trained on {was} images: {self.config.data} has {len(self.images)} now")
         checkpoint.load_weights(unwrapped(self.generator), saved.part("generator"), path)
         checkpoint.load_weights(unwrapped(self.discriminator), saved.part("discriminator"), path)
+        if self._gan_step.ema is not None:  # a run that had none begins its average with the weights
+            average = saved.part("ema") or saved.part("generator")
+            checkpoint.load_weights(self._gan_step.ema, average, path)
         for name, optimizer, lr in (
             ("optimizer_g", self.optimizer_g, self.config.lr_g),
             ("optimizer_d", self.optimizer_d, self.config.lr_d),
@@ -308,7 +315,8 @@ class Trainer:
         return wrapped
 
     def _adam(self, net: nn.Module, lr: float) -> FusedAdam:
-        return FusedAdam(net.parameters(), lr, (self.config.beta1, self.config.beta2))
+        betas = (self.config.beta1, self.config.beta2)
+        return FusedAdam(net.parameters(), lr, betas, capturable=self.device.type == "cuda")
 
     def _load_images(self) -> Images:
         """Process 0 decodes, the others read its cache."""

@@ -359,3 +359,36 @@ def test_settings_that_depend_on_the_data(tmp_path: Path, monkeypatch: pytest.Mo
 def test_devices_are_checked(device: str, config: TrainConfig, images: Images) -> None:
     with pytest.raises(ValueError, match=f"device is '{device}'"):
         Trainer(dataclasses.replace(config, device=device), images)
+
+
+# --- averages and parts ----------------------------------------------------------------------------------------------
+
+
+def test_the_average_of_the_generator_is_kept_and_goes_on(config: TrainConfig, images: Images, tmp_path: Path) -> None:
+    whole = Trainer(with_out(config, tmp_path / "whole", ema=0.9, max_steps=6), images)
+    whole.run()
+    Trainer(with_out(config, tmp_path / "parts", ema=0.9, max_steps=3), images).run()
+    Trainer.resume(tmp_path / "parts", images, max_steps=6).run()
+    assert_same(checkpoint.find(tmp_path / "whole"), checkpoint.find(tmp_path / "parts"))
+    saved = checkpoint.load(checkpoint.find(tmp_path / "whole"))
+    average, weights = saved.part("ema"), saved.part("generator")
+    assert average.keys() == weights.keys()
+    assert any(not torch.equal(value, weights[key]) for key, value in average.items())
+
+
+def test_an_average_that_begins_late_begins_with_the_weights(
+    config: TrainConfig, images: Images, tmp_path: Path
+) -> None:
+    Trainer(with_out(config, tmp_path / "run", max_steps=2), images).run()
+    resumed = Trainer.resume(tmp_path / "run", images, ema=0.99)
+    average = resumed._gan_step.ema
+    assert average is not None
+    for (key, value), weight in zip(average.state_dict().items(), resumed.generator.state_dict().values(), strict=True):
+        assert torch.equal(value, weight), key
+
+
+def test_a_batch_in_parts(config: TrainConfig, images: Images, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"accumulate is 3: expected a divisor of the batch size, \d"):
+        dataclasses.replace(config, accumulate=3)
+    trainer = Trainer(with_out(config, tmp_path / "run", accumulate=2, max_steps=2), images)
+    assert trainer.run().reason == "finished"
