@@ -1,6 +1,6 @@
 """A whole training step of a GAN as one object: captured as one CUDA graph on a GPU, run eagerly anywhere else.
 
-What a step does is written in `dcgan/steps.py`; here is what a graph needs around it. A graph replays the very kernels
+What a step does is written in `steps.py`; here is what a graph needs around it. A graph replays the very kernels
 that were captured, on the very memory: so inputs are copied to fixed places, learning rates are tensors, and whatever
 the warm-up runs changed is put back before the capture, which itself computes nothing.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from fastdcgan.dcgan.steps import GANLoss, GradientPenalty, StepMetrics, train_step, unwrapped
+from fastdcgan.steps import GANLoss, GradientPenalty, StepMetrics, train_step, unwrapped
 
 _WARM_UPS = 3  # of autotuners, cuDNN's search and lazily made state
 OTHER_SHAPES = ("eager", "capture")
@@ -132,16 +132,15 @@ class GANStep:
         if not self.graph:
             return self._run(real, z)
         self._settle_rates()
-        fingerprint = self._state_of_things()
-        if fingerprint != self._fingerprint:
+        if self._state_of_things() != self._fingerprint:
             self._captured.clear()
-            self._fingerprint = fingerprint
         key = (real.shape, real.dtype, real.stride(), None if z is None else (z.shape, z.dtype))
         captured = self._captured.get(key)
         if captured is None:
             if self._captured and self.other_shapes == "eager":
                 return self._run(real, z)
             captured = self._captured[key] = self._capture(real, z)
+            self._fingerprint = self._state_of_things()
         return captured(real, z)
 
     # --- eager ---
@@ -177,14 +176,22 @@ class GANStep:
 
     def _state_of_things(self) -> Hashable:
         """What a captured graph has taken for granted: another one means that it would compute something else."""
-        nets = (self.generator, self.discriminator)
+        nets, optimizers = (self.generator, self.discriminator), (self.optimizer_g, self.optimizer_d)
         tensors = tuple((t.data_ptr(), t.requires_grad) for net in nets for t in (*net.parameters(), *net.buffers()))
+        states = tuple(
+            value.data_ptr()
+            for o in optimizers
+            for state in o.state.values()
+            for value in state.values()
+            if _tensor(value)
+        )
         groups = tuple(
             tuple((name, value) for name, value in group.items() if name not in ("params", "lr", "initial_lr"))
-            for optimizer in (self.optimizer_g, self.optimizer_d)
+            for optimizer in optimizers
             for group in optimizer.param_groups
         )
-        return tensors, repr(groups), tuple(m.training for net in nets for m in net.modules())
+        ready = tuple(o.ready() for o in optimizers if hasattr(o, "ready"))
+        return tensors, states, ready, repr(groups), tuple(m.training for net in nets for m in net.modules())
 
     def _settle_rates(self) -> None:
         """Learning rates as tensors on the device that stay the same objects, whoever sets them."""

@@ -138,6 +138,15 @@ class FusedAdam(torch.optim.Adam):
                 if p.is_cuda and self._why_torch(p, group) is None:
                     self._counter(p)
 
+    def ready(self) -> bool:
+        """Whether `prepare` would change nothing: a captured step still reads and writes this optimiser's state."""
+        return all(
+            bool(self.state[p])
+            and (not p.is_cuda or self._why_torch(p, group) is not None or self._current(p) is not None)
+            for group in self.param_groups
+            for p in group["params"]
+        )
+
     def explain(self) -> str:
         """What updates the parameters: one line for each param group, device, dtype and reason."""
         found: dict[tuple, list[Tensor]] = defaultdict(list)
@@ -248,15 +257,21 @@ class FusedAdam(torch.optim.Adam):
                 if grad is not p.grad:
                     cast(Tensor, p.grad).copy_(grad)
 
-    def _counter(self, p: Tensor) -> Tensor:
-        """The step counters of a parameter's chunks, made anew where `state["step"]` is not what they began with."""
+    def _current(self, p: Tensor) -> _Counter | None:
+        """A parameter's counters, unless `state["step"]` is no longer what they began with."""
         counter, step = self._counters.get(p), self.state[p]["step"]
-        if counter is None or counter.step is not step or counter.version != step._version:
+        stale = counter is None or counter.step is not step or counter.version != step._version
+        return None if stale else counter
+
+    def _counter(self, p: Tensor) -> Tensor:
+        """The step counters of a parameter's chunks, made anew where they are stale."""
+        counter = self._current(p)
+        if counter is None:
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "FusedAdam: state was made or changed since the last step: prepare() before capturing"
                 )
-            chunks = step.detach().reshape(1).repeat(max(1, -(-p.numel() // _CHUNK)))
+            chunks = self.state[p]["step"].detach().reshape(1).repeat(max(1, -(-p.numel() // _CHUNK)))
             self.state[p]["step"] = step = chunks[0]
             counter = self._counters[p] = _Counter(chunks, step, step._version)
         return counter.chunks

@@ -7,8 +7,8 @@ from fastdcgan.dcgan.data import Batches, Images, load_images
 from fastdcgan.dcgan.metrics import Diverged
 from fastdcgan.dcgan.models import IMAGE_SIZES, Discriminator, Generator
 from fastdcgan.dcgan.sampling import load_generator, sample
-from fastdcgan.dcgan.steps import GradientPenalty, StepMetrics, train_step
 from fastdcgan.dcgan.training import Outcome, Trainer
+from fastdcgan.steps import GradientPenalty, StepMetrics, train_step
 
 __all__ = [
     "IMAGE_SIZES",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdcgan.dcgan.models import IMAGE_SIZES, PROJECTIONS
-from fastdcgan.dcgan.steps import PENALTIES
+from fastdcgan.steps import PENALTIES
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 BUILTIN_DATA = ("mnist", "digits")

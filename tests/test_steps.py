@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fastdcgan
 from fastdcgan.dcgan import Discriminator, Generator, GradientPenalty, StepMetrics, train_step
-from fastdcgan.dcgan.steps import frozen
+from fastdcgan.steps import frozen
 
 STEPS = 50
 
