@@ -150,13 +150,21 @@ def _cases(
                     yield from suites.run_block(
                         block,
                         batch,
-                        # Compiling is most of a quick run's time: the step has it.
-                        [name for name in names if args.peers or not args.quick or PEERS[name].compile_mode is None],
+                        _block_peers(args, names),
                         device,
                         dtype,
                         _timing(plan.block_timing, args),
                         functools.partial(show, case),
                     )
+
+
+def _block_peers(args: argparse.Namespace, names: list[str]) -> list[str]:
+    names = [name for name in names if not PEERS[name].whole]
+    if not names:
+        raise ValueError("a block has no whole step: expected --peers of more than 'train' for the suite of blocks")
+    if args.quick and not args.peers:  # compiling is most of a quick run's time: the step has it
+        names = [name for name in names if PEERS[name].compile_mode is None]
+    return names
 
 
 def _blocks(shape: NetShape, plan: Plan) -> list[Block]:

@@ -47,19 +47,19 @@ sys.exit(main())
 """
 
 EAGER = (
-    ("fp32", "eager", "eager-nhwc", "fused"),
-    ("bf16", "eager-nhwc", "graph", "fused", "fused-graph"),
+    ("fp32", "eager", "eager-nhwc", "fused", "train"),
+    ("bf16", "eager-nhwc", "graph", "fused", "fused-graph", "train"),
 )
 COMPILED = (
-    ("bf16", "graph", "compile", "fused-graph"),
-    ("bf16", "compile-max", "compile-graph", "fused-graph"),
+    ("bf16", "graph", "compile", "train"),
+    ("bf16", "compile-max", "compile-graph", "train"),
 )
 BLOCKS = (("bf16", "graph", "fused-graph"),)
 DRY_EAGER = (
-    ("fp32", "eager", "eager-nhwc", "fused"),
-    ("bf16", "eager-nhwc", "graph", "fused", "fused-graph"),
+    ("fp32", "eager", "eager-nhwc", "fused", "train"),
+    ("bf16", "eager-nhwc", "graph", "fused", "fused-graph", "train"),
 )
-DRY_COMPILED = (("fp32", "compile", "compile-max", "fused"),)
+DRY_COMPILED = (("fp32", "compile", "compile-max", "train"),)
 DRY_BLOCKS = (("fp32", "eager-nhwc", "graph", "fused"),)
 
 

@@ -1,7 +1,8 @@
 """Who is compared: ways to run the same modules with the same weights on the same data.
 
 `StepRunner` and `BlockRunner` bring a peer to the point where one call is one training step, or one forward and one
-backward of a block. They change nothing about the algorithm: the step is `steps.gan_step` for everybody.
+backward of a block. They change nothing about the algorithm: the step is one function for everybody, or, for the peer
+that shows the whole of fastdcgan, `GANStep`, which is equal to it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import fastdcgan
 from fastdcgan.benchmarks import steps
+from fastdcgan.optim import FusedAdam
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 WARMUP_CALLS = 3
@@ -38,6 +40,7 @@ class Peer:
         compile_mode: of `torch.compile`, or None for eager.
         force_layout: let inductor run convolutions in NHWC, which it otherwise doesn't for nets of few channels.
         graph: captured by hand as CUDA graphs, a whole step in one.
+        whole: the step is `fastdcgan.GANStep` with `FusedAdam`, as `fastdcgan train` runs it; it captures itself.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Peer:
     compile_mode: str | None = None
     force_layout: bool = False
     graph: bool = False
+    whole: bool = False
 
     def require(self, device: torch.device) -> None:
         """Raise NotHere, with the reason, if it can't run on `device`."""
@@ -109,6 +113,7 @@ _ALL = (
     Peer("graph", "PyTorch channels_last in one CUDA graph", graph=True),
     Peer("fused", "fastdcgan", fused=True),
     Peer("fused-graph", "fastdcgan in one CUDA graph", fused=True, graph=True),
+    Peer("train", "fastdcgan GANStep", fused=True, whole=True),
 )
 PEERS = {peer.name: peer for peer in _ALL}
 TRUTH = PEERS["eager"]  # in float64
@@ -116,7 +121,10 @@ YARDSTICK = PEERS["eager-nhwc"]  # vanilla PyTorch, whose rounding error in the 
 
 
 def default_peers(device: torch.device, dtype: str) -> list[str]:
-    """Names of the peers to run when none are asked for. NCHW is left out in bf16, where nobody would use it."""
+    """Names of the peers to run when none are asked for. NCHW is left out in bf16, where nobody would use it.
+
+    A block has no step: "train" is for steps alone.
+    """
     names = ["eager"] if dtype == "fp32" else []
     names += ["eager-nhwc", "compile"]
     if device.type == "cuda":
@@ -124,7 +132,7 @@ def default_peers(device: torch.device, dtype: str) -> list[str]:
     names.append("fused")
     if device.type == "cuda":
         names.append("fused-graph")
-    return names
+    return [*names, "train"]
 
 
 def _compiled_frames() -> int:
@@ -154,6 +162,11 @@ def _capture(function: Callable[[], object], pool: Any = None) -> torch.cuda.CUD
     return graph
 
 
+def _fused_adam(net: nn.Module, device: torch.device) -> torch.optim.Adam:
+    rate = torch.tensor(steps.LEARNING_RATE, device=device)
+    return FusedAdam(net.parameters(), rate, steps.BETAS, capturable=device.type == "cuda")
+
+
 class StepRunner:
     """A peer that trains. Calling it runs one step on the next of its inputs and returns the two losses.
 
@@ -175,7 +188,9 @@ class StepRunner:
         peer.require(device)
         self.peer, self.device, self.dtype = peer, device, dtype
         self.generator, self.discriminator = (peer.transform(copy.deepcopy(net), device, dtype) for net in nets)
-        self.opt_g, self.opt_d = (steps.adam(net, device) for net in (self.generator, self.discriminator))
+        adam = _fused_adam if peer.whole else steps.adam
+        self.opt_g, self.opt_d = (adam(net, device) for net in (self.generator, self.discriminator))
+        self.gan_step = self._whole_step() if peer.whole else None
         self.initial = [tensor.detach().clone() for tensor in self._tensors()]
         data_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.data = [tuple(_to(tensor, peer, device, data_dtype) for tensor in pair) for pair in data]
@@ -185,6 +200,10 @@ class StepRunner:
         # Where a graph reads and writes; eager peers read their data in place.
         self.real, self.noise = self.data[0]
         self.losses: tuple[Tensor, Tensor] | None = None
+
+    def _whole_step(self) -> fastdcgan.GANStep:
+        nets, optimisers = (self.generator, self.discriminator), (self.opt_g, self.opt_d)
+        return fastdcgan.GANStep(*nets, *optimisers, real_label=1.0, dtype=_autocast(self.dtype))
 
     def prepare(self) -> None:
         """Warm-up, compilation and capture. Ends in the initial state."""
@@ -202,6 +221,9 @@ class StepRunner:
     def _step(self) -> None:
         if self.peer.own_graphs:
             torch.compiler.cudagraph_mark_step_begin()
+        if self.gan_step is not None:
+            self.losses = self.gan_step(self.real, self.noise)[:2]
+            return
         nets, optimisers = (self.generator, self.discriminator), (self.opt_g, self.opt_d)
         self.losses = steps.gan_step(*nets, *optimisers, self.real, self.noise, _autocast(self.dtype))
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastdcgan.benchmarks.harness import Summary
+from fastdcgan.benchmarks.peers import PEERS
 from fastdcgan.benchmarks.results import Results
 from fastdcgan.benchmarks.tables import caption
 
@@ -35,7 +36,7 @@ def plot_steps(results: Results, floors_ms: Mapping[int, Mapping[str, float]], p
         bars = sorted(times.items(), key=lambda item: item[1][1].median)
         medians = [ms.median for _, (_, ms) in bars]
         whiskers = [[ms.median - ms.q1 for _, (_, ms) in bars], [ms.q3 - ms.median for _, (_, ms) in bars]]
-        colours = ["tab:orange" if peer.startswith("fused") else "tab:blue" for _, (peer, _) in bars]
+        colours = ["tab:orange" if peer in PEERS and PEERS[peer].fused else "tab:blue" for _, (peer, _) in bars]
         axes.barh([label for label, _ in bars], medians, xerr=whiskers, color=colours, height=0.6)
         axes.invert_yaxis()
         for (level, ms), style in zip(floors_ms.get(batch, {}).items(), ("--", "-.", ":"), strict=False):

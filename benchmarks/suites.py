@@ -21,8 +21,8 @@ DATA_SETS = 2
 
 
 def reference_of(names: Sequence[str]) -> str:
-    """The peer that ratios are relative to: ours, captured where that is there, else the first."""
-    return next((name for name in ("fused-graph", "fused") if name in names), names[0])
+    """The peer that ratios are relative to: ours, the whole of it where that is there, else the first."""
+    return next((name for name in ("train", "fused-graph", "fused") if name in names), names[0])
 
 
 @contextlib.contextmanager
