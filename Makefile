@@ -21,6 +21,8 @@ PIP := $(BIN)/pip install --disable-pip-version-check $(PIP_ARGS)
 DEPENDENCIES := $(VENV)/.dependencies
 EXTENSIONS := $(VENV)/.extensions
 SOURCES := $(shell find csrc -type f)
+# The tests of whatever backend, for backend("cuda") on CPU tensors
+CUDA_ON_CPU := $(addprefix tests/test_,$(addsuffix .py,ops chain derivatives running_stats saved_memory))
 
 .PHONY: help install demo test lint bench gpu-check clean
 
@@ -59,6 +61,11 @@ demo: $(EXTENSIONS) ## train a DCGAN on MNIST, show samples and a table: fused v
 test: lint $(EXTENSIONS) ## lint, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/triton/interpreter $(ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/interpreter $(ARGS)
+	if command -v g++ >/dev/null; then \
+	  OMP_NUM_THREADS=1 FASTDCGAN_TEST_CUDA_ON_CPU=1 $(BIN)/python -m pytest $(CUDA_ON_CPU) -k "cuda- and not opcheck" $(ARGS); \
+	else \
+	  echo "no g++ here: the CUDA backend is not tested on CPU tensors"; \
+	fi
 
 lint: $(EXTENSIONS) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -31,7 +31,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CHILD = "FASTDCGAN_EXTENSION"  # names the one extension that this process builds
-DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0 10.0+PTX"
+DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0a 10.0+PTX"
+STABLE_ABI = (2, 11)  # of torch: one library for that version and later ones
 ERROR_LINES = 40
 
 # ATen's vectors are as wide as these macros say; the run-time choice is in fastdcgan/backends/cpu.py.
@@ -117,15 +118,69 @@ def cuda_home(environment: Mapping[str, str]) -> str | None:
     return str(Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent)
 
 
-def why_no_cuda(environment: Mapping[str, str], torch_cuda: str | None) -> str | None:
-    """Why the CUDA extension can't be built here, or None."""
-    if enabled(environment, "FASTDCGAN_FORCE_CUDA"):
+def nvcc_version(home: str) -> tuple[int, int] | None:
+    """Of the toolkit in `home`; None if there is no nvcc that says."""
+    nvcc = Path(home) / "bin" / "nvcc"
+    try:
+        done = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True)
+    except OSError:
         return None
-    if torch_cuda is None:
-        return "the installed torch is a build without CUDA"
-    if cuda_home(environment) is None:
-        return "nvcc was not found (looked at CUDA_HOME, CUDA_PATH and PATH)"
+    found = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def why_no_cuda(environment: Mapping[str, str], torch_cuda: str | None) -> str | None:
+    """Why the CUDA extension can't be built here and what to set, in one line; or None."""
+    force = enabled(environment, "FASTDCGAN_FORCE_CUDA")
+    if torch_cuda is None and not force:
+        return "the installed torch is a build without CUDA (FASTDCGAN_FORCE_CUDA=1 builds the extension all the same)"
+    wanted = f"the CUDA toolkit {torch_cuda or ''}".rstrip()
+    home = cuda_home(environment)
+    if home is None:
+        looked = "looked at CUDA_HOME, CUDA_PATH and PATH"
+        return f"nvcc was not found ({looked}): install {wanted} and set CUDA_HOME to its folder"
+    version = nvcc_version(home)
+    if version is None:
+        return f"{home} has no bin/nvcc that runs: set CUDA_HOME to the folder of {wanted}"
+    if torch_cuda is not None and version[0] != int(torch_cuda.split(".")[0]):
+        relation = "older" if version[0] < int(torch_cuda.split(".")[0]) else "newer"
+        found = f"nvcc {version[0]}.{version[1]} in {home} is {relation} than torch's CUDA {torch_cuda}"
+        return f"{found}: install {wanted} and set CUDA_HOME to its folder, or install a torch for CUDA {version[0]}"
     return None
+
+
+# What a compiler says when the machine is at fault, and what to do about it.
+HINTS = {
+    r"unsupported (?:GNU|clang) version": (
+        "nvcc doesn't take this host compiler: set CC and CXX to an older one, such as CC=gcc-13 CXX=g++-13"
+    ),
+    r"[Kk]illed|out of memory|Cannot allocate memory|virtual memory exhausted|signal 9": (
+        "a compiler ran out of memory: set MAX_JOBS=1 (it was {jobs}), or give the machine more"
+    ),
+    r"[Uu]nsupported gpu architecture '(\w+)'": (
+        "this nvcc doesn't know {0}: leave it out of TORCH_CUDA_ARCH_LIST (it was {architectures!r}), "
+        "or install a newer one"
+    ),
+}
+
+
+def hint(output: str, jobs: int, architectures: str) -> str | None:
+    """One line on what to set, where a failed build's output has a known cause."""
+    for pattern, text in HINTS.items():
+        found = re.search(pattern, output)
+        if found:
+            return text.format(*found.groups(), jobs=jobs, architectures=architectures)
+    return None
+
+
+def architectures_of(flags: list[str]) -> list[str]:
+    """nvcc's -gencode flags as TORCH_CUDA_ARCH_LIST has them: "9.0a", "10.0+PTX"."""
+    found: dict[str, str] = {}
+    for flag in flags:
+        kind, digits, suffix = re.search(r"code=(sm|compute)_(\d+)([af]?)", flag).groups()  # type: ignore[union-attr]
+        number = f"{digits[:-1]}.{digits[-1]}{suffix}"
+        found[number] = "+PTX" if kind == "compute" else found.get(number, "")
+    return [number + found[number] for number in sorted(found, key=lambda number: float(number.rstrip("af")))]
 
 
 # --- one extension, in a process of its own --------------------------------------------------------------------------
@@ -163,13 +218,14 @@ def cuda_extension() -> Extension:
     from torch.utils.cpp_extension import CUDAExtension
 
     cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME")  # a torch without CUDA has looked for none
-    # torch's stable ABI of 2.11: one binary for that version and later ones.
-    stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]
+    major, minor = STABLE_ABI
+    stable = [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000", "-DUSE_CUDA"]
     extension = CUDAExtension(
         "fastdcgan._cuda",
         sources("cuda", ".cu", ".cpp"),
+        include_dirs=[str(ROOT / "csrc")],
         depends=headers(),
-        extra_compile_args={"cxx": ["-O2", *stable], "nvcc": ["-O3", "--expt-relaxed-constexpr", *stable]},
+        extra_compile_args={"cxx": ["-O2", *stable], "nvcc": ["-O3", *stable]},
     )
     if torch.version.cuda is None:  # FASTDCGAN_FORCE_CUDA: such a torch has neither of these, a CUDA torch brings them
         extension.libraries = [x for x in extension.libraries if x not in ("c10_cuda", "torch_cuda")]
@@ -211,6 +267,19 @@ def summary(output: str) -> str:
     return "\n".join(line if len(line) <= 300 else f"{line[:300]}..." for line in lines[-ERROR_LINES:])
 
 
+def cuda_record() -> dict[str, object]:
+    """What the CUDA extension was built by and for."""
+    from torch.utils import cpp_extension
+
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    version = nvcc_version(cuda_home(os.environ) or "")
+    return {
+        "nvcc": ".".join(map(str, version or ())),
+        "architectures": architectures_of(cpp_extension._get_cuda_arch_flags()),
+        "oldest_torch": ".".join(map(str, STABLE_ABI)),
+    }
+
+
 class BuildExtensions(build_ext):
     """Builds every planned extension in a process of its own and records the outcome."""
 
@@ -244,10 +313,11 @@ class BuildExtensions(build_ext):
             "torch": str(torch.__version__),
             "compiler": first_line(os.environ.get("CXX", "c++"), "--version"),
             "extensions": record,
+            "cuda": cuda_record() if record.get("_cuda", {}).get("built") else None,
         }
         (package / "_build.json").write_text(json.dumps(information, indent=2) + "\n")
         if enabled(os.environ, "FASTDCGAN_FORCE_CUDA") and not record["_cuda"]["built"]:
-            raise RuntimeError(f"FASTDCGAN_FORCE_CUDA=1, but the CUDA extension failed:\n{record['_cuda']['error']}")
+            raise RuntimeError(f"FASTDCGAN_FORCE_CUDA=1, but the CUDA extension failed: {record['_cuda']['error']}")
 
     def build_in_process(self, name: str, work: Path, jobs: int) -> str | None:
         """None, or the last lines of what a failed build printed."""
@@ -262,7 +332,10 @@ class BuildExtensions(build_ext):
             command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         print(f"--- fastdcgan.{name}\n{done.stdout}", flush=True)
-        return None if done.returncode == 0 else summary(done.stdout)
+        if done.returncode == 0:
+            return None
+        advice = hint(done.stdout, jobs, environment.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES))
+        return "\n".join([*([advice] if advice else []), summary(done.stdout)])
 
     def get_outputs(self) -> list[str]:
         return []

@@ -130,6 +130,7 @@ class Check:
             Part("build", 180, self._build),
             Part("environment", 60, lambda: self._worker("environment", self._file("environment"))),
             Part("ceilings", 40, lambda: self._worker("ceilings", self._file("ceilings"))),
+            Part("bandwidth", 40, lambda: self._worker("bandwidth", self._file("bandwidth")), required=False),
             *(self._timings("step", f"step-{batch}", 75, batch, seconds, eager) for batch in batches),
             Part("tests", 150, self._tests, environment={"FASTDCGAN_TEST_DEVICE": self.device}),
             Part("memcheck", 60, lambda: self._sanitizer("memcheck"), environment=uncached),
@@ -178,7 +179,9 @@ class Check:
     def _tests(self) -> Sequence[str]:
         # A dry run shows that the suite starts on this device; `make test` is what runs it there.
         tests = [str(ROOT / "tests" / "test_tolerance.py")] if self.dry else [str(ROOT / "tests")]
-        return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *self._parallel(), *tests]
+        # What needs no GPU takes compilers and minutes; `make test` has it.
+        ignored = [f"--ignore={ROOT / 'tests' / name}" for name in ("cuda_on_cpu", "test_cuda_build.py")]
+        return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *self._parallel(), *ignored, *tests]
 
     def _parallel(self) -> list[str]:
         """Arguments that spread tests over processes, where pytest-xdist is there and the machine has cores for it."""

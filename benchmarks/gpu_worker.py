@@ -6,6 +6,7 @@ Each command writes a results file (or prints), and exits with 1 if something wa
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import fastdcgan
 from fastdcgan import backends
-from fastdcgan.benchmarks import harness, plots, results, steps, suites, tables
+from fastdcgan.benchmarks import bandwidth, harness, plots, results, steps, suites, tables
 from fastdcgan.benchmarks.contractions import run_layer
 from fastdcgan.benchmarks.floors import step_flops
 from fastdcgan.benchmarks.results import Case, Results
@@ -31,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--dry", action="store_true", help="tiny shapes, few rounds")
     commands = parser.add_subparsers(required=True)
-    for name, run in (("environment", _environment), ("ceilings", _ceilings), ("smallest", _smallest)):
+    for name, run in (
+        ("environment", _environment),
+        ("ceilings", _ceilings),
+        ("bandwidth", _bandwidth),
+        ("smallest", _smallest),
+    ):
         command = commands.add_parser(name)
         command.set_defaults(run=run)
         command.add_argument("file", type=Path)
@@ -100,6 +106,25 @@ def _ceilings(args: argparse.Namespace, device: torch.device) -> int:
     return 0
 
 
+def _own_backends(device: torch.device) -> list[str]:
+    """Those that are available here; on a GPU, those with kernels for it."""
+    names = [name for name, why in backends.status().items() if why == "available"]
+    return [name for name in names if device.type != "cuda" or name in OWN_GPU_BACKENDS]
+
+
+def _bandwidth(args: argparse.Namespace, device: torch.device) -> int:
+    """The streaming passes of every backend of our own, as a fraction of a copy's speed."""
+    found = _empty(args, device)
+    entries: list[dict] = []
+    for name in _own_backends(device):
+        for batch in (2,) if args.dry else (128, 1024):
+            entries += bandwidth.as_entries(bandwidth.measure(name, batch, device, torch.bfloat16, args.dry))
+    found.extra["bandwidth"] = entries
+    found.write(args.file)
+    _say(bandwidth.markdown(entries))
+    return 0
+
+
 # --- timings ---------------------------------------------------------------------------------------------------------
 
 
@@ -155,13 +180,16 @@ def _add(found: Results, cases: Sequence[Case], file: Path) -> None:
 
 
 def _smallest(args: argparse.Namespace, device: torch.device) -> int:
-    """Two training steps through each backend that has kernels of its own, in each dtype; no vanilla kernels timed."""
-    names = [name for name, why in backends.status().items() if why == "available"]
-    if device.type == "cuda":
-        names = [name for name in names if name in OWN_GPU_BACKENDS]
+    """Two training steps through each backend that has kernels of its own, in each dtype, and its passes over ragged
+    sizes; no vanilla kernels timed."""
     torch.manual_seed(0)
     real, noise = (tensor.to(device) for tensor in inputs(DRY_SHAPE, 2))
-    for name in names:
+    for name in _own_backends(device):
+        for dtype, shape in itertools.product((torch.float32, torch.bfloat16), ((2, 5, 3, 3), (2, 24, 2, 6))):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                y = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
+                for run, _ in bandwidth.passes(backends.get(name), y, torch.ones_like(y)).values():
+                    run()
         for dtype in (None, torch.bfloat16):
             generator, discriminator = (fastdcgan.fuse(net.to(device)) for net in DRY_SHAPE.nets())
             opt_g, opt_d = steps.adam(generator, device), steps.adam(discriminator, device)
@@ -185,6 +213,8 @@ def _report(args: argparse.Namespace, device: torch.device) -> int:
     print(tables.caption(found))
     for suite, title in tables.TITLES.items():
         print(f"\n{title}\n\n{tables.markdown(found, suite) or tables.NOT_MEASURED}", flush=True)
+    if found.extra.get("bandwidth"):
+        print(f"\nPasses over memory, as a fraction of a copy\n\n{bandwidth.markdown(found.extra['bandwidth'])}\n")
     ceilings = found.extra.get("ceilings")
     limits: dict[int, dict[str, float]] = {}
     if ceilings is not None:

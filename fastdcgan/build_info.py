@@ -11,6 +11,16 @@ HOW_TO_BUILD = "build it with `pip install --no-build-isolation -e .` in the sou
 
 
 @dataclass(frozen=True)
+class CUDABuild:
+    """Of the CUDA extension: nvcc's version, the `architectures` it has code for (as in TORCH_CUDA_ARCH_LIST), and the
+    oldest torch whose stable ABI it was built on."""
+
+    nvcc: str | None = None
+    architectures: tuple[str, ...] = ()
+    oldest_torch: str | None = None
+
+
+@dataclass(frozen=True)
 class BuildInfo:
     """`errors` has every extension that was tried: None if it was built, else the original error."""
 
@@ -18,6 +28,7 @@ class BuildInfo:
     torch: str | None = None
     compiler: str | None = None
     errors: dict[str, str | None] = field(default_factory=dict)
+    cuda: CUDABuild = CUDABuild()
 
 
 def build_info() -> BuildInfo:
@@ -27,7 +38,9 @@ def build_info() -> BuildInfo:
         return BuildInfo()
     found = json.loads(record.read_text())
     errors = {name: entry["error"] for name, entry in found["extensions"].items()}
-    return BuildInfo(found["python"], found["torch"], found["compiler"], errors)
+    built = found.get("cuda") or {}  # a record from before there was one has none
+    cuda = CUDABuild(built.get("nvcc"), tuple(built.get("architectures", ())), built.get("oldest_torch"))
+    return BuildInfo(found["python"], found["torch"], found["compiler"], errors, cuda)
 
 
 def library(extension: str) -> Path:

@@ -49,10 +49,17 @@ class Report:
         lines += [f"  {'GPU':<10} {gpu}" for gpu in self.gpus or ["none"]]
         lines += ["built", f"  {'with':<10} {self.build.compiler or 'nothing recorded'}"]
         lines += [f"  {'for':<10} Python {self.build.python}, torch {self.build.torch}"] if self.build.torch else []
-        lines += [_entry(name, "built" if error is None else error) for name, error in self.build.errors.items()]
+        lines += [_entry(name, error or self._built(name)) for name, error in self.build.errors.items()]
         # A build's error, which the list above has, begins on the second line.
         lines += ["backends", *(_entry(name, status.partition("\n")[0]) for name, status in self.backends.items())]
         return "\n".join([*lines, "", self.verdict()])
+
+    def _built(self, extension: str) -> str:
+        cuda = self.build.cuda
+        if extension != "_cuda" or not cuda.architectures:
+            return "built"
+        abi = f"the stable ABI of torch {cuda.oldest_torch} and later"
+        return f"built by nvcc {cuda.nvcc} for {' '.join(cuda.architectures)}, on {abi}"
 
 
 def report() -> Report:

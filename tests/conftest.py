@@ -1,5 +1,6 @@
 """What all tests share: the device (`machine.py`), seeds, threads, hypothesis' profile, and the backends.
 
+FASTDCGAN_TEST_CUDA_ON_CPU  1: backend("cuda") runs on CPU tensors, its kernels under the shim in `cuda_on_cpu`, slowly
 FASTDCGAN_TEST_THREADS  CPU threads (1 by default: the tensors are small, and waiting threads take time from each other)
 HYPOTHESIS_PROFILE      "fixed" (the default: the same examples on every run) or "explore" (new ones, more of them)
 """
@@ -7,7 +8,9 @@ HYPOTHESIS_PROFILE      "fixed" (the default: the same examples on every run) or
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from machine import DEVICE, backends_here
 
 import fastdcgan
+from fastdcgan import backends
 
 SLOW_CALLS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
@@ -28,6 +32,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # float32 means float32 here, for the vanilla modules and for ours; TF32 has tests of its own.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    if os.environ.get("FASTDCGAN_TEST_CUDA_ON_CPU"):
+        sys.path.append(str(Path(__file__).parent / "cuda_on_cpu"))
+        from host_library import HostCUDABackend
+
+        loaded = HostCUDABackend()
+        loaded.require()
+        backends._loaded["cuda"] = loaded
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -236,7 +236,8 @@ def test_gpu_check_has_its_parts(tmp_path):
     timed = [f"{kind}-{batch}" for kind in ("step", "compiled") for batch in (32, 128, 1024)]
     timed += [f"contractions-{batch}" for batch in (128, 1024)]
     found = _parts(tmp_path, dry=False)
-    assert set(found) == {"build", "environment", "ceilings", "tests", "memcheck", "racecheck", "blocks", *timed}
+    single = {"build", "environment", "ceilings", "bandwidth", "tests", "memcheck", "racecheck", "blocks"}
+    assert set(found) == {*single, *timed}
     assert not any(found[name].required for name in timed if not name.startswith("step"))
     assert all(found[name].required for name in ("build", "environment", "ceilings", "tests", "step-128"))
     assert found["tests"].environment["FASTDCGAN_TEST_DEVICE"] == "cuda"

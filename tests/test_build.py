@@ -85,23 +85,77 @@ def test_jobs(build: ModuleType) -> None:
         build.max_jobs({"MAX_JOBS": "0"}, cores=2, gib=1.0)
 
 
-def test_where_cuda_is(build: ModuleType, tmp_path: Path) -> None:
-    toolkit = tmp_path / "toolkit"
-    nvcc = toolkit / "bin" / "nvcc"
+def toolkit(folder: Path, release: str | None) -> Path:
+    """A CUDA toolkit of that version, as far as the build asks; None: one whose nvcc says nothing."""
+    nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\n")
+    says = f"echo 'Cuda compilation tools, release {release}, V{release}.88'" if release else "exit 1"
+    nvcc.write_text(f"#!/bin/sh\n{says}\n")
     nvcc.chmod(0o755)
+    return folder
+
+
+def test_where_cuda_is(build: ModuleType, tmp_path: Path) -> None:
+    home = toolkit(tmp_path / "toolkit", "13.0")
+    nvcc = home / "bin" / "nvcc"
     linked = tmp_path / "elsewhere"
     linked.mkdir()
     (linked / "nvcc").symlink_to(nvcc)
-    assert build.cuda_home({"PATH": str(linked)}) == str(toolkit)  # the toolkit, not the folder of the link
+    assert build.cuda_home({"PATH": str(linked)}) == str(home)  # the toolkit, not the folder of the link
     assert build.cuda_home({"PATH": str(linked), "CUDA_HOME": "/named"}) == "/named"
-    nvcc.write_text("#!/bin/sh\necho '#$ TOP=/real/bin/..' >&2\n")  # a script in front of the real one
-    assert build.cuda_home({"PATH": str(linked)}) == "/real"
     found = {"PATH": str(linked)}
     assert build.why_no_cuda(found, "13.0") is None
     assert "without CUDA" in build.why_no_cuda(found, None)
     assert build.why_no_cuda({**found, "FASTDCGAN_FORCE_CUDA": "1"}, None) is None
+    nvcc.write_text("#!/bin/sh\necho '#$ TOP=/real/bin/..' >&2\n")  # a script in front of the real one
+    assert build.cuda_home({"PATH": str(linked)}) == "/real"
+
+
+def test_cuda_that_can_not_be_built_says_what_to_set(build: ModuleType, tmp_path: Path) -> None:
+    old, new = toolkit(tmp_path / "old", "12.4"), toolkit(tmp_path / "new", "14.1")
+    mute = toolkit(tmp_path / "mute", None)
+    assert build.nvcc_version(str(old)) == (12, 4)
+    reasons = {
+        str(old): ["nvcc 12.4 in", "is older than torch's CUDA 13.0", "set CUDA_HOME"],
+        str(new): ["nvcc 14.1 in", "is newer than torch's CUDA 13.0", "torch for CUDA 14"],
+        str(mute): ["has no bin/nvcc that runs", "set CUDA_HOME to the folder of the CUDA toolkit 13.0"],
+        str(tmp_path / "none"): ["has no bin/nvcc that runs"],
+    }
+    for home, parts in reasons.items():
+        reason = build.why_no_cuda({"CUDA_HOME": home, "FASTDCGAN_FORCE_CUDA": "1"}, "13.0")
+        assert all(part in reason for part in parts) and "\n" not in reason, reason
+    if not Path("/usr/local/cuda/bin/nvcc").exists():
+        reason = build.why_no_cuda({"PATH": str(tmp_path)}, "13.0")
+        assert "nvcc was not found" in reason and "install the CUDA toolkit 13.0 and set CUDA_HOME" in reason
+
+
+@pytest.mark.parametrize(
+    ("output", "advice"),
+    [
+        (
+            "host_config.h: error: #error -- unsupported GNU version! gcc versions later than 15 are not supported!",
+            "nvcc doesn't take this host compiler: set CC and CXX to an older one",
+        ),
+        ("fatal error: Killed signal terminated cc1plus", "a compiler ran out of memory: set MAX_JOBS=1 (it was 7)"),
+        ("nvcc error   : 'cicc' died due to signal 9 (Kill signal)", "a compiler ran out of memory: set MAX_JOBS=1"),
+        (
+            "nvcc fatal   : Unsupported gpu architecture 'compute_100'",
+            "this nvcc doesn't know compute_100: leave it out of TORCH_CUDA_ARCH_LIST (it was '8.0 10.0')",
+        ),
+        ("ops.cpp:1: error: expected ';'", None),
+    ],
+)  # fmt: skip
+def test_a_known_failure_says_what_to_set(build: ModuleType, output: str, advice: str | None) -> None:
+    found = build.hint(f"[1/2] c++\n{output}\nninja: build stopped", 7, "8.0 10.0")
+    assert found == advice if advice is None else found.startswith(advice) and "\n" not in found
+
+
+def test_architectures(build: ModuleType) -> None:
+    flags = [
+        "-gencode=arch=compute_100,code=compute_100", "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
+    ]  # fmt: skip
+    assert build.architectures_of(flags) == ["8.0", "9.0a", "10.0+PTX"]
 
 
 def test_capabilities_have_their_macros(build: ModuleType) -> None:
@@ -188,6 +242,16 @@ def test_the_original_error_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     found = doctor.Report({}, "", [], build_info.build_info(), {"cpu": "no"}, "cpu", [])
     assert "error: expected" in str(found) and "ninja: build stopped" in str(found)
     assert found.verdict().startswith("SLOW") and "_cpu_avx2" in found.verdict()
+
+
+def test_what_cuda_was_built_for_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_record(tmp_path, "2.13.0", {"_cuda": None})
+    record = json.loads((tmp_path / "_build.json").read_text())
+    record["cuda"] = {"nvcc": "13.0", "architectures": ["8.0", "10.0+PTX"], "oldest_torch": "2.11"}
+    (tmp_path / "_build.json").write_text(json.dumps(record))
+    monkeypatch.setattr(build_info, "PACKAGE", tmp_path)
+    found = doctor.Report({}, "", [], build_info.build_info(), {"cuda": "available"}, "cuda", ["cuda"])
+    assert "_cuda        built by nvcc 13.0 for 8.0 10.0+PTX, on the stable ABI of torch 2.11 and later" in str(found)
 
 
 def test_a_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

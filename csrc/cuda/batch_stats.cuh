@@ -12,11 +12,11 @@ constexpr int kStatsBlocks = 4;
 struct StatsPart : Moments<float> {
   static constexpr int kValues = 3;
 
-  GPU_INLINE StatsPart lane(int flip) const {
+  GPU_INLINE StatsPart down(int distance) const {
     StatsPart other;
-    other.count = __shfl_xor_sync(~0u, count, flip);
-    other.mean = __shfl_xor_sync(~0u, mean, flip);
-    other.m2 = __shfl_xor_sync(~0u, m2, flip);
+    other.count = __shfl_down_sync(~0u, count, distance);
+    other.mean = __shfl_down_sync(~0u, mean, distance);
+    other.m2 = __shfl_down_sync(~0u, m2, distance);
     return other;
   }
   static GPU_INLINE StatsPart load(const float* partials, const Slots& s, int group, int slot, int channel) {

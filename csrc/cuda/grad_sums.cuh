@@ -18,10 +18,10 @@ struct SumsPart {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) sum[i] += other.sum[i];
   }
-  GPU_INLINE SumsPart lane(int flip) const {
+  GPU_INLINE SumsPart down(int distance) const {
     SumsPart other;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) other.sum[i] = __shfl_xor_sync(~0u, sum[i], flip);
+    for (int i = 0; i < kValues; ++i) other.sum[i] = __shfl_down_sync(~0u, sum[i], distance);
     return other;
   }
   static GPU_INLINE SumsPart load(const float* partials, const Slots& s, int group, int slot, int channel) {
@@ -76,12 +76,12 @@ void launch_grad_sums(
               act, walk, g_out, partials);
 }
 
-// sums [rows / 2, groups, C]; `rows` of `coef` are 4 or 2. `allocate(n)` gives n floats that live until the stream has
-// done this.
-template <class T, class Allocate>
+// sums [rows / 2, groups, C]; `rows` of `coef` are 4 or 2, `act` is an Activation or a functor. `allocate(n)` gives n
+// floats that live until the stream has done this.
+template <class T, class Act, class Allocate>
 void grad_sums_pass(
-    const Shape& shape, const T* da, const T* y, const float* coef, int rows, Activation act, T* g_out,
-    Allocate allocate, float* sums, gpu::Stream stream) {
+    const Shape& shape, const T* da, const T* y, const float* coef, int rows, Act act, T* g_out, Allocate allocate,
+    float* sums, gpu::Stream stream) {
   // Null is aligned.
   const Walk walk = make_walk<T>(shape, kGradSumsBlocks, da, y, g_out);
   float* partials = allocate(partials_size(walk, rows / 2));

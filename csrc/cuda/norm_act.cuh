@@ -64,8 +64,9 @@ void launch_norm_act_backward(
               grad_coef, rows, act, walk, dy);
 }
 
-template <class T>
-void norm_act_pass(const Shape& shape, const T* x, const float* coef, Activation act, T* out, gpu::Stream stream) {
+// `act` is an Activation or a functor.
+template <class T, class Act>
+void norm_act_pass(const Shape& shape, const T* x, const float* coef, Act act, T* out, gpu::Stream stream) {
   const Walk walk = make_walk<T>(shape, kNormActBlocks, x, out);
   with_layout<T>(walk, [&](auto v, auto planes) {
     with_functor_for(v, act, [&](auto functor) {
@@ -74,10 +75,9 @@ void norm_act_pass(const Shape& shape, const T* x, const float* coef, Activation
   });
 }
 
-template <class T>
+template <class T, class Act>
 void norm_act_backward_pass(
-    const Shape& shape, const T* da, const T* y, const float* grad_coef, int rows, Activation act, T* dy,
-    gpu::Stream stream) {
+    const Shape& shape, const T* da, const T* y, const float* grad_coef, int rows, Act act, T* dy, gpu::Stream stream) {
   const Walk walk = make_walk<T>(shape, kNormActBlocks, da, y, dy);
   with_layout<T>(walk, [&](auto v, auto planes) {
     with_functor_for(v, act, [&](auto functor) {

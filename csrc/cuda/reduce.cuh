@@ -15,7 +15,7 @@ struct BlockShared {
 };
 
 // Joins what the threads of a block have for the same column; calls emit(column, part) once for each column. `Part` has
-// merge(other), and lane(flip): itself of the lane with that bit of its number flipped.
+// merge(other), and down(distance): that of the lane so far above (all but lane 0's end up meaningless).
 template <class Part, int V, bool kPlanes, class Emit>
 GPU_INLINE void join_block(Part (&mine)[V], const Place<V, kPlanes>& place, Emit emit) {
   auto& shared = gpu::shared_memory<BlockShared<Part, V, kPlanes>>();
@@ -23,13 +23,7 @@ GPU_INLINE void join_block(Part (&mine)[V], const Place<V, kPlanes>& place, Emit
 #pragma unroll
     for (int i = 1; i < V; ++i) mine[0].merge(mine[i]);
 #pragma unroll
-    for (int flip = 1; flip < 32; flip *= 2) {
-      // Both lanes of a pair join in the same order, so that all come to the same bits.
-      const Part other = mine[0].lane(flip);
-      Part low = threadIdx.x & flip ? other : mine[0];
-      low.merge(threadIdx.x & flip ? mine[0] : other);
-      mine[0] = low;
-    }
+    for (int distance = 16; distance > 0; distance /= 2) mine[0].merge(mine[0].down(distance));
     if (threadIdx.x % 32 == 0) shared.part[threadIdx.x / 32] = mine[0];
     __syncthreads();
     if (threadIdx.x == 0) {

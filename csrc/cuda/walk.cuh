@@ -214,10 +214,13 @@ void with_functor(Activation act, F&& f) {
   }
 }
 
-// Calls `f` with the activation's functor; where values come one at a time, with the one for all activations.
-template <class V, class F>
-void with_functor_for(V, Activation act, F&& f) {
-  if constexpr (V::value == 1)
+// Calls `f` with the functor of `act` for vectors of V: where values come one at a time, with the one for all activations.
+// An `act` that is a functor already is it.
+template <class V, class Act, class F>
+void with_functor_for(V, const Act& act, F&& f) {
+  if constexpr (!std::is_same_v<Act, Activation>)
+    f(act);
+  else if constexpr (V::value == 1)
     f(act.any());
   else
     with_functor(act, f);

@@ -20,7 +20,7 @@ from fastdcgan.backends.base import Backend, Unavailable, memory_format
 __all__ = ["Backend", "Unavailable", "backend", "get", "memory_format", "reasons", "requested", "select", "status"]
 
 NAMES = ("triton", "cuda", "cpu", "reference")  # the order in which "auto" tries them
-_CLASSES = {"triton": "TritonBackend", "cpu": "CPUBackend", "reference": "ReferenceBackend"}
+_CLASSES = {"triton": "TritonBackend", "cuda": "CUDABackend", "cpu": "CPUBackend", "reference": "ReferenceBackend"}
 _GPU = ("triton", "cuda")  # whose kernels "auto" has a choice of
 _requested: str = os.environ.get("FASTDCGAN_BACKEND", "auto")
 _loaded: dict[str, Backend | Unavailable] = {}  # each backend is tried once
@@ -49,10 +49,6 @@ def _load(name: str) -> Backend:
         return AutoBackend([get(own) for own in _GPU if _why_not(own) is None])
     if name in _CLASSES:
         return getattr(importlib.import_module(f"fastdcgan.backends.{name}"), _CLASSES[name])()
-    if name in NAMES:
-        from fastdcgan.backends.planned import PlannedBackend
-
-        return PlannedBackend(name)
     raise ValueError(f"unknown backend {name!r}: expected 'auto' or one of {', '.join(map(repr, NAMES))}")
 
 

@@ -57,16 +57,16 @@ def _digest(command: list[str], dependencies: Path) -> str:
 
 def build(name: str, mode: str = "plain") -> Path:
     """The program of `name`.cpp in this folder, compiled in `mode`."""
-    return compiled(BUILD / f"{name}-{mode}", [HERE / f"{name}.cpp"], [*FLAGS, *MODES[mode], *includes()])
+    return compiled(BUILD / f"{name}-{mode}", [str(HERE / f"{name}.cpp")], [*FLAGS, *MODES[mode], *includes()])
 
 
-def compiled(target: Path, sources: list[Path], flags: list[str], linked: list[str] | None = None) -> Path:
+def compiled(target: Path, sources: list[str], flags: list[str], linked: list[str] | None = None) -> Path:
     """`target`, made from `sources` by one call of g++ where it isn't up to date; fails with what g++ printed."""
     gxx = compiler()
     assert gxx is not None
     target.parent.mkdir(parents=True, exist_ok=True)
     dependencies, digest = target.with_suffix(".d"), target.with_suffix(".sha256")
-    command = [gxx, *flags, *map(str, sources), *(linked or [])]
+    command = [gxx, *flags, *sources, *(linked or [])]
     known = target.exists() and dependencies.exists() and digest.exists()
     if known and digest.read_text() == _digest(command, dependencies):
         return target
@@ -76,7 +76,10 @@ def compiled(target: Path, sources: list[Path], flags: list[str], linked: list[s
         [*command, "-MD", "-MF", str(partial) + ".d", "-o", str(partial)], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, f"{target.name} doesn't compile:\n{done.stderr}"
-    Path(f"{partial}.d").replace(dependencies)
+    if (included := Path(f"{partial}.d")).exists():
+        included.replace(dependencies)
+    else:  # nothing was compiled, only linked
+        dependencies.write_text(f"{target}: {' '.join(sources)}")
     partial.replace(target)
     digest.write_text(_digest(command, dependencies))
     return target

@@ -1,0 +1,91 @@
+"""How close the streaming passes come to the memory's speed: the bytes that a pass has to move, per second, as a
+fraction of what a copy of as many bytes reaches in the same rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from fastdcgan import backends
+from fastdcgan.backends.base import Backend, Operand
+from fastdcgan.benchmarks import harness
+
+# (channels, height, width) of the normalised layers of a 64x64 DCGAN with 64 features
+LAYERS = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4))
+DRY_LAYERS = ((8, 4, 4),)
+ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """One pass of one backend. `fraction` of a copy's bytes per second: median and quartiles over rounds."""
+
+    backend: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes_per_s: float
+    fraction: float
+    q1: float
+    q3: float
+
+
+def passes(backend: Backend, y: Tensor, da: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
+    """name -> (the pass, how often it reads or writes a tensor of `y`'s size)."""
+    stats = backend.batch_stats(y, 1)
+    coef = backend.coefficients(stats[0], stats[1], None, None, None, 1e-5)
+    sums = backend.norm_act_reduce(da, y, coef, "relu", 0.0)
+    grad_coef = backend.grad_coefficients(sums, coef, y.numel() // y.shape[1])
+    return {
+        "batch_stats": (lambda: backend.batch_stats(y, 1), 1),
+        "norm_act": (lambda: backend.norm_act(Operand(y, None, coef, "relu")), 2),
+        "norm_act_reduce": (lambda: backend.norm_act_reduce(da, y, coef, "relu", 0.0), 2),
+        "norm_act_backward": (lambda: backend.norm_act(Operand(da, y, grad_coef, "relu")), 3),
+        "grad_stats": (lambda: backend.grad_stats(da, y, coef, "relu", 0.0), 3),
+    }
+
+
+def measure(name: str, batch: int, device: torch.device, dtype: torch.dtype, dry: bool = False) -> list[Bandwidth]:
+    """Every pass of the backend `name` over every layer, with caches that hold none of it (on a GPU).
+
+    Passes and a copy of the same bytes take turns in each round.
+    """
+    backend = backends.get(name)
+    timer = harness.timer_for(device, cold=True)
+    found = []
+    for layer in DRY_LAYERS if dry else LAYERS:
+        y, da = (torch.randn(batch, *layer, device=device, dtype=dtype) for _ in range(2))
+        y, da = (t.contiguous(memory_format=torch.channels_last) for t in (y, da))
+        for what, (run, tensors) in passes(backend, y, da).items():
+            moved = tensors * y.numel() * y.element_size()
+            source = torch.randint(0, 256, (moved // 2,), dtype=torch.uint8, device=device)
+            target = torch.empty_like(source)
+            pair = (run, lambda source=source, target=target: target.copy_(source))
+            for segment in pair:
+                segment()
+            rounds = [timer(pair, 1) for _ in range(3 if dry else ROUNDS)]
+            times, copies = zip(*rounds, strict=True)
+            ratio = harness.ratio(copies, times)
+            rate = moved / harness.summarise(times).median
+            kind = str(dtype).removeprefix("torch.")
+            found.append(Bandwidth(name, what, tuple(y.shape), kind, rate, ratio.median, ratio.q1, ratio.q3))
+    return found
+
+
+def markdown(entries: list[dict]) -> str:
+    """A table of `Bandwidth` entries as they are in a results file."""
+    lines = ["| backend | pass | shape | dtype | GB/s | of a copy |", "|---|---|---|---|---|---|"]
+    for e in entries:
+        shape = "x".join(map(str, e["shape"]))
+        spread = f"{e['fraction']:.0%} ({e['q1']:.0%} to {e['q3']:.0%})"
+        lines.append(
+            f"| {e['backend']} | {e['name']} | {shape} | {e['dtype']} | {e['bytes_per_s'] / 1e9:.0f} | {spread} |"
+        )
+    return "\n".join(lines)
+
+
+def as_entries(found: list[Bandwidth]) -> list[dict]:
+    return [asdict(entry) for entry in found]

@@ -1,0 +1,58 @@
+"""The CUDA extension as it is but for the compiler: its operators on CPU tensors, every kernel run by the shim."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from host_programs import BUILD, HERE, ROOT, compiled, includes
+
+from fastdcgan.backends.cuda import CUDABackend
+
+ORDERS = {"forward": 0, "reverse": 1, "random": 2}
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w", "-DFASTDCGAN_CUDA_ON_CPU"]
+
+
+def _torch_flags() -> list[str]:
+    package = Path(torch.__file__).parent
+    return [f"-isystem{package / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Compile what has changed, register the operators as torch.ops.fastdcgan_cuda_on_cpu."""
+    sources = sorted([*(ROOT / "csrc" / "cuda").glob("*.cu"), *(ROOT / "csrc" / "cuda").glob("*.cpp")])
+    sources.append(HERE / "host_library.cpp")
+    flags = [*FLAGS, *_torch_flags(), *includes()]
+    objects = [compiled(BUILD / f"{source.stem}.o", ["-c", "-x", "c++", str(source)], flags) for source in sources]
+    package = Path(torch.__file__).parent / "lib"
+    linked = compiled(
+        BUILD / "operators.so", list(map(str, objects)), ["-shared"], [f"-L{package}", "-ltorch_cpu", "-lc10"]
+    )
+    torch.ops.load_library(str(linked))
+    return ctypes.CDLL(str(linked))
+
+
+def set_order(name: str, seed: int = 1) -> None:
+    """In which order blocks, warps and lanes run: "forward", "reverse" or "random"."""
+    library().cuda_on_cpu_set_order(ORDERS[name], seed)
+
+
+def set_multiprocessors(count: int) -> None:
+    library().cuda_on_cpu_set_multiprocessors(count)
+
+
+class HostCUDABackend(CUDABackend):
+    """`backend("cuda")` on CPU tensors."""
+
+    device_type = "cpu"
+
+    @property
+    def ops(self) -> Any:
+        return torch.ops.fastdcgan_cuda_on_cpu
+
+    def require(self) -> None:
+        library()

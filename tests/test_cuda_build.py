@@ -1,0 +1,114 @@
+"""The CUDA extension, built and linked where there is an nvcc: architectures, spills, and the operators' schemas.
+
+It needs no GPU and no CUDA build of torch. What was built stays in `build/`, so only changes are compiled again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+WORK = ROOT / "build" / "cuda-test"
+LIBRARY = WORK / "lib" / "fastdcgan" / "_cuda.so"
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit; Triton brings some along."""
+    folders = [os.environ.get("PATH", "")]
+    if (compiler := nvcc()) is not None:
+        folders.append(str(Path(compiler).resolve().parent))
+    if (triton := importlib.util.find_spec("triton")) is not None and triton.origin is not None:
+        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="nvcc builds the CUDA extension, and it is not here")
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The extension as setup.py builds it, for the default architectures."""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    environment |= {"FASTDCGAN_EXTENSION": "_cuda", "FASTDCGAN_FORCE_CUDA": "1"}
+    environment["MAX_JOBS"] = os.environ.get("MAX_JOBS", "1")
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(WORK / "temp"), "--build-lib"]
+    done = subprocess.run(
+        [*command, str(WORK / "lib")], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return LIBRARY
+
+
+def dump(library: Path, *options: str) -> str:
+    cuobjdump = tool("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("cuobjdump looks into the library, and neither the toolkit nor Triton has it here")
+    return subprocess.run([cuobjdump, *options, str(library)], capture_output=True, text=True, check=True).stdout
+
+
+def test_architectures(library: Path) -> None:
+    text = dump(library, "--list-elf", "--list-ptx")
+    machine_code = set(re.findall(r"ELF file.*\.(sm_\w+)\.cubin", text))
+    assert machine_code == {"sm_80", "sm_90a", "sm_100"}
+    assert set(re.findall(r"PTX file.*\.(sm_\w+)\.ptx", text)) == {"sm_100"}
+
+
+def test_nothing_is_spilled(library: Path) -> None:
+    """No kernel has a stack: neither spilled registers nor arrays that the compiler couldn't keep in registers."""
+    found = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", dump(library, "--dump-resource-usage")
+    )
+    names = {name for name, *_ in found}
+    for kernel in ("norm_act", "norm_act_backward", "grad_sums", "batch_stats", "combine", "coefficients"):
+        assert any(f"{len(kernel)}{kernel}" in name for name in names), kernel
+    assert [entry for entry in found if entry[1:] != ("0", "0")] == []
+
+
+OPERATORS = """
+import ctypes, sys, torch
+ctypes.CDLL(sys.argv[2], ctypes.RTLD_GLOBAL)
+torch.ops.load_library(sys.argv[1])
+namespace = torch.ops.fastdcgan_cuda
+for schema in sorted(str(s) for s in torch._C._jit_get_all_schemas() if str(s).startswith("fastdcgan_cuda::")):
+    print(schema)
+"""
+
+# What a torch with CUDA exports and one without doesn't.
+CUDA_TORCH = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
+
+
+def test_the_operators_are_those_that_run_on_the_cpu(library: Path, tmp_path: Path) -> None:
+    """It loads, and registers the same schemas as the library whose kernels the shim runs, which the backend calls."""
+    gxx = shutil.which("g++")
+    if gxx is None:
+        pytest.skip("g++ makes what stands in for a torch with CUDA, and it is not here")
+    (tmp_path / "stand_in.cpp").write_text(CUDA_TORCH)
+    stand_in = tmp_path / "stand_in.so"
+    subprocess.run([gxx, "-shared", "-fPIC", "-o", str(stand_in), str(tmp_path / "stand_in.cpp")], check=True)
+    if torch.version.cuda is not None:
+        pytest.skip("a torch with CUDA needs no stand-in, and runs the operators themselves")
+    done = subprocess.run(
+        [sys.executable, "-c", OPERATORS, str(library), str(stand_in)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    source = (ROOT / "csrc" / "cuda" / "bindings.cpp").read_text()
+    defined = ["".join(parts) for parts in re.findall(r'm\.def\(\s*"([^"]*)"(?:\s*"([^"]*)")?', source)]
+    assert len(defined) >= 8
+    assert done.stdout.splitlines() == sorted(f"fastdcgan_cuda::{schema}" for schema in defined)
+    called = set(re.findall(r"self\.ops\.(\w+)\(", (ROOT / "fastdcgan" / "backends" / "cuda.py").read_text()))
+    assert called and called <= {schema.split("(")[0] for schema in defined}
