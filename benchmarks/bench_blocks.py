@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastdcgan.benchmarks import suites
-from fastdcgan.benchmarks.peers import DTYPES, PEERS, BlockRunner, default_peers
+from fastdcgan.benchmarks.peers import DTYPES, PEERS, default_peers
+from fastdcgan.benchmarks.runners import BlockRunner
 from fastdcgan.benchmarks.shapes import Block, NetShape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""`fastdcgan bench`: tables of blocks and of the training step, fused versus PyTorch, on the device at hand."""
+"""`fastdcgan bench`: tables of training steps, generation and blocks, fused versus PyTorch, on the device at hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 from fastdcgan.backends import measured
 from fastdcgan.benchmarks import suites, tables
 from fastdcgan.benchmarks.harness import Timing
-from fastdcgan.benchmarks.peers import PEERS, default_peers
+from fastdcgan.benchmarks.peers import PEERS, default_peers, eval_peers
+from fastdcgan.benchmarks.pix2pix import Pix2PixShape
 from fastdcgan.benchmarks.results import Case, Results, environment
 from fastdcgan.benchmarks.shapes import IMAGE_SIZES, Block, NetShape
 
@@ -31,6 +32,9 @@ class Plan:
     all_blocks: bool = True
 
 
+SUITES = ("step", "pix2pix", "generate", "blocks")
+GENERATED = (1, 16, 64)  # batches of the generator alone
+
 _CPU = Plan(NetShape(), 32, Timing(15, 0.02, 2.0, 5), Timing(15, 0.1, 45.0, 5))
 _CUDA = Plan(NetShape(), 128, Timing(30, 0.02, 2.0, 10), Timing(30, 0.1, 30.0, 10))
 _QUICK = Plan(NetShape(32, ngf=32, ndf=32), 16, Timing(5, 0.01, 1.0), Timing(5, 0.02, 4.0), all_blocks=False)
@@ -38,7 +42,7 @@ _QUICK = Plan(NetShape(32, ngf=32, ndf=32), 16, Timing(5, 0.01, 1.0), Timing(5, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastdcgan bench`."""
-    parser.add_argument("--suite", choices=("blocks", "step", "all"), default="all", help="what to time (default: all)")
+    parser.add_argument("--suite", choices=(*SUITES, "all"), default="all", help="what to time (default: all)")
     parser.add_argument("--image-size", type=int, choices=IMAGE_SIZES, help="of the DCGAN (default: 64; --quick: 32)")
     parser.add_argument("--batch", type=int, nargs="+", help="(default: 32 on a CPU, 128 on a GPU; --quick: 16)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
@@ -130,38 +134,41 @@ def _cases(
 ) -> Iterator[Case]:
     plan = _plan(args, device)
     shape = _shape(args, plan)
+    wanted = SUITES if args.suite == "all" else (args.suite,)
+    timing = _timing(plan.step_timing, args)
     for dtype in args.dtype or (["bf16"] if device.type == "cuda" else ["fp32"]):
         names = args.peers or default_peers(device, dtype)
         for batch in batches:
-            if args.suite in ("step", "all"):
-                case = f"step {shape.image_size}x{shape.image_size}, batch {batch}, {dtype}"
-                yield suites.run_step(
-                    shape,
-                    batch,
-                    names,
-                    device,
-                    dtype,
-                    _timing(plan.step_timing, args),
-                    functools.partial(show, case),
-                )
-            if args.suite in ("blocks", "all"):
+            if "step" in wanted:
+                say = functools.partial(show, f"step {shape.image_size}x{shape.image_size}, batch {batch}, {dtype}")
+                yield suites.run_step(shape, batch, names, device, dtype, timing, say)
+            if "pix2pix" in wanted:
+                images = Pix2PixShape(shape.image_size, width=shape.ngf)
+                say = functools.partial(show, f"pix2pix, batch {batch}, {dtype}")
+                able = _without_whole(names, "pix2pix")
+                yield suites.run_pix2pix(images, batch, able, device, dtype, timing, say)
+            if "blocks" in wanted:
+                able = _block_peers(args, names)
                 for block in _blocks(shape, plan):
-                    case = f"block {block.name}, batch {batch}, {dtype}"
-                    yield from suites.run_block(
-                        block,
-                        batch,
-                        _block_peers(args, names),
-                        device,
-                        dtype,
-                        _timing(plan.block_timing, args),
-                        functools.partial(show, case),
-                    )
+                    say = functools.partial(show, f"block {block.name}, batch {batch}, {dtype}")
+                    block_timing = _timing(plan.block_timing, args)
+                    yield from suites.run_block(block, batch, able, device, dtype, block_timing, say)
+        for batch in args.batch or GENERATED if "generate" in wanted else ():
+            say = functools.partial(show, f"generation, batch {batch}, {dtype}")
+            peers = _without_whole(args.peers or eval_peers(device), "generate")
+            yield suites.run_generate(shape, batch, peers, device, dtype, _timing(plan.block_timing, args), say)
+
+
+def _without_whole(names: list[str], suite: str) -> list[str]:
+    """The peers that `suite` can run: there is no GANStep in it."""
+    able = [name for name in names if not PEERS[name].whole]
+    if not able:
+        raise ValueError(f"the suite {suite} has no DCGAN's step: expected --peers of more than 'train'")
+    return able
 
 
 def _block_peers(args: argparse.Namespace, names: list[str]) -> list[str]:
-    names = [name for name in names if not PEERS[name].whole]
-    if not names:
-        raise ValueError("a block has no whole step: expected --peers of more than 'train' for the suite of blocks")
+    names = _without_whole(names, "blocks")
     if args.quick and not args.peers:  # compiling is most of a quick run's time: the step has it
         names = [name for name in names if PEERS[name].compile_mode is None]
     return names

@@ -62,9 +62,9 @@ class Case:
     """Peers side by side on one thing.
 
     Args:
-        suite: "step", "blocks" or "contractions".
-        name: the block, or the image size.
-        part: "step"; "forward" or "backward"; of a contraction one of `contractions.PARTS`.
+        suite: "step", "generate", "blocks" or "contractions".
+        name: the block, or the net.
+        part: "step"; "eval"; "forward" or "backward"; of a contraction one of `contractions.PARTS`.
         batch: images.
         dtype: of its rows.
         reference: the peer that ratios are relative to.

@@ -1,4 +1,4 @@
-"""What is measured: the blocks of the 32x32 and 64x64 DCGAN (Radford et al., 2015), and the nets made of them.
+"""What is measured: the blocks of the DCGAN, 32x32 to 128x128 (Radford et al., 2015), and the nets made of them.
 
 The one description here serves the vanilla modules (`Block.module`, `NetShape.nets`), the block suite and the FLOP and
 byte counts of `floors.py`.
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 LEAKY_SLOPE = 0.2
-IMAGE_SIZES = (32, 64)
+IMAGE_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)

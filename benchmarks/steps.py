@@ -59,7 +59,7 @@ def gan_step(
         fake = generator(noise)
         on_real = discriminator(real)
         on_fake = discriminator(fake.detach())
-    loss_d = _bce(on_real, 1.0) + _bce(on_fake, 0.0)
+    loss_d = bce(on_real, 1.0) + bce(on_fake, 0.0)
     loss_d.backward()
     opt_d.step()
 
@@ -68,13 +68,14 @@ def gan_step(
     opt_g.zero_grad(set_to_none=True)
     with torch.autocast(real.device.type, dtype=autocast, enabled=enabled):
         on_fake = discriminator(fake)
-    loss_g = _bce(on_fake, 1.0)
+    loss_g = bce(on_fake, 1.0)
     loss_g.backward()
     opt_g.step()
     discriminator.requires_grad_(True)
     return loss_d.detach(), loss_g.detach()
 
 
-def _bce(logits: Tensor, target: float) -> Tensor:
+def bce(logits: Tensor, target: float) -> Tensor:
+    """Binary cross-entropy of logits against one label, in float32 (float64 of float64)."""
     logits = logits.double() if logits.dtype == torch.float64 else logits.float()
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))

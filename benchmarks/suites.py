@@ -8,14 +8,16 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdcgan.benchmarks import floors, harness, peers
-from fastdcgan.benchmarks.peers import DTYPES, PEERS, BlockRunner, Peer, StepRunner
+from fastdcgan.benchmarks.peers import DTYPES, PEERS, Peer
+from fastdcgan.benchmarks.pix2pix import Pix2PixShape
 from fastdcgan.benchmarks.results import Case, Row
+from fastdcgan.benchmarks.runners import DCGAN, PIX2PIX, Algorithm, BlockRunner, EvalRunner, StepRunner
 from fastdcgan.benchmarks.shapes import Block, NetShape, inputs
 
-Runner = StepRunner | BlockRunner
+Runner = StepRunner | BlockRunner | EvalRunner
 Say = Callable[[str], None]
 DATA_SETS = 2
 
@@ -151,20 +153,73 @@ def run_step(
     timing: harness.Timing,
     say: Say = lambda text: None,
 ) -> Case:
-    """The training step of a net. `names` are keys of `PEERS`, `dtype` of `DTYPES`."""
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    nets = shape.nets()
+    """The training step of a DCGAN. `names` are keys of `PEERS`, `dtype` of `DTYPES`."""
+    blocks = shape.generator() + shape.discriminator()
+    kinked = min(_kinked(block, batch) for block in blocks if _kinked(block, batch))
     data = [inputs(shape, batch, seed) for seed in range(DATA_SETS)]
     contest = _Contest(names, device, dtype, say)
-    kinked = min(_kinked(block, batch) for block in shape.generator() + shape.discriminator() if _kinked(block, batch))
-    with device_settings(device):
-        contest.build(lambda peer, compute: StepRunner(peer, nets, data, device, compute), kinked)
+    _train(contest, shape.nets, data, DCGAN, kinked, timing)
+    return contest.case("step", f"{shape.image_size}x{shape.image_size}", "step", batch, 0)
+
+
+def run_pix2pix(
+    shape: Pix2PixShape,
+    batch: int,
+    names: Sequence[str],
+    device: torch.device,
+    dtype: str,
+    timing: harness.Timing,
+    say: Say = lambda text: None,
+) -> Case:
+    """The training step of a U-Net and a PatchGAN that know nothing of fused layers."""
+    data = [shape.inputs(batch, seed) for seed in range(DATA_SETS)]
+    contest = _Contest(names, device, dtype, say)
+    _train(contest, shape.nets, data, PIX2PIX, shape.kinked(batch), timing)
+    return contest.case("step", f"pix2pix {shape.image_size}x{shape.image_size}", "step", batch, 0)
+
+
+def _train(
+    contest: _Contest,
+    make_nets: Callable[[], tuple[nn.Module, nn.Module]],
+    data: Sequence[tuple[Tensor, Tensor]],
+    algorithm: Algorithm,
+    kinked: int,
+    timing: harness.Timing,
+) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    nets = make_nets()
+    with device_settings(contest.device):
+        contest.build(lambda peer, compute: StepRunner(peer, nets, data, contest.device, compute, algorithm), kinked)
         segments = {name: (runner,) for name, runner in contest.runners.items() if isinstance(runner, StepRunner)}
         for (runner,) in segments.values():
             runner.learn(False)  # faster peers take more steps: all stay on the same weights, so on the same values
         contest.time(segments, timing, cold=False)
-    return contest.case("step", f"{shape.image_size}x{shape.image_size}", "step", batch, 0)
+
+
+def run_generate(
+    shape: NetShape,
+    batch: int,
+    names: Sequence[str],
+    device: torch.device,
+    dtype: str,
+    timing: harness.Timing,
+    say: Say = lambda text: None,
+) -> Case:
+    """The generator in eval mode."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    net = shape.nets()[0]
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after some training: neither 0 nor 1
+            module.running_mean = torch.randn(module.num_features) / 10
+            module.running_var = torch.rand(module.num_features) + 0.5
+    noise = torch.randn(batch, shape.nz, 1, 1)
+    contest = _Contest(names, device, dtype, say)
+    with device_settings(device):
+        contest.build(lambda peer, compute: EvalRunner(peer, net, noise, device, compute), 0)
+        contest.time({name: (runner,) for name, runner in contest.runners.items()}, timing, cold=False)  # type: ignore[dict-item]
+    return contest.case("generate", f"{shape.image_size}x{shape.image_size}", "eval", batch, 0)
 
 
 def run_block(

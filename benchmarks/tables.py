@@ -53,11 +53,11 @@ def reason(row: Row) -> str:
 Cells = tuple[Sequence[str], list[Sequence[str]]]  # header, lines
 
 
-def step_cells(results: Results) -> Cells:
-    """One line per image size, batch, dtype and peer."""
+def step_cells(results: Results, suite: str = "step") -> Cells:
+    """One line per net, batch, dtype and peer."""
     header = ("net", "batch", "dtype", "peer", "ms", "time over reference's", "images/s", "saved MiB", "peak MiB")
     lines: list[Sequence[str]] = []
-    for case in (case for case in results.cases if case.suite == "step"):
+    for case in (case for case in results.cases if case.suite == suite):
         for row in case.rows:
             rate = f"{case.batch / row.ms.median * 1e3:.0f}" if row.ms else "-"
             over = format_ratio(row.ratio) if row.peer != case.reference else "reference"
@@ -104,6 +104,11 @@ def caption(results: Results) -> str:
 NOTE = "Medians of interleaved rounds; in brackets the quartiles; ~ where the spread is larger than the difference."
 
 
+def generate_cells(results: Results) -> Cells:
+    """As `step_cells`, of generators in eval mode."""
+    return step_cells(results, "generate")
+
+
 def contraction_cells(results: Results) -> Cells:
     """As `block_cells`, of the bare contractions."""
     return block_cells(results, "contractions")
@@ -111,10 +116,11 @@ def contraction_cells(results: Results) -> Cells:
 
 CELLS: dict[str, Callable[[Results], Cells]] = {
     "step": step_cells,
+    "generate": generate_cells,
     "blocks": block_cells,
     "contractions": contraction_cells,
 }
-TITLES = {"step": "Training step", "blocks": "Blocks", "contractions": "Contractions alone"}
+TITLES = {"step": "Training step", "generate": "Generation", "blocks": "Blocks", "contractions": "Contractions alone"}
 TABLES = {"cpu": "cpu", "gpu": "cuda"}  # marker -> device type
 
 

@@ -184,12 +184,20 @@ def test_bench_from_end_to_end(tiny_plan, tmp_path, capsys):
     file = tmp_path / "bench.json"
     assert _bench(*QUICK, "--peers", "eager", "eager-nhwc", "graph", "fused", "--json", str(file)) == 0
     found = Results.read(file)
-    assert [case.suite for case in found.cases].count("step") == 1
-    assert {case.part for case in found.cases} == {"step", "forward", "backward"}
+    assert [case.name for case in found.cases if case.suite == "step"] == ["16x16", "pix2pix 16x16"]
+    assert [case.batch for case in found.cases if case.suite == "generate"] == [1, 16, 64]
+    assert {case.part for case in found.cases} == {"step", "eval", "forward", "backward"}
     for case in found.cases:
         assert [row.status for row in case.rows] == ["ok", "ok", "unavailable", "ok"]
     shown = capsys.readouterr().out
-    for text in ("Training step", "Blocks", "PyTorch eager, NCHW", "needs a CUDA device", "~ where the spread"):
+    for text in (
+        "Training step",
+        "Generation",
+        "Blocks",
+        "PyTorch eager, NCHW",
+        "needs a CUDA device",
+        "~ where the spread",
+    ):
         assert text in shown
 
 

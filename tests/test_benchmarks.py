@@ -12,10 +12,11 @@ from broken_peers import change_fused, scale_a_weight
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdcgan.benchmarks import floors, harness, peers, steps, suites
+from fastdcgan.benchmarks import floors, harness, peers, runners, steps, suites
 from fastdcgan.benchmarks.harness import Summary, Timing
-from fastdcgan.benchmarks.peers import PEERS, BlockRunner, StepRunner
+from fastdcgan.benchmarks.peers import PEERS
 from fastdcgan.benchmarks.results import Case, Results
+from fastdcgan.benchmarks.runners import BlockRunner, StepRunner
 from fastdcgan.benchmarks.shapes import Block, NetShape, inputs
 
 CPU = torch.device("cpu")
@@ -301,7 +302,7 @@ def test_saved_bytes_are_distinct_and_without_weights():
     conv = nn.Conv2d(3, 5, 3, padding=1)
     x = torch.randn(2, 3, 8, 8)
     # The input of the convolution and the output of the ReLU, in whose place its input was.
-    found = peers.saved_bytes(lambda: torch.relu_(conv(x)), list(conv.parameters()))
+    found = runners.saved_bytes(lambda: torch.relu_(conv(x)), list(conv.parameters()))
     assert found == 4 * (2 * 3 * 64 + 2 * 5 * 64)
 
 
@@ -329,7 +330,7 @@ def fake_cuda_graphs(monkeypatch):
 
     current = Stream()
     monkeypatch.setattr(peers.Peer, "require", lambda self, device: None)
-    monkeypatch.setattr(peers, "_capture", lambda function, pool=None: FakeGraph(function))
+    monkeypatch.setattr(runners, "_capture", lambda function, pool=None: FakeGraph(function))
     monkeypatch.setattr(FakeGraph, "pool", lambda self: "pool", raising=False)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())

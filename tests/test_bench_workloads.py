@@ -1,0 +1,82 @@
+"""Workloads beside the DCGAN's step: pix2pix in plain PyTorch, generation, and the step as GANStep runs it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from broken_peers import change_fused, scale_a_weight
+from torch import nn
+
+import fastdcgan
+from fastdcgan.benchmarks import suites
+from fastdcgan.benchmarks.harness import Timing
+from fastdcgan.benchmarks.pix2pix import Pix2PixShape
+from fastdcgan.benchmarks.shapes import NetShape
+from fastdcgan.layers import FusedSequential
+
+CPU = torch.device("cpu")
+TINY, IMAGES = NetShape(16, ngf=8, ndf=8), Pix2PixShape(16, width=4)
+TIMING = Timing(2, 1e-4)
+
+
+def test_the_unet_is_pix2pixs() -> None:
+    generator, discriminator = Pix2PixShape(64, width=8).nets()
+    x = torch.randn(2, 3, 64, 64)
+    image = generator(x)
+    assert image.shape == x.shape and float(image.detach().abs().max()) <= 1
+    assert discriminator(x, image).shape == (2, 1, 14, 14)  # 64 -> 32 -> 16 -> 15 -> 14, patches of 34 pixels
+    convs = [m for m in generator.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    assert [m.out_channels for m in convs] == [8, 16, 32, 64, 64, 64, 64, 64, 32, 16, 8, 3]
+    assert [m.in_channels for m in convs[6:]] == [64, 128, 128, 64, 32, 16]
+    # Each innermost pixel sees everything: changing one corner changes the other.
+    generator.eval().double()
+    x = x.double()
+    other = x.clone()
+    other[:, :, 0, 0] += 1
+    assert not torch.equal(generator(other)[:, :, -1, -1], generator(x)[:, :, -1, -1])
+
+
+def test_fuse_takes_it_as_it_is() -> None:
+    generator, discriminator = (fastdcgan.fuse(net) for net in IMAGES.nets())
+    assert all(isinstance(m, FusedSequential) for m in (*generator.down, *generator.up, discriminator.net))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_pix2pix_peers_agree_and_are_timed(dtype: str) -> None:
+    case = suites.run_pix2pix(IMAGES, 4, ["eager", "eager-nhwc", "fused", "train"], CPU, dtype, TIMING)
+    assert (case.suite, case.name, case.part) == ("step", "pix2pix 16x16", "step")
+    *able, whole = case.rows
+    for row in able:
+        assert row.status == "ok", row.detail
+        assert len(row.samples_ms) == 2 and row.saved_bytes
+    assert (whole.status, whole.detail) == ("unavailable", "GANStep is the DCGAN's step")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_generation_peers_agree_and_are_timed(dtype: str) -> None:
+    case = suites.run_generate(TINY, 2, ["eager-nhwc", "folded", "fused", "fused-folded"], CPU, dtype, TIMING)
+    assert (case.suite, case.name, case.part) == ("generate", "16x16", "eval")
+    for row in case.rows:
+        assert row.status == "ok", row.detail
+        assert len(row.samples_ms) == 2
+
+
+def test_wrong_images_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    change_fused(monkeypatch, scale_a_weight)
+    plain, fused = suites.run_generate(TINY, 2, ["eager-nhwc", "fused"], CPU, "fp32", TIMING).rows
+    assert (plain.status, fused.status) == ("ok", "wrong")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_whole_step_is_the_plain_one(dtype: str) -> None:
+    case = suites.run_step(TINY, 4, ["eager-nhwc", "train"], CPU, dtype, TIMING)
+    assert case.reference == "train"
+    for row in case.rows:
+        assert row.status == "ok", row.detail
+        assert len(row.samples_ms) == 2
+
+
+def test_a_whole_step_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    change_fused(monkeypatch, scale_a_weight)
+    plain, whole = suites.run_step(TINY, 4, ["eager-nhwc", "train"], CPU, "fp32", TIMING).rows
+    assert (plain.status, whole.status) == ("ok", "wrong")
