@@ -9,16 +9,21 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastdcgan.backends import measured
-from fastdcgan.benchmarks import suites, tables
+from fastdcgan.benchmarks import profiling, suites, tables
 from fastdcgan.benchmarks.harness import Timing
-from fastdcgan.benchmarks.peers import PEERS, default_peers, eval_peers
+from fastdcgan.benchmarks.peers import DTYPES, PEERS, default_peers, eval_peers
 from fastdcgan.benchmarks.pix2pix import Pix2PixShape
 from fastdcgan.benchmarks.results import Case, Results, environment
-from fastdcgan.benchmarks.shapes import IMAGE_SIZES, Block, NetShape
+from fastdcgan.benchmarks.runners import StepRunner
+from fastdcgan.benchmarks.shapes import IMAGE_SIZES, Block, NetShape, inputs
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, help="interleaved rounds a case (default: what fits into its time)")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of: {', '.join(PEERS)}")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="profile our step instead: a Chrome trace, and each kernel's floor"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to FILE")
     parser.add_argument(
         "--tune",
@@ -78,6 +86,11 @@ def run(args: argparse.Namespace) -> int:
         busy = f"load {facts['load_average']:.1f} on {facts['cores']} cores"
         print(f"Other processes keep this machine busy ({busy}): times will be noisy.", file=sys.stderr)
     console = Console(width=None if sys.stdout.isatty() else 200)
+    if args.trace is not None:
+        for table in _traces(args, device, batches[0]):
+            console.print(table)
+        console.print(f"trace: {args.trace}")
+        return 0
     with console.status("starting") as status:
 
         def show(case: str, text: str) -> None:
@@ -106,6 +119,30 @@ def run(args: argparse.Namespace) -> int:
         where = f"{case.name} {case.part}, batch {case.batch}, {row.label} in {row.dtype}"
         console.print(Text(f"{row.status}: {where}: {row.detail}", style="red"))
     return int(bool(results.bad))
+
+
+def _traces(args: argparse.Namespace, device: torch.device, batch: int) -> Iterator[Table]:
+    """A table of the primitives of our step, run without a graph, against the ceilings of this machine."""
+    from rich.table import Table
+
+    shape = _shape(args, _plan(args, device))
+    dtype = DTYPES[(args.dtype or ["bf16" if device.type == "cuda" else "fp32"])[0]]
+    size, copied = (8192, 2**31) if device.type == "cuda" else (1024, 2**26)
+    rates = profiling.ceilings(device, dtype, size, copied, 0.2)
+    torch.manual_seed(0)
+    runner = StepRunner(PEERS["train"], shape.nets(), [inputs(shape, batch)], device, dtype, graph=False)
+    with suites.device_settings(device):
+        shares = profiling.trace(runner, device, args.trace, rates)
+    table = Table(
+        title=f"One step, {shape.image_size}x{shape.image_size}, batch {batch}, against {rates.flops_per_s / 1e12:.3g} "
+        f"TFLOP/s and {rates.bytes_per_s / 1e9:.0f} GB/s"
+    )
+    for column in ("primitive", "calls", "ms", "floor, ms", "of the floor"):
+        table.add_column(column, justify="left" if column == "primitive" else "right")
+    for share in shares:
+        of_floor = f"{100 * share.floor_ms / share.ms:.0f} %" if share.floor_ms and share.ms else "-"
+        table.add_row(share.what, str(share.calls), f"{share.ms:.3f}", f"{share.floor_ms:.3f}", of_floor)
+    yield table
 
 
 def _device(name: str | None) -> torch.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastdcgan
 from fastdcgan import backends
-from fastdcgan.benchmarks import bandwidth, harness, plots, results, steps, suites, tables
+from fastdcgan.benchmarks import bandwidth, harness, plots, profiling, results, steps, suites, tables
 from fastdcgan.benchmarks.contractions import run_layer
 from fastdcgan.benchmarks.floors import step_flops
 from fastdcgan.benchmarks.results import Case, Results
@@ -86,19 +86,8 @@ def _environment(args: argparse.Namespace, device: torch.device) -> int:
 def _ceilings(args: argparse.Namespace, device: torch.device) -> int:
     """A large bfloat16 matrix product on random data, and a copy that counts bytes read and written."""
     size, copied = (256, 2**20) if args.dry else (8192, 2**31)
-    timer = harness.timer_for(device, cold=False)
-
-    def median_s(function: Callable[[], object]) -> float:
-        calls = harness.calls_per_round(timer, (function,), 0.01 if args.dry else 0.2)
-        return harness.summarise([timer((function,), calls)[0] for _ in range(5)]).median
-
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = torch.empty_like(a)
-    flops_per_s = 2 * size**3 / median_s(lambda: torch.mm(a, b, out=product))
-    source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    bytes_per_s = 2 * copied / median_s(lambda: target.copy_(source))
-
+    rates = profiling.ceilings(device, torch.bfloat16, size, copied, 0.01 if args.dry else 0.2)
+    flops_per_s, bytes_per_s = rates.flops_per_s, rates.bytes_per_s
     found = _empty(args, device)
     found.extra["ceilings"] = {"bf16_flops_per_s": flops_per_s, "copy_bytes_per_s": bytes_per_s}
     found.write(args.file)

@@ -36,6 +36,7 @@ class Row:
         error, tolerance: distance from float64, and how much was allowed.
         saved_bytes: what autograd keeps for the backward. peak_bytes: of GPU memory, weights and optimisers included.
         prepare_s: compilation, warm-up and capture.
+        kernels: of a step on a GPU, copies and fills included. host_ms: how long a step keeps the host there.
     """
 
     peer: str
@@ -51,6 +52,8 @@ class Row:
     saved_bytes: int | None = None
     peak_bytes: int | None = None
     prepare_s: float | None = None
+    kernels: int | None = None
+    host_ms: float | None = None
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:

@@ -68,6 +68,7 @@ class StepRunner:
         data: (real, noise) pairs on the CPU, used in turn.
         device, dtype: where and in what; bfloat16 is autocast over float32 weights.
         algorithm: what a step is.
+        graph: of `GANStep`, for the peer that is one.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class StepRunner:
         device: torch.device,
         dtype: torch.dtype,
         algorithm: Algorithm = DCGAN,
+        graph: bool | None = None,
     ) -> None:
         peer.require(device)
         if peer.whole and algorithm is not DCGAN:
@@ -86,7 +88,7 @@ class StepRunner:
         self.generator, self.discriminator = (peer.transform(copy.deepcopy(net), device, dtype) for net in nets)
         adam = _fused_adam if peer.whole else steps.adam
         self.opt_g, self.opt_d = (adam(net, device) for net in (self.generator, self.discriminator))
-        self.gan_step = self._whole_step() if peer.whole else None
+        self.gan_step = self._whole_step(graph) if peer.whole else None
         self.initial = [tensor.detach().clone() for tensor in self._tensors()]
         data_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.data = [tuple(_to(tensor, peer, device, data_dtype) for tensor in pair) for pair in data]
@@ -97,9 +99,9 @@ class StepRunner:
         self.real, self.noise = self.data[0]
         self.losses: tuple[Tensor, Tensor] | None = None
 
-    def _whole_step(self) -> fastdcgan.GANStep:
+    def _whole_step(self, graph: bool | None) -> fastdcgan.GANStep:
         nets, optimisers = (self.generator, self.discriminator), (self.opt_g, self.opt_d)
-        return fastdcgan.GANStep(*nets, *optimisers, real_label=1.0, dtype=_autocast(self.dtype))
+        return fastdcgan.GANStep(*nets, *optimisers, real_label=1.0, dtype=_autocast(self.dtype), graph=graph)
 
     def prepare(self) -> None:
         """Warm-up, compilation and capture. Ends in the initial state."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastdcgan.benchmarks import floors, harness, peers
+from fastdcgan.benchmarks import floors, harness, peers, profiling
 from fastdcgan.benchmarks.peers import DTYPES, PEERS, Peer
 from fastdcgan.benchmarks.pix2pix import Pix2PixShape
 from fastdcgan.benchmarks.results import Case, Row
@@ -195,6 +195,10 @@ def _train(
         for (runner,) in segments.values():
             runner.learn(False)  # faster peers take more steps: all stay on the same weights, so on the same values
         contest.time(segments, timing, cold=False)
+        if contest.device.type == "cuda":
+            for name, (runner,) in segments.items():
+                contest.rows[name].kernels = profiling.kernels(runner, contest.device)
+                contest.rows[name].host_ms = profiling.host_ms(runner, contest.device)
 
 
 def run_generate(

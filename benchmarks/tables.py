@@ -19,6 +19,7 @@ from fastdcgan.benchmarks.harness import Summary, is_noisy
 from fastdcgan.benchmarks.results import RESULTS, Results, Row, load
 
 NOT_MEASURED = "not measured yet"
+FLOOR_NET = "64x64"  # whose floors gpu-check computes
 
 
 def format_ratio(summary: Summary | None) -> str:
@@ -55,7 +56,10 @@ Cells = tuple[Sequence[str], list[Sequence[str]]]  # header, lines
 
 def step_cells(results: Results, suite: str = "step") -> Cells:
     """One line per net, batch, dtype and peer."""
-    header = ("net", "batch", "dtype", "peer", "ms", "time over reference's", "images/s", "saved MiB", "peak MiB")
+    header = ["net", "batch", "dtype", "peer", "ms", "time over reference's", "images/s", "saved MiB", "peak MiB"]
+    on_gpu = any(row.kernels is not None for case in results.cases for row in case.rows if case.suite == suite)
+    header += ["kernels", "host ms", "of the floor"] if on_gpu else []
+    floors = results.extra.get("floors_ms", {})
     lines: list[Sequence[str]] = []
     for case in (case for case in results.cases if case.suite == suite):
         for row in case.rows:
@@ -63,7 +67,13 @@ def step_cells(results: Results, suite: str = "step") -> Cells:
             over = format_ratio(row.ratio) if row.peer != case.reference else "reference"
             values = (format_ms(row.ms), over, rate) if row.ms else (reason(row), "-", "-")
             memory = (format_bytes(row.saved_bytes), format_bytes(row.peak_bytes))
-            lines.append((case.name, str(case.batch), case.dtype, row.label, *values, *memory))
+            more: tuple[str, ...] = ()
+            if on_gpu:
+                floor = floors.get(str(case.batch), {}).get("full") if case.name == FLOOR_NET else None
+                share = f"{100 * floor / row.ms.median:.0f} %" if floor and row.ms else "-"
+                host = "-" if row.host_ms is None else f"{row.host_ms:.2f}"
+                more = ("-" if row.kernels is None else str(row.kernels), host, share)
+            lines.append((case.name, str(case.batch), case.dtype, row.label, *values, *memory, *more))
     return header, lines
 
 
