@@ -15,6 +15,7 @@ import torch
 
 from fastdcgan.backends import measured
 from fastdcgan.benchmarks import profiling, suites, tables
+from fastdcgan.benchmarks.end_to_end import run_end_to_end
 from fastdcgan.benchmarks.harness import Timing
 from fastdcgan.benchmarks.peers import DTYPES, PEERS, default_peers, eval_peers
 from fastdcgan.benchmarks.pix2pix import Pix2PixShape
@@ -37,7 +38,7 @@ class Plan:
     all_blocks: bool = True
 
 
-SUITES = ("step", "pix2pix", "generate", "blocks")
+SUITES = ("step", "folder", "pix2pix", "generate", "blocks")
 GENERATED = (1, 16, 64)  # batches of the generator alone
 
 _CPU = Plan(NetShape(), 32, Timing(15, 0.02, 2.0, 5), Timing(15, 0.1, 45.0, 5))
@@ -179,6 +180,9 @@ def _cases(
             if "step" in wanted:
                 say = functools.partial(show, f"step {shape.image_size}x{shape.image_size}, batch {batch}, {dtype}")
                 yield suites.run_step(shape, batch, names, device, dtype, timing, say)
+            if "folder" in wanted:
+                show(f"training from a folder, batch {batch}, {dtype}", "making files, decoding them, timing")
+                yield run_end_to_end(shape, batch, device, dtype, timing)
             if "pix2pix" in wanted:
                 images = Pix2PixShape(shape.image_size, width=shape.ngf)
                 say = functools.partial(show, f"pix2pix, batch {batch}, {dtype}")

@@ -138,6 +138,11 @@ class StepRunner:
         assert self.losses is not None
         return self.losses
 
+    def train_on(self, real: Tensor, noise: Tensor) -> None:
+        """A step of a peer without a graph of its own, on data that is on the device."""
+        self.real, self.noise = real, noise
+        self._step()
+
     def _tensors(self) -> Iterator[Tensor]:
         for net in (self.generator, self.discriminator):
             yield from net.parameters()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from broken_peers import change_fused, scale_a_weight
@@ -9,9 +11,11 @@ from torch import nn
 
 import fastdcgan
 from fastdcgan.benchmarks import suites
+from fastdcgan.benchmarks.end_to_end import _Folder, make_folder, run_end_to_end
 from fastdcgan.benchmarks.harness import Timing
 from fastdcgan.benchmarks.pix2pix import Pix2PixShape
 from fastdcgan.benchmarks.shapes import NetShape
+from fastdcgan.dcgan import Batches, load_images
 from fastdcgan.layers import FusedSequential
 
 CPU = torch.device("cpu")
@@ -80,3 +84,23 @@ def test_a_whole_step_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch
     change_fused(monkeypatch, scale_a_weight)
     plain, whole = suites.run_step(TINY, 4, ["eager-nhwc", "train"], CPU, "fp32", TIMING).rows
     assert (plain.status, whole.status) == ("ok", "wrong")
+
+
+def test_training_from_a_folder() -> None:
+    case = run_end_to_end(TINY, 4, CPU, "fp32", TIMING, count=9)
+    assert (case.suite, case.name, case.reference) == ("step", "16x16 from JPEG", "train")
+    assert [row.peer for row in case.rows] == ["eager-nhwc", "train"]
+    assert all(row.status == "ok" and len(row.samples_ms) == 2 and row.ms for row in case.rows)
+    assert case.rows[1].prepare_s and case.rows[1].prepare_s > 0
+
+
+def test_both_ways_see_the_same_images(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    make_folder(tmp_path / "images", 6, 24)
+    theirs = torch.stack(list(map(_Folder(tmp_path / "images", 16).__getitem__, range(6))))
+    images = load_images(str(tmp_path / "images"), 16, 3, cache_folder=tmp_path / "cache")
+    ours = next(Batches(images, 6).stream())
+    assert ours.shape == theirs.shape == (6, 3, 16, 16)
+    assert -1 <= float(theirs.min()) < 0 < float(theirs.max()) <= 1
+    # Each in an order of its own: as sets of pictures.
+    torch.testing.assert_close(ours.flatten(1).sum(1).sort().values, theirs.flatten(1).sum(1).sort().values)
