@@ -2,7 +2,7 @@
 
 PyTorch's way is a `Dataset` that decodes with Pillow behind a `DataLoader` with workers, and the textbook step, eager
 and channels_last; ours is what `fastdcgan train` does: decoded once (that is `prepare_s`), then `Batches` and
-`GANStep`. Both see the same crops of the same files in an order of their own; both steps are checked in the suite "step".
+`GANStep`. Both see the same crops of the same files, in orders of their own; both steps are checked in the suite "step".
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def _endless(loader: DataLoader) -> Iterator[Tensor]:
 def trainers(
     shape: NetShape, batch: int, device: torch.device, dtype: str, count: int = 0
 ) -> Iterator[tuple[dict[str, Callable[[], None]], float]]:
-    """Inside a `with`: by peer a call that takes a batch from the files and trains on it, and the seconds that ours took
-    to decode them. `count` files (by default those of 16 batches)."""
+    """Inside a `with`: by peer a call that takes a batch from the files and trains on it, and the seconds that ours
+    took to decode them. `count` files (by default those of 16 batches)."""
     with tempfile.TemporaryDirectory(prefix="fastdcgan-images-") as name:
         folder = Path(name)
         (folder / "images").mkdir()
