@@ -24,7 +24,7 @@ SOURCES := $(shell find csrc -type f)
 # The tests of whatever backend, for backend("cuda") on CPU tensors
 CUDA_ON_CPU := $(addprefix tests/test_,$(addsuffix .py,ops chain derivatives running_stats saved_memory))
 
-.PHONY: help install demo test lint bench gpu-check clean
+.PHONY: help install demo test mutants lint bench gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -66,6 +66,9 @@ test: lint $(EXTENSIONS) ## lint, then the tests
 	else \
 	  echo "no g++ here: the CUDA backend is not tested on CPU tensors"; \
 	fi
+
+mutants: $(EXTENSIONS) ## change the CUDA kernels one place at a time: how many changes do the tests notice?
+	$(BIN)/python tests/cuda_on_cpu/mutants.py $(ARGS)
 
 lint: $(EXTENSIONS) ## ruff and mypy
 	$(BIN)/ruff check .

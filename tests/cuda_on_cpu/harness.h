@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <random>
 #include <stdexcept>
@@ -65,6 +66,13 @@ inline std::vector<Plan> plans() {
 #endif
 }
 
+// Whether the program ends with the first test that fails; main(argc, argv) sets it for the argument --stop.
+inline bool stop_at_failure = false;
+
+inline void read_arguments(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) stop_at_failure |= std::string(argv[i]) == "--stop";
+}
+
 // Runs a test in each order of threads and blocks: it compares with float64 itself, and returns the bytes that every
 // order must give alike. Prints and returns whether it passed.
 inline bool run(const std::string& name, const std::function<std::string()>& once) {
@@ -80,6 +88,7 @@ inline bool run(const std::string& name, const std::function<std::string()>& onc
     }
   } catch (const std::exception& e) {
     std::printf("FAIL %s\n  %s\n", name.c_str(), e.what());
+    if (stop_at_failure) std::exit(1);
     return false;
   }
   const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;

@@ -171,7 +171,8 @@ std::string check_product(int rows) {
   return test::bytes(out);
 }
 
-int main() {
+int main(int argc, char** argv) {
+  test::read_arguments(argc, argv);
   bool ok = true;
   ok &= test::run("warp collectives", check_shuffles);
   ok &= test::run("__syncwarp", check_syncwarp);
