@@ -13,6 +13,10 @@ from fastdcgan import backends
 
 _NAMESPACES = {"cpu": "fastdcgan_cpu", "cuda": "fastdcgan_cuda"}
 
+# Elements for which Adam keeps a step counter of their own: `Adam::kChunk` in csrc/cuda/adam.cuh. Elsewhere a parameter
+# has one counter.
+ADAM_CHUNK = {"cuda": 4096}
+
 
 def why_not(device_type: str) -> str | None:
     """None if the operators run on tensors of this device, else why plain PyTorch does it."""

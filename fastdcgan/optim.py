@@ -21,7 +21,6 @@ from fastdcgan import native
 
 _LOW = (torch.bfloat16, torch.float16)
 _GRADS = (torch.float32, *_LOW)
-_CHUNK = 4096  # elements of a block of the CUDA kernel (csrc/cuda/adam.cuh), each with a step counter of its own
 
 
 class _Counter(NamedTuple):
@@ -227,14 +226,10 @@ class FusedAdam(torch.optim.Adam):
         states = [self.state[p] for p in params]
         nothing = torch.empty(0, device=device)
         low = [p.dtype in _LOW for p in params]
-        lr = group["lr"]
-        on_device: tuple[Tensor | None, ...] = ()
-        if device.type == "cuda":
-            steps = [self._counter(p) for p in params]
-            on_device = (lr.to(device) if isinstance(lr, Tensor) else None,)
-            lr = 0.0 if isinstance(lr, Tensor) else lr
-        else:
-            steps = [state["step"] for state in states]
+        lr, chunk = group["lr"], native.ADAM_CHUNK.get(device.type)
+        steps = [
+            state["step"] if chunk is None else self._counter(p, chunk) for p, state in zip(params, states, strict=True)
+        ]
         native.operators(device.type).adam_(
             [state["master"] if is_low else p for p, state, is_low in zip(params, states, low, strict=True)],
             grads,
@@ -242,8 +237,8 @@ class FusedAdam(torch.optim.Adam):
             [state["exp_avg_sq"] for state in states],
             [p if is_low else self._copies.get(p, nothing) for p, is_low in zip(params, low, strict=True)],
             steps,
-            float(lr),
-            *on_device,
+            0.0 if isinstance(lr, Tensor) else float(lr),
+            lr.to(device, torch.float32).reshape(()) if isinstance(lr, Tensor) else None,
             *map(float, group["betas"]),
             float(group["eps"]),
             float(group["weight_decay"]),
@@ -271,7 +266,8 @@ class FusedAdam(torch.optim.Adam):
                 raise RuntimeError(
                     "FusedAdam: state was made or changed since the last step: prepare() before capturing"
                 )
-            chunks = self.state[p]["step"].detach().reshape(1).repeat(max(1, -(-p.numel() // _CHUNK)))
+            chunk = native.ADAM_CHUNK[p.device.type]
+            chunks = self.state[p]["step"].detach().reshape(1).repeat(max(1, -(-p.numel() // chunk)))
             self.state[p]["step"] = step = chunks[0]
             counter = self._counters[p] = _Counter(chunks, step, step._version)
         return counter.chunks

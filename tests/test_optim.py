@@ -426,18 +426,17 @@ def test_the_operator_checks_its_lists() -> None:
             name: [torch.zeros(4, device=DEVICE)] for name in ("weights", "grads", "exp_avgs", "exp_avg_sqs", "copies")
         }
         tensors = {**tensors, "copies": [torch.empty(0)], "steps": [torch.zeros(1, device=DEVICE)], **changes}
-        scalars = (0.1, *((None,) if DEVICE.type == "cuda" else ()), 0.9, 0.99, 1e-8, 0.0, False, False, None, None)
+        scalars = (0.1, None, 0.9, 0.99, 1e-8, 0.0, False, False, None, None)
         native.operators(DEVICE.type).adam_(*tensors.values(), *scalars)
 
     call()
     for changes, error, message in [
         ({"grads": []}, ValueError, "expected lists of 1, got one of 0"),
         ({"grads": [torch.zeros(5, device=DEVICE)]}, ValueError, r"a gradient dense and of shape \[4\], got \[5\]"),
-        ({"grads": [torch.zeros(4, device=DEVICE).double()]}, TypeError, "floating-point gradient, got Double"),
-        ({"exp_avgs": [torch.zeros(4, device=DEVICE).half()]}, TypeError, "float32 as exp_avg, got Half"),
-        ({"exp_avg_sqs": [torch.zeros(8, device=DEVICE)[::2]]}, ValueError, r"with strides \[2\]"),
-        ({"copies": [torch.zeros(4, device=DEVICE)]}, TypeError, "a copy of bfloat16 or float16, got Float"),
+        ({"grads": [torch.zeros(4, device=DEVICE).double()]}, TypeError, "a floating-point gradient"),
+        ({"exp_avgs": [torch.zeros(4, device=DEVICE).half()]}, TypeError, "float32 as exp_avg"),
+        ({"exp_avg_sqs": [torch.zeros(8, device=DEVICE)[::2]]}, ValueError, r"exp_avg_sq dense and of shape \[4\]"),
+        ({"copies": [torch.zeros(4, device=DEVICE)]}, TypeError, "a copy of bfloat16 or float16"),
     ]:
-        if DEVICE.type == "cpu":
-            with pytest.raises(error, match=message):
-                call(**changes)
+        with pytest.raises((error, RuntimeError), match=message):
+            call(**changes)

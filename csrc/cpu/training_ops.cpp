@@ -31,8 +31,8 @@ void check_float32(const Tensor& t, const char* what) {
 // Where `found_inf` is not 0 nothing is done, and no step counted. A copy with no elements is none.
 void adam_(
     at::TensorList weights, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-    at::TensorList copies, at::TensorList steps, double lr, double beta1, double beta2, double eps, double weight_decay,
-    bool decoupled, bool maximize, const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf) {
+    at::TensorList copies, at::TensorList steps, double lr, const optional<Tensor>& lr_tensor,
+    double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize, const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf) {
   for (const at::TensorList& list : {grads, exp_avgs, exp_avg_sqs, copies, steps})
     TORCH_CHECK_VALUE(list.size() == weights.size(), "expected lists of ", weights.size(), ", got one of ", list.size());
   if (found_inf.has_value() && found_inf->item<double>() != 0) return;
@@ -57,7 +57,8 @@ void adam_(
          static_cast<int64_t>(step.const_data_ptr<float>()[0]) + 1});
   }
   const double scale = grad_scale.has_value() ? grad_scale->item<double>() : 1;
-  adam_pass(tensors, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize, scale});
+  const double rate = lr_tensor.has_value() ? lr_tensor->item<double>() : lr;
+  adam_pass(tensors, {rate, beta1, beta2, eps, weight_decay, decoupled, maximize, scale});
   for (const Tensor& step : steps) step.data_ptr<float>()[0] += 1;
 }
 
@@ -102,8 +103,8 @@ std::tuple<Tensor, Tensor, Tensor> bce_with_logits(const Tensor& logits_, at::Ar
 TORCH_LIBRARY_FRAGMENT(fastdcgan_cpu, m) {
   m.def(
       "adam_(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
-      "Tensor(e!)[] copies, Tensor(f!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "bool decoupled, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()");
+      "Tensor(e!)[] copies, Tensor(f!)[] steps, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
+      "float weight_decay, bool decoupled, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()");
   m.def("images(Tensor pixels, Tensor? flip, ScalarType dtype) -> Tensor");
   m.def("bce_with_logits(Tensor logits, float[] labels, bool with_grad) -> (Tensor, Tensor, Tensor)");
 }

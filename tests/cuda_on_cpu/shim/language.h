@@ -14,6 +14,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 // No __shared__: kernels take shared memory through gpu::shared_memory, which is sized, poisoned and fenced.
 
 struct uint3 {
