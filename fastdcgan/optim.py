@@ -134,14 +134,14 @@ class FusedAdam(torch.optim.Adam):
         for group in self.param_groups:
             for p in group["params"]:
                 self._prepare(p, group)
-                if p.is_cuda and self._why_torch(p, group) is None:
+                if p.device.type in native.ADAM_CHUNK and self._why_torch(p, group) is None:
                     self._counter(p)
 
     def ready(self) -> bool:
         """Whether `prepare` would change nothing: a captured step still reads and writes this optimiser's state."""
         return all(
             bool(self.state[p])
-            and (not p.is_cuda or self._why_torch(p, group) is not None or self._current(p) is not None)
+            and (p.device.type not in native.ADAM_CHUNK or self._why_torch(p, group) is not None or self._current(p) is not None)
             for group in self.param_groups
             for p in group["params"]
         )
@@ -226,10 +226,8 @@ class FusedAdam(torch.optim.Adam):
         states = [self.state[p] for p in params]
         nothing = torch.empty(0, device=device)
         low = [p.dtype in _LOW for p in params]
-        lr, chunk = group["lr"], native.ADAM_CHUNK.get(device.type)
-        steps = [
-            state["step"] if chunk is None else self._counter(p, chunk) for p, state in zip(params, states, strict=True)
-        ]
+        lr, by_chunk = group["lr"], device.type in native.ADAM_CHUNK
+        steps = [self._counter(p) if by_chunk else state["step"] for p, state in zip(params, states, strict=True)]
         native.operators(device.type).adam_(
             [state["master"] if is_low else p for p, state, is_low in zip(params, states, low, strict=True)],
             grads,

@@ -50,7 +50,7 @@ struct TransposeAxis {
 
 // grid (tiles); block: shares of the channels x phases x a warp. `out` has any strides.
 template <class T, int CO>
-__global__ void __launch_bounds__(NarrowTranspose::kMostThreads)
+__global__ void __launch_bounds__(NarrowTranspose::kMostThreads, 2)
     narrow_transpose(const __grid_constant__ Source<T> x, const __grid_constant__ Weights<T> weight,
                      const __grid_constant__ NarrowGeometry g, const __grid_constant__ TransposeAxis axis_y,
                      const __grid_constant__ TransposeAxis axis_x, const __grid_constant__ NarrowEpilogue epilogue,
