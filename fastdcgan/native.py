@@ -11,7 +11,7 @@ import torch
 
 from fastdcgan import backends
 
-_NAMESPACES = {"cpu": "fastdcgan_cpu", "cuda": "fastdcgan_cuda"}
+NAMESPACES = {"cpu": "fastdcgan_cpu", "cuda": "fastdcgan_cuda"}
 
 # Elements for which Adam keeps a step counter of their own: `Adam::kChunk` in csrc/cuda/adam.cuh. Elsewhere a parameter
 # has one counter.
@@ -22,7 +22,7 @@ def why_not(device_type: str) -> str | None:
     """None if the operators run on tensors of this device, else why plain PyTorch does it."""
     if backends.requested() == "reference":
         return "the backend 'reference' was asked for"
-    if device_type not in _NAMESPACES:
+    if device_type not in NAMESPACES:
         return f"no kernels for the device type {device_type!r}"
     try:
         backends.get(device_type)  # the backend of that name brings the operators
@@ -33,4 +33,4 @@ def why_not(device_type: str) -> str | None:
 
 def operators(device_type: str) -> Any:
     """The operators for a device that `why_not` has nothing against."""
-    return getattr(torch.ops, _NAMESPACES[device_type])
+    return getattr(torch.ops, NAMESPACES[device_type])

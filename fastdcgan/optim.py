@@ -141,7 +141,11 @@ class FusedAdam(torch.optim.Adam):
         """Whether `prepare` would change nothing: a captured step still reads and writes this optimiser's state."""
         return all(
             bool(self.state[p])
-            and (p.device.type not in native.ADAM_CHUNK or self._why_torch(p, group) is not None or self._current(p) is not None)
+            and (
+                p.device.type not in native.ADAM_CHUNK
+                or self._why_torch(p, group) is not None
+                or self._current(p) is not None
+            )
             for group in self.param_groups
             for p in group["params"]
         )
@@ -260,7 +264,7 @@ class FusedAdam(torch.optim.Adam):
         """The step counters of a parameter's chunks, made anew where they are stale."""
         counter = self._current(p)
         if counter is None:
-            if torch.cuda.is_current_stream_capturing():
+            if p.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "FusedAdam: state was made or changed since the last step: prepare() before capturing"
                 )

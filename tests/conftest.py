@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from machine import DEVICE, backends_here
 
 import fastdcgan
-from fastdcgan import backends
+from fastdcgan import backends, native
 
 SLOW_CALLS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
@@ -39,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
         loaded = HostCUDABackend()
         loaded.require()
         backends._loaded["cuda"] = loaded
+        native.NAMESPACES["cpu"] = "fastdcgan_cuda_on_cpu"
+        native.ADAM_CHUNK["cpu"] = native.ADAM_CHUNK["cuda"]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -1,4 +1,6 @@
-"""The CUDA C++ kernels of csrc/cuda: norm-and-activation passes and statistics; contractions are PyTorch's own (cuDNN).
+"""The CUDA C++ kernels of csrc/cuda: norm-and-activation passes, statistics, and the contractions of image-side layers.
+
+All other contractions are PyTorch's own (cuDNN).
 
 The library is loaded when the backend is first used. It is built on torch's stable ABI, so it also runs with later
 versions of torch than the one it was built with.
@@ -13,8 +15,10 @@ import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.base import Backend, Operand, Unavailable
+from fastdcgan.backends import cuda_narrow
+from fastdcgan.backends.base import STORE, Backend, Epilogue, Operand, Unavailable
 from fastdcgan.build_info import build_info, library, why_missing
+from fastdcgan.geometry import Geometry, Pair
 
 EXTENSION = "_cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,6 +85,41 @@ class CUDABackend(Backend):
                     )
         return None
 
+    # --- contractions ---
+
+    def why_not(self, op: str, *args: Any) -> str | None:
+        return getattr(cuda_narrow, f"why_not_{op}")(*args)
+
+    def _own(self, op: str, *args: Any) -> bool:
+        """Whether a kernel of ours runs this call."""
+        reason = self.why_not(op, *args)
+        if self.seen is not None:
+            self.seen.append("" if reason is None else f"PyTorch's convolution: {reason}")
+        return reason is None
+
+    def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+        if not self._own("conv", a, weight, geometry, epilogue):
+            return super().conv(a, weight, geometry, epilogue)
+        if cuda_narrow.fuses(epilogue):
+            return cuda_narrow.conv(self.ops, a, weight, geometry, epilogue), _no_vectors(a.x)
+        return self.apply_epilogue(cuda_narrow.conv(self.ops, a, weight, geometry, STORE), epilogue)
+
+    def conv_transpose(
+        self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
+    ) -> tuple[Tensor, Tensor]:
+        if not self._own("conv_transpose", a, weight, geometry, output_size, epilogue):
+            return super().conv_transpose(a, weight, geometry, output_size, epilogue)
+        if cuda_narrow.fuses(epilogue):
+            out = cuda_narrow.conv_transpose(self.ops, a, weight, geometry, output_size, epilogue)
+            return out, _no_vectors(a.x)
+        acc = cuda_narrow.conv_transpose(self.ops, a, weight, geometry, output_size, STORE)
+        return self.apply_epilogue(acc, epilogue)
+
+    def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
+        if not self._own("weight_grad", gathered, linear, geometry):
+            return super().weight_grad(gathered, linear, geometry)
+        return cuda_narrow.weight_grad(self.ops, gathered, linear, geometry)
+
     # --- normalisation and activation ---
 
     def norm_act(self, a: Operand) -> Tensor:
@@ -114,3 +153,8 @@ class CUDABackend(Backend):
             self.ops.update_running_(mean, var, stats, shift, factor, momentum)
         else:
             super().update_running(mean, var, stats, shift, factor, momentum)
+
+
+def _no_vectors(like: Tensor) -> Tensor:
+    """What a contraction returns beside its output where the epilogue has no sums."""
+    return like.new_empty((0,), dtype=torch.float32)
