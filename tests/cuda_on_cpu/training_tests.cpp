@@ -217,7 +217,8 @@ bool all(const char* type) {
   return ok;
 }
 
-int main() {
+int main(int argc, char** argv) {
+  test::read_arguments(argc, argv);
   const AdamCase cases[] = {
       {"adam"},
       {"adam with weight decay", 0.1},
@@ -234,7 +235,7 @@ int main() {
   ok &= test::run("adam of two launches", [] { return many_tensors(ManyTensors::kMost + FewTensors::kMost); });
 #endif
   ok &= all<bf16>("bf16");
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && !defined(ONE_STORAGE_TYPE)
   ok &= all<float>("float");
   ok &= all<fp16>("fp16");
 #endif
