@@ -2,7 +2,7 @@
 
 PyTorch's way is a `Dataset` that decodes with Pillow behind a `DataLoader` with workers, and the textbook step, eager
 and channels_last; ours is what `fastdcgan train` does: decoded once (that is `prepare_s`), then `Batches` and
-`GANStep`. Both see the same crops of the same files, in orders of their own; both steps are checked in the suite "step".
+`GANStep`. Both see the same crops of the same files, in orders of their own; both steps are checked by "step".
 """
 
 from __future__ import annotations

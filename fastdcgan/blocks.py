@@ -38,26 +38,44 @@ def why_alone(module: nn.Module) -> str | None:
         return "its forward was replaced on the instance"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "its parameters are not initialised yet"
-    hooks = [h for h in module._forward_pre_hooks.values() if not isinstance(h, _WEIGHT_HOOKS)]
-    if hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks, which must see its own input and output"
-    if isinstance(module, nn.Conv2d):
-        own = type(module).forward is nn.Conv2d.forward and type(module)._conv_forward is nn.Conv2d._conv_forward
-    elif isinstance(module, nn.ConvTranspose2d):
-        own = type(module).forward is nn.ConvTranspose2d.forward
-    elif isinstance(module, nn.SyncBatchNorm):
-        own = type(module).forward is nn.SyncBatchNorm.forward
-    elif isinstance(module, nn.BatchNorm2d):
-        own = type(module).forward is _BatchNorm.forward
-    else:
-        own = True
-    if not own:
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or module._forward_pre_hooks:
+        hooks = [h for h in module._forward_pre_hooks.values() if not isinstance(h, _WEIGHT_HOOKS)]
+        if hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return "it has hooks, which must see its own input and output"
+    if _own_forward(type(module)):
         return f"{type(module).__name__} has a forward of its own"
     if isinstance(module, nn.ConvTranspose2d):
         for extra, stride in zip(module.output_padding, module.stride, strict=True):
             if extra >= stride:
                 return f"its output_padding {module.output_padding} reaches its stride {module.stride}"
     return None
+
+
+_OWN_FORWARD: dict[tuple, bool] = {}  # of a class as it is: asked for every module at every call
+
+
+def _own_forward(kind: type[nn.Module]) -> bool:
+    if torch.compiler.is_compiling():  # which would guard on the cache
+        return _has_own_forward(kind)
+    key = (kind, kind.forward, getattr(kind, "_conv_forward", None))
+    found = _OWN_FORWARD.get(key)
+    if found is None:
+        found = _OWN_FORWARD[key] = _has_own_forward(kind)
+    return found
+
+
+def _has_own_forward(kind: type[nn.Module]) -> bool:
+    """Whether a class computes something else than PyTorch's own that it derives from."""
+    if issubclass(kind, nn.Conv2d):
+        return kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
+    for known, forward in (
+        (nn.ConvTranspose2d, nn.ConvTranspose2d.forward),
+        (nn.SyncBatchNorm, nn.SyncBatchNorm.forward),
+        (nn.BatchNorm2d, _BatchNorm.forward),
+    ):
+        if issubclass(kind, known):
+            return kind.forward is not forward
+    return False
 
 
 def is_plain_sequential(module: nn.Module) -> bool:

@@ -12,7 +12,6 @@ of a normalisation, a bias of the convolution is not added to `y`: it shifts `t`
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -269,9 +268,10 @@ def requested(ctx, needs: Sequence[bool], given: Sequence[bool]) -> list[bool]:
     for i in range(len(wants)):
         node = next(nodes)[0] if given[i] else None
         if wants[i] and node is not None:
-            # It refuses to answer for a leaf that autograd.grad asks for: then the gradient is wanted.
-            with contextlib.suppress(RuntimeError):
+            try:  # noqa: SIM105  contextlib.suppress costs more than what it surrounds
                 wants[i] = torch._C._will_engine_execute_node(node)
+            except RuntimeError:  # it refuses to answer for a leaf that autograd.grad asks for: that is wanted
+                pass
     return wants
 
 
@@ -350,7 +350,7 @@ def _norm_act_backward(
         d_bias = da.sum((0, 2, 3), dtype=stat_dtype(da)) if need.bias else None
         return Operand(da), [d_bias, None, None]
     if norm is None and sums is not None:  # s = 1
-        return Operand(da), [sums[0].sum(0) if need.bias else None, None, None]
+        return Operand(da), [_over_groups(sums[0]) if need.bias else None, None, None]
     assert y is not None
     act = block.act if sums is None else "identity"
     batch_stats = norm is not None and norm.batch_stats
@@ -360,14 +360,13 @@ def _norm_act_backward(
     if need.bias:
         assert bias is not None and sums is not None
         # With batch statistics the mean takes every constant out.
-        d_bias = torch.zeros_like(bias) if batch_stats else (sums[0] * coef[0]).sum(0)
+        d_bias = torch.zeros_like(bias) if batch_stats else _over_groups(sums[0] * coef[0])
     if need.bn_weight:
         assert sums is not None
-        d_bn_weight = sums[1].sum(0)
+        d_bn_weight = _over_groups(sums[1])
     if need.bn_bias:
         assert sums is not None
-        d_bn_bias = sums[0].sum(0)
-    grad_coef = coef[:2]
+        d_bn_bias = _over_groups(sums[0])
     if norm is not None and batch_stats:
         assert sums is not None
         count = _count(y, stat_groups)
@@ -375,4 +374,11 @@ def _norm_act_backward(
             assert state.total is not None
             sums = sync.mean_sums(sums, count, state.total, norm.process_group)
         grad_coef = ops.grad_coefficients(sums, coef, count, block.backend)
+    else:
+        grad_coef = coef[:2]
     return Operand(da, y, grad_coef, act, block.slope), [d_bias, d_bn_weight, d_bn_bias]
+
+
+def _over_groups(row: Tensor) -> Tensor:
+    """[stat_groups, C] -> [C]."""
+    return row[0] if row.shape[0] == 1 else row.sum(0)
