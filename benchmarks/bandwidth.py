@@ -1,17 +1,21 @@
-"""How close the streaming passes come to the memory's speed: the bytes that a pass has to move, per second, as a
-fraction of what a copy of as many bytes reaches in the same rounds."""
+"""How close what is bound by memory comes to its speed: the bytes that a pass has to move, per second, as a fraction of
+what a copy of as many bytes reaches in the same rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from fastdcgan import backends
-from fastdcgan.backends.base import Backend, Operand
+from fastdcgan.backends.base import STORE, Backend, Operand
 from fastdcgan.benchmarks import harness
+from fastdcgan.dcgan import Generator
+from fastdcgan.geometry import Geometry
+from fastdcgan.optim import FusedAdam
+from fastdcgan.pixels import normalize_images
 
 # (channels, height, width) of the normalised layers of a 64x64 DCGAN with 64 features
 LAYERS = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4))
@@ -61,18 +65,78 @@ def measure(name: str, batch: int, device: torch.device, dtype: torch.dtype, dry
         y, da = (t.contiguous(memory_format=torch.channels_last) for t in (y, da))
         for what, (run, tensors) in passes(backend, y, da).items():
             moved = tensors * y.numel() * y.element_size()
-            source = torch.randint(0, 256, (moved // 2,), dtype=torch.uint8, device=device)
-            target = torch.empty_like(source)
-            pair = (run, lambda source=source, target=target: target.copy_(source))
-            for segment in pair:
-                segment()
-            rounds = [timer(pair, 1) for _ in range(3 if dry else ROUNDS)]
-            times, copies = zip(*rounds, strict=True)
-            ratio = harness.ratio(copies, times)
-            rate = moved / harness.summarise(times).median
-            kind = str(dtype).removeprefix("torch.")
-            found.append(Bandwidth(name, what, tuple(y.shape), kind, rate, ratio.median, ratio.q1, ratio.q3))
+            entry = Work(what, tuple(y.shape), dtype, run, moved)
+            found.append(_against_a_copy(name, entry, timer, device, dry))
     return found
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something that moves `moved` bytes, at least."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    run: Callable[[], object]
+    moved: int
+
+
+def image_side(backend: Backend, batch: int, device: torch.device, dtype: torch.dtype, dry: bool = False) -> list[Work]:
+    """The image-side contractions of a DCGAN: both tensors once, no weights counted. `shape` is the wide tensor's."""
+    side, wide = (8, 16) if dry else (64, 64)
+    geometry = Geometry((4, 4), (2, 2), (1, 1), (1, 1), 1)
+    last = torch.channels_last
+    x = torch.randn(batch, 3, side, side, device=device).to(dtype).contiguous(memory_format=last)
+    y = torch.randn(batch, wide, side // 2, side // 2, device=device).to(dtype).contiguous(memory_format=last)
+    weight = torch.randn(wide, 3, 4, 4, device=device).to(dtype).contiguous(memory_format=last)
+    moved, image, features = (x.numel() + y.numel()) * x.element_size(), Operand(x), Operand(y)
+    runs: dict[str, Callable[[], object]] = {
+        "image conv": lambda: backend.conv(image, weight, geometry, STORE),
+        "image conv_transpose": lambda: backend.conv_transpose(features, weight, geometry, (side, side), STORE),
+        "image weight_grad": lambda: backend.weight_grad(image, features, geometry),
+    }
+    return [Work(name, tuple(y.shape), dtype, run, moved) for name, run in runs.items()]
+
+
+def training(batch: int, device: torch.device, dry: bool = False) -> list[Work]:
+    """Adam over the generator of a 64x64 DCGAN (28 bytes a parameter), and a batch of images to bfloat16."""
+    side, width = (32, 4) if dry else (64, 64)
+    parameters = list(Generator(side, 3, ngf=width).to(device).parameters())
+    for p in parameters:
+        p.grad = torch.full_like(p, 1e-3)
+    optimizer, count = FusedAdam(parameters, lr=0.0), sum(p.numel() for p in parameters)
+    pixels = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, device=device)
+    flip = torch.arange(batch, device=device) % 2 == 0
+    return [
+        Work("adam", (count,), torch.float32, optimizer.step, 28 * count),
+        Work(
+            "normalize_images",
+            tuple(pixels.shape),
+            torch.bfloat16,
+            lambda: normalize_images(pixels, flip, torch.bfloat16),
+            3 * pixels.numel(),
+        ),
+    ]
+
+
+def measure_work(name: str, work: Sequence[Work], device: torch.device, dry: bool = False) -> list[Bandwidth]:
+    """Each of `work`, done by the backend `name`, as in `measure`."""
+    timer = harness.timer_for(device, cold=True)
+    return [_against_a_copy(name, each, timer, device, dry) for each in work]
+
+
+def _against_a_copy(name: str, work: Work, timer: harness.Timer, device: torch.device, dry: bool) -> Bandwidth:
+    source = torch.randint(0, 256, (max(1, work.moved // 2),), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    pair = (work.run, lambda: target.copy_(source))
+    for segment in pair:
+        segment()
+    rounds = [timer(pair, 1) for _ in range(3 if dry else ROUNDS)]
+    times, copies = zip(*rounds, strict=True)
+    ratio = harness.ratio(copies, times)
+    rate = work.moved / harness.summarise(times).median
+    kind = str(work.dtype).removeprefix("torch.")
+    return Bandwidth(name, work.name, work.shape, kind, rate, ratio.median, ratio.q1, ratio.q3)
 
 
 def markdown(entries: list[dict]) -> str:

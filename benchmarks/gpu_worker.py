@@ -102,12 +102,16 @@ def _own_backends(device: torch.device) -> list[str]:
 
 
 def _bandwidth(args: argparse.Namespace, device: torch.device) -> int:
-    """The streaming passes of every backend of our own, as a fraction of a copy's speed."""
+    """The passes and image-side layers of every backend of our own, and Adam, as fractions of a copy's speed."""
     found = _empty(args, device)
     entries: list[dict] = []
     for name in _own_backends(device):
         for batch in (2,) if args.dry else (128, 1024):
             entries += bandwidth.as_entries(bandwidth.measure(name, batch, device, torch.bfloat16, args.dry))
+            work = bandwidth.image_side(backends.get(name), batch, device, torch.bfloat16, args.dry)
+            if name == device.type:  # who brings the operators of `native.py`
+                work += bandwidth.training(batch, device, args.dry)
+            entries += bandwidth.as_entries(bandwidth.measure_work(name, work, device, args.dry))
     found.extra["bandwidth"] = entries
     found.write(args.file)
     _say(bandwidth.markdown(entries))
@@ -169,8 +173,8 @@ def _add(found: Results, cases: Sequence[Case], file: Path) -> None:
 
 
 def _smallest(args: argparse.Namespace, device: torch.device) -> int:
-    """Two training steps through each backend that has kernels of its own, in each dtype, and its passes over ragged
-    sizes; no vanilla kernels timed."""
+    """Two training steps through each backend that has kernels of its own, in each dtype, its passes over ragged sizes,
+    its image-side layers, Adam, the loss and images; no vanilla kernels timed."""
     torch.manual_seed(0)
     real, noise = (tensor.to(device) for tensor in inputs(DRY_SHAPE, 2))
     for name in _own_backends(device):
@@ -179,6 +183,12 @@ def _smallest(args: argparse.Namespace, device: torch.device) -> int:
                 y = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
                 for run, _ in bandwidth.passes(backends.get(name), y, torch.ones_like(y)).values():
                     run()
+        for dtype in (torch.float32, torch.bfloat16):
+            for work in bandwidth.image_side(backends.get(name), 2, device, dtype, dry=True):
+                work.run()
+        for work in bandwidth.training(2, device, dry=True):
+            work.run()
+        fastdcgan.functional.bce_with_logits(torch.randn(6, device=device), (0.9, 0.0))
         for dtype in (None, torch.bfloat16):
             generator, discriminator = (fastdcgan.fuse(net.to(device)) for net in DRY_SHAPE.nets())
             opt_g, opt_d = steps.adam(generator, device), steps.adam(discriminator, device)

@@ -68,3 +68,16 @@ def test_the_table_says_the_fraction(fraction: float) -> None:
     entry = bandwidth.Bandwidth("cuda", "norm_act", (1, 2, 3, 4), "bfloat16", 1.5e12, fraction, 0.4, 0.9)
     row = bandwidth.markdown(bandwidth.as_entries([entry])).splitlines()[-1]
     assert row == f"| cuda | norm_act | 1x2x3x4 | bfloat16 | 1500 | {fraction:.0%} (40% to 90%) |"
+
+
+def test_image_side_layers_and_training_are_measured() -> None:
+    device = torch.device("cpu")
+    work = bandwidth.image_side(backends.get("reference"), 2, device, torch.bfloat16, dry=True)
+    assert [each.name for each in work] == ["image conv", "image conv_transpose", "image weight_grad"]
+    assert {each.moved for each in work} == {2 * (2 * 3 * 8 * 8 + 2 * 16 * 4 * 4)}
+    work += bandwidth.training(2, device, dry=True)
+    adam, images = work[-2:]
+    assert adam.moved == 28 * adam.shape[0] and images.moved == 3 * 2 * 32 * 32 * 3
+    for entry, each in zip(bandwidth.measure_work("reference", work, device, dry=True), work, strict=True):
+        assert (entry.name, entry.shape, entry.dtype) == (each.name, each.shape, str(each.dtype).removeprefix("torch."))
+        assert entry.bytes_per_s > 0 and entry.fraction > 0

@@ -74,7 +74,9 @@ def test_nothing_is_spilled(library: Path) -> None:
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", dump(library, "--dump-resource-usage")
     )
     names = {name for name, *_ in found}
-    for kernel in ("norm_act", "norm_act_backward", "grad_sums", "batch_stats", "combine", "coefficients"):
+    streaming = ("norm_act", "norm_act_backward", "grad_sums", "batch_stats", "combine", "coefficients")
+    narrow = ("narrow_conv", "narrow_transpose", "narrow_weight_grad", "combine_weight_grad")
+    for kernel in (*streaming, *narrow, "adam", "bce", "images"):
         assert any(f"{len(kernel)}{kernel}" in name for name in names), kernel
     assert [entry for entry in found if entry[1:] != ("0", "0")] == []
 
@@ -106,9 +108,13 @@ def test_the_operators_are_those_that_run_on_the_cpu(library: Path, tmp_path: Pa
         [sys.executable, "-c", OPERATORS, str(library), str(stand_in)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    source = (ROOT / "csrc" / "cuda" / "bindings.cpp").read_text()
-    defined = ["".join(parts) for parts in re.findall(r'm\.def\(\s*"([^"]*)"(?:\s*"([^"]*)")?', source)]
-    assert len(defined) >= 8
+    sources = [path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*bindings.cpp"))]
+    literals = [found for source in sources for found in re.findall(r'm\.def\(((?:\s*"[^"]*")+)', source)]
+    defined = ["".join(re.findall(r'"([^"]*)"', each)) for each in literals]
+    assert len(defined) >= 14
     assert done.stdout.splitlines() == sorted(f"fastdcgan_cuda::{schema}" for schema in defined)
-    called = set(re.findall(r"self\.ops\.(\w+)\(", (ROOT / "fastdcgan" / "backends" / "cuda.py").read_text()))
+    package = ROOT / "fastdcgan"
+    callers = ("backends/cuda.py", "backends/cuda_narrow.py", "optim.py", "losses.py", "pixels.py")
+    text = "".join((package / name).read_text() for name in callers)
+    called = set(re.findall(r"(?:(?<!torch\.)\bops|operators\([\w.]+\))\.(\w+)\(", text))
     assert called and called <= {schema.split("(")[0] for schema in defined}
