@@ -12,6 +12,7 @@
 // neither address nor size allows vectors, the same kernels take one value at a time.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "common/activations.h"
@@ -88,10 +89,11 @@ Walk make_walk(const Shape& s, int blocks_per_multiprocessor, Pointers... all) {
     for (w.width = 1; w.width < kWidest && w.width < side_by_side;) w.width *= 2;
     column_blocks = ceil_div(side_by_side, w.width);
   }
-  const int64_t wanted = int64_t{gpu::multiprocessors()} * blocks_per_multiprocessor;
-  const int64_t parts = ceil_div(wanted, column_blocks * s.groups), most = ceil_div(w.items, kThreads / w.width);
-  w.grid = dim3(static_cast<unsigned>(column_blocks), static_cast<unsigned>(parts < most ? parts : most),
-                static_cast<unsigned>(s.groups));
+  // No more blocks than run at once: a few left over would take as long again.
+  const int64_t at_once = int64_t{gpu::multiprocessors()} * blocks_per_multiprocessor;
+  const int64_t most = ceil_div(w.items, kThreads / w.width);
+  const int64_t parts = std::clamp<int64_t>(at_once / (column_blocks * s.groups), 1, most);
+  w.grid = dim3(static_cast<unsigned>(column_blocks), static_cast<unsigned>(parts), static_cast<unsigned>(s.groups));
   return w;
 }
 

@@ -1,6 +1,6 @@
 """How much the tests notice: changes the CUDA kernels in one place at a time and counts what makes a test fail.
 
-    python tests/cuda_on_cpu/mutants.py [FILE.cuh ...] [--sample N] [--seed S] [--jobs J]
+    python tests/cuda_on_cpu/mutants.py [FILE.cuh ...] [--match TEXT] [--sample N] [--seed S] [--jobs J]
 
 A change is a sign, a bound, a stride, an index, a constant, a condition or a barrier of a kernel file. For each one the
 test programs that include the file are built and run on the CPU: plainly, and where that notices nothing, for races and
@@ -156,6 +156,7 @@ def key(mutant: Mutant) -> tuple[str, str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mutants", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE.cuh", help="kernel files (default: all that a program tests)")
+    parser.add_argument("--match", default="", help="only changes whose description contains this text")
     parser.add_argument("--sample", type=int, help="that many changes, drawn at random (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="changes at a time (default: %(default)s)")
@@ -166,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in (path for path, programs in tested.items() if not programs):
         print(f"{path.name}: no test program includes it")
     found = [mutant for path, programs in tested.items() if programs for mutant in mutants_of(path)]
+    found = [mutant for mutant in found if args.match in str(mutant)]
     drawn = random.Random(args.seed).sample(found, min(args.sample or len(found), len(found)))
     print(f"{len(drawn)} of {len(found)} changes of {sum(map(bool, tested.values()))} files", flush=True)
 
@@ -181,6 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 survivors.append(mutant)
             print(f"[{number}] {f'caught ({noticed})' if noticed else 'SURVIVES'}  {mutant}", flush=True)
     unexplained = [mutant for mutant in survivors if key(mutant) not in why]
+    if not drawn:
+        return 0
     caught = len(drawn) - len(survivors)
     counts = ", ".join(f"{name} {count}" for name, count in seen.most_common())
     print(

@@ -154,6 +154,53 @@ std::string statistics(const Case& c) {
   return test::bytes(stats);
 }
 
+// --- the walk --------------------------------------------------------------------------------------------------------
+
+// What a walk through bf16 tensors is on a device with 100 multiprocessors and 4 blocks on each.
+struct WalkCase {
+  Shape shape;
+  bool aligned;
+  int vector, fold, width;
+  unsigned items, x, y, z;
+};
+
+std::string walks() {
+  const WalkCase cases[] = {
+      // The device is as full with 64 channels as with 512, with one group as with two.
+      {{1, 128, 64, 1024, true}, true, 8, 1, 8, 131072, 1, 400, 1},
+      {{1, 128, 512, 16, true}, true, 8, 1, 32, 2048, 2, 200, 1},
+      {{2, 64, 64, 1024, true}, true, 8, 1, 8, 65536, 1, 200, 2},
+      // No more blocks than there are rows for, and no more than run at once.
+      {{1, 2, 64, 20, true}, true, 8, 1, 8, 40, 1, 2, 1},
+      {{1, 128, 1280, 1024, true}, true, 8, 1, 32, 131072, 5, 80, 1},
+      {{1, 128, 1536, 1024, true}, true, 8, 1, 32, 131072, 6, 66, 1},
+      // Pixels side by side where that makes vectors; one value at a time where nothing does.
+      {{1, 8, 65, 1024, true}, true, 8, 8, 32, 1024, 3, 128, 1},
+      {{1, 8, 3, 1024, true}, true, 8, 8, 4, 1024, 1, 16, 1},
+      {{1, 8, 12, 1024, true}, true, 8, 2, 4, 4096, 1, 64, 1},
+      {{1, 1, 65, 9, true}, true, 1, 1, 32, 9, 3, 2, 1},
+      {{1, 8, 64, 1024, true}, false, 1, 1, 32, 8192, 2, 200, 1},
+      // Planes: a channel to a block, or several blocks to a channel.
+      {{1, 8, 64, 4096, false}, true, 8, 1, 1, 4096, 64, 6, 1},
+      {{2, 4, 1000, 64, false}, true, 8, 1, 1, 32, 1000, 1, 2},
+      {{1, 8, 64, 9, false}, true, 1, 1, 1, 72, 64, 1, 1},
+      {{1, 8, 64, 4096, false}, false, 1, 1, 1, 32768, 64, 6, 1},
+  };
+  cuda_on_cpu::options.multiprocessors = 100;
+  alignas(16) static char memory[32];
+  for (const WalkCase& c : cases) {
+    const void* at = memory + (c.aligned ? 0 : 2);
+    const Walk w = make_walk<gpu::bf16>(c.shape, 4, memory, at);
+    const bool same = w.vector == c.vector && w.fold == c.fold && w.width == c.width && w.items == c.items &&
+                      w.grid.x == c.x && w.grid.y == c.y && w.grid.z == c.z;
+    require(same, "the walk through " + Case{c.shape, 0, 100}.name() + ": vector " + std::to_string(w.vector) +
+                      ", fold " + std::to_string(w.fold) + ", width " + std::to_string(w.width) + ", items " +
+                      std::to_string(w.items) + ", grid " + std::to_string(w.grid.x) + "x" +
+                      std::to_string(w.grid.y) + "x" + std::to_string(w.grid.z));
+  }
+  return {};
+}
+
 // --- vectors per channel ---------------------------------------------------------------------------------------------
 
 std::string vectors_per_channel(int64_t groups, int64_t channels, bool given) {
@@ -241,9 +288,10 @@ int main(int argc, char** argv) {
       {{1, 2, 2, 4096, false}, 0, 2},
       {{1, 70, 3, 16, false}, 0, 1},
       {{2, 2, 3, 35, false}, 0, 1},
+      {{1, 3, 5, 4, false}, 0, 1},
       {{1, 2, 2, 24, false}, 1, 1},
   };
-  bool ok = true;
+  bool ok = test::run("walks", walks);
   for (const Case& c : cases) {
     ok &= all<gpu::bf16>("bf16", c);
     // The same code of another vector size.
