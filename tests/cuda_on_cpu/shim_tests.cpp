@@ -151,7 +151,7 @@ __global__ void product(const bf16* a, const bf16* b, int rows, float* out) {
   for (int n = 0; n < 2; ++n) {
     float c[4] = {};
     const unsigned half_of_b[2] = {fb[2 * n], fb[2 * n + 1]};
-    gpu::multiply_add(c, fa, half_of_b);
+    gpu::multiply_add(bf16{}, c, fa, half_of_b);
     for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 16 + n * 8 + lane % 4 * 2 + i % 2] = c[i];
   }
 }

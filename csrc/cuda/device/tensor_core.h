@@ -22,21 +22,51 @@ GPU_INLINE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit numbers; lane i brings the address of row i%8 of matrix i/8.
+// Four 8x8 matrices of 16-bit numbers; lane i brings the address of row i%8 of matrix i/8, and gets the two numbers
+// from column i%4*2 on of row i/4 of each.
 GPU_INLINE void load_matrix(unsigned (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
 }
+// The same, each matrix transposed: rows are given, and lane i gets the two numbers from row i%4*2 on of column i/4.
+GPU_INLINE void load_matrix_transposed(unsigned (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
 
-// c (16x8, float) += a (16x16, bf16, rows) * b (16x8, bf16, columns)
-GPU_INLINE void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+// c (16x8, float) += a (16x16, rows) * b (16x8, columns)
+#define FASTDCGAN_MULTIPLY_ADD(type)                                                   \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                  \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"  \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                        \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+GPU_INLINE void multiply_add(bf16, float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  FASTDCGAN_MULTIPLY_ADD("bf16");
+}
+GPU_INLINE void multiply_add(fp16, float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  FASTDCGAN_MULTIPLY_ADD("f16");
+}
+#undef FASTDCGAN_MULTIPLY_ADD
+
+// c (16x8) += a (16x8, rows) * b (8x8, columns) of numbers that round_to_tf32 gave
+GPU_INLINE void multiply_add(float, float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
                "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// The bits of x with the 10 bits of mantissa that tensor cores take: to nearest, ties away from zero.
+GPU_INLINE unsigned round_to_tf32(float x) {
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+GPU_INLINE float float_of_tf32(unsigned bits) { return __uint_as_float(bits); }
 
 #else
 
@@ -62,7 +92,9 @@ inline void copy_async_wait() {
   }
 }
 
-inline void load_matrix(unsigned (&r)[4], const void* row, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+namespace detail {
+
+inline void load_matrix(const char* name, bool transposed, unsigned (&r)[4], const void* row, cuda_on_cpu::Site site) {
   struct Row {
     uint32_t pair[4];
   } mine;
@@ -70,21 +102,27 @@ inline void load_matrix(unsigned (&r)[4], const void* row, cuda_on_cpu::Site sit
     uint32_t r[4];
   };
   using Pair __attribute__((may_alias)) = uint32_t;
-  detail::require_aligned(row, 16);
+  require_aligned(row, 16);
   for (int i = 0; i < 4; ++i) mine.pair[i] = static_cast<const Pair*>(row)[i];
   auto got = cuda_on_cpu::engine.warp_call<Fragment>(
-      "ldmatrix", ~0u, mine,
-      [](auto& rows, auto& out) {
+      name, ~0u, mine,
+      [=](auto& rows, auto& out) {
         for (int lane = 0; lane < 32; ++lane)
-          for (int matrix = 0; matrix < 4; ++matrix) out[lane]->r[matrix] = rows[matrix * 8 + lane / 4]->pair[lane % 4];
+          for (int matrix = 0; matrix < 4; ++matrix) {
+            const auto at = [&](int r, int c) { return rows[matrix * 8 + r]->pair[c / 2] >> c % 2 * 16 & 0xFFFF; };
+            const int line = lane / 4, first = lane % 4 * 2;
+            out[lane]->r[matrix] = transposed ? at(first, line) | at(first + 1, line) << 16
+                                              : at(line, first) | at(line, first + 1) << 16;
+          }
       },
       site);
   std::memcpy(r, got.r, sizeof got);
 }
 
-inline void multiply_add(
-    float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2],
-    cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+// Number k of the 16 (of 16 bits each) or 8 (floats) along the depth of a fragment: register and half of it.
+template <int kDepth, class Number>
+void multiply_add(
+    Number number, float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], cuda_on_cpu::Site site) {
   struct Operands {
     unsigned a[4], b[2];
     float c[4];
@@ -95,21 +133,21 @@ inline void multiply_add(
   std::memcpy(mine.a, a, sizeof a), std::memcpy(mine.b, b, sizeof b), std::memcpy(mine.c, c, sizeof c);
   auto sum = cuda_on_cpu::engine.warp_call<Sum>(
       "mma.sync", ~0u, mine,
-      [](auto& in, auto& out) {
-        auto half = [](unsigned pair, int which) {
-          return to_float(bf16{static_cast<uint16_t>(pair >> 16 * which)});
-        };
-        float A[16][16], B[16][8], C[16][8];
+      [=](auto& in, auto& out) {
+        constexpr int kPacked = kDepth / 8;  // numbers in a register
+        float A[16][kDepth], B[kDepth][8], C[16][8];
         for (int lane = 0; lane < 32; ++lane) {
-          int group = lane / 4, pair = lane % 4 * 2;
-          for (int i = 0; i < 2; ++i) {
-            for (int q = 0; q < 4; ++q) A[group + q % 2 * 8][pair + i + q / 2 * 8] = half(in[lane]->a[q], i);
-            for (int q = 0; q < 2; ++q) B[pair + i + q * 8][group] = half(in[lane]->b[q], i);
-            for (int q = 0; q < 2; ++q) C[group + q * 8][pair + i] = in[lane]->c[q * 2 + i];
+          int group = lane / 4, pair = lane % 4 * 2, first = lane % 4 * kPacked;
+          for (int i = 0; i < kPacked; ++i) {
+            for (int q = 0; q < 4; ++q)
+              A[group + q % 2 * 8][first + i + q / 2 * kDepth / 2] = number(in[lane]->a[q], i);
+            for (int q = 0; q < 2; ++q) B[first + i + q * kDepth / 2][group] = number(in[lane]->b[q], i);
           }
+          for (int i = 0; i < 2; ++i)
+            for (int q = 0; q < 2; ++q) C[group + q * 8][pair + i] = in[lane]->c[q * 2 + i];
         }
         for (int m = 0; m < 16; ++m)
-          for (int k = 0; k < 16; ++k)
+          for (int k = 0; k < kDepth; ++k)
             for (int n = 0; n < 8; ++n) C[m][n] += A[m][k] * B[k][n];
         for (int lane = 0; lane < 32; ++lane)
           for (int q = 0; q < 4; ++q) out[lane]->c[q] = C[lane / 4 + q / 2 * 8][lane % 4 * 2 + q % 2];
@@ -117,6 +155,47 @@ inline void multiply_add(
       site);
   std::memcpy(c, sum.c, sizeof sum);
 }
+
+template <class T>
+void multiply_add_16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], cuda_on_cpu::Site site) {
+  const auto number = [](unsigned pair, int which) { return to_float(T{static_cast<uint16_t>(pair >> 16 * which)}); };
+  multiply_add<16>(number, c, a, b, site);
+}
+
+}  // namespace detail
+
+inline void load_matrix(unsigned (&r)[4], const void* row, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+  detail::load_matrix("ldmatrix", false, r, row, site);
+}
+inline void load_matrix_transposed(
+    unsigned (&r)[4], const void* row, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+  detail::load_matrix("ldmatrix.trans", true, r, row, site);
+}
+
+inline void multiply_add(
+    bf16, float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+    cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+  detail::multiply_add_16<bf16>(c, a, b, site);
+}
+inline void multiply_add(
+    fp16, float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+    cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+  detail::multiply_add_16<fp16>(c, a, b, site);
+}
+// Of a number that round_to_tf32 did not give, a tensor core ignores the last 13 bits.
+inline void multiply_add(
+    float, float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+    cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+  const auto number = [](unsigned bits, int) { return detail::float_of(bits & ~0x1FFFu); };
+  detail::multiply_add<8>(number, c, a, b, site);
+}
+
+inline unsigned round_to_tf32(float x) {
+  const uint32_t bits = detail::bits_of(x);
+  if ((bits & 0x7F800000) == 0x7F800000) return bits & 0x7FFFFF ? 0x7FFFE000 : bits;  // NaN, infinite
+  return (bits + 0x1000) & ~0x1FFFu;
+}
+inline float float_of_tf32(unsigned bits) { return detail::float_of(bits); }
 
 #endif
 
