@@ -1,4 +1,4 @@
-// Every tile that is compiled, by number; fastdcgan/backends/cuda_tiles.py chooses among them and knows the same numbers.
+// Every tile that is compiled, by number: fastdcgan/backends/cuda_tiles.py has the same list, and chooses.
 #pragma once
 
 #include "contraction.cuh"

@@ -82,8 +82,8 @@ GPU_INLINE void read_chunk(float (&to)[N], const T* from, bool vectors, int coun
 }
 
 // Finishes a tile of kM rows and kN channels from `first_channel` on. `pixel[row]` is a row's place in the output, or
-// negative; tile(row, column) is the address of its sums, of which each is read and written by one thread alone. `strands`
-// may share their memory.
+// negative; tile(row, column) is the address of its sums, each of which only one thread reads or writes. `strands` may
+// share their memory.
 template <class T, int kM, int kN, int kThreads, class Tile>
 GPU_INLINE void finish_tile(
     const Finish<T>& f, const int* pixel, Tile tile, Strands<T, kN, kThreads>& strands, int first_channel, int group,

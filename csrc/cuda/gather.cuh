@@ -293,8 +293,10 @@ class ChannelLoader {
         at = static_cast<int64_t>(line * p_.columns.size + x) * gathered.channels + channel;
       }
       load_chunk(stage.right[slot].chunk(row, chunk), gathered.x + at, count, gathered.vectors);
-      if (gathered.y != nullptr)
-        load_chunk(stage.right_y(linear.y != nullptr)[slot].chunk(row, chunk), gathered.y + at, count, gathered.vectors);
+      if (gathered.y != nullptr) {
+        auto* y_tile = stage.right_y(linear.y != nullptr) + slot;
+        load_chunk(y_tile->chunk(row, chunk), gathered.y + at, count, gathered.vectors);
+      }
       valid |= static_cast<unsigned>(count > 0) << (kLeft + i);
     }
     return valid;

@@ -42,7 +42,7 @@ def test_every_prologue_epilogue_and_geometry(op: str) -> None:
         # Rows of whole vectors or not, one tile or several, by turns.
         channels = ("ci=40 co=40", "ci=7 co=5", "ci=8 co=33")[i % 3]
         lines.append(f"op={op} type=bf16 n=2 {channels} {geometry} left={left} epilogue={epilogue} {LEAKY}")
-    check("contraction_tests", lines)
+    check("contraction_types", lines)
 
 
 def test_weight_grad_with_every_prologue_and_geometry() -> None:
@@ -50,7 +50,7 @@ def test_weight_grad_with_every_prologue_and_geometry() -> None:
     for left, right, (i, geometry) in itertools.product(PROLOGUES, PROLOGUES, enumerate(GEOMETRIES)):
         channels = ("ci=40 co=8", "ci=7 co=5", "ci=8 co=33")[i % 3]
         lines.append(f"op=weight_grad type=bf16 n=2 {channels} {geometry} left={left} right={right} {LEAKY}")
-    check("contraction_tests", lines)
+    check("contraction_types", lines)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -66,7 +66,7 @@ def test_types(kind: str) -> None:
         f"op=weight_grad type={kind} n=2 ci=20 co=12 {GEOMETRIES[0]} {LEAKY} left={left} right={right}"
         for left, right in [("none", "none"), ("activate", "bn_backward"), ("bn_backward", "activate")]
     ]
-    check("contraction_tests", lines)
+    check("contraction_types", lines)
 
 
 @pytest.mark.parametrize("act", range(8))
@@ -80,18 +80,22 @@ def test_activations(act: int) -> None:
         f"op=weight_grad {head} left=activate right=bn_backward",
         f"op=weight_grad {head} left=bn_backward right=activate rows=2",
     ]
-    check("contraction_tests", lines)
+    check("contraction_types", lines)
 
 
 def test_statistics_groups() -> None:
     lines = [
         f"op={op} type=bf16 n=6 groups={groups} ci=24 co=40 {GEOMETRIES[0]} left={left} epilogue={epilogue} {LEAKY}"
         for op, groups, (left, epilogue) in itertools.product(
-            ("conv", "conv_transpose"), (2, 3), [("none", "stats"), ("activate", "stats"), ("bn_backward", "grad_stats")]
+            ("conv", "conv_transpose"),
+            (2, 3),
+            [("none", "stats"), ("activate", "stats"), ("bn_backward", "grad_stats")],
         )
     ]
-    lines += [f"op=weight_grad type=bf16 n=6 groups=3 ci=8 co=16 {GEOMETRIES[0]} left=activate right=bn_backward {LEAKY}"]
-    check("contraction_tests", lines)
+    lines += [
+        f"op=weight_grad type=bf16 n=6 groups=3 ci=8 co=16 {GEOMETRIES[0]} left=activate right=bn_backward {LEAKY}"
+    ]
+    check("contraction_types", lines)
 
 
 def test_parts() -> None:
@@ -102,7 +106,7 @@ def test_parts() -> None:
             lines.append(f"op=conv {head} ci=72 co=20 left=activate epilogue={epilogue}")
             lines.append(f"op=conv_transpose {head} ci=12 co=72 epilogue={epilogue}")
         lines.append(f"op=weight_grad {head} ci=24 co=7 left=activate right=bn_backward")
-    check("contraction_tests", lines)
+    check("contraction_types", lines)
 
 
 sizes = st.integers(1, 9)
@@ -138,7 +142,7 @@ def cases(draw: st.DrawFn) -> str:
 @given(case=cases())
 @settings(max_examples=60)
 def test_any_size(case: str) -> None:
-    check("contraction_tests", [case])
+    check("contraction_types", [case])
 
 
 WATCHED = [
@@ -166,9 +170,9 @@ REST = {
 
 @pytest.mark.parametrize("tile", range(7))
 def test_the_tiles_of_gpus(tile: int) -> None:
-    op = list(REST)[tile % 3]  # as in contraction_tile_tests.cpp
+    op = list(REST)[tile % 3]  # as in contraction_tiles.cpp
     head = f"tile={tile} op={op} n=3 h=6 w=8 kh=3 kw=3 sh=2 sw=2 ph=1 pw=1 oh=1 ow=1"
-    check("contraction_tile_tests", [f"{head} ci={ci} co={co} {LEAKY} {REST[op]}" for ci, co in ((136, 72), (70, 137))])
+    check("contraction_tiles", [f"{head} ci={ci} co={co} {LEAKY} {REST[op]}" for ci, co in ((136, 72), (70, 137))])
 
 
 # --- planted bugs ----------------------------------------------------------------------------------------------------
@@ -178,13 +182,13 @@ WRONG = r"is -?[\dnaife.+-]+, not"
 # name -> (file, what is there, what is put there, mode, what is said about it)
 PLANTED = {
     "a_wait_too_few": ("contraction.cuh", "copy_async_wait<kAhead - 1>", "copy_async_wait<kAhead>", "plain", WRONG),
-    "a_stage_too_early": ("contraction.cuh", "loader.load(shared, free,", "loader.load(shared, next(slot),", "plain", WRONG),
+    "a_stage_too_early": ("contraction.cuh", "load(shared, free,", "load(shared, next(slot),", "plain", WRONG),
     "no_barrier_in_the_loop": ("contraction.cuh", "__syncthreads();  // the step", "// the step", "thread", RACE),
     "no_barrier_before_the_sums": ("contraction.cuh", "__syncthreads();  // the sums", "// the sums", "thread", RACE),
     "no_barrier_after_the_tile": ("finish.cuh", "__syncthreads();            // all", "// all", "thread", RACE),
     "prologue_of_padding": ("gather.cuh", "if (!(valid >> i & 1)) continue;", "", "plain", WRONG),
     "valid_of_another_step": ("contraction.cuh", "valid >> (kAhead - 1) * kBits", "valid", "plain", WRONG),
-    "last_channels_of_a_row": ("gather.cuh", "inside ? a.channels - channel : 0", "inside ? 8 : 0", "plain", "past its end"),
+    "last_channels": ("gather.cuh", "inside ? a.channels - channel : 0", "inside ? 8 : 0", "plain", "past its end"),
 }  # fmt: skip
 
 
@@ -203,7 +207,15 @@ def planted(name: str | None, mode: str) -> Path:
         if not (folder / path.name).exists() or (folder / path.name).read_text() != text:
             (folder / path.name).write_text(text)
     source = HERE / "contraction_planted.cpp"
-    flags = [*FLAGS, "-Wno-unused-variable", "-Wno-unused-parameter", *MODES[mode], f"-I{folder}", f"-I{HERE}", *includes()]
+    flags = [
+        *FLAGS,
+        "-Wno-unused-variable",
+        "-Wno-unused-parameter",
+        *MODES[mode],
+        f"-I{folder}",
+        f"-I{HERE}",
+        *includes(),
+    ]
     return compiled(folder / f"program-{mode}", [source], flags)
 
 
@@ -211,7 +223,7 @@ def planted(name: str | None, mode: str) -> Path:
 def test_planted_bugs_are_caught(name: str) -> None:
     *_, mode, said = PLANTED[name]
     # Asynchronous copies want rows of whole vectors.
-    channels = "ci=100" if name == "last_channels_of_a_row" else "ci=104"
+    channels = "ci=100" if name == "last_channels" else "ci=104"
     case = f"op=conv n=2 {channels} co=40 {GEOMETRIES[2]} left=activate epilogue=stats act=3"
     code, output = run(planted(None, mode), case)
     assert code == 0, f"said to be wrong where it is right:\n{output}"
