@@ -14,6 +14,7 @@ Environment:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import types
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -280,6 +282,16 @@ def cuda_record() -> dict[str, object]:
     }
 
 
+def build_info() -> types.ModuleType:
+    """fastdcgan/build_info.py, without the package, which imports torch."""
+    spec = importlib.util.spec_from_file_location("build_info", ROOT / "fastdcgan" / "build_info.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
 class BuildExtensions(build_ext):
     """Builds every planned extension in a process of its own and records the outcome."""
 
@@ -308,6 +320,8 @@ class BuildExtensions(build_ext):
         for name in record:
             if record[name]["built"]:
                 shutil.copy2(work / "lib" / "fastdcgan" / f"{name}.so", package)
+        for name in record:
+            record[name]["sources"] = build_info().sources_digest(ROOT / "csrc", name)
         information = {
             "python": platform.python_version(),
             "torch": str(torch.__version__),

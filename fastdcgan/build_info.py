@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ class BuildInfo:
     torch: str | None = None
     compiler: str | None = None
     errors: dict[str, str | None] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)  # `sources_digest` of each extension
     cuda: CUDABuild = CUDABuild()
 
 
@@ -40,7 +42,27 @@ def build_info() -> BuildInfo:
     errors = {name: entry["error"] for name, entry in found["extensions"].items()}
     built = found.get("cuda") or {}  # a record from before there was one has none
     cuda = CUDABuild(built.get("nvcc"), tuple(built.get("architectures", ())), built.get("oldest_torch"))
-    return BuildInfo(found["python"], found["torch"], found["compiler"], errors, cuda)
+    digests = {name: entry.get("sources", "") for name, entry in found["extensions"].items()}
+    return BuildInfo(found["python"], found["torch"], found["compiler"], errors, digests, cuda)
+
+
+def sources_digest(csrc: Path, extension: str) -> str:
+    """A digest of the files that an extension is built from. (setup.py uses it too: nothing here imports torch.)"""
+    found = hashlib.sha256()
+    for folder in ("common", "cuda" if extension == "_cuda" else "cpu"):
+        for path in sorted((csrc / folder).rglob("*")):
+            if path.is_file():
+                found.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+def why_stale(extension: str) -> str | None:
+    """Why the library of `extension` is not what its sources beside the package say (in an editable installation whose
+    sources have changed since), or None."""
+    csrc = PACKAGE.parent / "csrc"
+    if not csrc.is_dir() or build_info().digests.get(extension) == sources_digest(csrc, extension):
+        return None
+    return f"{extension} was built from other sources than csrc has now; {HOW_TO_BUILD}"
 
 
 def library(extension: str) -> Path:

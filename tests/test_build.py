@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -252,6 +253,28 @@ def test_what_cuda_was_built_for_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(build_info, "PACKAGE", tmp_path)
     found = doctor.Report({}, "", [], build_info.build_info(), {"cuda": "available"}, "cuda", ["cuda"])
     assert "_cuda        built by nvcc 13.0 for 8.0 10.0+PTX, on the stable ABI of torch 2.11 and later" in str(found)
+
+
+def test_an_extension_of_other_sources_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package, csrc = tmp_path / "fastdcgan", tmp_path / "csrc"
+    package.mkdir()
+    for file in ("common/moments.h", "cpu/ops.cpp", "cuda/ops.cu"):
+        (csrc / file).parent.mkdir(parents=True)
+        (csrc / file).write_text("int x;")
+    digests = {name: build_info.sources_digest(csrc, name) for name in ("_cpu_avx2", "_cuda")}
+    extensions = {name: {"built": True, "error": None, "sources": digest} for name, digest in digests.items()}
+    record = {"python": "3.11", "torch": "2.13", "compiler": None, "extensions": extensions}
+    (package / "_build.json").write_text(json.dumps(record))
+    monkeypatch.setattr(build_info, "PACKAGE", package)
+    assert build_info.why_stale("_cpu_avx2") is None and build_info.why_stale("_cuda") is None
+
+    (csrc / "cpu" / "ops.cpp").write_text("int y;")
+    assert "_cpu_avx2 was built from other sources than csrc has now" in str(build_info.why_stale("_cpu_avx2"))
+    assert build_info.why_stale("_cuda") is None
+    (csrc / "common" / "moments.h").rename(csrc / "common" / "other.h")
+    assert build_info.why_stale("_cuda") is not None
+    shutil.rmtree(csrc)  # an installation without sources
+    assert build_info.why_stale("_cpu_avx2") is None
 
 
 def test_a_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.base import Backend, Operand, Unavailable
-from fastdcgan.build_info import build_info, library, why_missing
+from fastdcgan.build_info import build_info, library, why_missing, why_stale
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,6 +36,9 @@ class CPUBackend(Backend):
         path = library(name)
         if not path.exists():
             raise Unavailable(f"backend 'cpu' needs the C++ extension {name}: {why_missing(name)}")
+        stale = why_stale(name)
+        if stale is not None:
+            raise Unavailable(f"backend 'cpu': {stale}")
         try:
             torch.ops.load_library(str(path))
         except OSError as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends import cuda_narrow
 from fastdcgan.backends.base import STORE, Backend, Epilogue, Operand, Unavailable
-from fastdcgan.build_info import build_info, library, why_missing
+from fastdcgan.build_info import build_info, library, why_missing, why_stale
 from fastdcgan.geometry import Geometry, Pair
 
 EXTENSION = "_cuda"
@@ -61,6 +61,9 @@ class CUDABackend(Backend):
         path = library(EXTENSION)
         if not path.exists():
             raise Unavailable(f"backend 'cuda' needs the CUDA extension {EXTENSION}: {why_missing(EXTENSION)}")
+        stale = why_stale(EXTENSION)
+        if stale is not None:
+            raise Unavailable(f"backend 'cuda': {stale}")
         try:
             torch.ops.load_library(str(path))
         except OSError as error:
