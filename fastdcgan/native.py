@@ -17,11 +17,19 @@ NAMESPACES = {"cpu": "fastdcgan_cpu", "cuda": "fastdcgan_cuda"}
 # has one counter.
 ADAM_CHUNK = {"cuda": 4096}
 
+_reasons: dict[str, str | None] = {}  # each device is asked for once: this is on the way of every step
+
 
 def why_not(device_type: str) -> str | None:
     """None if the operators run on tensors of this device, else why plain PyTorch does it."""
     if backends.requested() == "reference":
         return "the backend 'reference' was asked for"
+    if device_type not in _reasons:
+        _reasons[device_type] = _ask(device_type)
+    return _reasons[device_type]
+
+
+def _ask(device_type: str) -> str | None:
     if device_type not in NAMESPACES:
         return f"no kernels for the device type {device_type!r}"
     try:
