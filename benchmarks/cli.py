@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastdcgan.backends import measured
-from fastdcgan.benchmarks import profiling, suites, tables
+from fastdcgan.benchmarks import plots, profiling, suites, tables
 from fastdcgan.benchmarks.end_to_end import run_end_to_end
 from fastdcgan.benchmarks.harness import Timing
 from fastdcgan.benchmarks.peers import DTYPES, PEERS, default_peers, eval_peers
@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="profile our step instead: a Chrome trace, and each kernel's floor"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to FILE")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write everything measured to FILE, and a plot beside it"
+    )
     parser.add_argument(
         "--tune",
         action="store_true",
@@ -116,6 +118,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         results.write(args.json)
         console.print(f"results: {args.json}")
+        if any(case.suite in ("step", "generate") for case in cases):
+            plots.plot_steps(results, {}, args.json.with_suffix(".png"))
+            console.print(f"plot: {args.json.with_suffix('.png')}")
     for case, row in results.bad:
         where = f"{case.name} {case.part}, batch {case.batch}, {row.label} in {row.dtype}"
         console.print(Text(f"{row.status}: {where}: {row.detail}", style="red"))

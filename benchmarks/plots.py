@@ -9,43 +9,53 @@ from pathlib import Path
 from fastdcgan.benchmarks.harness import Summary
 from fastdcgan.benchmarks.peers import PEERS
 from fastdcgan.benchmarks.results import Results
-from fastdcgan.benchmarks.tables import caption
+from fastdcgan.benchmarks.tables import FLOOR_NET, caption
+
+# Both readable on white and, as labels have a white ground of their own, in a dark page.
+_OURS, _OTHERS = "tab:orange", "tab:blue"
 
 
 def plot_steps(results: Results, floors_ms: Mapping[int, Mapping[str, float]], path: Path) -> None:
-    """A PNG: milliseconds of a training step per peer, a panel per batch size, floors (level -> ms) as lines.
+    """A PNG: milliseconds per peer of every training step and every generation, a panel for each net and batch size;
+    the floors of the DCGAN that gpu-check trains (batch -> level -> ms) as lines.
 
-    Raises ValueError if `results` has no training step.
+    Raises ValueError if `results` has neither.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    cases = [case for case in results.cases if case.suite == "step"]
-    batches = sorted({case.batch for case in cases})
-    if not batches:
-        raise ValueError("the results have no training step to plot")
-    figure = Figure(figsize=(6 * len(batches), 5), layout="constrained")
+    cases = [case for case in results.cases if case.suite in ("step", "generate")]
+    panels = list(dict.fromkeys((case.suite, case.name, case.batch) for case in cases))
+    if not panels:
+        raise ValueError("the results have no training step and no generation to plot")
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(6.5 * across, 1.2 + 3.6 * down), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+    grid = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (suite, name, batch) in zip(grid, panels, strict=False):
         # A peer that stands in several cases has the time of the first.
         times: dict[str, tuple[str, Summary]] = {}
         for case in cases:
             for row in case.rows:
-                if case.batch == batch and row.ms is not None:
+                if (case.suite, case.name, case.batch) == (suite, name, batch) and row.ms is not None:
                     times.setdefault(f"{row.label}, {row.dtype}", (row.peer, row.ms))
         bars = sorted(times.items(), key=lambda item: item[1][1].median)
         medians = [ms.median for _, (_, ms) in bars]
         whiskers = [[ms.median - ms.q1 for _, (_, ms) in bars], [ms.q3 - ms.median for _, (_, ms) in bars]]
-        colours = ["tab:orange" if peer in PEERS and PEERS[peer].fused else "tab:blue" for _, (peer, _) in bars]
+        colours = [_OURS if peer in PEERS and PEERS[peer].fused else _OTHERS for _, (peer, _) in bars]
         axes.barh([label for label, _ in bars], medians, xerr=whiskers, color=colours, height=0.6)
         axes.invert_yaxis()
-        for (level, ms), style in zip(floors_ms.get(batch, {}).items(), ("--", "-.", ":"), strict=False):
+        floors = floors_ms.get(batch, {}) if (suite, name) == ("step", FLOOR_NET) else {}
+        for (level, ms), style in zip(floors.items(), ("--", "-.", ":"), strict=False):
             axes.axvline(ms, color="black", linestyle=style, linewidth=1, label=f"floor, {level}")
-        if batch in floors_ms:
+        if floors:
             axes.legend(fontsize="small")
-        axes.set_xlabel("ms per training step (median, quartiles)")
-        axes.set_title(f"batch {batch}")
+        axes.set_xlabel(f"ms per {'training step' if suite == 'step' else 'batch of images'} (median, quartiles)")
+        axes.set_title(f"{'' if suite == 'step' else 'generation, '}{name}, batch {batch}")
         axes.grid(axis="x", alpha=0.3)
-    figure.suptitle(textwrap.fill(caption(results), 80 * len(batches)), fontsize="small")
+    figure.suptitle(textwrap.fill(caption(results), 80 * across), fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)

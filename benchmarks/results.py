@@ -92,6 +92,7 @@ class Results:
     dry: bool = False
     extra: dict = field(default_factory=dict)
     schema: int = SCHEMA
+    plot: Path | None = None  # a picture beside the file that it was loaded from
 
     @property
     def bad(self) -> list[tuple[Case, Row]]:
@@ -100,14 +101,16 @@ class Results:
             (case, row)
             for case in self.cases
             for row in case.rows
-            if row.status == "wrong" or (row.status == "failed" and row.peer.startswith("fused"))
+            if row.status == "wrong"
+            or (row.status == "failed" and (row.peer.startswith("fused") or row.peer == "train"))
         ]
 
     def write(self, path: Path) -> None:
         """As JSON; the file appears whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        data = {name: value for name, value in asdict(self).items() if name != "plot"}
+        partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
         partial.replace(path)
 
     @classmethod
@@ -131,7 +134,11 @@ def load(folder: Path = RESULTS) -> list[Results]:
     """All results files of a folder that are no dry runs, newest last."""
     # The figures of `compile_table.py` lie in the same folder.
     paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith("triton_")]
-    found = [Results.read(path) for path in paths]
+    found = []
+    for path in paths:
+        found.append(Results.read(path))
+        picture = path.with_suffix(".png")
+        found[-1].plot = picture if picture.exists() else None
     return sorted((r for r in found if not r.dry), key=lambda r: str(r.environment["created"]))
 
 

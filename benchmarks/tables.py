@@ -148,10 +148,11 @@ def table(name: str, results: Sequence[Results]) -> str:
     for r in results:
         if r.environment["device_type"] == TABLES[name]:
             newest |= {(r.environment["device"], suite): r for suite in CELLS if markdown(r, suite)}
-    texts = [
-        f"**{TITLES[suite]}.** {caption(r)} {NOTE}\n\n{markdown(r, suite)}"
-        for (_, suite), r in sorted(newest.items(), key=_place)
-    ]
+    texts = []
+    for (_, suite), r in sorted(newest.items(), key=_place):
+        texts.append(f"**{TITLES[suite]}.** {caption(r)} {NOTE}\n\n{markdown(r, suite)}")
+        if suite == "step" and r.plot is not None:
+            texts.append(f"![{TITLES[suite]}](benchmarks/results/{r.plot.name})")
     return "\n\n".join(texts) or NOT_MEASURED
 
 
