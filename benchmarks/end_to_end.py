@@ -8,7 +8,6 @@ and channels_last; ours is what `fastdcgan train` does: decoded once (that is `p
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +71,7 @@ def trainers(
         make_folder(folder / "images", count or 16 * batch, shape.image_size * 3 // 2)
         loader = DataLoader(
             _Folder(folder / "images", shape.image_size), batch, shuffle=True, drop_last=True,
-            num_workers=min(_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1), pin_memory=device.type == "cuda", persistent_workers=True,
+            num_workers=min(_WORKERS, torch.get_num_threads()), pin_memory=device.type == "cuda", persistent_workers=True,
         )  # fmt: skip
         begin = time.perf_counter()
         images = load_images(str(folder / "images"), shape.image_size, 3, cache_folder=folder / "cache")
