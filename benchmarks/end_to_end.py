@@ -71,7 +71,8 @@ def trainers(
         make_folder(folder / "images", count or 16 * batch, shape.image_size * 3 // 2)
         loader = DataLoader(
             _Folder(folder / "images", shape.image_size), batch, shuffle=True, drop_last=True,
-            num_workers=min(_WORKERS, torch.get_num_threads()), pin_memory=device.type == "cuda", persistent_workers=True,
+            num_workers=min(_WORKERS, torch.get_num_threads()), persistent_workers=True,
+            pin_memory=device.type == "cuda",
         )  # fmt: skip
         begin = time.perf_counter()
         images = load_images(str(folder / "images"), shape.image_size, 3, cache_folder=folder / "cache")
