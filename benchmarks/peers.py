@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -36,6 +37,7 @@ class Peer:
         force_layout: let inductor run convolutions in NHWC, which it otherwise doesn't for nets of few channels.
         graph: captured by hand as CUDA graphs, a whole step in one.
         folded: for eval: BatchNorm is folded into the weights beforehand.
+        inplace_abn: BatchNorm and LeakyReLU in the package inplace_abn's one layer (Rota Bulo et al., 2018).
         whole: the step is `fastdcgan.GANStep` with `FusedAdam`, as `fastdcgan train` runs it; it captures itself.
     """
 
@@ -47,12 +49,15 @@ class Peer:
     force_layout: bool = False
     graph: bool = False
     folded: bool = False
+    inplace_abn: bool = False
     whole: bool = False
 
     def require(self, device: torch.device) -> None:
         """Raise NotHere, with the reason, if it can't run on `device`."""
         if device.type != "cuda" and (self.graph or self.force_layout):
             raise NotHere("needs a CUDA device")
+        if self.inplace_abn and importlib.util.find_spec("inplace_abn") is None:
+            raise NotHere("the package inplace_abn is not installed")
 
     def transform(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """`module` brought to the device and into this peer's form; in place where PyTorch does it in place."""
@@ -60,6 +65,8 @@ class Peer:
         module = module.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         if dtype == torch.float64:
             module = module.double()
+        if self.inplace_abn:
+            module = _with_inplace_abn(module)
         if self.folded:
             module = fastdcgan.fold_batchnorm(module)
         if self.fused:
@@ -113,6 +120,8 @@ _ALL = (
     Peer("fused", "fastdcgan", fused=True),
     Peer("fused-graph", "fastdcgan in one CUDA graph", fused=True, graph=True),
     Peer("train", "fastdcgan GANStep", fused=True, whole=True),
+    # Its kernels take NCHW. It has no ReLU, so a generator stays as it is.
+    Peer("inplace-abn", "inplace_abn, NCHW", channels_last=False, inplace_abn=True),
     Peer("folded", "PyTorch channels_last, BN folded", folded=True),
     Peer("compile-folded", "torch.compile, BN folded", folded=True, compile_mode="default"),
     Peer("fused-folded", "fastdcgan, BN folded", folded=True, fused=True),
@@ -131,6 +140,8 @@ def default_peers(device: torch.device, dtype: str) -> list[str]:
     names += ["eager-nhwc", "compile"]
     if device.type == "cuda":
         names += ["compile-max", "compile-graph", "graph"]
+    if importlib.util.find_spec("inplace_abn") is not None:
+        names.append("inplace-abn")
     names.append("fused")
     if device.type == "cuda":
         names.append("fused-graph")
@@ -141,6 +152,23 @@ def eval_peers(device: torch.device) -> list[str]:
     """Names of the peers that generate images when none are asked for."""
     names = ["eager-nhwc", "folded", "compile-folded", "fused", "fused-folded"]
     return [*names, "graph", "fused-graph"] if device.type == "cuda" else names
+
+
+def _with_inplace_abn(module: nn.Module) -> nn.Module:
+    """Every BatchNorm2d in front of a LeakyReLU in an nn.Sequential, and that one, replaced; weights and buffers are
+    the same objects. It takes the absolute value of gamma, which is positive here."""
+    from inplace_abn import InPlaceABN
+
+    for sequential in [m for m in module.modules() if isinstance(m, nn.Sequential)]:
+        for i in range(len(sequential) - 1):
+            norm, act = sequential[i], sequential[i + 1]
+            if isinstance(norm, nn.BatchNorm2d) and isinstance(act, nn.LeakyReLU):
+                slope = act.negative_slope
+                both = InPlaceABN(norm.num_features, norm.eps, norm.momentum, True, "leaky_relu", slope)
+                both.weight, both.bias = norm.weight, norm.bias
+                both.running_mean, both.running_var = norm.running_mean, norm.running_var
+                sequential[i], sequential[i + 1] = both, nn.Identity()
+    return module
 
 
 def _compiled_frames() -> int:

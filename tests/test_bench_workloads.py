@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from broken_peers import change_fused, scale_a_weight
 from torch import nn
 
 import fastdcgan
-from fastdcgan.benchmarks import suites
+from fastdcgan.benchmarks import peers, suites
 from fastdcgan.benchmarks.end_to_end import _Folder, make_folder, run_end_to_end
 from fastdcgan.benchmarks.harness import Timing
 from fastdcgan.benchmarks.pix2pix import Pix2PixShape
@@ -104,3 +107,30 @@ def test_both_ways_see_the_same_images(tmp_path: Path) -> None:
     assert -1 <= float(theirs.min()) < 0 < float(theirs.max()) <= 1
     # Each in an order of its own: as sets of pictures.
     torch.testing.assert_close(ours.flatten(1).sum(1).sort().values, theirs.flatten(1).sum(1).sort().values)
+
+
+def test_inplace_abn_is_a_peer_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in of its interface, since it needs a GPU."""
+
+    class InPlaceABN(nn.BatchNorm2d):
+        def __init__(self, features, eps, momentum, affine, activation, activation_param) -> None:
+            assert activation == "leaky_relu"
+            super().__init__(features, eps, momentum, affine)
+            self.slope = activation_param
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.leaky_relu(super().forward(x), self.slope)
+
+    if importlib.util.find_spec("inplace_abn") is None:
+        absent = suites.run_step(TINY, 4, ["eager", "inplace-abn"], CPU, "fp32", TIMING).rows[1]
+        assert (absent.status, absent.detail) == ("unavailable", "the package inplace_abn is not installed")
+        assert "inplace-abn" not in peers.default_peers(CPU, "fp32")
+    package = ModuleType("inplace_abn")
+    package.InPlaceABN = InPlaceABN  # type: ignore[attr-defined]
+    package.__spec__ = importlib.util.spec_from_loader("inplace_abn", None)
+    monkeypatch.setitem(sys.modules, "inplace_abn", package)
+    assert "inplace-abn" in peers.default_peers(CPU, "fp32")
+    discriminator = peers.PEERS["inplace-abn"].transform(TINY.nets()[1], CPU, torch.float32)
+    assert sum(isinstance(m, InPlaceABN) for m in discriminator) == 1
+    row = suites.run_step(TINY, 4, ["eager", "inplace-abn"], CPU, "fp32", TIMING).rows[1]
+    assert row.status == "ok", row.detail
