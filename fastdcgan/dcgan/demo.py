@@ -34,6 +34,7 @@ IMAGE_SIZE, CHANNELS, WIDTH, BATCH = 32, 1, 32, 32
 LR_G, LR_D = 5e-4, 1e-3
 MOST_STEPS = 4000  # beyond these the digits hardly get better
 FRAMES = 40
+_LEAST_BETWEEN = 25  # steps between frames, however few are likely
 _COMPARE_SHARE = 0.15  # of the time
 _CLOSING_SECONDS = 8.0  # pictures, plots and whatever else comes after the last step
 _RESULT = "comparison.json"
@@ -86,20 +87,20 @@ def run(settings: DemoSettings) -> Outcome:
 
     best = min(timed, key=lambda t: t.fused.median)
     left = max(1.0, seconds - (time.monotonic() - began) - _CLOSING_SECONDS)
-    affordable = int(0.95 * left / best.fused.median)
-    steps = max(1, min(MOST_STEPS, affordable))
-    if steps < MOST_STEPS:
-        say(f"Training {steps} steps, as many as fit into {settings.minutes:g} minutes here, of {MOST_STEPS} at most.")
-    trainer = Trainer(_config(settings, best.precision, steps, left / 60, len(images)), images)
+    likely = max(1, min(MOST_STEPS, int(0.95 * left / best.fused.median)))
+    if likely < MOST_STEPS:
+        say(f"About {likely} training steps fit into {settings.minutes:g} minutes here, of {MOST_STEPS} at most.")
+    trainer = Trainer(_config(settings, best.precision, likely, left / 60, len(images)), images)
     outcome = trainer.run()
     if outcome.reason == "time":
-        say(f"The time was over at step {outcome.step} of {steps}: this machine got slower on the way.")
+        say(f"The time was over at step {outcome.step} of {MOST_STEPS}.")
     shutil.copyfile(settings.out / "samples" / f"step-{outcome.step:08}.png", settings.out / "samples.png")
     say(f"{outcome.step} steps, {time.monotonic() - began:.0f} seconds in all")
     return outcome
 
 
-def _config(settings: DemoSettings, precision: str, steps: int, minutes: float, images: int) -> TrainConfig:
+def _config(settings: DemoSettings, precision: str, likely: int, minutes: float, images: int) -> TrainConfig:
+    """For as many steps as the time allows: `likely` is a guess from a short timing, which a busy machine misleads."""
     return TrainConfig(
         data="mnist",
         out=str(settings.out),
@@ -110,14 +111,14 @@ def _config(settings: DemoSettings, precision: str, steps: int, minutes: float, 
         lr_g=LR_G,
         lr_d=LR_D,
         batch_size=BATCH,
-        epochs=-(-steps // (images // BATCH)),
-        max_steps=steps,
+        epochs=-(-MOST_STEPS // (images // BATCH)),
+        max_steps=MOST_STEPS,
         max_minutes=minutes,
         precision=precision,
         device=settings.device,
         seed=settings.seed,
-        sample_every=max(1, steps // FRAMES),
-        checkpoint_every=max(1, steps // 2),
+        sample_every=max(_LEAST_BETWEEN, likely // FRAMES),
+        checkpoint_every=MOST_STEPS // 2,
         keep=1,
     )
 

@@ -265,7 +265,7 @@ def test_demo_stops_in_time(
     outcome = demo.run(demo.DemoSettings(tmp_path / "demo", 0.5, "cpu"))
     assert time.monotonic() - began < 30
     assert 1 <= outcome.step < demo.MOST_STEPS
-    assert "as many as fit into 0.5 minutes here" in capsys.readouterr().out
+    assert "training steps fit into 0.5 minutes here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("healthy", [True, False])
