@@ -201,6 +201,25 @@ std::string walks() {
   return {};
 }
 
+// The functor chosen while a kernel runs is that of the id, for every id and for no other.
+std::string activations() {
+  require(!known_activation(-1) && !known_activation(8), "ids that no activation has");
+  for (int id = 0; id < 8; ++id) {
+    require(known_activation(id), "id " + std::to_string(id));
+    const Activation act{id, 0.3f};
+    for (const float z : {-2.f, -0.5f, 0.f, 0.25f, 3.f}) {
+      const auto same = [&](const auto& functor) {
+        require(static_cast<int>(functor.id) == id, "the functor of " + std::to_string(id));
+        require(act.any().forward(z) == functor.forward(z), "forward of " + std::to_string(id));
+        require(act.any().derivative(z) == functor.derivative(z), "derivative of " + std::to_string(id));
+      };
+      require(with_activation<float>(id, 0.3f, same), "an activation");
+      with_functor(act, same);
+    }
+  }
+  return {};
+}
+
 // --- vectors per channel ---------------------------------------------------------------------------------------------
 
 std::string vectors_per_channel(int64_t groups, int64_t channels, bool given) {
@@ -292,6 +311,7 @@ int main(int argc, char** argv) {
       {{1, 2, 2, 24, false}, 1, 1},
   };
   bool ok = test::run("walks", walks);
+  ok &= test::run("activations", activations);
   for (const Case& c : cases) {
     ok &= all<gpu::bf16>("bf16", c);
     // The same code of another vector size.
