@@ -65,6 +65,8 @@ struct Source {
   bool vectors;  // runs of channels lie together, at multiples of 16 bytes
 
   GPU_INLINE bool inside(int i, int j) const { return i >= 0 && i < height && j >= 0 && j < width; }
+  // A tensor as it is, whose pixels lie together.
+  GPU_INLINE bool plain() const { return coef == nullptr && step_c == 1 && step_w == channels; }
   GPU_INLINE int64_t offset(int image, int i, int j) const { return image * step_n + i * step_h + j * step_w; }
 
   GPU_INLINE float value(float from_x, float from_y, int image, int channel) const {
@@ -154,8 +156,22 @@ struct TilePlace {
 template <int kThreads, class T>
 GPU_INLINE void stage_narrow(const Source<T>& x, int image, int top, int left, int rows, int columns, float* box) {
   const int row = columns * x.channels;
-  for (int e = threadIdx.x; e < rows * row; e += kThreads)
-    box[e] = x.at(image, top + e / row, left + e % row / x.channels, e % x.channels);
+  if (!x.plain()) {
+    for (int e = threadIdx.x; e < rows * row; e += kThreads)
+      box[e] = x.at(image, top + e / row, left + e % row / x.channels, e % x.channels);
+    return;
+  }
+  // A row of the box is one of the image: a warp for each, without a division.
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = left * x.channels, end = x.width * x.channels;
+  for (int r = warp; r < rows; r += kThreads / 32) {
+    const int i = top + r;
+    const bool inside = i >= 0 && i < x.height;
+    const T* from = x.x + x.offset(image, inside ? i : 0, 0);
+    for (int e = lane; e < row; e += 32) {
+      const int at = begin + e;
+      box[r * row + e] = inside && at >= 0 && at < end ? gpu::to_float(from[at]) : 0.f;
+    }
+  }
 }
 
 }  // namespace fastdcgan::cuda

@@ -27,12 +27,14 @@ struct NarrowWeightGrad {
 
   // Channels of a thread: so many that its sums, `run` for each, stay in registers.
   static constexpr int own(int run) { return run <= 12 ? 8 : 4; }
+  // Blocks that are meant to be resident: ptxas, left to itself, spills to reach more.
+  static constexpr int resident(int run) { return own(run) * run > 80 ? 1 : 2; }
 };
 
 // A thread sums for some channels and one row of the kernel, whose `kernel_x * channels` values (at most kRunSize) lie
 // together in the image. grid (shares of the tiles, channels / kChannels rounded up); `partials` [shares, channels, values]
 template <class T, int kRunSize>
-__global__ void __launch_bounds__(NarrowWeightGrad::kThreads)
+__global__ void __launch_bounds__(NarrowWeightGrad::kThreads, NarrowWeightGrad::resident(kRunSize))
     narrow_weight_grad(const __grid_constant__ Source<T> x, const __grid_constant__ Source<T> linear,
                        const __grid_constant__ NarrowGeometry g, const __grid_constant__ ImageTiles tiles, int64_t share,
                        float* __restrict__ partials) {

@@ -237,6 +237,7 @@ int main(int argc, char** argv) {
       {3, 3, 8, 5, 70, {4, 4, 2, 2, 1, 1}, Prologue::none, true, 0, 3},
       {1, 2, 8, 3, 3, {1, 1, 1, 1, 0, 0}, Prologue::gradient},
       {1, 3, 9, 20, 6, {2, 3, 2, 2, 3, 1}, Prologue::activate, true, 1},
+      {1, 3, 16, 17, 65, {4, 4, 2, 2, 1, 1}, Prologue::bn_backward},
   };
   bool ok = true;
   cuda_on_cpu::options.multiprocessors = 1;

@@ -35,7 +35,7 @@ struct Parameter {
 
   Parameter(size_t n, Storage g, Storage c, size_t off)
       : grads(g), copied(c), offset(off), size(n), weight("weight", n + off), m("exp_avg", n + off),
-        v("exp_avg_sq", n + off), steps("steps", adam_chunks(n)), grad32("grad", g == Storage::float32 ? n + off : 0),
+        v("exp_avg_sq", n + off), steps("steps", n == 0 ? 1 : (n + Adam::kChunk - 1) / Adam::kChunk), grad32("grad", g == Storage::float32 ? n + off : 0),
         grad_bf16("grad", g == Storage::bfloat16 ? n + off : 0), copy_bf16("copy", c == Storage::bfloat16 ? n + off : 0),
         grad_fp16("grad", g == Storage::float16 ? n + off : 0), copy_fp16("copy", c == Storage::float16 ? n + off : 0),
         want_weight(n), want_m(n), want_v(n) {}
