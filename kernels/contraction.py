@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.base import Epilogue, Operand
+from fastdcgan.backends.layout import nhwc
 from fastdcgan.geometry import Pair
 from fastdcgan.kernels import launch, tiles, tuning
 from fastdcgan.kernels.epilogues import Sink, finish_kernel
@@ -35,10 +36,10 @@ class Loaded:
     @classmethod
     def of(cls, a: Operand) -> Loaded:
         if a.coef is None:
-            return cls(launch.nhwc(a.x), None, None, "none", 0, False, 1)
-        y, coef, act = None if a.y is None else launch.nhwc(a.y), a.coef.contiguous(), ACTIVATIONS[a.act].id
+            return cls(nhwc(a.x), None, None, "none", 0, False, 1)
+        y, coef, act = None if a.y is None else nhwc(a.y), a.coef.contiguous(), ACTIVATIONS[a.act].id
         kind = "activate" if y is None else "bn_backward"
-        return cls(launch.nhwc(a.x), y, coef, kind, act, coef.shape[0] == 4, coef.shape[1])
+        return cls(nhwc(a.x), y, coef, kind, act, coef.shape[0] == 4, coef.shape[1])
 
     def source(self, form: str, stride: Pair, lead: Pair, rows: int, block_c: int, mask: bool) -> Source:
         affine = self.prologue == "bn_backward" and self.affine
@@ -65,10 +66,10 @@ class Contraction:
     ) -> None:
         """The output is [N, channels, *size] in the weight's dtype, NHWC in memory; `run` writes it."""
         self.kernel, self.gather, self.slope, self.epilogue = kernel, gather, float(a.slope), epilogue
-        self.operand, self.weight = Loaded.of(a), launch.nhwc(weight)
+        self.operand, self.weight = Loaded.of(a), nhwc(weight)
         self.channels, self.size = channels, size
         coef = epilogue.coef
-        self.e_y = None if epilogue.y is None else launch.nhwc(epilogue.y)
+        self.e_y = None if epilogue.y is None else nhwc(epilogue.y)
         self.e_coef = None if coef is None else coef.contiguous()
         self.e_groups = 1 if coef is None or coef.dim() == 1 else coef.shape[1]
         self.groups = max(self.operand.groups, epilogue.stat_groups, self.e_groups)
@@ -209,30 +210,8 @@ def contract(
     return call.out, call.run(config)
 
 
-# --- kernels as large as their image ---------------------------------------------------------------------------------
-# Where a kernel covers an image exactly, taps and channels are one axis of one matrix product: [N, H*W*C] in memory.
-
-
-def flat(x: Tensor) -> Tensor:
-    """[N, C, H, W] as [N, H*W*C, 1, 1]; a view where `x` is NHWC in memory."""
-    return launch.nhwc(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 1, 1)
-
-
-def flat_operand(a: Operand) -> Operand:
-    taps = a.x.shape[2] * a.x.shape[3]
-    return a._replace(
-        x=flat(a.x), y=None if a.y is None else flat(a.y), coef=None if a.coef is None else a.coef.repeat(1, 1, taps)
-    )
-
-
-def flat_epilogue(e: Epilogue, taps: int) -> Epilogue:
-    """For an output with `taps` times as many channels: (tap, channel)."""
-    coef = None if e.coef is None else e.coef.repeat(*[1] * (e.coef.dim() - 1), taps)
-    return e._replace(y=None if e.y is None else flat(e.y), coef=coef)
-
-
 def flat_partials(partials: Tensor | None, taps: int) -> Tensor | None:
-    """Of an output with (tap, channel) for channels: every tap is a slot."""
+    """Of an output with (tap, channel) for channels (`layout.flat_epilogue`): every tap is a slot."""
     if partials is None:
         return None
     groups, slots, rows, values = partials.shape

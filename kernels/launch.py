@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdcgan.geometry import Pair
@@ -42,20 +41,9 @@ def run(kernel: Any, programs: int, arguments: dict[str, Any], config: TileConfi
     kernel[(programs,)](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
-def nhwc(x: Tensor) -> Tensor:
-    """`x` [N, C, H, W] with its memory in the order N, H, W, C, without gaps; a copy only if it isn't so already."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def empty_nhwc(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised [N, C, H, W] with its memory in the order N, H, W, C."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def in_format_of_torch(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`out` in the memory format that PyTorch's convolution of `x` and `weight` has; `torch.compile` relies on it."""
-    formats = [suggest_memory_format(x)] + ([suggest_memory_format(weight)] if x.is_cuda else [])
-    return out if torch.channels_last in formats else out.contiguous()
 
 
 def dot_precision(dtype: torch.dtype) -> str:

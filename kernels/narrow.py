@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.base import STORE, Epilogue, Operand, memory_format
+from fastdcgan.backends.layout import in_format_of_torch, nhwc
 from fastdcgan.geometry import Geometry, Pair
 from fastdcgan.kernels import launch
 from fastdcgan.kernels.activations import activation, activation_derivative
@@ -255,13 +256,13 @@ def conv(
     sink = Sink(e.kind, ACTIVATIONS[e.act].id, epilogue_rows(e), (1, 1), None, config.pixels, block_c, False)
     conv_kernel[(groups * tiles_per_group, triton.cdiv(channels, block_c))](
         narrow.x, narrow.y, narrow.coef, float(a.slope), narrow.groups, weight, out,
-        None if e.y is None else launch.nhwc(e.y), None if e.coef is None else e.coef.contiguous(), float(e.slope),
+        None if e.y is None else nhwc(e.y), None if e.coef is None else e.coef.contiguous(), float(e.slope),
         e_groups, partials, n // groups, tiles_per_group, height, width, *size, channels,
         narrow.x.stride(0), *narrow.x.stride()[2:], narrow.x.stride(1), *weight.stride(),
         PATCH=narrow.patch, SINK=sink, PRECISION=launch.dot_precision(weight.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return launch.in_format_of_torch(out, a.x, weight), combined(out, partials, e)
+    return in_format_of_torch(out, a.x, weight), combined(out, partials, e)
 
 
 def weight_grad(

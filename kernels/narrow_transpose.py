@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.base import STORE, Epilogue, Operand
+from fastdcgan.backends.layout import in_format_of_torch
 from fastdcgan.geometry import Geometry, Pair
 from fastdcgan.kernels import launch
 from fastdcgan.kernels.activations import activation
@@ -222,7 +223,7 @@ def conv_transpose(
     n, c_in, height, width = wide.x.shape
     c_out = weight.shape[1]
     y, x = tile_of(config.pixels, (height, width), output_size, geometry)
-    out = launch.in_format_of_torch(launch.empty_nhwc((n, c_out, *output_size), weight), a.x, weight)
+    out = in_format_of_torch(launch.empty_nhwc((n, c_out, *output_size), weight), a.x, weight)
     block_c = min(config.channels, max(16, triton.next_power_of_2(c_in)))
     e_groups = 1 if e.coef is None or e.coef.dim() == 1 else e.coef.shape[1]
     tiles = (tiles_along(y, output_size[0]), tiles_along(x, output_size[1]))

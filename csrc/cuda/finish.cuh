@@ -1,5 +1,5 @@
-// What happens to the sums of a tile before they are stored: the epilogue, and its partial statistics. See `Epilogue` in
-// fastdcgan/backends/base.py.
+// What happens to the sums of a tile before they are stored: the epilogue, and its partial statistics. See `Epilogue`
+// in fastdcgan/backends/base.py.
 //
 // Partials are float [groups, slots, rows, channels]: (count, mean, M2) for `stats`, (sum(g), sum(g*xhat)) or (sum(g))
 // for `grad_stats`. Every tile writes its own slot; they are merged afterwards in a fixed order.

@@ -1,6 +1,7 @@
-"""The CUDA C++ kernels of csrc/cuda: norm-and-activation passes, statistics, and the contractions of image-side layers.
+"""The CUDA C++ kernels of csrc/cuda: norm-and-activation passes, statistics, and contractions.
 
-All other contractions are PyTorch's own (cuDNN).
+Image-side layers have kernels that are bound by bytes (`cuda_narrow`), all others run on tensor cores
+(`cuda_contractions`); what neither takes is PyTorch's own (cuDNN).
 
 The library is loaded when the backend is first used. It is built on torch's stable ABI, so it also runs with later
 versions of torch than the one it was built with.
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends import cuda_narrow
+from fastdcgan.backends import cuda_contractions, cuda_narrow
 from fastdcgan.backends.base import STORE, Backend, Epilogue, Operand, Unavailable
 from fastdcgan.build_info import build_info, library, why_missing, why_stale
 from fastdcgan.geometry import Geometry, Pair
@@ -91,18 +92,25 @@ class CUDABackend(Backend):
     # --- contractions ---
 
     def why_not(self, op: str, *args: Any) -> str | None:
-        return getattr(cuda_narrow, f"why_not_{op}")(*args)
+        if getattr(cuda_narrow, f"why_not_{op}")(*args) is None:
+            return None
+        return getattr(cuda_contractions, f"why_not_{op}")(*args)
 
-    def _own(self, op: str, *args: Any) -> bool:
-        """Whether a kernel of ours runs this call."""
-        reason = self.why_not(op, *args)
+    def _own(self, op: str, *args: Any) -> Any:
+        """The module whose kernels run this call, or None."""
+        for module in (cuda_narrow, cuda_contractions):
+            if (reason := getattr(module, f"why_not_{op}")(*args)) is None:
+                break
         if self.seen is not None:
             self.seen.append("" if reason is None else f"PyTorch's convolution: {reason}")
-        return reason is None
+        return module if reason is None else None
 
     def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
-        if not self._own("conv", a, weight, geometry, epilogue):
+        own = self._own("conv", a, weight, geometry, epilogue)
+        if own is None:
             return super().conv(a, weight, geometry, epilogue)
+        if own is cuda_contractions:
+            return cuda_contractions.conv(self.ops, a, weight, geometry, epilogue)
         if cuda_narrow.fuses(epilogue):
             return cuda_narrow.conv(self.ops, a, weight, geometry, epilogue), _no_vectors(a.x)
         return self.apply_epilogue(cuda_narrow.conv(self.ops, a, weight, geometry, STORE), epilogue)
@@ -110,8 +118,11 @@ class CUDABackend(Backend):
     def conv_transpose(
         self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
     ) -> tuple[Tensor, Tensor]:
-        if not self._own("conv_transpose", a, weight, geometry, output_size, epilogue):
+        own = self._own("conv_transpose", a, weight, geometry, output_size, epilogue)
+        if own is None:
             return super().conv_transpose(a, weight, geometry, output_size, epilogue)
+        if own is cuda_contractions:
+            return cuda_contractions.conv_transpose(self.ops, a, weight, geometry, output_size, epilogue)
         if cuda_narrow.fuses(epilogue):
             out = cuda_narrow.conv_transpose(self.ops, a, weight, geometry, output_size, epilogue)
             return out, _no_vectors(a.x)
@@ -119,9 +130,10 @@ class CUDABackend(Backend):
         return self.apply_epilogue(acc, epilogue)
 
     def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
-        if not self._own("weight_grad", gathered, linear, geometry):
+        own = self._own("weight_grad", gathered, linear, geometry)
+        if own is None:
             return super().weight_grad(gathered, linear, geometry)
-        return cuda_narrow.weight_grad(self.ops, gathered, linear, geometry)
+        return own.weight_grad(self.ops, gathered, linear, geometry)
 
     # --- normalisation and activation ---
 

@@ -110,7 +110,7 @@ DCGAN = {
 
 def check(cuda: Backend, op: str, args: tuple, reduction: int, what: str, scale: float = 1.0) -> None:
     """`op` runs here and not in PyTorch's convolution, and is as accurate."""
-    assert cuda.why_not(op, *args) is None
+    assert getattr(cuda_narrow, f"why_not_{op}")(*args) is None
     results = [getattr(b, op)(*a) for b, a in ((cuda, args), (REFERENCE, args), (REFERENCE, tuple(map(wide, args))))]
     if isinstance(results[0], Tensor):
         assert_as_accurate(*results, what, reduction=reduction, scale=scale)
@@ -139,7 +139,7 @@ def test_contractions_are_as_accurate_as_pytorch(cuda: Backend, p: dict) -> None
     taps = g.kernel[0] * g.kernel[1]
     single = p["epilogue"] == "stats" and dy.numel() == groups * p["wide"]  # a variance of one value is NaN
     e = epilogue("none" if single else p["epilogue"], dy, p["wide"], groups, p["act"])
-    if cuda.why_not("conv", a, weight, g, e) is None:
+    if cuda_narrow.why_not_conv(a, weight, g, e) is None:
         check(cuda, "conv", (a, weight, g, e), p["narrow"] * taps, "conv")
     else:
         assert not cuda_narrow._channels_last(x, weight)
@@ -181,7 +181,7 @@ def test_the_same_bits_in_every_order_of_threads(cuda: Backend) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_what_is_not_covered_goes_to_pytorch(cuda: Backend) -> None:
+def test_what_is_not_covered_goes_elsewhere(cuda: Backend) -> None:
     x, g = normal(2, 3, 8, 8, seed=1, dtype=torch.float32), Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
     weight = normal(32, 3, 3, 3, seed=2, dtype=torch.float32)
     for geometry, a, w, reason in [
@@ -198,16 +198,19 @@ def test_what_is_not_covered_goes_to_pytorch(cuda: Backend) -> None:
         (g, x, weight.half(), "several dtypes"),
     ]:
         with pytest.raises(ValueError, match=reason):
-            raise ValueError(cuda.why_not("conv", Operand(a), w, geometry, STORE))
-        if w.dtype == a.dtype:
-            cuda.seen = []
-            got = cuda.conv(Operand(a), w, geometry, STORE)[0]
-            assert torch.equal(got, REFERENCE.conv(Operand(a), w, geometry, STORE)[0])
-            assert cuda.seen[0].startswith("PyTorch's convolution: ")
-            cuda.seen = None
+            raise ValueError(cuda_narrow.why_not_conv(Operand(a), w, geometry, STORE))
+        if w.dtype == a.dtype:  # the contractions on tensor cores
+            expected = REFERENCE.conv(Operand(a), w, geometry, STORE)[0]
+            torch.testing.assert_close(cuda.conv(Operand(a), w, geometry, STORE)[0], expected, rtol=1e-4, atol=1e-5)
+    x, w, grouped = x.repeat(1, 2, 1, 1), weight[:, :3], dataclasses.replace(g, groups=2)
+    cuda.seen = []
+    got = cuda.conv(Operand(x), w, grouped, STORE)[0]
+    assert torch.equal(got, REFERENCE.conv(Operand(x), w, grouped, STORE)[0])
+    assert cuda.seen == ["PyTorch's convolution: 2 groups"]
+    cuda.seen = None
     dy = normal(2, 32, 8, 8, seed=1, dtype=torch.float32, last=False)
-    assert "contiguous" in (cuda.why_not("conv_transpose", Operand(dy), weight, g, (8, 8), STORE) or "")
-    assert "contiguous" in (cuda.why_not("weight_grad", Operand(x), Operand(dy), g) or "")
+    assert "contiguous" in (cuda_narrow.why_not_conv_transpose(Operand(dy), weight, g, (8, 8), STORE) or "")
+    assert "contiguous" in (cuda_narrow.why_not_weight_grad(Operand(x[:, :3]), Operand(dy), g) or "")
 
 
 def test_wrong_arguments_are_refused(cuda: Backend) -> None:

@@ -1,0 +1,151 @@
+"""Which tile a CUDA C++ contraction runs with: those that are compiled, and a heuristic that needs no measuring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block's share of a matrix product [m, k] x [k, n], as `TileShape` in csrc/cuda/contraction.cuh."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    blocks: int  # that a multiprocessor's registers have room for
+    rate: float  # ranks tiles by the multiply-adds that they do for each value they load; no measured throughput
+
+    def shared_memory(self, itemsize: int, second_left: bool = False, second_right: bool = False) -> int:
+        """Bytes of a block; `bn_backward` loads two tensors for its factor."""
+        left, right = (side * self.k * itemsize * self.stages for side in (self.m, self.n))
+        results = 4 * self.m * (self.n + 8)
+        place = 128 * -(-(16 + 4 * self.m) // 128)
+        return max(left + right, results) + place + left * second_left + right * second_right
+
+
+# By number, as in csrc/cuda/contraction_tiles.cuh: of 16-bit numbers, then of floats.
+TILES = (
+    Tile(128, 128, 32, 8, 4, 2, 1.0),
+    Tile(128, 64, 32, 4, 4, 3, 0.85),
+    Tile(64, 128, 32, 4, 4, 3, 0.85),
+    Tile(64, 64, 64, 4, 3, 4, 0.7),
+    Tile(128, 32, 32, 4, 4, 4, 0.5),
+    Tile(128, 64, 32, 8, 3, 2, 1.0),
+    Tile(64, 64, 32, 4, 3, 4, 0.8),
+)
+OF_SIZE = {2: range(5), 4: range(5, 7)}
+_MAX_SPLITS = 64
+_MIN_STEPS = 8  # of the depth in one block: filling its pipeline takes about half as many
+_BYTE = 64  # multiply-adds in the time of moving one byte of workspace through the second-level cache
+_ALONE = 0.6  # of a multiprocessor's rate, for a block that has it to itself: nothing hides its waits
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice needs to know of a GPU."""
+
+    processors: int
+    shared_memory: int  # bytes that one block may have
+    shared_in_all: int  # bytes of a multiprocessor
+
+
+H100 = Device(132, 227 * 1024, 228 * 1024)  # CUDA C++ Programming Guide, Compute Capabilities
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`count` matrix products [m, k] x [k, n] of numbers of `itemsize` bytes."""
+
+    m: int
+    n: int
+    k: int
+    count: int  # phases of a transposed conv, taps of weight_grad
+    itemsize: int
+    second_left: bool = False  # whether bn_backward is computed on load
+    second_right: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    number: int
+    splits: int
+
+    @property
+    def tile(self) -> Tile:
+        return TILES[self.number]
+
+
+@lru_cache
+def device_of(device: torch.device) -> Device:
+    """The GPU behind `device`; for CPU tensors, which the tests run on, one of a single multiprocessor."""
+    if device.type != "cuda":
+        return Device(1, H100.shared_memory, H100.shared_in_all)
+    found = torch.cuda.get_device_properties(device)
+    block = getattr(found, "shared_memory_per_block_optin", 99 * 1024)
+    in_all = getattr(found, "shared_memory_per_multiprocessor", block)
+    return Device(found.multi_processor_count, block, in_all)
+
+
+def blocks(problem: Problem, tile: Tile) -> int:
+    """Tiles of the result."""
+    return _ceil_div(problem.m, tile.m) * _ceil_div(problem.n, tile.n) * problem.count
+
+
+def resident(problem: Problem, tile: Tile, device: Device) -> int:
+    """Blocks that a multiprocessor has room for at a time; 0 if a block has not enough shared memory."""
+    size = tile.shared_memory(problem.itemsize, problem.second_left, problem.second_right)
+    return min(tile.blocks, device.shared_in_all // (size + 1024)) if size <= device.shared_memory else 0
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, device: Device) -> Choice:
+    """The tile, and the parts of the depth, that would take the least time if blocks took turns on multiprocessors.
+
+    Raises ValueError if no tile fits the device.
+    """
+    costs = {
+        Choice(number, splits): cost(problem, Choice(number, splits), device)
+        for number in OF_SIZE[problem.itemsize]
+        if resident(problem, TILES[number], device)
+        for splits in _splits(problem, TILES[number], device)
+    }
+    if not costs:
+        raise ValueError(f"no tile fits a block's {device.shared_memory} bytes of shared memory")
+    return min(costs, key=lambda choice: costs[choice])
+
+
+def cost(problem: Problem, choice: Choice, device: Device) -> float:
+    """The time of a choice, in multiply-adds of one multiprocessor at its best rate."""
+    tile = choice.tile
+    room = resident(problem, tile, device)
+    all_blocks = blocks(problem, tile) * choice.splits
+    steps = _ceil_div(_ceil_div(problem.k, tile.k), choice.splits) + tile.stages
+    full, rest = divmod(all_blocks, device.processors * room)
+    last = _ceil_div(rest, device.processors)  # blocks of the busiest multiprocessor in the last turn
+    alone = _ALONE if room == 1 else 1.0
+    turns = full * room / alone + (max(last, 1 / _ALONE) if last else 0)
+    work = turns * steps * tile.m * tile.n * tile.k / tile.rate
+    if choice.splits > 1:  # float32, written and read
+        work += 8 * choice.splits * problem.m * problem.n * problem.count * _BYTE / device.processors
+    return work
+
+
+def _splits(problem: Problem, tile: Tile, device: Device) -> list[int]:
+    """1, and powers of two as long as multiprocessors would be idle and the parts are not too short."""
+    found = [1]
+    while (
+        2 * found[-1] <= _MAX_SPLITS
+        and blocks(problem, tile) * found[-1] < 2 * device.processors
+        and problem.k >= 2 * found[-1] * _MIN_STEPS * tile.k
+    ):
+        found.append(2 * found[-1])
+    return found
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
