@@ -263,7 +263,7 @@ def test_covers(cpu: Backend) -> None:
 
 
 def test_under_sanitizers(tmp_path: Path) -> None:
-    """Every pass on memory of exactly the right size, odd shapes, under AddressSanitizer and UBSan."""
+    """Every pass and contraction on memory of exactly the right size, odd shapes, under AddressSanitizer and UBSan."""
     compiler = shutil.which("g++")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("needs g++ on x86-64")

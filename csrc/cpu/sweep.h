@@ -112,15 +112,21 @@ Sweep make_sweep(const Op& op) {
   return {&op, run, Op::rows, Op::sums, kStep, sizeof(T)};
 }
 
-// Calls `f` with the sweep of `op` for a dtype that the caller has checked.
-template <class Op, class F>
-void with_sweep(const Op& op, c10::ScalarType dtype, F&& f) {
+// Calls `f` with a zero of a dtype that the caller has checked.
+template <class F>
+void with_type(c10::ScalarType dtype, F&& f) {
   switch (dtype) {
-    case c10::ScalarType::Float: return f(make_sweep<Op, float>(op));
-    case c10::ScalarType::BFloat16: return f(make_sweep<Op, c10::BFloat16>(op));
-    case c10::ScalarType::Half: return f(make_sweep<Op, c10::Half>(op));
+    case c10::ScalarType::Float: return f(0.f);
+    case c10::ScalarType::BFloat16: return f(c10::BFloat16(0.f));
+    case c10::ScalarType::Half: return f(c10::Half(0.f));
     default: TORCH_INTERNAL_ASSERT(false, "dtype ", dtype);
   }
+}
+
+// Calls `f` with the sweep of `op`.
+template <class Op, class F>
+void with_sweep(const Op& op, c10::ScalarType dtype, F&& f) {
+  with_type(dtype, [&](auto zero) { f(make_sweep<Op, decltype(zero)>(op)); });
 }
 
 }  // namespace fastdcgan::cpu

@@ -1,24 +1,50 @@
-"""The C++ kernels of csrc/cpu: norm-and-activation passes and statistics; contractions are PyTorch's own.
+"""The C++ kernels of csrc/cpu: contractions, norm-and-activation passes and statistics.
 
 One library was built for each vector width; the one for this processor is loaded when the backend is first used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.base import Backend, Operand, Unavailable
+from fastdcgan.backends.base import Backend, Epilogue, Operand, Unavailable, memory_format
 from fastdcgan.build_info import build_info, library, why_missing, why_stale
+from fastdcgan.geometry import Geometry, Pair
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Where PyTorch's own contraction was measured to be as fast or faster (benchmarks/NOTES.md, "CPU: contractions"): on
+# the image side, in float32 where few taps read padding, and where a weight is packed for few rows.
+FEWEST_CHANNELS = 16  # of the side that taps shift over
+MOST_PIXELS = 16  # of the other side, in float32
+FEWEST_ROWS, FEWEST_WIDE_ROWS, FEWEST_PROJECTED = 128, 512, 16  # pixels of all samples: 16-bit, float32, from one pixel
+
+
+Size = Sequence[int]
 
 
 def extension_name() -> str:
     """The library for this processor; ATEN_CPU_CAPABILITY (default, avx2, avx512) caps what PyTorch reports."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     return f"_cpu_{capability}" if capability in ("avx2", "avx512") else "_cpu_default"
+
+
+def says_channels_last(x: Tensor) -> bool:
+    """Whether PyTorch's convolution takes the strides of `x` [N, C, H, W] for channels_last, also where one channel or
+    one pixel makes them ambiguous (`is_channels_last_strides_2d`)."""
+    size, stride = x.shape, x.stride()
+    if stride[1] == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if size[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * max(size[d], 1)
+    return True
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -30,6 +56,10 @@ class CPUBackend(Backend):
     per-channel vectors are float32."""
 
     name = "cpu"
+
+    def __init__(self) -> None:
+        self._slow = extension_name() == "_cpu_default"
+        self._tiles = torch.cpu._is_amx_tile_supported()
 
     def require(self) -> None:
         name = extension_name()
@@ -54,6 +84,96 @@ class CPUBackend(Backend):
         if dtype not in DTYPES:
             return f"it takes {', '.join(map(_name, DTYPES))}, not {_name(dtype)}"
         return None
+
+    def why(
+        self, op: str, geometry: Geometry, channels_last: bool, gathered: Size, linear: Size, *tensors: Tensor
+    ) -> str | None:
+        """None if a contraction runs in a kernel of csrc/cpu, else why PyTorch's own does it.
+
+        `gathered`, `linear`: sizes [N, C, H, W] of the side that the taps shift over, and of the other.
+        `channels_last`: whether PyTorch's own would run in that format.
+        """
+        reason = self.cannot(geometry, channels_last, *tensors)
+        if reason is not None:
+            return reason
+        dtype, pixels = tensors[0].dtype, linear[2] * linear[3]
+        if self._tiles and dtype == torch.bfloat16:
+            return "PyTorch multiplies bfloat16 in AMX tiles here"
+        narrow, wide = gathered[1] < FEWEST_CHANNELS, dtype == torch.float32
+        if narrow and op != "conv_transpose" and dtype != torch.float16:
+            return f"PyTorch's own is faster for {gathered[1]} channels"
+        if narrow or op == "weight_grad":
+            return None
+        if wide and pixels > MOST_PIXELS:
+            return f"PyTorch's own is as fast for {linear[2]}x{linear[3]} pixels in float32"
+        fewest = FEWEST_WIDE_ROWS if wide else FEWEST_ROWS
+        if pixels == 1:
+            fewest = 1 if op == "conv" else FEWEST_PROJECTED
+        if linear[0] * pixels < fewest:
+            return f"PyTorch's own is faster for {linear[0]} times {pixels} pixels"
+        return None
+
+    def cannot(self, geometry: Geometry, channels_last: bool, *tensors: Tensor) -> str | None:
+        """Why the kernels of csrc/cpu can't run a contraction, or None if they can."""
+        if self._slow:
+            return "the contractions of csrc/cpu need AVX2"
+        if geometry.groups != 1:
+            return f"the contractions of csrc/cpu have no groups, and here are {geometry.groups}"
+        if not channels_last:
+            return "the contractions of csrc/cpu are channels_last, and these tensors are not"
+        for t in tensors:
+            if t.numel() == 0 or t.dtype != tensors[0].dtype:
+                return f"the contractions of csrc/cpu take elements of one dtype, not {list(t.shape)} of {t.dtype}"
+        return None
+
+    # --- contractions ---
+
+    def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+        layout = says_channels_last(a.x) or says_channels_last(weight)
+        size = geometry.conv_size(a.x.shape[2], a.x.shape[3])
+        out = (a.x.shape[0], weight.shape[0], *size)
+        if self.why("conv", geometry, layout, a.x.shape, out, a.x, weight) is not None:
+            return super().conv(a, weight, geometry, epilogue)
+        return self._run(torch.ops.fastdcgan_cpu.conv, a, weight, geometry, size, epilogue)
+
+    def conv_transpose(
+        self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
+    ) -> tuple[Tensor, Tensor]:
+        layout = says_channels_last(a.x) or says_channels_last(weight)
+        out = (a.x.shape[0], weight.shape[1], *output_size)
+        if self.why("conv_transpose", geometry, layout, out, a.x.shape, a.x, weight) is not None:
+            return super().conv_transpose(a, weight, geometry, output_size, epilogue)
+        return self._run(torch.ops.fastdcgan_cpu.conv_transpose, a, weight, geometry, output_size, epilogue)
+
+    def _run(
+        self, op: Callable, a: Operand, weight: Tensor, geometry: Geometry, size: Pair, e: Epilogue
+    ) -> tuple[Tensor, Tensor]:
+        fused, act, slope, groups = None, ACTIVATIONS["identity"].id, 0.0, 0
+        if e.kind == "stats":
+            groups = e.stat_groups
+        elif e.kind == "bias":
+            assert e.coef is not None
+            fused = e.coef.to(torch.float32)
+        elif e.kind == "activate" and e.coef is not None and e.coef.shape[1] == 1:
+            fused, act, slope = e.coef, ACTIVATIONS[e.act].id, e.slope
+        g = geometry
+        out, stats = op(self.finished(a), weight, g.stride, g.padding, g.dilation, size, fused, act, slope, groups)
+        if fused is None and groups == 0:
+            return self.apply_epilogue(out, e)
+        return out, stats
+
+    def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
+        x, dy = self.finished(gathered), self.finished(linear)
+        # What one channel makes ambiguous lies the same in both formats.
+        either = x.is_contiguous(memory_format=torch.channels_last)
+        layout = says_channels_last(x) or (either and says_channels_last(dy))
+        if self.why("weight_grad", geometry, layout, x.shape, dy.shape, x, dy) is not None:
+            return super().weight_grad(Operand(x), Operand(dy), geometry)
+        g = geometry
+        dw = torch.ops.fastdcgan_cpu.weight_grad(x, dy, g.kernel, g.stride, g.padding, g.dilation)
+        return dw.contiguous(memory_format=memory_format(x))
+
+    # --- normalisation and activation ---
 
     def norm_act(self, a: Operand) -> Tensor:
         assert a.coef is not None

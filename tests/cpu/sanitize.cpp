@@ -1,12 +1,15 @@
-// The passes of csrc/cpu on heap blocks that are exactly as long as the tensors, for AddressSanitizer and UBSan.
+// The passes and contractions of csrc/cpu on heap blocks that are exactly as long as the tensors, for AddressSanitizer and UBSan.
 // Prints the number of calls.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/cpu/adam.h"
+#include "../../csrc/cpu/contractions.h"
 #include "../../csrc/cpu/images.h"
 #include "../../csrc/cpu/losses.h"
 #include "../../csrc/cpu/passes.h"
@@ -79,11 +82,58 @@ int run_training(c10::ScalarType dtype) {
   return calls;
 }
 
+template <class T>
+std::unique_ptr<T[]> filled(int64_t n) {
+  auto x = std::make_unique<T[]>(n);
+  for (int64_t i = 0; i < n; ++i) x[i] = static_cast<T>(std::sin(static_cast<float>(i)));
+  return x;
+}
+
+// All three contractions of one geometry; weights as they lie in channels_last.
+template <class T>
+int contractions(int64_t batch, int64_t channels, int64_t out, const Axis& y, const Axis& x, c10::ScalarType dtype) {
+  const int64_t gathered = batch * channels * y.in * x.in, linear = batch * out * y.out * x.out;
+  const int64_t weights = channels * out * y.kernel * x.kernel, tap = x.kernel * channels;
+  const auto a = filled<T>(gathered), b = filled<T>(linear), w = filled<T>(weights);
+  const auto coef = std::make_unique<float[]>(2 * std::max(channels, out)), stats = std::make_unique<float[]>(6 * out);
+  const Contraction conv{batch, channels, out, y, x};
+  Finish finish;
+  finish.stats = stats.get();
+  finish.groups = batch % 2 ? 1 : 2;
+  int calls = contract(conv, dtype, a.get(), {w.get(), 1, y.kernel * tap, tap, channels}, b.get(), finish);
+  finish = {coef.get(), coef.get() + out, {3, 0.f}};
+  calls += contract(conv, dtype, a.get(), {w.get(), 1, y.kernel * tap, tap, channels}, b.get(), finish);
+  Axis back[2] = {y, x};
+  for (Axis& axis : back) {
+    std::swap(axis.in, axis.out);
+    axis.transposed = true;
+  }
+  finish = {coef.get(), coef.get() + channels, {2, .2f}};
+  const Weight turned{w.get(), y.kernel * tap, 1, tap, channels};
+  calls += contract({batch, out, channels, back[0], back[1]}, dtype, b.get(), turned, a.get(), finish);
+  weight_grad(conv, dtype, a.get(), b.get(), w.get());
+  return calls + 1;
+}
+
 }  // namespace
 
 int main() {
   int calls = run_training<float>(c10::ScalarType::Float) + run_training<c10::BFloat16>(c10::ScalarType::BFloat16) +
               run_training<c10::Half>(c10::ScalarType::Half);
+  const auto axis = [](int64_t k, int64_t s, int64_t p, int64_t d, int64_t in) {
+    return Axis{k, s, p, d, in, (in + 2 * p - d * (k - 1) - 1) / s + 1, false};
+  };
+  const Axis axes[][2] = {
+      {axis(4, 2, 1, 1, 8), axis(4, 2, 1, 1, 6)}, {axis(4, 1, 0, 1, 4), axis(4, 1, 0, 1, 4)},
+      {axis(3, 1, 1, 1, 5), axis(1, 1, 0, 1, 3)}, {axis(3, 3, 2, 2, 7), axis(2, 3, 4, 3, 5)}};
+  for (const auto& [y, x] : axes)
+    for (int64_t batch : {1, 4})
+      for (int64_t channels : {1, 3, 16, 33})
+        for (int64_t out : {1, 17, 32}) {
+          calls += contractions<float>(batch, channels, out, y, x, c10::ScalarType::Float);
+          calls += contractions<c10::BFloat16>(batch, channels, out, y, x, c10::ScalarType::BFloat16);
+          calls += contractions<c10::Half>(batch, channels, out, y, x, c10::ScalarType::Half);
+        }
   for (int64_t groups : {1, 2})
     for (int64_t samples : {0, 3})
       for (int64_t channels : {1, 17, 70})

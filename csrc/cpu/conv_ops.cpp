@@ -1,0 +1,139 @@
+// torch.ops.fastdcgan_cpu: the contractions.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "contractions.h"
+
+namespace fastdcgan::cpu {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using std::optional;
+
+Tensor channels_last(const Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(
+      x.dim() == 4 && x.numel() > 0, "expected ", name, " [N, C, H, W] with elements, got one of shape ", x.sizes());
+  TORCH_CHECK_VALUE(x.device().is_cpu(), "expected ", name, " on the CPU, got one on ", x.device());
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK_TYPE(
+      dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+      "expected ", name, " of float32, bfloat16 or float16, got ", dtype);
+  return x.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+Axis axis(const Tensor& x, int i, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+          int64_t out, bool transposed) {
+  TORCH_CHECK_VALUE(
+      kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0 && out > 0, "kernel ", kernel, ", stride ",
+      stride, ", padding ", padding, " and dilation ", dilation, " make no output of size ", out);
+  return {kernel[i], stride[i], padding[i], dilation[i], x.size(2 + i), out, transposed};
+}
+
+Tensor output(const Tensor& like, int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  return at::empty({batch, channels, height, width}, like.options().memory_format(at::MemoryFormat::ChannelsLast));
+}
+
+// Output and, for groups > 0, its stats. `by_channel`: [channels] for act(sum + t), [2 or more, 1, channels] for
+// act(s*sum + t).
+std::tuple<Tensor, Tensor> contraction(
+    const Tensor& x_, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+    IntArrayRef size, bool transposed, const optional<Tensor>& by_channel_, int64_t act, double slope, int64_t groups) {
+  const Tensor x = channels_last(x_, "an input");
+  TORCH_CHECK_VALUE(
+      weight.dim() == 4 && weight.size(transposed ? 0 : 1) == x.size(1), "expected a weight for ", x.size(1),
+      " input channels, got one of shape ", weight.sizes());
+  TORCH_CHECK_TYPE(
+      weight.scalar_type() == x.scalar_type(), "expected a weight of dtype ", x.scalar_type(), ", got ",
+      weight.scalar_type());
+  TORCH_CHECK_VALUE(
+      groups >= 0 && (groups == 0 || x.size(0) % groups == 0), "a batch of ", x.size(0), " can't have ", groups,
+      " statistics groups");
+  const int64_t channels = weight.size(transposed ? 1 : 0);
+  const IntArrayRef kernel = weight.sizes().slice(2);
+  const Contraction c{
+      x.size(0), x.size(1), channels, axis(x, 0, kernel, stride, padding, dilation, size[0], transposed),
+      axis(x, 1, kernel, stride, padding, dilation, size[1], transposed)};
+  const Weight w{weight.const_data_ptr(), weight.stride(transposed ? 0 : 1), weight.stride(transposed ? 1 : 0),
+                 weight.stride(2), weight.stride(3)};
+  Tensor by_channel;
+  if (by_channel_.has_value()) {
+    by_channel = by_channel_->contiguous();
+    TORCH_CHECK_VALUE(
+        by_channel.size(-1) == channels &&
+            (by_channel.dim() == 1 || (by_channel.dim() == 3 && by_channel.size(0) >= 2 && by_channel.size(1) == 1)),
+        "expected a bias [", channels, "] or coefficients [2 or 4, 1, ", channels, "], got ", by_channel.sizes());
+    TORCH_CHECK_TYPE(
+        by_channel.scalar_type() == at::kFloat, "expected float32 coefficients, got ", by_channel.scalar_type());
+  }
+  const Tensor out = output(x, x.size(0), channels, size[0], size[1]);
+  const auto stats_size = groups ? std::vector<int64_t>{3, groups, channels} : std::vector<int64_t>{0};
+  const Tensor stats = at::empty(stats_size, at::TensorOptions(at::kFloat));
+  Finish finish{nullptr, nullptr, {static_cast<int>(act), static_cast<float>(slope)}};
+  if (by_channel.defined()) {
+    const float* first = by_channel.const_data_ptr<float>();
+    finish.scale = by_channel.dim() == 1 ? nullptr : first;
+    finish.shift = by_channel.dim() == 1 ? first : first + channels;
+  }
+  if (groups) {
+    finish.stats = stats.data_ptr<float>();
+    finish.groups = groups;
+  }
+  TORCH_CHECK_VALUE(
+      contract(c, x.scalar_type(), x.const_data_ptr(), w, out.data_ptr(), finish), "unknown activation id ", act);
+  return {out, stats};
+}
+
+std::tuple<Tensor, Tensor> conv(
+    const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t groups) {
+  return contraction(x, weight, stride, padding, dilation, size, false, by_channel, act, slope, groups);
+}
+
+std::tuple<Tensor, Tensor> conv_transpose(
+    const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t groups) {
+  return contraction(x, weight, stride, padding, dilation, size, true, by_channel, act, slope, groups);
+}
+
+Tensor grad_of_weight(
+    const Tensor& gathered_, const Tensor& linear_, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
+    IntArrayRef dilation) {
+  const Tensor gathered = channels_last(gathered_, "an input"), linear = channels_last(linear_, "a gradient");
+  TORCH_CHECK_VALUE(
+      gathered.size(0) == linear.size(0), "expected one batch size, got ", gathered.size(0), " and ", linear.size(0));
+  TORCH_CHECK_TYPE(
+      gathered.scalar_type() == linear.scalar_type(), "expected a gradient of dtype ", gathered.scalar_type(), ", got ",
+      linear.scalar_type());
+  const Contraction c{
+      gathered.size(0), gathered.size(1), linear.size(1),
+      axis(gathered, 0, kernel, stride, padding, dilation, linear.size(2), false),
+      axis(gathered, 1, kernel, stride, padding, dilation, linear.size(3), false)};
+  const Tensor out = output(gathered, c.out_channels, c.in_channels, kernel[0], kernel[1]);
+  weight_grad(c, gathered.scalar_type(), gathered.const_data_ptr(), linear.const_data_ptr(), out.data_ptr());
+  return out;
+}
+
+}  // namespace
+}  // namespace fastdcgan::cpu
+
+TORCH_LIBRARY_FRAGMENT(fastdcgan_cpu, m) {
+  m.def(
+      "conv(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int[2] size, Tensor? by_channel, "
+      "int act, float slope, int groups) -> (Tensor, Tensor)");
+  m.def(
+      "conv_transpose(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int[2] size, "
+      "Tensor? by_channel, int act, float slope, int groups) -> (Tensor, Tensor)");
+  m.def(
+      "weight_grad(Tensor gathered, Tensor linear, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) "
+      "-> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(fastdcgan_cpu, CPU, m) {
+  m.impl("conv", fastdcgan::cpu::conv);
+  m.impl("conv_transpose", fastdcgan::cpu::conv_transpose);
+  m.impl("weight_grad", fastdcgan::cpu::grad_of_weight);
+}

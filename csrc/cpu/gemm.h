@@ -1,0 +1,108 @@
+// C[m][n] (+)= sum over k of A[m][k]*B[k][n] in float: the inner loop of every contraction.
+//
+// B lies in panels of kPanel columns, row after row; a last panel of at most kWidth columns has rows of kWidth. A is read
+// one element at a time, from rows that are a fixed `kRowStride` apart: rows of pixels that were gathered (kDepthStride),
+// or columns of a panel (1).
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "vectors.h"
+
+namespace fastdcgan::cpu {
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kKernelRows = 12;  // two vectors each: 24 accumulators in 32 registers
+#else
+constexpr int kKernelRows = 6;  // 12 of 16
+#endif
+constexpr int64_t kPanel = kStep;
+constexpr int64_t kDepth = 256;                    // between two visits of C: a panel of B stays in the first-level cache
+constexpr int64_t kDepthStride = kDepth + kPanel;  // no power of two: the rows of a tile would share cache sets
+
+// kWidth floats; ATen's class of them does not stay in registers when it is kept in an array.
+typedef float Floats __attribute__((vector_size(kWidth * sizeof(float))));
+typedef float UnalignedFloats __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias));
+
+inline Floats load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
+inline void store(float* p, Floats x) { *reinterpret_cast<UnalignedFloats*>(p) = x; }
+
+// A stretch along k that is contiguous in both operands: where it starts in A and in B, in steps along k.
+struct Piece {
+  int64_t a, b, depth;
+};
+
+struct Tile {
+  const float* a;
+  int64_t a_step;  // along k
+  const float* b;  // a panel
+  float* c;
+  int64_t c_stride;
+  const Piece* pieces;
+  int64_t count;
+  bool add;
+};
+
+template <int kRows, int kVectors, int64_t kRowStride>
+void multiply_tile(const Tile& t) {
+  Floats sum[kRows][kVectors];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = t.add ? load(t.c + r * t.c_stride + v * kWidth) : Floats{};
+  for (const Piece* p = t.pieces; p != t.pieces + t.count; ++p) {
+    const float* a = t.a + p->a * t.a_step;
+    const float* b = t.b + p->b * (kVectors * kWidth);
+    for (int64_t k = p->depth; k > 0; --k) {
+      Floats row[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * kWidth);
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        const float x = a[r * kRowStride];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum[r][v] += x * row[v];
+      }
+      a += t.a_step;
+      b += kVectors * kWidth;
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(t.c + r * t.c_stride + v * kWidth, sum[r][v]);
+}
+
+// multiply_tile for 1 <= `rows` <= kKernelRows and a panel of `vectors` vectors.
+template <int64_t kRowStride>
+void multiply(int64_t rows, int64_t vectors, const Tile& t) {
+  using Kernel = void (*)(const Tile&);
+  static constexpr auto kernels = []<int... r>(std::integer_sequence<int, r...>) {
+    return std::array<std::array<Kernel, 2>, kKernelRows>{
+        {{multiply_tile<r + 1, 1, kRowStride>, multiply_tile<r + 1, 2, kRowStride>}...}};
+  }(std::make_integer_sequence<int, kKernelRows>{});
+  kernels[rows - 1][vectors - 1](t);
+}
+
+// `rows` cut into as few tiles as there can be, of about the same height.
+struct Tiles {
+  int64_t rows, count;
+
+  explicit Tiles(int64_t rows) : rows(rows), count((rows + kKernelRows - 1) / kKernelRows) {}
+  int64_t begin(int64_t i) const { return rows * i / count; }
+  int64_t height(int64_t i) const { return begin(i + 1) - begin(i); }
+};
+
+// `columns` in panels: all but the last have kPanel columns.
+struct Panels {
+  int64_t columns, count, width;  // width: with the padding of the last
+
+  explicit Panels(int64_t columns) : columns(columns), count((columns + kPanel - 1) / kPanel) {
+    width = count * kPanel - (vectors(count - 1) == 1 ? kWidth : 0);
+  }
+  int64_t vectors(int64_t i) const { return i + 1 == count && columns - i * kPanel <= kWidth ? 1 : 2; }
+};
+
+}  // namespace fastdcgan::cpu

@@ -1,0 +1,65 @@
+// Rows of float, bfloat16 or half to floats and back.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+#include "vectors.h"
+
+namespace fastdcgan::cpu {
+
+// How many elements `widen` may write beyond the last.
+constexpr int64_t kSpill = kStep;
+
+// `n` floats from `from`. Far enough from `end`, whole vectors are read, and up to kSpill more floats are written.
+template <class T>
+inline void widen(float* to, const T* from, int64_t n, const T* end) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (end - from >= n + kWidth) {
+      for (int64_t i = 0; i < n; i += kWidth) V::loadu(from + i).store(to + i);
+    } else {
+      std::copy_n(from, n, to);
+    }
+  } else {
+    if (end - from >= n + kStep) {
+      for (int64_t i = 0; i < n; i += kStep) write(to + i, read(from + i));
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
+    }
+  }
+}
+
+// Exactly `n` elements from floats, of which there are whole steps.
+template <class T>
+inline void narrow(T* to, const float* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) write(to + i, read(from + i));
+  for (; i < n; ++i) to[i] = static_cast<T>(from[i]);
+}
+
+// Memory on a cache line that only grows: kept by each thread from call to call, because fresh pages cost more than
+// most of what is done in them.
+class Scratch {
+ public:
+  float* floats(int64_t n) {
+    if (n > size_) {
+      memory_.reset();
+      size_ = 0;
+      memory_.reset(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t{64})));
+      size_ = n;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t size_ = 0;
+};
+
+}  // namespace fastdcgan::cpu
