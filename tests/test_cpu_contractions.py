@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,8 @@ BLOCKS = {
 class Kernels(CPUBackend):
     """Never PyTorch's own contraction where a kernel of csrc/cpu can run."""
 
-    def why(self, op, geometry, channels_last, gathered, linear, *tensors):
-        return self.cannot(geometry, channels_last, *tensors)
+    def slower(self, op: str, gathered: Sequence[int], linear: Sequence[int], dtype: torch.dtype) -> str | None:
+        return None
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ class Case:
 
     def check(self, cpu: CPUBackend) -> None:
         for tensors in ((self.x, self.weight), (self.dy, self.weight), (self.x, self.dy)):
-            assert cpu.cannot(self.g, True, *tensors) is None
+            assert cpu.cannot(self.g, *tensors) is None
         got, vanilla, truth = self.run(cpu), self.run(REFERENCE), self.run(REFERENCE, wide=True)
         for op, result in got.items():
             terms = self.terms(op)
@@ -249,13 +250,14 @@ def test_same_bits_whatever_the_threads(cpu: CPUBackend, name: str) -> None:
 
 
 def test_what_can_not_run_goes_to_pytorch(cpu: CPUBackend) -> None:
-    x, weight = torch.zeros(2, 4, 8, 8), torch.zeros(6, 4, 4, 4)
-    assert cpu.cannot(K4, True, x, weight) is None
-    assert "no groups, and here are 2" in (cpu.cannot(Geometry((4, 4), groups=2), True, x, weight) or "")
-    assert "channels_last" in (cpu.cannot(K4, False, x, weight) or "")
-    assert "[0, 4, 8, 8]" in (cpu.cannot(K4, True, x[:0], weight) or "")
-    assert "torch.float16" in (cpu.cannot(K4, True, x, weight.half()) or "")
-    empty, stats = cpu.conv(Operand(x[:0].contiguous(memory_format=CHANNELS_LAST)), weight, K4, Epilogue("stats"))
+    x, weight = random((2, 4, 8, 8), torch.float32, 1), torch.zeros(6, 4, 4, 4)
+    assert cpu.cannot(K4, x, weight) is None
+    assert "no groups, and here are 2" in (cpu.cannot(Geometry((4, 4), groups=2), x, weight) or "")
+    assert "channels_last" in (cpu.cannot(K4, x.contiguous(), weight) or "")
+    assert "channels_last" in (cpu.cannot(K4, x[:0], weight) or "")
+    assert "torch.float16" in (cpu.cannot(K4, x, weight.half()) or "")
+    assert cpu.why_not("conv", Operand(x), weight, K4, STORE) is None
+    empty, stats = cpu.conv(Operand(x[:0]), weight, K4, Epilogue("stats"))
     assert empty.shape == (0, 6, 4, 4) and torch.equal(stats, torch.zeros(3, 1, 6))
 
 
@@ -263,26 +265,26 @@ def test_what_is_faster_in_pytorch_goes_to_pytorch(monkeypatch: pytest.MonkeyPat
     cpu = backends.get("cpu")
     assert isinstance(cpu, CPUBackend)
     monkeypatch.setattr(cpu, "_tiles", False)
-    for name, dtype, expected in [
-        ("wide", torch.float32, "faster for 3 times 16 pixels"),
-        ("projection", torch.float32, None),
-        ("logit", torch.float32, None),
-        ("image", torch.float32, "faster for 3 channels"),
-        ("image", torch.bfloat16, "faster for 3 channels"),
+    small, large = Case(32, 32, (8, 8), 8, K4, torch.float32), Case(2, 32, (32, 32), 8, K4, torch.float32)
+    half, bf16 = Case(2, 32, (32, 32), 8, K4, torch.half), Case(2, 32, (32, 32), 8, K4, torch.bfloat16)
+    for case, expected in [
+        (block("wide", torch.float32), "faster for 3 times 16 pixels"),
+        (block("projection", torch.float32), None),
+        (block("logit", torch.float32), None),
+        (block("image", torch.float32), "faster for 3 channels"),
+        (block("image", torch.bfloat16), "faster for 3 channels"),
+        (small, None),
+        (large, "as fast for 16x16 pixels"),
+        (half, None),
+        (bf16, None),
     ]:
-        case = block(name, dtype)
-        why = cpu.why("conv", case.g, True, case.x.shape, case.dy.shape, case.x, case.weight)
-        assert why is None if expected is None else expected in (why or ""), (name, why)
-    case = Case(32, 32, (8, 8), 8, K4, torch.float32)
-    assert cpu.why("conv", K4, True, case.x.shape, case.dy.shape, case.x, case.weight) is None
-    case = Case(2, 32, (32, 32), 8, K4, torch.float32)
-    assert cpu.why("weight_grad", K4, True, case.x.shape, case.dy.shape, case.x, case.dy) is None
-    for tensors, faster in (((case.x, case.weight), True), ((case.x.half(), case.weight.half()), False)):
-        why = cpu.why("conv", K4, True, case.x.shape, case.dy.shape, *tensors)
-        assert ("16x16 pixels" in (why or "")) == faster
+        why = cpu.why_not("conv", Operand(case.x), case.weight, case.g, STORE)
+        assert why is None if expected is None else expected in (why or ""), why
+    assert cpu.why_not("weight_grad", Operand(large.x), Operand(large.dy), K4) is None
+    image = block("image", torch.float32)
+    assert cpu.why_not("conv_transpose", Operand(image.dy), image.weight, K4, image.size, STORE) is None
     monkeypatch.setattr(cpu, "_tiles", True)
-    tensors = (case.x.bfloat16(), case.weight.bfloat16())
-    assert "AMX" in (cpu.why("conv", K4, True, case.x.shape, case.dy.shape, *tensors) or "")
+    assert "AMX" in (cpu.why_not("conv", Operand(bf16.x), bf16.weight, K4, STORE) or "")
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 1, 1, 1), (0, 3, 4, 4)], ids=str)

@@ -6,6 +6,7 @@ One library was built for each vector width; the one for this processor is loade
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,11 @@ def says_channels_last(x: Tensor) -> bool:
     return True
 
 
+def _stored(a: Operand) -> Tensor:
+    """The tensor that a finished operand has the shape, dtype and memory format of."""
+    return a.x if a.y is None else a.y
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -85,63 +91,76 @@ class CPUBackend(Backend):
             return f"it takes {', '.join(map(_name, DTYPES))}, not {_name(dtype)}"
         return None
 
-    def why(
-        self, op: str, geometry: Geometry, channels_last: bool, gathered: Size, linear: Size, *tensors: Tensor
-    ) -> str | None:
-        """None if a contraction runs in a kernel of csrc/cpu, else why PyTorch's own does it.
+    # --- contractions ---
 
-        `gathered`, `linear`: sizes [N, C, H, W] of the side that the taps shift over, and of the other.
-        `channels_last`: whether PyTorch's own would run in that format.
-        """
-        reason = self.cannot(geometry, channels_last, *tensors)
-        if reason is not None:
-            return reason
-        dtype, pixels = tensors[0].dtype, linear[2] * linear[3]
-        if self._tiles and dtype == torch.bfloat16:
-            return "PyTorch multiplies bfloat16 in AMX tiles here"
-        narrow, wide = gathered[1] < FEWEST_CHANNELS, dtype == torch.float32
-        if narrow and op != "conv_transpose" and dtype != torch.float16:
-            return f"PyTorch's own is faster for {gathered[1]} channels"
-        if narrow or op == "weight_grad":
-            return None
-        if wide and pixels > MOST_PIXELS:
-            return f"PyTorch's own is as fast for {linear[2]}x{linear[3]} pixels in float32"
-        fewest = FEWEST_WIDE_ROWS if wide else FEWEST_ROWS
-        if pixels == 1:
-            fewest = 1 if op == "conv" else FEWEST_PROJECTED
-        if linear[0] * pixels < fewest:
-            return f"PyTorch's own is faster for {linear[0]} times {pixels} pixels"
-        return None
+    def why_not(self, op: str, *args: Any) -> str | None:
+        first, second, geometry = args[:3]
+        x = _stored(first)
+        gathered: Size
+        linear: Size
+        if op == "weight_grad":
+            other = _stored(second)
+            gathered, linear = x.shape, other.shape
+        else:
+            other, batch = second, x.shape[0]
+            if op == "conv":
+                gathered, linear = x.shape, (batch, other.shape[0], *geometry.conv_size(*x.shape[2:]))
+            else:
+                gathered, linear = (batch, other.shape[1], *args[3]), x.shape
+        return self.cannot(geometry, x, other) or self.slower(op, gathered, linear, x.dtype)
 
-    def cannot(self, geometry: Geometry, channels_last: bool, *tensors: Tensor) -> str | None:
+    def cannot(self, geometry: Geometry, *tensors: Tensor) -> str | None:
         """Why the kernels of csrc/cpu can't run a contraction, or None if they can."""
         if self._slow:
             return "the contractions of csrc/cpu need AVX2"
         if geometry.groups != 1:
             return f"the contractions of csrc/cpu have no groups, and here are {geometry.groups}"
-        if not channels_last:
+        if not any(map(says_channels_last, tensors)):  # PyTorch's result would not be channels_last
             return "the contractions of csrc/cpu are channels_last, and these tensors are not"
         for t in tensors:
             if t.numel() == 0 or t.dtype != tensors[0].dtype:
                 return f"the contractions of csrc/cpu take elements of one dtype, not {list(t.shape)} of {t.dtype}"
         return None
 
-    # --- contractions ---
+    def slower(self, op: str, gathered: Size, linear: Size, dtype: torch.dtype) -> str | None:
+        """Why PyTorch's own contraction is as fast or faster, or None if it isn't.
+
+        `gathered`, `linear`: sizes [N, C, H, W] of the side that the taps shift over, and of the other.
+        """
+        pixels, wide = linear[2] * linear[3], dtype == torch.float32
+        if self._tiles and dtype == torch.bfloat16:
+            return "AMX tiles multiply bfloat16 here"
+        narrow = gathered[1] < FEWEST_CHANNELS
+        if narrow and op != "conv_transpose" and dtype != torch.float16:
+            return f"it is faster for {gathered[1]} channels"
+        if narrow or op == "weight_grad":
+            return None
+        if wide and pixels > MOST_PIXELS:
+            return f"it is as fast for {linear[2]}x{linear[3]} pixels in float32"
+        fewest = FEWEST_WIDE_ROWS if wide else FEWEST_ROWS
+        if pixels == 1:
+            fewest = 1 if op == "conv" else FEWEST_PROJECTED
+        if linear[0] * pixels < fewest:
+            return f"it is faster for {linear[0]} times {pixels} pixels"
+        return None
+
+    def _own(self, op: str, *args: Any) -> bool:
+        """Whether a kernel of ours runs this call."""
+        reason = self.why_not(op, *args)
+        if self.seen is not None:
+            self.seen.append("" if reason is None else f"PyTorch's convolution: {reason}")
+        return reason is None
 
     def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
-        layout = says_channels_last(a.x) or says_channels_last(weight)
-        size = geometry.conv_size(a.x.shape[2], a.x.shape[3])
-        out = (a.x.shape[0], weight.shape[0], *size)
-        if self.why("conv", geometry, layout, a.x.shape, out, a.x, weight) is not None:
+        if not self._own("conv", a, weight, geometry, epilogue):
             return super().conv(a, weight, geometry, epilogue)
+        size = geometry.conv_size(a.x.shape[2], a.x.shape[3])
         return self._run(torch.ops.fastdcgan_cpu.conv, a, weight, geometry, size, epilogue)
 
     def conv_transpose(
         self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
     ) -> tuple[Tensor, Tensor]:
-        layout = says_channels_last(a.x) or says_channels_last(weight)
-        out = (a.x.shape[0], weight.shape[1], *output_size)
-        if self.why("conv_transpose", geometry, layout, out, a.x.shape, a.x, weight) is not None:
+        if not self._own("conv_transpose", a, weight, geometry, output_size, epilogue):
             return super().conv_transpose(a, weight, geometry, output_size, epilogue)
         return self._run(torch.ops.fastdcgan_cpu.conv_transpose, a, weight, geometry, output_size, epilogue)
 
@@ -163,13 +182,9 @@ class CPUBackend(Backend):
         return out, stats
 
     def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
-        x, dy = self.finished(gathered), self.finished(linear)
-        # What one channel makes ambiguous lies the same in both formats.
-        either = x.is_contiguous(memory_format=torch.channels_last)
-        layout = says_channels_last(x) or (either and says_channels_last(dy))
-        if self.why("weight_grad", geometry, layout, x.shape, dy.shape, x, dy) is not None:
-            return super().weight_grad(Operand(x), Operand(dy), geometry)
-        g = geometry
+        if not self._own("weight_grad", gathered, linear, geometry):
+            return super().weight_grad(gathered, linear, geometry)
+        x, dy, g = self.finished(gathered), self.finished(linear), geometry
         dw = torch.ops.fastdcgan_cpu.weight_grad(x, dy, g.kernel, g.stride, g.padding, g.dilation)
         return dw.contiguous(memory_format=memory_format(x))
 
