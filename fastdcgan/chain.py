@@ -78,6 +78,7 @@ class Plan:
     blocks: tuple[Block, ...]
     stat_groups: int
     seams: Seams
+    turned: bool = False  # channels_last between its ends, whatever comes in
 
 
 class _State(NamedTuple):
@@ -152,7 +153,8 @@ def _forward(
     """`saving`: which of (x, *tensors) need gradients, or None if nothing does. Returns output, stats, states."""
     n = len(plan.blocks)
     before = [False] * (n + 1) if saving is None else wanted(plan, saving)
-    a, found, states = Operand(_entry(x, tensors)), [], []
+    turned = plan.turned and memory_format(x) != torch.channels_last
+    a, found, states = Operand(_channels_last(x) if turned else _entry(x, tensors)), [], []
     for i, block in enumerate(plan.blocks):
         t = of_block(tensors, i)
         last = i + 1 == n
@@ -195,7 +197,14 @@ def _forward(
             states.append(_State(a.x if keep_y else None, coef, a.x if keep_a else None, None))
             continue
         states.append(_State(y if keep_y else None, coef, a.x if keep_a and not deferred else None, total))
-    return a.x, found, states
+    return a.x.contiguous() if turned else a.x, found, states
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """`x` in channels_last, and with its strides where they are ambiguous."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, channels, height, width = x.shape
+    return x.as_strided(x.shape, (height * width * channels, 1, width * channels, channels))
 
 
 def _entry(x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -210,8 +219,7 @@ def _entry(x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
     assert weight is not None
     if memory_format(weight) != torch.channels_last:
         return x
-    height, width = x.shape[2:]
-    return x.as_strided(x.shape, (height * width, 1, width, 1))
+    return _channels_last(x)
 
 
 def _count(y: Tensor, stat_groups: int) -> int:

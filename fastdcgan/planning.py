@@ -21,6 +21,7 @@ _known: dict[Any, Seams | None] = {}  # what the file of measurements says, aske
 def plan(blocks: Sequence[Block], x: Tensor, tensors: Sequence[BlockTensors], stat_groups: int, seams: str) -> Plan:
     """`seams` is "auto", or "deferred" or "finished" for all of them."""
     backend, n = backends.get(blocks[0].backend), len(blocks)
+    turned = n > 1 and backend.turns(blocks, [t.weight for t in tensors], x)
     if backend.chooses_seams:
         weights, grad = [t.weight for t in tensors], torch.is_grad_enabled()
         needs = [grad and t.requires_grad for t in (x, *weights)]
@@ -30,8 +31,8 @@ def plan(blocks: Sequence[Block], x: Tensor, tensors: Sequence[BlockTensors], st
     if seams != "auto":
         wanted = (seams == "deferred",) * (n - 1)
         sums = tuple(a or b for a, b in zip(wanted, chosen.epilogue_sums, strict=True))
-        return Plan(tuple(blocks), stat_groups, Seams(wanted, sums, chosen.lazy_grad))
-    made = Plan(tuple(blocks), stat_groups, chosen)
+        return Plan(tuple(blocks), stat_groups, Seams(wanted, sums, chosen.lazy_grad), turned)
+    made = Plan(tuple(blocks), stat_groups, chosen, turned)
     if backend.chooses_seams and not torch.compiler.is_compiling():
         return _measured(made, x, tensors)
     return made
@@ -53,7 +54,7 @@ def _measured(rule: Plan, x: Tensor, tensors: Sequence[BlockTensors]) -> Plan:
             measured.remember(KIND, gpu, name, found._asdict())
         _known[key] = found
     found = _known[key]
-    return rule if found is None else Plan(rule.blocks, rule.stat_groups, found)
+    return rule if found is None else Plan(rule.blocks, rule.stat_groups, found, rule.turned)
 
 
 def _parsed(entry: Any, blocks: int) -> Seams | None:
@@ -79,7 +80,7 @@ def fastest(rule: Plan, work: Callable[[Plan], Callable[[], object]], device: to
         for i in range(len(flags)):
             turned = tuple(flag != (j == i) for j, flag in enumerate(best[kind]))
             other = Seams(*[turned if k == kind else flags for k, flags in enumerate(best)])
-            calls = {s: work(Plan(rule.blocks, rule.stat_groups, s)) for s in (best, other)}
+            calls = {s: work(Plan(rule.blocks, rule.stat_groups, s, rule.turned)) for s in (best, other)}
             times = measured.milliseconds(calls, device)
             if times[other] < (1 - measured.MARGIN) * times[best]:
                 best = other

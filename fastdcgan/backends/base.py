@@ -110,6 +110,10 @@ class Backend:
         n = len(blocks)
         return Seams((False,) * (n - 1), (False,) * (n - 1), (False,) * n)
 
+    def turns(self, blocks: Sequence[Block], weights: Sequence[Tensor], x: Tensor) -> bool:
+        """Whether a chain whose tensors are contiguous is faster with `x` turned to channels_last, its output back."""
+        return False
+
     def why_not(self, op: str, *args: Any) -> str | None:
         """None if this call of a contraction runs in a kernel of this backend's own, else why PyTorch's own does it.
 

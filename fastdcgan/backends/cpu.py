@@ -6,7 +6,7 @@ One library was built for each vector width; the one for this processor is loade
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.base import Backend, Epilogue, Operand, Unavailable, memory_format
 from fastdcgan.build_info import build_info, library, why_missing, why_stale
 from fastdcgan.geometry import Geometry, Pair
+
+if TYPE_CHECKING:
+    from fastdcgan.chain import Block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -143,6 +146,17 @@ class CPUBackend(Backend):
         if linear[0] * pixels < fewest:
             return f"it is faster for {linear[0]} times {pixels} pixels"
         return None
+
+    def turns(self, blocks: Sequence[Block], weights: Sequence[Tensor], x: Tensor) -> bool:
+        if self._slow or (self._tiles and x.dtype == torch.bfloat16) or any(map(says_channels_last, (x, *weights))):
+            return False
+        # Whole nets, whose ends are images, noise or logits: turning those costs little.
+        size = (x.shape[2], x.shape[3])
+        if x.shape[1] >= FEWEST_CHANNELS and size != (1, 1):
+            return False
+        for block in blocks:
+            size = block.output_size(*size)
+        return weights[-1].shape[1 if blocks[-1].transposed else 0] < FEWEST_CHANNELS or size == (1, 1)
 
     def _own(self, op: str, *args: Any) -> bool:
         """Whether a kernel of ours runs this call."""
