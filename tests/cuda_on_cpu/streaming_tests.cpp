@@ -296,6 +296,8 @@ int main(int argc, char** argv) {
       // Columns that are no power of two of vectors; pixels folded into rows.
       {{2, 2, 24, 35, true}, 0, 1},
       {{1, 4, 3, 94, true}, 0, 2},
+      // More partial results of a channel than the threads that join them load at once.
+      {{1, 4, 3, 2200, true}, 0, 5},
       {{1, 8, 65, 9, true}, 0, 1},
       // One value at a time: rows that don't fold, an address between vectors.
       {{1, 3, 3, 7, true}, 0, 2},
