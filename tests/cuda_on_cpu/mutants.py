@@ -98,12 +98,12 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
                 yield Mutant(path, number, line, after)
 
 
-def programs_of(path: Path) -> list[str]:
-    """The test programs that include a kernel file, by name."""
+def programs_of(path: Path, pattern: str = "*_tests.cpp") -> list[str]:
+    """The test programs that include a kernel file, by name: those that run all their cases by themselves."""
     gxx = compiler()
     assert gxx is not None, "g++ runs CUDA kernels on the CPU, and it is not here"
     found = []
-    for source in sorted(HERE.glob("*_tests.cpp")):
+    for source in sorted(HERE.glob(pattern)):
         listed = subprocess.run(
             [gxx, "-std=c++17", "-MM", *includes(), str(source)], capture_output=True, text=True, check=True
         )
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = [path for path in sorted(CUDA.glob("*.cuh")) if not args.files or path.name in args.files]
     tested = {path: programs_of(path) for path in paths}
     for path in (path for path, programs in tested.items() if not programs):
-        print(f"{path.name}: no test program includes it")
+        print(f"{path.name}: left out, no program that runs all its cases by itself includes it")
     found = [mutant for path, programs in tested.items() if programs for mutant in mutants_of(path)]
     found = [mutant for mutant in found if args.match in str(mutant)]
     drawn = random.Random(args.seed).sample(found, min(args.sample or len(found), len(found)))
