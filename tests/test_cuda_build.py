@@ -75,7 +75,7 @@ def test_nothing_is_spilled(library: Path) -> None:
     names = {name for name, *_ in found}
     streaming = ("norm_act", "norm_act_backward", "grad_sums", "batch_stats", "combine", "coefficients")
     narrow = ("narrow_conv", "narrow_transpose", "narrow_weight_grad", "combine_weight_grad")
-    for kernel in (*streaming, *narrow, "adam", "bce", "images"):
+    for kernel in (*streaming, *narrow, "contraction", "finish_parts", "adam", "bce", "images"):
         assert any(f"{len(kernel)}{kernel}" in name for name in names), kernel
     assert [entry for entry in found if entry[1:] != ("0", "0")] == []
 
@@ -113,7 +113,7 @@ def test_the_operators_are_those_that_run_on_the_cpu(library: Path, tmp_path: Pa
     assert len(defined) >= 14
     assert done.stdout.splitlines() == sorted(f"fastdcgan_cuda::{schema}" for schema in defined)
     package = ROOT / "fastdcgan"
-    callers = ("backends/cuda.py", "backends/cuda_narrow.py", "optim.py", "losses.py", "pixels.py")
-    text = "".join((package / name).read_text() for name in callers)
+    callers = ("backends/cuda.py", "backends/cuda_narrow.py", "backends/cuda_contractions.py", "optim.py", "losses.py")
+    text = "".join((package / name).read_text() for name in (*callers, "pixels.py"))
     called = set(re.findall(r"(?:(?<!torch\.)\bops|operators\([\w.]+\))\.(\w+)\(", text))
     assert called and called <= {schema.split("(")[0] for schema in defined}
