@@ -197,6 +197,7 @@ GPU_INLINE void finish_tile(
 
 struct FinishParts {
   static constexpr int kM = 32, kN = 64, kThreads = 128;
+  static constexpr int kBlocks = 4;  // of a multiprocessor: said, so that nothing is spilled for more
 };
 
 template <class T>
@@ -208,7 +209,7 @@ struct FinishPartsShared {
 
 // Adds parts [splits, values] up in ascending order and finishes them; a tile a block, `pixels` rows to a group.
 template <class T>
-__global__ void __launch_bounds__(FinishParts::kThreads)
+__global__ void __launch_bounds__(FinishParts::kThreads, FinishParts::kBlocks)
     finish_parts(const float* __restrict__ parts, int splits, int64_t values, int pixels, int tiles_per_group,
                  const Finish<T> f) {
   constexpr int kM = FinishParts::kM, kN = FinishParts::kN, kThreads = FinishParts::kThreads;
