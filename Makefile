@@ -21,6 +21,8 @@ PIP := $(BIN)/pip install --disable-pip-version-check $(PIP_ARGS)
 DEPENDENCIES := $(VENV)/.dependencies
 EXTENSIONS := $(VENV)/.extensions
 SOURCES := $(shell find csrc -type f)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+CUDA_TESTS := tests/cuda_on_cpu tests/test_cuda_build.py
 # The tests of whatever backend, for backend("cuda") on CPU tensors
 CUDA_ON_CPU := $(addprefix tests/test_,$(addsuffix .py,ops chain derivatives running_stats saved_memory))
 
@@ -58,14 +60,23 @@ $(EXTENSIONS): $(DEPENDENCIES) setup.py $(SOURCES)
 demo: $(EXTENSIONS) ## train a DCGAN on MNIST, show samples and a table: fused versus vanilla PyTorch
 	$(BIN)/fastdcgan demo $(ARGS)
 
+# The CUDA kernels (on a CPU) and the CUDA build take about as long as all the rest: they run beside it, on a second core.
 test: lint $(EXTENSIONS) ## lint, then the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/triton/interpreter $(ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/interpreter $(ARGS)
-	if command -v g++ >/dev/null; then \
-	  OMP_NUM_THREADS=1 FASTDCGAN_TEST_CUDA_ON_CPU=1 $(BIN)/python -m pytest $(CUDA_ON_CPU) -k "cuda- and not opcheck" $(ARGS); \
-	else \
-	  echo "no g++ here: the CUDA backend is not tested on CPU tensors"; \
-	fi
+	mkdir -p build
+	( $(PYTEST) $(CUDA_TESTS) $(ARGS) || failed=1; \
+	  if command -v g++ >/dev/null; then \
+	    FASTDCGAN_TEST_CUDA_ON_CPU=1 $(PYTEST) $(CUDA_ON_CPU) -k "cuda- and not opcheck" $(ARGS) || failed=1; \
+	  else \
+	    echo "no g++ here: the CUDA backend is not tested on CPU tensors"; \
+	  fi; \
+	  exit $${failed:-0} ) >build/test-cuda.log 2>&1 & cuda=$$!; \
+	trap 'kill $$cuda 2>/dev/null || true' EXIT; \
+	$(PYTEST) tests --ignore tests/triton/interpreter $(CUDA_TESTS:%=--ignore %) $(ARGS) || failed=1; \
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton/interpreter $(ARGS) || failed=1; \
+	echo "Waiting for the tests of the CUDA kernels ..."; \
+	wait $$cuda || failed=1; \
+	cat build/test-cuda.log; \
+	exit $${failed:-0}
 
 mutants: $(EXTENSIONS) ## change the CUDA kernels one place at a time: how many changes do the tests notice?
 	$(BIN)/python tests/cuda_on_cpu/mutants.py $(ARGS)
