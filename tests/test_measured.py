@@ -79,19 +79,20 @@ def test_a_foreign_file_is_ignored_with_one_warning_and_kept(file: Path, content
 def test_when_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    assert not measured.may_compare(CUDA) and not measured.may_search(CUDA)
-    with measured.tuning():
-        assert measured.may_compare(CUDA) and measured.may_search(CUDA)
-        assert not measured.may_compare(torch.device("cpu")) and not measured.may_search(torch.device("cpu"))
-        capturing = True
+    flags = torch.backends.cudnn.flags
+    with flags(benchmark=False):
         assert not measured.may_compare(CUDA) and not measured.may_search(CUDA)
-        capturing = False
-    assert not measured.may_search(CUDA)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    assert measured.may_compare(CUDA) and not measured.may_search(CUDA)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    assert not measured.may_compare(CUDA)
+        with measured.tuning():
+            assert measured.may_compare(CUDA) and measured.may_search(CUDA)
+            assert not measured.may_compare(torch.device("cpu")) and not measured.may_search(torch.device("cpu"))
+            capturing = True
+            assert not measured.may_compare(CUDA) and not measured.may_search(CUDA)
+            capturing = False
+        assert not measured.may_search(CUDA)
+    with flags(benchmark=True):
+        assert measured.may_compare(CUDA) and not measured.may_search(CUDA)
+    with flags(benchmark=True, deterministic=True):
+        assert not measured.may_compare(CUDA)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

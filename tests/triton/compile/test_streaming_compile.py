@@ -6,9 +6,11 @@ for sm_90, in bfloat16 and NHWC also for sm_80 and sm_100.
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -214,7 +216,14 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
     calls = {name: launches(call) for name, call in CALLS.items()}
     jobs = [(name, arch, launch) for name, arch in CASES for launch in calls[name]]
     results: Table = {}
-    with ThreadPoolExecutor(2) as pool:  # ptxas is a process of its own
+    one_at_a_time, parse = threading.Lock(), ast.parse
+
+    def locked(*args: Any, **kwargs: Any) -> ast.AST:
+        with one_at_a_time:  # two threads in it at once are a SystemError in Python 3.11
+            return parse(*args, **kwargs)
+
+    # ptxas is a process of its own.
+    with mock.patch.object(ast, "parse", locked), ThreadPoolExecutor(2) as pool:
         for (name, arch, launch), done in zip(
             jobs, pool.map(lambda j: compiled(j[2], j[1], folder), jobs), strict=True
         ):
