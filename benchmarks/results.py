@@ -132,8 +132,8 @@ class Results:
 
 def load(folder: Path = RESULTS) -> list[Results]:
     """All results files of a folder that are no dry runs, newest last."""
-    # The figures of `compile_table.py` lie in the same folder.
-    paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith("triton_")]
+    # What compilers made of the kernels lies in the same folder.
+    paths = [path for path in sorted(folder.glob("*.json")) if not path.stem.endswith("_compile")]
     found = []
     for path in paths:
         found.append(Results.read(path))

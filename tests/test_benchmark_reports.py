@@ -236,6 +236,13 @@ def test_bench_on_a_missing_gpu():
         _bench("--device", "cuda")
 
 
+def test_the_committed_results_make_the_readmes_tables():
+    """Not that they are those in it: a run that is being written belongs to no commit yet."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    made = tables.render(readme, results.load())
+    assert made.count("<!-- begin:") == readme.count("<!-- begin:") == len(tables.TABLES)
+
+
 # --- gpu-check -------------------------------------------------------------------------------------------------------
 
 
