@@ -6,7 +6,8 @@ from fastdcgan.dcgan.convert import convert_projection, example_state_dict, load
 from fastdcgan.dcgan.data import Batches, Images, load_images
 from fastdcgan.dcgan.metrics import Diverged
 from fastdcgan.dcgan.models import IMAGE_SIZES, Discriminator, Generator
-from fastdcgan.dcgan.sampling import load_generator, sample
+from fastdcgan.dcgan.sampling import sample
+from fastdcgan.dcgan.trained import Trained, load_generator, load_trained
 from fastdcgan.dcgan.training import Outcome, Trainer
 from fastdcgan.steps import GradientPenalty, StepMetrics, train_step
 
@@ -22,12 +23,14 @@ __all__ = [
     "Outcome",
     "StepMetrics",
     "TrainConfig",
+    "Trained",
     "Trainer",
     "convert_projection",
     "example_state_dict",
     "load_example_state_dict",
     "load_generator",
     "load_images",
+    "load_trained",
     "sample",
     "train_step",
 ]

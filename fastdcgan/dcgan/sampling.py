@@ -7,23 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdcgan.dcgan import checkpoint, images
-from fastdcgan.dcgan.models import Generator, placed
+from fastdcgan.dcgan import images
+from fastdcgan.dcgan.models import Generator
 
 _BATCH = 64
-
-
-def load_generator(place: str | Path, device: torch.device | str = "cpu") -> Generator:
-    """The generator of a checkpoint file, or of the newest checkpoint in a run's folder, ready to sample (`eval`).
-
-    Raises CheckpointError for a file that is none.
-    """
-    path = checkpoint.find(place)
-    saved = checkpoint.load(path, "generator")
-    c = saved.state["config"]
-    net = Generator(c["image_size"], c["channels"], c["nz"], c["ngf"], c["projection"])
-    checkpoint.load_weights(net, saved.part("generator"), path)
-    return placed(net, device).eval()
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdcgan.dcgan import Images, TrainConfig
+from fastdcgan.dcgan import Images, TrainConfig, Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +57,27 @@ def config(tmp_path: Path) -> TrainConfig:
         device="cpu",
         flips=True,
     )
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of a few steps on "digits", 28x28, with checkpoints at steps 4 and 8 and a moving average."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    config = TrainConfig(
+        out=str(run),
+        data="digits",
+        image_size=28,
+        channels=1,
+        nz=8,
+        ngf=4,
+        ndf=4,
+        batch_size=16,
+        max_steps=8,
+        checkpoint_every=4,
+        samples=4,
+        device="cpu",
+        ema=0.9,
+        cache=str(run.parent / "cache"),
+    )
+    Trainer(config).run()
+    return run

@@ -98,8 +98,8 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         (["train", "digits", "--batch-size", "0"], 2, "batch_size is 0: expected at least 1"),
         (["train", "digits", "--lr-d", "-1"], 2, "lr_d is -1.0: expected more than 0"),
         (["train", "digits", "--device", "tpu"], 2, "device is 'tpu'"),
-        (["train", "--resume", "nowhere"], 1, "there is no checkpoint"),
-        (["sample", "nowhere"], 1, "there is no checkpoint"),
+        (["train", "--resume", "nowhere"], 2, "there is no checkpoint"),
+        (["sample", "nowhere"], 2, "there is no checkpoint"),
         (["sample", "nowhere", "--count", "0"], 2, "--count is 0: expected at least 1"),
         (["sample", "nowhere", "--device", "tpu"], 2, "device is 'tpu'"),
         (["demo", "--minutes", "0"], 2, "minutes is 0.0: expected at least 0.5"),
@@ -118,7 +118,7 @@ def test_errors(
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sample", "nowhere", "--debug"]) == 1
+    assert main(["sample", "nowhere", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 

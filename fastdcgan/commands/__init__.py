@@ -1,0 +1,30 @@
+"""The commands, a module each: `add_arguments(parser)` says what it takes, `run(args)` does it, for the exit code."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+INTERRUPTED = 130
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """CHECKPOINT and --device, for what uses a trained network."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest one")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, as `distributed.choose_device` takes it."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto is a GPU where there is one")
+
+
+def add_out(parser: argparse.ArgumentParser, default: str, help: str) -> None:
+    """--out, what the command makes."""
+    parser.add_argument("--out", type=Path, default=Path(default), help=help)
+
+
+def at_least(option: str, value: float, least: float) -> None:
+    """Raises ValueError where an option's value is below `least`."""
+    if not value >= least:
+        raise ValueError(f"{option} is {value}: expected at least {least}")

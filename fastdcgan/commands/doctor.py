@@ -1,0 +1,17 @@
+"""`fastdcgan doctor`"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass  # it has no options
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastdcgan import doctor
+
+    report = doctor.report()
+    print(report)
+    return 0 if report.healthy else 1
