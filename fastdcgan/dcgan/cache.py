@@ -24,8 +24,9 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdcgan"
 
 
-def read(array_path: Path, fingerprint: str) -> tuple[np.ndarray, list[str]]:
-    """The cached array (memory-mapped, read-only) and the names of the files that were skipped when it was made.
+def read(array_path: Path, fingerprint: str) -> tuple[np.ndarray, list[str], list[int]]:
+    """The cached array (memory-mapped, read-only), and of the files that were skipped when it was made the names and
+    the numbers in the source.
 
     Raises Untrusted unless header and array are whole, of this version, made from the source that `fingerprint` stands
     for, and the array has the checksum that was written with it.
@@ -42,14 +43,15 @@ def read(array_path: Path, fingerprint: str) -> tuple[np.ndarray, list[str]]:
             raise Untrusted("is damaged: its checksum is another than the one written with it")
         array = np.load(array_path, mmap_mode="r", allow_pickle=False)
         skipped = [str(name) for name in header["skipped"]]
+        left_out = [int(number) for number in header["left_out"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Untrusted(f"can't be read: {error}") from error
     if array.dtype != np.uint8 or list(array.shape) != header.get("shape"):
         raise Untrusted(f"holds {array.dtype} {list(array.shape)}: expected uint8 {header.get('shape')}")
-    return array, skipped
+    return array, skipped, left_out
 
 
-def write_header(array_path: Path, fingerprint: str, skipped: list[str]) -> None:
+def write_header(array_path: Path, fingerprint: str, skipped: list[str], left_out: list[int]) -> None:
     """Vouch for the array that is in place. Until this is done, nothing trusts it."""
     header = {
         "format": FORMAT,
@@ -59,6 +61,7 @@ def write_header(array_path: Path, fingerprint: str, skipped: list[str]) -> None
         "size": array_path.stat().st_size,
         "sha256": _digest(array_path),
         "skipped": skipped,
+        "left_out": left_out,
     }
     with replacing(header_path(array_path)) as path:
         path.write_text(json.dumps(header, indent=1))

@@ -26,13 +26,27 @@ _RESIDENT_SHARE = 0.25  # of a GPU's free memory
 
 @dataclass(frozen=True)
 class Images:
-    """Decoded images: uint8 [N, H, W, C], often memory-mapped, and the files that could not be read."""
+    """Decoded images: uint8 [N, H, W, C], often memory-mapped, and the files that could not be read: their names with
+    the reason, and their numbers in the source."""
 
     array: np.ndarray
     skipped: list[str] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.array)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Decoded images, the number of each one's class (int64 [N]), and the names of the classes."""
+
+    images: Images
+    labels: np.ndarray
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 def load_images(
@@ -57,6 +71,18 @@ def load_images(
             _report_skipped(images.skipped, len(source))
             return images
     return _decode_all(source, path, fingerprint, image_size, channels, workers)
+
+
+def load_labelled(
+    data: str, image_size: int, channels: int, *, cache_folder: str | Path | None = None, workers: int = 0
+) -> Labelled:
+    """`load_images` with classes: of a built-in set, or of a folder with one sub-folder for each class.
+
+    Raises ValueError for a folder without classes, and what `load_images` raises.
+    """
+    classes, labels = open_source(data).classes()
+    images = load_images(data, image_size, channels, cache_folder=cache_folder, workers=workers)
+    return Labelled(images, np.delete(labels, images.left_out), classes)
 
 
 def _cache_name(data: str) -> str:
@@ -84,13 +110,14 @@ def _decode_all(source: Source, path: Path, fingerprint: str, image_size: int, c
             for _ in track(pool.map(decode, range(len(source))), f"decoding {source.title}", len(source)):
                 pass
         rows.flush()
-        skipped = [f"{source.name_of(i)} ({failed[i]})" for i in sorted(failed)]
+        left_out = sorted(failed)
+        skipped = [f"{source.name_of(i)} ({failed[i]})" for i in left_out]
         _report_skipped(skipped, len(source))
         if len(failed) == len(source):
             raise ValueError(f"none of the {source.title} could be read")
         if failed:
             _keep_rows(temporary, rows, [i for i in range(len(source)) if i not in failed])
-    cache.write_header(path, fingerprint, skipped)
+    cache.write_header(path, fingerprint, skipped, left_out)
     return Images(*cache.read(path, fingerprint))
 
 

