@@ -13,8 +13,8 @@ from fastdcgan.steps import PENALTIES
 PRECISIONS = ("fp32", "bf16", "fp16")
 BUILTIN_DATA = ("mnist", "digits")
 
-# What a checkpoint's weights depend on: a resumed run can't change it.
-ARCHITECTURE = ("image_size", "channels", "nz", "ngf", "ndf", "projection")
+# What a resumed run can't change: the shapes of its weights, and which images they have not seen.
+KEPT = ("image_size", "channels", "nz", "ngf", "ndf", "projection", "holdout")
 
 
 def _option(default: Any, help: str, **extra: Any) -> Any:
@@ -32,6 +32,7 @@ class TrainConfig:
     image_size: int = _option(0, "side of the images [default: 64 for a folder, else 32]", choices=IMAGE_SIZES)
     channels: int = _option(0, "1 (grey) or 3 (colour) [default: 3 for a folder, else 1]", choices=(1, 3))
     flips: bool | None = _option(None, "mirror half of the images, chosen at random [default: for a folder only]")
+    holdout: int = _option(0, "leave every Nth image out of training, to judge by [default: none]")
     workers: int = _option(0, "threads that decode images [default: one per core]")
 
     nz: int = _option(100, "size of the generator's input")
@@ -78,6 +79,8 @@ class TrainConfig:
         for name in ("max_steps", "max_minutes", "gradient_penalty", "sample_every", "checkpoint_every", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 0")
+        if self.holdout < 0 or self.holdout == 1:
+            raise ValueError(f"holdout is {self.holdout}: expected 0 for none, or at least 2")
         for name in ("lr_g", "lr_d"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")

@@ -138,15 +138,21 @@ def _report_skipped(skipped: list[str], total: int) -> None:
             say(f"  ... and {len(skipped) - _NAMED_IN_FULL} more (all of them in the cache's .json)")
 
 
+def held_out(count: int, every: int) -> np.ndarray:
+    """Which of `count` images are left out of training when every Nth is: bool [count]. Sets often lie sorted by class,
+    so this takes from each."""
+    return np.arange(count) % every == every - 1 if every else np.zeros(count, bool)
+
+
 class Batches:
     """An endless stream of batches, epoch after epoch, that can be stopped and continued anywhere.
 
     A batch is float32 [B, C, H, W] in [-1, 1], channels_last, on `device`. The order and the flips of an epoch are
     drawn at its start, from a generator of this object's own; images that don't fill a last batch sit that epoch out.
-    With `world` processes each gets its own slice `rank` of every batch of `batch_size` images, so that together they
-    see what one process would.
+    Every `holdout`th image is left out (`held_out`). With `world` processes each gets its own slice `rank` of every
+    batch of `batch_size` images, so that together they see what one process would.
 
-    Raises ValueError if there are fewer images than `batch_size`, or if it can't be split over the processes.
+    Raises ValueError if fewer images than `batch_size` are left, or if it can't be split over the processes.
     """
 
     def __init__(
@@ -155,13 +161,15 @@ class Batches:
         batch_size: int,
         *,
         flips: bool = False,
+        holdout: int = 0,
         seed: int = 0,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if len(images) < batch_size:
-            raise ValueError(f"there are {len(images)} images: expected at least one batch of {batch_size}")
+        self._kept = torch.from_numpy(np.flatnonzero(~held_out(len(images), holdout)))
+        if len(self._kept) < batch_size:
+            raise ValueError(f"there are {len(self._kept)} images: expected at least one batch of {batch_size}")
         if batch_size % world:
             raise ValueError(f"batch_size is {batch_size}: expected a multiple of the {world} processes")
         self.batch_size, self.flips, self.device = batch_size, flips, torch.device(device)
@@ -174,9 +182,14 @@ class Batches:
         self._start_epoch()
 
     @property
+    def images(self) -> int:
+        """Images that take part: all but those that are left out."""
+        return len(self._kept)
+
+    @property
     def per_epoch(self) -> int:
         """Batches in an epoch."""
-        return len(self._array) // self.batch_size
+        return len(self._kept) // self.batch_size
 
     def stream(self) -> Generator[Tensor]:
         """Batches from where the stream stands; `epoch` and `position` already count the batch that is handed out."""
@@ -205,8 +218,8 @@ class Batches:
 
     def _start_epoch(self) -> None:
         self._random_at_start = self._random.get_state()
-        self._order = torch.randperm(len(self._array), generator=self._random)
-        self._flipped = torch.rand(len(self._array), generator=self._random) < (0.5 if self.flips else 0.0)
+        self._order = self._kept[torch.randperm(len(self._kept), generator=self._random)]
+        self._flipped = torch.rand(len(self._kept), generator=self._random) < (0.5 if self.flips else 0.0)
 
     def _chosen(self) -> tuple[Tensor, Tensor]:
         start = self.position * self.batch_size

@@ -32,6 +32,7 @@ from fastdcgan.optim import FusedAdam
 IMAGE_SIZE, CHANNELS, WIDTH, BATCH = 32, 1, 32, 32
 # Higher than a long run would want: there are few steps, and the digits come sooner.
 LR_G, LR_D = 5e-4, 1e-3
+HOLDOUT = 10  # every tenth digit stays unseen: there to fill in, to classify, to measure distances to
 MOST_STEPS = 4000  # beyond these the digits hardly get better
 FRAMES = 40
 _LEAST_BETWEEN = 25  # steps between frames, however few are likely
@@ -111,12 +112,13 @@ def _config(settings: DemoSettings, precision: str, likely: int, minutes: float,
         lr_g=LR_G,
         lr_d=LR_D,
         batch_size=BATCH,
-        epochs=-(-MOST_STEPS // (images // BATCH)),
+        epochs=-(-MOST_STEPS // ((images - images // HOLDOUT) // BATCH)),
         max_steps=MOST_STEPS,
         max_minutes=minutes,
         precision=precision,
         device=settings.device,
         seed=settings.seed,
+        holdout=HOLDOUT,
         sample_every=max(_LEAST_BETWEEN, likely // FRAMES),
         checkpoint_every=MOST_STEPS // 2,
         keep=1,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastdcgan.dcgan import checkpoint, console, distributed, images, plots
 from fastdcgan.dcgan.checkpoint import Checkpoint, CheckpointError
-from fastdcgan.dcgan.config import ARCHITECTURE, TrainConfig
+from fastdcgan.dcgan.config import KEPT, TrainConfig
 from fastdcgan.dcgan.console import Bar, say
 from fastdcgan.dcgan.data import Batches, Images, load_images, send
 from fastdcgan.dcgan.metrics import ADVICE_NOT_FINITE, Diverged, MetricsLog, Watch
@@ -98,6 +98,7 @@ class Trainer:
             self.images,
             config.batch_size,
             flips=bool(config.flips),
+            holdout=config.holdout,
             seed=config.seed,
             device=self.device,
             rank=self.processes.rank,
@@ -114,7 +115,7 @@ class Trainer:
         path = checkpoint.find(place)
         saved = checkpoint.load(path)
         before = TrainConfig(**saved.state["config"])
-        for name in ARCHITECTURE:
+        for name in KEPT:
             if changes.get(name, getattr(before, name)) != getattr(before, name):
                 raise ValueError(f"{name} is {changes[name]}: the checkpoint's is {getattr(before, name)}, and stays")
         run = path.resolve().parent.parent if path.parent.name == "checkpoints" else Path(before.out)
@@ -198,7 +199,7 @@ class Trainer:
         c = self.config
         many = f"{self.processes.world} processes on " if self.processes.world > 1 else ""
         say(
-            f"{len(self.images)} images of {c.image_size}x{c.image_size}x{c.channels}, batch {c.batch_size}, "
+            f"{self.batches.images} images of {c.image_size}x{c.image_size}x{c.channels}, batch {c.batch_size}, "
             f"{c.precision} on {many}{self.device}, steps {self.step} to {self.total_steps}, into {self.out}"
         )
 

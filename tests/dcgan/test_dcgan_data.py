@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from fastdcgan.dcgan import Batches, Images, cache, load_images
+from fastdcgan.dcgan.data import held_out
 from fastdcgan.dcgan.sources import FolderSource, MissingPackage, open_source
 
 
@@ -346,6 +347,17 @@ def test_a_stream_goes_on_anywhere(done: int) -> None:
     other.load_state_dict(state)
     assert (other.epoch, other.position) == divmod(done, 4)
     assert all(torch.equal(a, b) for a, b in zip(take(other, 6), rest, strict=True))
+
+
+def test_held_out_images_stay_out() -> None:
+    batches = Batches(numbered(26), 7, holdout=5)
+    assert batches.per_epoch == 3  # of the 21 that are left
+    seen = [number for batch in take(batches, 3) for number in numbers(batch)]
+    assert sorted(seen) == [n for n in range(26) if n % 5 != 4]
+    assert np.flatnonzero(held_out(23, 5)).tolist() == [4, 9, 14, 19]
+    assert not held_out(23, 0).any()
+    with pytest.raises(ValueError, match="there are 8 images: expected at least one batch of 9"):
+        Batches(numbered(16), 9, holdout=2)
 
 
 def test_processes_share_batches() -> None:

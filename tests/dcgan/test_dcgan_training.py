@@ -95,6 +95,8 @@ def test_resume_takes_changed_settings(config: TrainConfig, images: Images, tmp_
     assert trainer.optimizer_d.param_groups[0]["betas"] == (0.7, config.beta2)
     with pytest.raises(ValueError, match="ngf is 5: the checkpoint's is 4"):
         Trainer.resume(config.out, images, ngf=5)
+    with pytest.raises(ValueError, match="holdout is 5: the checkpoint's is 0, and stays"):
+        Trainer.resume(config.out, images, holdout=5)
     with pytest.raises(CheckpointError, match=r"was trained on 45 images: .*squares has 44 now"):
         Trainer.resume(config.out, Images(images.array[:44]))
     moved = tmp_path / "moved"
@@ -332,6 +334,7 @@ def test_no_checkpoint(tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch_size is 0: expected at least 1"),
         ({"lr_g": 0.0}, "lr_g is 0.0: expected more than 0"),
         ({"lr_d": float("nan")}, "lr_d is nan: expected more than 0"),
+        ({"holdout": 1}, "holdout is 1: expected 0 for none, or at least 2"),
         ({"beta1": 1.0}, "beta1 is 1.0: expected at least 0 and below 1"),
         ({"real_label": 0.5}, "real_label is 0.5: expected more than 0.5 and at most 1"),
         ({"gradient_penalty": -1.0}, "gradient_penalty is -1.0: expected at least 0"),
