@@ -11,7 +11,9 @@ from fastdcgan.dcgan.models import IMAGE_SIZES, PROJECTIONS
 from fastdcgan.steps import PENALTIES
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-BUILTIN_DATA = ("mnist", "digits")
+# Image size, channels and flips of the sets that installed packages ship, and of a folder, unless given.
+BUILTIN_DATA = {"mnist": (32, 1, False), "digits": (32, 1, False), "photo-crops": (64, 3, True)}
+FOLDER_DATA = (64, 3, True)
 
 # What a resumed run can't change: the shapes of its weights, and which images they have not seen.
 KEPT = ("image_size", "channels", "nz", "ngf", "ndf", "projection", "holdout")
@@ -25,13 +27,13 @@ def _option(default: Any, help: str, **extra: Any) -> Any:
 class TrainConfig:
     """Everything that decides what a run does. `help` texts are the documentation of the fields."""
 
-    data: str = _option("", "a folder of images (searched recursively), or a built-in set: mnist, digits")
+    data: str = _option("", f"a folder of images (searched recursively), or a built-in set: {', '.join(BUILTIN_DATA)}")
     out: str = _option("", "folder of the run [default: runs/DATA-SIZE, with a number where that exists]")
     cache: str = _option("", "folder of decoded images [default: fastdcgan in the user's cache folder]")
 
-    image_size: int = _option(0, "side of the images [default: 64 for a folder, else 32]", choices=IMAGE_SIZES)
-    channels: int = _option(0, "1 (grey) or 3 (colour) [default: 3 for a folder, else 1]", choices=(1, 3))
-    flips: bool | None = _option(None, "mirror half of the images, chosen at random [default: for a folder only]")
+    image_size: int = _option(0, "side of the images [default: 32 for mnist and digits, else 64]", choices=IMAGE_SIZES)
+    channels: int = _option(0, "1 (grey) or 3 (colour) [default: 1 for mnist and digits, else 3]", choices=(1, 3))
+    flips: bool | None = _option(None, "mirror half of the images, chosen at random [default: not of mnist and digits]")
     holdout: int = _option(0, "leave every Nth image out of training, to judge by [default: none]")
     workers: int = _option(0, "threads that decode images [default: one per core]")
 
@@ -99,14 +101,15 @@ class TrainConfig:
         if not self.data:
             raise ValueError(f"no data given: expected a folder of images, or one of {', '.join(BUILTIN_DATA)}")
         builtin = self.data in BUILTIN_DATA
-        size = self.image_size or (32 if builtin else 64)
+        size, channels, flips = BUILTIN_DATA.get(self.data, FOLDER_DATA)
+        size = self.image_size or size
         name = self.data if builtin else Path(self.data).resolve().name
         return dataclasses.replace(
             self,
             data=self.data if builtin else str(Path(self.data).resolve()),  # a run may go on from another folder
             image_size=size,
-            channels=self.channels or (1 if builtin else 3),
-            flips=not builtin if self.flips is None else self.flips,
+            channels=self.channels or channels,
+            flips=flips if self.flips is None else self.flips,
             out=self.out or str(_unused(Path("runs") / f"{name}-{size}")),
         )
 

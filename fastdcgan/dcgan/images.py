@@ -29,15 +29,34 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
     """[N, C, H, W] in [-1, 1] -> one picture, row by row, as square as N allows unless `columns` is given."""
-    pixels = to_pixels(images)
-    n, height, width, channels = pixels.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    sheet = np.zeros((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), np.uint8)
-    for i, picture in enumerate(pixels):
-        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
-        sheet[top : top + height, left : left + width] = picture
-    return to_image(sheet)
+    sheet = Sheet(len(images), columns, gap)
+    sheet.add(to_pixels(images))
+    return sheet.image()
+
+
+class Sheet:
+    """A grid of `count` pictures that come in parts: `add` them, then take the `image`."""
+
+    def __init__(self, count: int, columns: int | None = None, gap: int = 2) -> None:
+        self.columns, self.gap = columns or math.ceil(math.sqrt(count)), gap
+        self._rows, self._next = math.ceil(count / self.columns), 0
+        self._pixels: np.ndarray | None = None
+
+    def add(self, pixels: np.ndarray) -> None:
+        """The next pictures: uint8 [N, H, W, C], all of one size."""
+        (_, height, width, channels), gap = pixels.shape, self.gap
+        if self._pixels is None:
+            sides = (self._rows * (height + gap) + gap, self.columns * (width + gap) + gap)
+            self._pixels = np.zeros((*sides, channels), np.uint8)
+        for picture in pixels:
+            row, column = divmod(self._next, self.columns)
+            top, left = gap + row * (height + gap), gap + column * (width + gap)
+            self._pixels[top : top + height, left : left + width] = picture
+            self._next += 1
+
+    def image(self) -> Image.Image:
+        assert self._pixels is not None, "a sheet without pictures"
+        return to_image(self._pixels)
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -47,7 +66,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def save_gif(frames: Sequence[Path], path: Path, seconds: float = 8.0) -> None:
-    """An animation of pictures of one size: at most 100 of them, evenly chosen, with the last one shown longest."""
+    """An animation of files of one size: at most 100 pictures, evenly chosen, with the last one shown longest."""
     if len(frames) > _GIF_FRAMES:
         frames = [frames[round(i * (len(frames) - 1) / (_GIF_FRAMES - 1))] for i in range(_GIF_FRAMES)]
     pictures = []
@@ -55,6 +74,11 @@ def save_gif(frames: Sequence[Path], path: Path, seconds: float = 8.0) -> None:
         with Image.open(frame) as image:
             pictures.append(image.copy())
     each = max(20, round(1000 * seconds / len(pictures)))
-    durations = [each] * (len(pictures) - 1) + [2000]
+    save_animation(pictures, path, [each] * (len(pictures) - 1) + [2000])
+
+
+def save_animation(pictures: Sequence[Image.Image], path: Path, milliseconds: int | list[int]) -> None:
+    """A GIF of pictures of one size that starts over and over, each shown that long, written atomically."""
+    first, *others = pictures
     with replacing(path) as temporary:
-        pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+        first.save(temporary, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)

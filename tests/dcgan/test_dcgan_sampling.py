@@ -1,0 +1,184 @@
+"""Samples in memory and in files: seeds, truncation, grids, arrays, folders."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdcgan.cli import main
+from fastdcgan.dcgan import Generator, console, load_generator, sample, sampling
+from fastdcgan.dcgan.images import grid, to_pixels
+
+
+@pytest.fixture
+def generator(trained_run: Path) -> Generator:
+    return load_generator(trained_run)
+
+
+def stray(folder: Path) -> list[str]:
+    """Everything in a folder, hidden files too."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("truncation", [None, 0.5])
+def test_the_first_images_of_a_seed_are_the_same_however_many(truncation: float | None, generator: Generator) -> None:
+    many = sampling.noise(8, 130, 3, truncation)
+    assert many.shape == (130, 8)
+    for count in (1, 64, 65):
+        assert torch.equal(sampling.noise(8, count, 3, truncation), many[:count])
+    assert not torch.equal(sampling.noise(8, 1, 4, truncation), many[:1])
+    images = sample(generator, 70, 3, truncation)
+    torch.testing.assert_close(images[64:], generator(many[64:70]).detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("truncation", [0.3, 1.0, 2.5])
+def test_truncated_noise_is_truncated_normal(truncation: float) -> None:
+    z, whole = sampling.noise(500, 60, 0, truncation), sampling.noise(500, 60, 0)
+    assert z.abs().max() <= truncation
+    t = torch.tensor(truncation, dtype=torch.float64)
+    density = torch.exp(-t * t / 2) / (2 * torch.pi) ** 0.5
+    variance = 1 - 2 * t * density / (2 * torch.special.ndtr(t) - 1)
+    assert z.var().item() == pytest.approx(variance.item(), rel=0.03)  # of 30,000 draws
+    assert abs(z.mean().item()) < 4 * variance.item() ** 0.5 / 30_000**0.5
+    redrawn = z[whole.abs() > truncation]
+    assert len(redrawn.unique()) > 0.9 * len(redrawn)  # drawn, not clamped
+
+
+def test_noise_that_can_not_be() -> None:
+    with pytest.raises(ValueError, match="count is 0: expected at least 1"):
+        sampling.noise(8, 0)
+    for truncation in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"truncation is {truncation}: expected more than 0"):
+            sampling.noise(8, 1, 0, truncation)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_arrays(suffix: str, generator: Generator, tmp_path: Path) -> None:
+    path = tmp_path / f"all{suffix}"
+    sampling.write_array(generator, 131, path, 2)
+    loaded = np.load(path, allow_pickle=False)
+    pixels = loaded if suffix == ".npy" else loaded["images"]
+    assert np.array_equal(pixels, to_pixels(sample(generator, 131, 2)))
+    if suffix == ".npz":
+        assert zipfile.ZipFile(path).testzip() is None
+        assert loaded.files == ["images"]
+
+
+def test_grid_and_files_show_the_same(generator: Generator, tmp_path: Path) -> None:
+    sampling.write_grid(generator, 70, tmp_path / "grid.png", 1)
+    sampling.write_files(generator, 70, tmp_path / "files", 1)
+    images = sample(generator, 70, 1)
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert np.array_equal(np.asarray(sheet), np.asarray(grid(images)))
+    files = sorted((tmp_path / "files").iterdir())
+    assert [path.name for path in files] == [f"{i:02}.png" for i in range(70)]
+    assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in files]), to_pixels(images)[..., 0])
+
+
+def test_a_grid_has_an_end(generator: Generator, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a grid of 10001 images: expected at most 10000"):
+        sampling.write_grid(generator, 10_001, tmp_path / "grid.png")
+    assert stray(tmp_path) == []
+
+
+def test_memory_does_not_grow_with_the_count(
+    generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part is written before the next one is made."""
+    written: list[int] = []
+
+    class Watched(io.FileIO):
+        def write(self, data) -> int:  # type: ignore[override]
+            written.append(len(data))
+            return super().write(data)
+
+    monkeypatch.setattr(Path, "open", lambda self, mode: Watched(self, "w") if mode == "wb" else io.FileIO(self, "r"))
+    at_batch = []
+
+    def counted(*args: object) -> object:
+        for images in list_of_batches:
+            at_batch.append(sum(written))
+            yield images
+
+    list_of_batches = list(sampling.batches(generator, 256))
+    monkeypatch.setattr(sampling, "batches", counted)
+    sampling.write_array(generator, 256, tmp_path / "all.npy")
+    size = 64 * 28 * 28
+    header = sum(written) - 4 * size
+    assert at_batch == [header + i * size for i in range(4)]
+
+
+@pytest.mark.parametrize("write", [sampling.write_grid, sampling.write_array, sampling.write_files])
+def test_nothing_is_left_of_what_failed(
+    write, generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object) -> object:
+        yield from list_of_batches
+        raise KeyboardInterrupt
+
+    list_of_batches = list(sampling.batches(generator, 64))
+    monkeypatch.setattr(sampling, "batches", fails)
+    with pytest.raises(KeyboardInterrupt):
+        write(generator, 128, tmp_path / "out.npy")
+    assert stray(tmp_path) == []
+
+
+def test_progress_of_many(
+    generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.0)
+    sampling.write_array(generator, 64, tmp_path / "a.npy")
+    assert capsys.readouterr().out == ""
+    sampling.write_array(generator, 130, tmp_path / "a.npy")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["sampling 64/130", "sampling 128/130", "sampling 130/130"]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_command_writes_what_the_name_says(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = [str(trained_run), "--device", "cpu", "--count", "5", "--seed", "7"]
+    for out in ("a.npy", "a.npz", "a.png"):
+        assert main(["sample", *options, "--out", out]) == 0
+        assert capsys.readouterr().out == f"{out}\n"
+    expected = to_pixels(sample(load_generator(trained_run), 5, 7))
+    assert np.array_equal(np.load("a.npy"), expected)
+    assert np.array_equal(np.load("a.npz")["images"], expected)
+
+    assert main(["sample", *options, "--as-folder"]) == 0
+    assert capsys.readouterr().out == "samples/digits\n"
+    assert stray(tmp_path / "samples") == ["digits", *(f"digits/{i}.png" for i in range(5))]
+
+    main(["sample", *options, "--ema", "--out", "ema.npy"])
+    main(["sample", *options, "--truncation", "0.4", "--out", "truncated.npy"])
+    assert np.array_equal(np.load("ema.npy"), to_pixels(sample(load_generator(trained_run, ema=True), 5, 7)))
+    assert np.array_equal(np.load("truncated.npy"), to_pixels(sample(load_generator(trained_run), 5, 7, 0.4)))
+    assert len({Path(f"{name}.npy").read_bytes() for name in ("a", "ema", "truncated")}) == 3
+
+
+def test_command_per_class(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    early = trained_run / "checkpoints" / "step-00000004.safetensors"
+    out = tmp_path / "set"
+    pairs = [f"early={early}", f"late={trained_run}"]
+    assert main(["sample", "--per-class", *pairs, "--count", "3", "--out", str(out), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert stray(out) == sorted(["early", "late", *(f"{c}/{i}.png" for c in ("early", "late") for i in range(3))])
+    for name, place in (("early", early), ("late", trained_run)):
+        found = np.stack([np.asarray(Image.open(path)) for path in sorted((out / name).iterdir())])
+        assert np.array_equal(found, to_pixels(sample(load_generator(place), 3))[..., 0])
