@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": ("fastdcgan.commands.demo", "Train on MNIST for about three minutes, and compare with plain PyTorch."),
     "train": ("fastdcgan.commands.train", "Train a DCGAN on a folder of images, or go on with a run."),
     "sample": ("fastdcgan.commands.sample", "Make images with a trained generator."),
+    "interpolate": ("fastdcgan.commands.interpolate", "Walk between images of a generator, or calculate with them."),
     "bench": ("fastdcgan.benchmarks.cli", "Time blocks and the training step against PyTorch."),
     "doctor": ("fastdcgan.commands.doctor", "Show what was built, what can run here, and why the rest can't."),
 }
