@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 INTERRUPTED = 130
@@ -28,3 +29,12 @@ def at_least(option: str, value: float, least: float) -> None:
     """Raises ValueError where an option's value is below `least`."""
     if not value >= least:
         raise ValueError(f"{option} is {value}: expected at least {least}")
+
+
+def folder_to_fill(path: Path) -> None:
+    """Make the folder that a command writes into, before the work begins. Raises ValueError where that can't be."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is no folder")
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"{path} can't be written to")

@@ -78,7 +78,7 @@ def load_labelled(
 ) -> Labelled:
     """`load_images` with classes: of a built-in set, or of a folder with one sub-folder for each class.
 
-    Raises ValueError for a folder without classes, and what `load_images` raises.
+    Raises NoClasses for a folder without classes, and what `load_images` raises.
     """
     classes, labels = open_source(data).classes()
     images = load_images(data, image_size, channels, cache_folder=cache_folder, workers=workers)

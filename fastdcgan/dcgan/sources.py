@@ -22,6 +22,10 @@ T = TypeVar("T")
 _CROP_SIDES, _CROP_STEP, _CROP_CONTRAST = (128, 160, 192), 12, 40
 
 
+class NoClasses(ValueError):
+    """Images that are in no classes, where classes are needed."""
+
+
 class Source(ABC):
     """Numbered images, and an identity that changes when they do."""
 
@@ -45,7 +49,7 @@ class Source(ABC):
 
     @abstractmethod
     def classes(self) -> tuple[list[str], np.ndarray]:
-        """The names of the classes, and the number of each image's class: int64 [len(self)]. Raises ValueError where
+        """The names of the classes, and the number of each image's class: int64 [len(self)]. Raises NoClasses where
         the images have none."""
 
 
@@ -93,7 +97,7 @@ class FolderSource(Source):
         loose = sum(len(part) == 1 for part in parts)
         if loose or len(names) < 2:
             found = f"{len(names)} and {loose} images outside of any"
-            raise ValueError(f"{self.folder} has no classes: expected a folder for each of two or more, found {found}")
+            raise NoClasses(f"{self.folder} has no classes: expected a folder for each of two or more, found {found}")
         number = {name: i for i, name in enumerate(names)}
         return names, np.array([number[part[0]] for part in parts], dtype=np.int64)
 
