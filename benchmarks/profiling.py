@@ -92,7 +92,15 @@ def _label(name: str, args: tuple, result: object) -> str:
     return " ".join([name, sizes, *kinds])
 
 
-_PRIMITIVES = ("conv", "conv_transpose", "weight_grad", "norm_act", "norm_act_reduce")
+_PRIMITIVES = (
+    "conv",
+    "conv_transpose",
+    "weight_grad",
+    "norm_act",
+    "norm_act_reduce",
+    "normalize",
+    "normalize_backward",
+)
 _Entry = tuple[str, _Cost]
 
 

@@ -80,10 +80,10 @@ def _has_own_forward(kind: type[nn.Module]) -> bool:
 
 def is_plain_sequential(module: nn.Module) -> bool:
     """A Sequential that does nothing but call its children in order: transparent to a chain."""
-    from fastdcgan.layers import FusedSequential
-
     if not isinstance(module, nn.Sequential) or why_alone(module) is not None:
         return False
+    from fastdcgan.layers import FusedSequential
+
     return type(module).forward in (nn.Sequential.forward, FusedSequential.forward)
 
 
@@ -328,21 +328,51 @@ def _call_chain(chain: FoundChain, x: Tensor, stat_groups: int, seams: str) -> T
 def block_of(found: FoundBlock, padded: bool, backend: str) -> Block:
     """The block as a chain takes it; `padded`: its padding is applied before the chain."""
     conv, norm = found.conv, found.norm
-    if padded or conv.padding == "valid":
-        padding = (0, 0)
-    elif conv.padding == "same":
-        around = conv._reversed_padding_repeated_twice
-        padding = (around[2], around[0])
-    else:
-        padding = pair(conv.padding)  # type: ignore[arg-type]
-    geometry = Geometry(pair(conv.kernel_size), pair(conv.stride), padding, pair(conv.dilation), conv.groups)
-    act, slope = ("identity", 0.0) if found.act is None else from_module(found.act)  # type: ignore[misc]
-    normalised = None
+    normalised: tuple[float, bool] | None = None
+    group = None
     if norm is not None:
         batch_stats = norm.training or (norm.running_mean is None and norm.running_var is None)
-        normalised = Norm(norm.eps, batch_stats, _process_group(norm) if batch_stats else None)
+        normalised = (norm.eps, batch_stats)
+        group = _process_group(norm) if batch_stats else None
+    act, slope = ("identity", 0.0) if found.act is None else from_module(found.act)  # type: ignore[misc]
+    numbers = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.output_padding)
     transposed = isinstance(conv, nn.ConvTranspose2d)
-    return Block(transposed, geometry, pair(conv.output_padding), normalised, act, slope, backend)
+    key = (numbers, transposed, padded, normalised, act, slope, backend)
+    if group is not None or torch.compiler.is_compiling() or not _hashable(numbers):  # a compiler guards on the table
+        return _block(conv, numbers, transposed, padded, normalised, group, act, slope, backend)
+    known = _BLOCKS.get(key)
+    if known is None:
+        known = _BLOCKS[key] = _block(conv, numbers, transposed, padded, normalised, group, act, slope, backend)
+    return known
+
+
+def _hashable(numbers: tuple) -> bool:
+    return list not in map(type, numbers)  # as someone may have set them
+
+
+_BLOCKS: dict[tuple, Block] = {}  # of modules as they are: asked for every block at every call
+
+
+def _block(
+    conv: nn.Conv2d | nn.ConvTranspose2d,
+    numbers: tuple,
+    transposed: bool,
+    padded: bool,
+    normalised: tuple[float, bool] | None,
+    group: Any,
+    act: str,
+    slope: float,
+    backend: str,
+) -> Block:
+    kernel, stride, padding, dilation, groups, output_padding = numbers
+    if padded or padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        around = conv._reversed_padding_repeated_twice
+        padding = (around[2], around[0])
+    geometry = Geometry(pair(kernel), pair(stride), pair(padding), pair(dilation), groups)
+    norm = None if normalised is None else Norm(*normalised, group)
+    return Block(transposed, geometry, pair(output_padding), norm, act, slope, backend)
 
 
 def _process_group(norm: nn.Module) -> Any:

@@ -131,12 +131,6 @@ def _contract(block: Block, a: Operand, weight: Tensor, epilogue: Epilogue) -> t
     return ops.conv(a, weight, block.geometry, epilogue, block.backend)
 
 
-def bias_coefficients(bias: Tensor | None, channels: int, like: Tensor) -> Tensor:
-    """coef (1, bias) [2, 1, C] of a block without normalisation."""
-    shift = like.new_zeros(channels, dtype=stat_dtype(like)) if bias is None else bias.to(stat_dtype(like))
-    return torch.stack([torch.ones_like(shift), shift])[:, None]
-
-
 def _known_coefficients(block: Block, t: BlockTensors, x: Tensor) -> Tensor:
     """The coef of a block that needs no statistics of the batch."""
     if block.norm is not None:
@@ -144,7 +138,7 @@ def _known_coefficients(block: Block, t: BlockTensors, x: Tensor) -> Tensor:
         mean, var = t.running_mean[None], t.running_var[None]
         return ops.coefficients(mean, var, t.bn_weight, t.bn_bias, t.bias, block.norm.eps, block.backend)
     channels = t.weight.shape[1] * block.geometry.groups if block.transposed else t.weight.shape[0]
-    return bias_coefficients(t.bias, channels, x)
+    return ops.bias_coefficients(t.bias, channels, x, block.backend)
 
 
 def _forward(
@@ -183,6 +177,13 @@ def _forward(
             if block.norm.process_group is not None:
                 stats, total = sync.combine(stats, _count(y, plan.stat_groups), block.norm.process_group)
             found.append(stats)
+            if not deferred:
+                out, coef = ops.normalize(
+                    y, stats, t.bn_weight, t.bn_bias, block.norm.eps, block.act, block.slope, block.backend
+                )
+                a = Operand(out)
+                states.append(_State(y if keep_y else None, coef, out if keep_a else None, total))
+                continue
             coef = ops.coefficients(stats[0], stats[1], t.bn_weight, t.bn_bias, None, block.norm.eps, block.backend)
 
         if coef is None or epilogue.kind == "activate":
@@ -304,11 +305,10 @@ def _backward(
         block, first = plan.blocks[i], 1 + i * PER_BLOCK
         t = of_block(tensors, i)
         need = of_block(needs[1:], i)
+        finish = not plan.seams.lazy_grad[i] and (bool(need.weight) or before[i])
         dy, grads[first + 1 : first + 4] = _norm_act_backward(
-            block, plan.stat_groups, states[i], t.bias, need, da, sums
+            block, plan.stat_groups, states[i], t.bias, need, da, sums, finish
         )
-        if dy.coef is not None and not plan.seams.lazy_grad[i] and (need.weight or before[i]):
-            dy = Operand(ops.norm_act(dy, block.backend))
         if need.weight:
             a = Operand(x) if i == 0 else _rebuilt(plan.blocks[i - 1], states[i - 1])
             gathered, linear = (dy, a) if block.transposed else (a, dy)
@@ -351,8 +351,9 @@ def _norm_act_backward(
     need: BlockTensors,
     da: Tensor,
     sums: Tensor | None,
+    finish: bool,
 ) -> tuple[Operand, list[Tensor | None]]:
-    """dy, and the gradients of (bias, bn_weight, bn_bias). With `sums` given, `da` is g already."""
+    """dy, computed if `finish`, and the gradients of (bias, bn_weight, bn_bias). With `sums`, `da` is g already."""
     y, coef, norm = state.y, state.coef, block.norm
     if coef is None:
         d_bias = da.sum((0, 2, 3), dtype=stat_dtype(da)) if need.bias else None
@@ -362,7 +363,11 @@ def _norm_act_backward(
     assert y is not None
     act = block.act if sums is None else "identity"
     batch_stats = norm is not None and norm.batch_stats
-    if sums is None and (batch_stats or need.bias or need.bn_weight or need.bn_bias):
+    dy: Operand | None = None
+    if sums is None and norm is not None and batch_stats and norm.process_group is None and finish:
+        out, sums = ops.normalize_backward(da, y, coef, _count(y, stat_groups), act, block.slope, block.backend)
+        dy = Operand(out)
+    elif sums is None and (batch_stats or need.bias or need.bn_weight or need.bn_bias):
         sums = ops.norm_act_reduce(da, y, coef, act, block.slope, block.backend)
     d_bias = d_bn_weight = d_bn_bias = None
     if need.bias:
@@ -375,16 +380,19 @@ def _norm_act_backward(
     if need.bn_bias:
         assert sums is not None
         d_bn_bias = _over_groups(sums[0])
-    if norm is not None and batch_stats:
-        assert sums is not None
-        count = _count(y, stat_groups)
-        if norm.process_group is not None:
-            assert state.total is not None
-            sums = sync.mean_sums(sums, count, state.total, norm.process_group)
-        grad_coef = ops.grad_coefficients(sums, coef, count, block.backend)
-    else:
+    if dy is None:
         grad_coef = coef[:2]
-    return Operand(da, y, grad_coef, act, block.slope), [d_bias, d_bn_weight, d_bn_bias]
+        if norm is not None and batch_stats:
+            assert sums is not None
+            count = _count(y, stat_groups)
+            if norm.process_group is not None:
+                assert state.total is not None
+                sums = sync.mean_sums(sums, count, state.total, norm.process_group)
+            grad_coef = ops.grad_coefficients(sums, coef, count, block.backend)
+        dy = Operand(da, y, grad_coef, act, block.slope)
+        if finish:
+            dy = Operand(ops.norm_act(dy, block.backend))
+    return dy, [d_bias, d_bn_weight, d_bn_bias]
 
 
 def _over_groups(row: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastdcgan import backends, checks, ops, planning
 from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.backends.base import Update
 from fastdcgan.chain import Block, BlockTensors, Norm, run
 from fastdcgan.geometry import Geometry, Pair, pair
 from fastdcgan.losses import bce_with_logits as bce_with_logits
@@ -72,13 +73,18 @@ def run_chain(
                 r.num_batches.add_(stat_groups)
         return formula(plan, x, flat)
     out, stats = run(plan, x, flat)
-    for block, t, r, s in zip(blocks, tensors, running, stats, strict=True):
-        if r is not None and s is not None:
-            _update_running(block, t, r, s, stat_groups)
+    updates = [
+        _update(t, r, s, stat_groups)
+        for t, r, s in zip(tensors, running, stats, strict=True)
+        if r is not None and s is not None
+    ]
+    if updates:
+        ops.update_all_running(updates, blocks[0].backend)
     return out
 
 
-def _update_running(block: Block, t: BlockTensors, r: Running, stats: Tensor, stat_groups: int) -> None:
+def _update(t: BlockTensors, r: Running, stats: Tensor, stat_groups: int) -> Update:
+    """How the running statistics change; counts the batch."""
     factor = None
     if r.num_batches is not None:
         if r.momentum is None:
@@ -86,8 +92,7 @@ def _update_running(block: Block, t: BlockTensors, r: Running, stats: Tensor, st
             factor = (1.0 / (r.num_batches + steps).double()).to(stats.dtype)
         r.num_batches.add_(stat_groups)
     bias = None if t.bias is None else t.bias.detach()
-    momentum = 0.0 if r.momentum is None else r.momentum
-    ops.update_running(r.mean, r.var, stats, bias, factor, momentum, block.backend)
+    return Update(r.mean, r.var, stats, bias, factor, 0.0 if r.momentum is None else r.momentum)
 
 
 def _single(

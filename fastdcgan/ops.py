@@ -7,13 +7,13 @@ Everything here is opaque to `torch.compile` and knows no autograd; `chain.py` d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastdcgan import backends
-from fastdcgan.backends.base import Epilogue, Operand, stat_dtype
+from fastdcgan.backends.base import Backend, Epilogue, Operand, Update, stat_dtype
 from fastdcgan.geometry import Geometry, Pair, pair
 
 # --- schemas ---------------------------------------------------------------------------------------------------------
@@ -242,6 +242,13 @@ def grad_coefficients(sums: Tensor, coef: Tensor, count: int, backend: str) -> T
     return torch.ops.fastdcgan.grad_coefficients(sums, coef, count, backend)
 
 
+def bias_coefficients(bias: Tensor | None, channels: int, like: Tensor, backend: str) -> Tensor:
+    """`coef` (1, bias) [2, 1, C] of a block without normalisation, in the `stat_dtype` of `like`."""
+    if _eager(like):
+        return _call(backends.get(backend).bias_coefficients, like, bias, channels)
+    return Backend.bias_coefficients(backends.get(backend), like, bias, channels)
+
+
 def update_running(
     mean: Tensor, var: Tensor, stats: Tensor, shift: Tensor | None, factor: Tensor | None, momentum: float, backend: str
 ) -> None:
@@ -250,6 +257,47 @@ def update_running(
         _call(backends.get(backend).update_running, mean, var, stats, shift, factor, momentum)
         return
     torch.ops.fastdcgan.update_running(mean, var, stats, shift, factor, momentum, backend)
+
+
+# Two or three primitives in one, which a backend may have as one call. They are not registered: where somebody watches,
+# what is called is what they are made of.
+
+
+def normalize(
+    y: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    slope: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`act(s*y + t)` and the coef of `y` with the batch's `stats`: `coefficients`, then `norm_act`."""
+    if _eager(y, stats):
+        return _call(backends.get(backend).normalize, y, stats, weight, bias, eps, act, slope)
+    coef = coefficients(stats[0], stats[1], weight, bias, None, eps, backend)
+    return norm_act(Operand(y, None, coef, act, slope), backend), coef
+
+
+def normalize_backward(
+    da: Tensor, y: Tensor, coef: Tensor, count: int, act: str, slope: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """`dy` and `sums`: `norm_act_reduce`, `grad_coefficients` over `count` values, then `norm_act`."""
+    if _eager(da, y):
+        return _call(backends.get(backend).normalize_backward, da, y, coef, count, act, slope)
+    sums = norm_act_reduce(da, y, coef, act, slope, backend)
+    grad_coef = grad_coefficients(sums, coef, count, backend)
+    return norm_act(Operand(da, y, grad_coef, act, slope), backend), sums
+
+
+def update_all_running(updates: Sequence[Update], backend: str) -> None:
+    """`update_running` for several normalisations, each `Update` with its arguments."""
+    if _eager(*(t for u in updates for t in (u.mean, u.var, u.stats))):
+        _call(backends.get(backend).update_all_running, updates[0].mean, updates)
+        return
+    for u in updates:
+        update_running(*u, backend)
 
 
 def _fake_coefficients(mean, var, weight, bias, shift, eps, backend) -> Tensor:

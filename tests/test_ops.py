@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastdcgan
 from fastdcgan import backends, ops
-from fastdcgan.backends.base import STORE, Epilogue, Operand
+from fastdcgan.backends.base import STORE, Epilogue, Operand, Update
 from fastdcgan.geometry import Geometry
 
 N = 4
@@ -229,6 +229,51 @@ def test_grad_coefficients_are_the_gradient_of_a_normalisation(backend: str) -> 
         grad_coef = ops.grad_coefficients(sums, coef, y.numel() // 5 // groups, backend)
         assert grad_coef.shape == (4, groups, 5)
         assert_close(formulas.finished(Operand(da, y.detach(), grad_coef)), expected, tolerance)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last])
+def test_several_primitives_in_one_are_what_they_are_made_of(
+    layout: Callable, watched: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        if backend not in backends_here(dtype):
+            continue
+        y, da = (layout(random(N, 5, 4, 3, dtype=dtype, seed=seed)) for seed in (0, 1))
+        weight, bias, stats = random(5, dtype=dtype, seed=2), random(5, dtype=dtype, seed=3), coef_of(3, 2, 5, dtype)
+        stats[1:].abs_()
+        running = [
+            [random(5, dtype=dtype, seed=seed), random(5, dtype=dtype, seed=seed).abs()] for seed in (4, 4, 5, 5)
+        ]
+        shift = random(5, dtype=dtype, seed=6)
+
+        coef = ops.coefficients(stats[0], stats[1], weight, bias, None, 1e-3, backend)
+        a = ops.norm_act(Operand(y, None, coef, ACT, SLOPE), backend)
+        sums = ops.norm_act_reduce(da, y, coef, ACT, SLOPE, backend)
+        dy = ops.norm_act(Operand(da, y, ops.grad_coefficients(sums, coef, 24, backend), ACT, SLOPE), backend)
+        ops.update_running(*running[0], stats, None, None, 0.1, backend)
+        ops.update_running(*running[2], stats, shift, None, 0.2, backend)
+        one = torch.ones(5, device=DEVICE, dtype=coef.dtype)
+        with monkeypatch.context() as patch:
+            if watched:
+                patch.setattr(ops, "_eager", lambda *tensors: False)
+            found_a, found_coef = ops.normalize(y, stats, weight, bias, 1e-3, ACT, SLOPE, backend)
+            found_dy, found_sums = ops.normalize_backward(da, y, coef, 24, ACT, SLOPE, backend)
+            updates = [Update(*running[1], stats, None, None, 0.1), Update(*running[3], stats, shift, None, 0.2)]
+            ops.update_all_running(updates, backend)
+            plain, shifted = (ops.bias_coefficients(b, 5, y, backend) for b in (None, bias))
+        for found, expected in (
+            (found_a, a),
+            (found_coef, coef),
+            (found_dy, dy),
+            (found_sums, sums),
+            (torch.stack(running[1]), torch.stack(running[0])),
+            (torch.stack(running[3]), torch.stack(running[2])),
+            (plain, torch.stack([one, 0 * one])[:, None]),
+            (shifted, torch.stack([one, bias.to(coef.dtype)])[:, None]),
+        ):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+            assert found.stride() == expected.stride()
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:

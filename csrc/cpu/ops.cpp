@@ -1,5 +1,6 @@
 // torch.ops.fastdcgan_cpu: checks, allocation, registration.
 #include <ATen/Parallel.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -214,6 +215,50 @@ void update_running_(
   }
 }
 
+// Running statistics of several normalisations, as `update_running_` does one; `shifts` has an empty tensor for none.
+void update_all_running_(
+    at::TensorList means, at::TensorList variances, at::TensorList stats, at::TensorList shifts,
+    at::ArrayRef<double> momenta) {
+  TORCH_CHECK_VALUE(
+      means.size() == variances.size() && means.size() == stats.size() && means.size() == shifts.size() &&
+          means.size() == momenta.size(),
+      "expected lists of one length, got ", means.size(), ", ", variances.size(), ", ", stats.size(), ", ",
+      shifts.size(), " and ", momenta.size());
+  for (size_t i = 0; i < means.size(); ++i) {
+    const auto shift = shifts[i].numel() ? optional<Tensor>(shifts[i]) : std::nullopt;
+    update_running_(means[i], variances[i], stats[i], shift, std::nullopt, momenta[i]);
+  }
+}
+
+// --- several of the above in one call, which on small tensors costs more than what it does ---------------------------
+
+// (act(s*y + t), coef) of a normalisation with the batch's `stats` [3, groups, C].
+std::tuple<Tensor, Tensor> normalize(
+    const Tensor& y, const Tensor& stats, const optional<Tensor>& weight, const optional<Tensor>& bias, double eps,
+    int64_t act, double slope) {
+  TORCH_CHECK_VALUE(
+      stats.dim() == 3 && stats.size(0) == 3, "expected statistics [3, groups, channels], got ", stats.sizes());
+  const Tensor coef = coefficients(stats.select(0, 0), stats.select(0, 1), weight, bias, std::nullopt, eps);
+  return {norm_act(y, coef, act, slope), coef};
+}
+
+// (dy, sums) of its backward, over `count` values.
+std::tuple<Tensor, Tensor> normalize_backward(
+    const Tensor& da, const Tensor& y, const Tensor& coef, double count, int64_t act, double slope) {
+  const Tensor sums = norm_act_reduce(da, y, coef, act, slope);
+  return {norm_act_backward(da, y, grad_coefficients(sums, coef, count), act, slope), sums};
+}
+
+// coef (1, bias) [2, 1, channels] of what is not normalised.
+Tensor bias_coefficients(const optional<Tensor>& bias, int64_t channels) {
+  const Tensor coef = at::empty({2, 1, channels}, at::TensorOptions(at::kFloat));
+  const auto shifts = by_channel(bias, 0, 1, channels);
+  float* values = coef.data_ptr<float>();
+  std::fill_n(values, channels, 1.f);
+  std::transform(shifts.begin(), shifts.end(), values + channels, [](double shift) { return static_cast<float>(shift); });
+  return coef;
+}
+
 // The threads that a parallel region of this library gets: at::get_num_threads(), unless it was built without OpenMP or
 // runs on another OpenMP runtime than torch.
 int64_t threads() {
@@ -237,6 +282,14 @@ TORCH_LIBRARY(fastdcgan_cpu, m) {
   m.def(
       "update_running_(Tensor(a!) mean, Tensor(b!) var, Tensor stats, Tensor? shift, Tensor? factor, float momentum) "
       "-> ()");
+  m.def(
+      "update_all_running_(Tensor(a!)[] mean, Tensor(b!)[] var, Tensor[] stats, Tensor[] shift, float[] momentum) -> ()");
+  m.def(
+      "normalize(Tensor y, Tensor stats, Tensor? weight, Tensor? bias, float eps, int act, float slope) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "normalize_backward(Tensor da, Tensor y, Tensor coef, float count, int act, float slope) -> (Tensor, Tensor)");
+  m.def("bias_coefficients(Tensor? bias, int channels) -> Tensor", fastdcgan::cpu::bias_coefficients);
   m.def("threads() -> int", fastdcgan::cpu::threads);
 }
 
@@ -249,4 +302,7 @@ TORCH_LIBRARY_IMPL(fastdcgan_cpu, CPU, m) {
   m.impl("coefficients", fastdcgan::cpu::coefficients);
   m.impl("grad_coefficients", fastdcgan::cpu::grad_coefficients);
   m.impl("update_running_", fastdcgan::cpu::update_running_);
+  m.impl("update_all_running_", fastdcgan::cpu::update_all_running_);
+  m.impl("normalize", fastdcgan::cpu::normalize);
+  m.impl("normalize_backward", fastdcgan::cpu::normalize_backward);
 }

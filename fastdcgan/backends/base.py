@@ -63,6 +63,17 @@ class Epilogue(NamedTuple):
 STORE = Epilogue()
 
 
+class Update(NamedTuple):
+    """The arguments of `Backend.update_running`."""
+
+    mean: Tensor
+    var: Tensor
+    stats: Tensor
+    shift: Tensor | None
+    factor: Tensor | None
+    momentum: float
+
+
 class Seams(NamedTuple):
     """The choices of a chain's plan that change speed and memory, but no result beyond rounding."""
 
@@ -144,6 +155,29 @@ class Backend:
 
     def grad_coefficients(self, sums: Tensor, coef: Tensor, count: float) -> Tensor:
         raise NotImplementedError
+
+    # --- several of them in one, for a backend whose calls cost more than what they do on small tensors ---
+
+    def normalize(
+        self, y: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str, slope: float
+    ) -> tuple[Tensor, Tensor]:
+        coef = self.coefficients(stats[0], stats[1], weight, bias, None, eps)
+        return self.norm_act(Operand(y, None, coef, act, slope)), coef
+
+    def normalize_backward(
+        self, da: Tensor, y: Tensor, coef: Tensor, count: int, act: str, slope: float
+    ) -> tuple[Tensor, Tensor]:
+        sums = self.norm_act_reduce(da, y, coef, act, slope)
+        return self.norm_act(Operand(da, y, self.grad_coefficients(sums, coef, count), act, slope)), sums
+
+    def bias_coefficients(self, like: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+        dtype = stat_dtype(like)
+        shift = like.new_zeros(channels, dtype=dtype) if bias is None else bias.to(dtype)
+        return torch.stack([torch.ones_like(shift), shift])[:, None]
+
+    def update_all_running(self, first: Tensor, updates: Sequence[Update]) -> None:
+        for u in updates:
+            self.update_running(*u)
 
     # --- contractions by way of PyTorch's own ---
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.base import Backend, Epilogue, Operand, Unavailable, memory_format
+from fastdcgan.backends.base import Backend, Epilogue, Operand, Unavailable, Update, memory_format
 from fastdcgan.build_info import build_info, library, why_missing, why_stale
 from fastdcgan.geometry import Geometry, Pair
 
@@ -241,3 +241,28 @@ class CPUBackend(Backend):
 
     def grad_coefficients(self, sums: Tensor, coef: Tensor, count: float) -> Tensor:
         return torch.ops.fastdcgan_cpu.grad_coefficients(sums, coef, count)
+
+    # --- several in one call ---
+
+    def normalize(
+        self, y: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str, slope: float
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastdcgan_cpu.normalize(y, stats, weight, bias, eps, ACTIVATIONS[act].id, slope)
+
+    def normalize_backward(
+        self, da: Tensor, y: Tensor, coef: Tensor, count: int, act: str, slope: float
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastdcgan_cpu.normalize_backward(da, y, coef, count, ACTIVATIONS[act].id, slope)
+
+    def bias_coefficients(self, like: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+        return torch.ops.fastdcgan_cpu.bias_coefficients(bias, channels)
+
+    def update_all_running(self, first: Tensor, updates: Sequence[Update]) -> None:
+        means, variances, stats, shifts, factors, momenta = zip(*updates, strict=True)
+        plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (*means, *variances))
+        if not plain or any(factor is not None for factor in factors):
+            super().update_all_running(first, updates)
+            return
+        none = first.new_empty(0)
+        given = [none if shift is None else shift for shift in shifts]
+        torch.ops.fastdcgan_cpu.update_all_running_(means, variances, stats, given, momenta)
