@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("fastdcgan.commands.train", "Train a DCGAN on a folder of images, or go on with a run."),
     "sample": ("fastdcgan.commands.sample", "Make images with a trained generator."),
     "interpolate": ("fastdcgan.commands.interpolate", "Walk between images of a generator, or calculate with them."),
+    "inpaint": ("fastdcgan.commands.inpaint", "Fill in what is missing of images: semantic inpainting."),
     "features": ("fastdcgan.commands.features", "Features of a trained network, classifiers on them, a comparison."),
     "evaluate": ("fastdcgan.commands.evaluate", "Fréchet distance, precision and recall of a run's checkpoints."),
     "bench": ("fastdcgan.benchmarks.cli", "Time blocks and the training step against PyTorch."),

@@ -106,7 +106,7 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit this network: {error}") from error
+        raise CheckpointError(f"{path} does not fit this network: {' '.join(str(error).split())}") from error
 
 
 def folder(run: str | Path) -> Path:

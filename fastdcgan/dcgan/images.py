@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,13 @@ def save_image(image: Image.Image, path: Path) -> None:
     """A PNG file, written atomically."""
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def save_numbered(parts: Iterable[np.ndarray], count: int, folder: Path) -> None:
+    """`count` pictures that come in parts, uint8 [N, H, W, C], as PNG files in `folder`: 000.png, 001.png, ..."""
+    digits = len(str(count - 1))
+    for number, pixels in enumerate(picture for part in parts for picture in part):
+        to_image(pixels).save(folder / f"{number:0{digits}}.png")
 
 
 def save_gif(frames: Sequence[Path], path: Path, seconds: float = 8.0) -> None:

@@ -117,6 +117,8 @@ def walk_sheet(generator: Generator, points: Tensor, steps: int = 8) -> Image.Im
 
 def save_walk(generator: Generator, points: Tensor, path: Path, steps: int = 16) -> None:
     """A GIF of the walk along `points` [K, nz] and back to the first one; each part has `steps` frames."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: expected at least 1")
     around = walk(torch.cat([points, points[:1]]), steps + 1)[:, :-1]
     frames = _images(generator, around.flatten(0, 1))
     scale = math.ceil(_GIF_SIDE / generator.image_size)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdcgan.dcgan.console import Bar
 from fastdcgan.dcgan.files import new_folder, replacing
-from fastdcgan.dcgan.images import Sheet, to_image, to_pixels
+from fastdcgan.dcgan.images import Sheet, save_numbered, to_pixels
 from fastdcgan.dcgan.models import Generator
 
 MOST_IN_A_GRID = 10_000  # beyond them the picture itself is what takes the memory
@@ -91,7 +91,7 @@ def write_files(generator: Generator, count: int, folder: Path, seed: int = 0, t
     """A PNG file of each image in a new folder: 000.png, 001.png, ... Raises FileExistsError for one that is not new,
     unless it is empty."""
     with new_folder(folder) as temporary:
-        _fill(generator, count, temporary, seed, truncation)
+        save_numbered(_pixels(generator, count, seed, truncation), count, temporary)
 
 
 def write_classes(
@@ -115,7 +115,8 @@ def write_classes(
     with new_folder(folder) as temporary:
         for name, generator in generators.items():
             (temporary / name).mkdir()
-            _fill(generator, count, temporary / name, seed, truncation, f"sampling {name}")
+            parts = _pixels(generator, count, seed, truncation, f"sampling {name}")
+            save_numbered(parts, count, temporary / name)
 
 
 def write_array(generator: Generator, count: int, path: Path, seed: int = 0, truncation: float | None = None) -> None:
@@ -134,16 +135,6 @@ def write_array(generator: Generator, count: int, path: Path, seed: int = 0, tru
             if archive:
                 target.close()
                 archive.close()
-
-
-def _fill(
-    generator: Generator, count: int, folder: Path, seed: int, truncation: float | None, title: str = "sampling"
-) -> None:
-    digits, number = len(str(count - 1)), 0
-    for pixels in _pixels(generator, count, seed, truncation, title):
-        for picture in pixels:
-            to_image(picture).save(folder / f"{number:0{digits}}.png")
-            number += 1
 
 
 def _pixels(
