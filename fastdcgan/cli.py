@@ -24,6 +24,7 @@ COMMANDS = {
     "inpaint": ("fastdcgan.commands.inpaint", "Fill in what is missing of images: semantic inpainting."),
     "features": ("fastdcgan.commands.features", "Features of a trained network, classifiers on them, a comparison."),
     "evaluate": ("fastdcgan.commands.evaluate", "Fréchet distance, precision and recall of a run's checkpoints."),
+    "style": ("fastdcgan.commands.style", "Show one picture in the manner of another."),
     "bench": ("fastdcgan.benchmarks.cli", "Time blocks and the training step against PyTorch."),
     "doctor": ("fastdcgan.commands.doctor", "Show what was built, what can run here, and why the rest can't."),
 }

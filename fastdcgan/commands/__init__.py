@@ -32,9 +32,16 @@ def at_least(option: str, value: float, least: float) -> None:
 
 
 def folder_to_fill(path: Path) -> None:
-    """Make the folder that a command writes into, before the work begins. Raises ValueError where that can't be."""
+    """Make the folder that a command writes into, before the work begins. Raises ValueError where that fails."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is no folder")
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
         raise ValueError(f"{path} can't be written to")
+
+
+def file_to_write(path: Path) -> None:
+    """Make the folder of the file that a command writes, before the work begins. Raises ValueError if that fails."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: expected the name of a file")
+    folder_to_fill(path.parent)

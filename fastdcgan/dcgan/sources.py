@@ -86,7 +86,7 @@ class FolderSource(Source):
             if image.format == "JPEG":
                 image.draft(None, (image_size, image_size))  # decodes at a fraction of the size where that is enough
             upright = ImageOps.exif_transpose(image)
-            plain = _as_rgb_or_grey(upright, channels)
+            plain = as_rgb_or_grey(upright, channels)
         # Centre crop to a square, then an antialiased resize.
         return _pixels(ImageOps.fit(plain, (image_size, image_size), Image.Resampling.LANCZOS))
 
@@ -119,7 +119,7 @@ class ArraySource(Source):
         # MNIST's 28 pixels become 32 by a black border: its digits stay as sharp as they are.
         if pixels.shape == (28, 28) and image_size != 28:
             pixels = np.pad(pixels, 2)
-        image = _as_rgb_or_grey(Image.fromarray(pixels), channels)
+        image = as_rgb_or_grey(Image.fromarray(pixels), channels)
         if image.size != (image_size, image_size):
             image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
         return _pixels(image)
@@ -147,7 +147,7 @@ class CropSource(Source):
 
     def decode(self, index: int, image_size: int, channels: int) -> np.ndarray:
         photograph, (left, top, right, bottom) = self.crops[index]
-        image = _as_rgb_or_grey(Image.fromarray(self.photographs[photograph][top:bottom, left:right]), channels)
+        image = as_rgb_or_grey(Image.fromarray(self.photographs[photograph][top:bottom, left:right]), channels)
         return _pixels(image.resize((image_size, image_size), Image.Resampling.LANCZOS))
 
     def classes(self) -> tuple[list[str], np.ndarray]:
@@ -213,7 +213,7 @@ def _load_photographs() -> dict[str, np.ndarray]:
     return {Path(name).stem: pixels for name, pixels in zip(found.filenames, found.images, strict=True)}
 
 
-def _as_rgb_or_grey(image: Image.Image, channels: int) -> Image.Image:
+def as_rgb_or_grey(image: Image.Image, channels: int) -> Image.Image:
     """Any mode as "RGB" or "L": 16 bits scaled down, transparency laid over white."""
     if image.mode.startswith("I"):  # 16 bits in a PNG or TIFF; Pillow's own conversion would clip them at 255
         values = np.asarray(image, dtype=np.float64)
