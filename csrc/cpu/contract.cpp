@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../common/moments.h"
+#include "block_stats.h"
 #include "finish.h"
 #include "gather.h"
 #include "pack.h"
@@ -109,38 +109,6 @@ class Plan {
   std::vector<Group> groups_;
 };
 
-// Per channel, mean and sum of squared deviations of `rows` rows.
-void moments(const float* c, int64_t rows, int64_t width, float* mean, float* m2) {
-  for (int64_t n = 0; n < width; n += kWidth) {
-    Floats sum{}, squares{};
-    for (int64_t r = 0; r < rows; ++r) sum += load(c + r * width + n);
-    const Floats mu = sum / static_cast<float>(rows);
-    for (int64_t r = 0; r < rows; ++r) {
-      const Floats d = load(c + r * width + n) - mu;
-      squares += d * d;
-    }
-    store(mean + n, mu);
-    store(m2 + n, squares);
-  }
-}
-
-// [3, groups, channels] from those of the blocks: [blocks, 2, width].
-void combine(const std::vector<Block>& blocks, const float* partial, int64_t width, int64_t channels, const Finish& f) {
-  std::vector<Moments<double>> all(f.groups * channels);
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    const float *mean = partial + i * 2 * width, *m2 = mean + width;
-    Moments<double>* group = all.data() + blocks[i].stat_group * channels;
-    const auto count = static_cast<double>(blocks[i].rows);
-    for (int64_t n = 0; n < channels; ++n) group[n].merge({count, mean[n], m2[n]});
-  }
-  const int64_t row = f.groups * channels;
-  for (int64_t i = 0; i < row; ++i) {
-    f.stats[i] = static_cast<float>(all[i].mean);
-    f.stats[row + i] = static_cast<float>(all[i].m2 / all[i].count);
-    f.stats[2 * row + i] = static_cast<float>(all[i].m2 / (all[i].count - 1));
-  }
-}
-
 template <class T>
 class Gather {
  public:
@@ -191,7 +159,10 @@ class Gather {
       add = true;
     }
     if (!add) std::fill_n(c, b.rows * width, 0.f);
-    if (partial) moments(c, b.rows, width, partial + begin, partial + panels_.width + begin);
+    if (partial) {
+      const auto sums = [&](int64_t r) { return c + r * width; };
+      moments(sums, b.rows, width, partial + begin, partial + panels_.width + begin);
+    }
     const int64_t columns = std::min(width, c_.out_channels - begin);
     Place place(rows, b.first);
     for (int64_t r = 0; r < b.rows; ++r, place.next(rows)) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "contractions.h"
+#include "winograd.h"
 
 namespace fastdcgan::cpu {
 namespace {
@@ -37,11 +38,19 @@ Tensor output(const Tensor& like, int64_t batch, int64_t channels, int64_t heigh
   return at::empty({batch, channels, height, width}, like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
+void check_winograd(const Contraction& c, bool winograd) {
+  TORCH_CHECK_VALUE(
+      !winograd || winograd_covers(c), "expected kernels of twice the stride, strides of 1 or 2 and no dilation for ",
+      "minimal filtering, got kernels ", c.y.kernel, " and ", c.x.kernel, ", strides ", c.y.stride, " and ", c.x.stride,
+      ", dilations ", c.y.dilation, " and ", c.x.dilation);
+}
+
 // Output and, for groups > 0, its stats. `by_channel`: [channels] for act(sum + t), [2 or more, 1, channels] for
 // act(s*sum + t).
 std::tuple<Tensor, Tensor> contraction(
     const Tensor& x_, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-    IntArrayRef size, bool transposed, const optional<Tensor>& by_channel_, int64_t act, double slope, int64_t groups) {
+    IntArrayRef size, bool transposed, const optional<Tensor>& by_channel_, int64_t act, double slope, int64_t groups,
+    bool winograd) {
   const Tensor x = channels_last(x_, "an input");
   TORCH_CHECK_VALUE(
       weight.dim() == 4 && weight.size(transposed ? 0 : 1) == x.size(1), "expected a weight for ", x.size(1),
@@ -57,6 +66,7 @@ std::tuple<Tensor, Tensor> contraction(
   const Contraction c{
       x.size(0), x.size(1), channels, axis(x, 0, kernel, stride, padding, dilation, size[0], transposed),
       axis(x, 1, kernel, stride, padding, dilation, size[1], transposed)};
+  check_winograd(c, winograd);
   const Weight w{weight.const_data_ptr(), weight.stride(transposed ? 0 : 1), weight.stride(transposed ? 1 : 0),
                  weight.stride(2), weight.stride(3)};
   Tensor by_channel;
@@ -82,26 +92,27 @@ std::tuple<Tensor, Tensor> contraction(
     finish.stats = stats.data_ptr<float>();
     finish.groups = groups;
   }
-  TORCH_CHECK_VALUE(
-      contract(c, x.scalar_type(), x.const_data_ptr(), w, out.data_ptr(), finish), "unknown activation id ", act);
+  const bool known = (winograd ? winograd_contract : contract)(
+      c, x.scalar_type(), x.const_data_ptr(), w, out.data_ptr(), finish);
+  TORCH_CHECK_VALUE(known, "unknown activation id ", act);
   return {out, stats};
 }
 
 std::tuple<Tensor, Tensor> conv(
     const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t groups) {
-  return contraction(x, weight, stride, padding, dilation, size, false, by_channel, act, slope, groups);
+    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t groups, bool winograd) {
+  return contraction(x, weight, stride, padding, dilation, size, false, by_channel, act, slope, groups, winograd);
 }
 
 std::tuple<Tensor, Tensor> conv_transpose(
     const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t groups) {
-  return contraction(x, weight, stride, padding, dilation, size, true, by_channel, act, slope, groups);
+    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t groups, bool winograd) {
+  return contraction(x, weight, stride, padding, dilation, size, true, by_channel, act, slope, groups, winograd);
 }
 
 Tensor grad_of_weight(
     const Tensor& gathered_, const Tensor& linear_, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
-    IntArrayRef dilation) {
+    IntArrayRef dilation, bool winograd) {
   const Tensor gathered = channels_last(gathered_, "an input"), linear = channels_last(linear_, "a gradient");
   TORCH_CHECK_VALUE(
       gathered.size(0) == linear.size(0), "expected one batch size, got ", gathered.size(0), " and ", linear.size(0));
@@ -113,7 +124,9 @@ Tensor grad_of_weight(
       axis(gathered, 0, kernel, stride, padding, dilation, linear.size(2), false),
       axis(gathered, 1, kernel, stride, padding, dilation, linear.size(3), false)};
   const Tensor out = output(gathered, c.out_channels, c.in_channels, kernel[0], kernel[1]);
-  weight_grad(c, gathered.scalar_type(), gathered.const_data_ptr(), linear.const_data_ptr(), out.data_ptr());
+  check_winograd(c, winograd);
+  (winograd ? winograd_weight_grad : weight_grad)(
+      c, gathered.scalar_type(), gathered.const_data_ptr(), linear.const_data_ptr(), out.data_ptr());
   return out;
 }
 
@@ -123,13 +136,13 @@ Tensor grad_of_weight(
 TORCH_LIBRARY_FRAGMENT(fastdcgan_cpu, m) {
   m.def(
       "conv(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int[2] size, Tensor? by_channel, "
-      "int act, float slope, int groups) -> (Tensor, Tensor)");
+      "int act, float slope, int groups, bool winograd=False) -> (Tensor, Tensor)");
   m.def(
       "conv_transpose(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int[2] size, "
-      "Tensor? by_channel, int act, float slope, int groups) -> (Tensor, Tensor)");
+      "Tensor? by_channel, int act, float slope, int groups, bool winograd=False) -> (Tensor, Tensor)");
   m.def(
-      "weight_grad(Tensor gathered, Tensor linear, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) "
-      "-> Tensor");
+      "weight_grad(Tensor gathered, Tensor linear, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
+      "bool winograd=False) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(fastdcgan_cpu, CPU, m) {

@@ -25,6 +25,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # the image side, in float32 where few taps read padding, and where a weight is packed for few rows.
 FEWEST_CHANNELS = 16  # of the side that taps shift over
 MOST_PIXELS = 16  # of the other side, in float32
+# Of 2x2 outputs: below these, minimal filtering loses by transforming the weight; sums are too short for its rounding.
+FEWEST_TILES, FEWEST_SUMMED_TILES = 128, 16
 FEWEST_ROWS, FEWEST_WIDE_ROWS, FEWEST_PROJECTED = 128, 512, 16  # pixels of all samples: 16-bit, float32, from one pixel
 
 
@@ -97,6 +99,10 @@ class CPUBackend(Backend):
     # --- contractions ---
 
     def why_not(self, op: str, *args: Any) -> str | None:
+        return self._choose(op, *args)[0]
+
+    def _choose(self, op: str, *args: Any) -> tuple[str | None, bool]:
+        """Why PyTorch's own contraction runs this call, or None, and whether ours is by minimal filtering."""
         first, second, geometry = args[:3]
         x = _stored(first)
         gathered: Size
@@ -110,7 +116,10 @@ class CPUBackend(Backend):
                 gathered, linear = x.shape, (batch, other.shape[0], *geometry.conv_size(*x.shape[2:]))
             else:
                 gathered, linear = (batch, other.shape[1], *args[3]), x.shape
-        return self.cannot(geometry, x, other) or self.slower(op, gathered, linear, x.dtype)
+        reason = self.cannot(geometry, x, other)
+        if reason is None and self.filters(op, gathered, linear, geometry, x.dtype):
+            return None, True
+        return reason or self.slower(op, gathered, linear, x.dtype), False
 
     def cannot(self, geometry: Geometry, *tensors: Tensor) -> str | None:
         """Why the kernels of csrc/cpu can't run a contraction, or None if they can."""
@@ -124,6 +133,24 @@ class CPUBackend(Backend):
             if t.numel() == 0 or t.dtype != tensors[0].dtype:
                 return f"the contractions of csrc/cpu take elements of one dtype, not {list(t.shape)} of {t.dtype}"
         return None
+
+    def filters(self, op: str, gathered: Size, linear: Size, geometry: Geometry, dtype: torch.dtype) -> bool:
+        """Whether minimal filtering (csrc/cpu/winograd.h) runs a contraction: it covers it, and is the fastest there.
+
+        Arguments as in `slower`.
+        """
+        if not self.can_filter(geometry) or min(gathered[1], linear[1]) < FEWEST_CHANNELS:
+            return False
+        if self._tiles and dtype == torch.bfloat16:
+            return False
+        tiles = linear[0] * ((linear[2] + 1) // 2) * ((linear[3] + 1) // 2)
+        return tiles >= (FEWEST_SUMMED_TILES if op == "weight_grad" else FEWEST_TILES)
+
+    @staticmethod
+    def can_filter(geometry: Geometry) -> bool:
+        """Whether minimal filtering covers convolutions of this geometry."""
+        g = geometry
+        return g.dilation == (1, 1) and max(g.stride) <= 2 and g.kernel == (2 * g.stride[0], 2 * g.stride[1])
 
     def slower(self, op: str, gathered: Size, linear: Size, dtype: torch.dtype) -> str | None:
         """Why PyTorch's own contraction is as fast or faster, or None if it isn't.
@@ -158,28 +185,30 @@ class CPUBackend(Backend):
             size = block.output_size(*size)
         return weights[-1].shape[1 if blocks[-1].transposed else 0] < FEWEST_CHANNELS or size == (1, 1)
 
-    def _own(self, op: str, *args: Any) -> bool:
-        """Whether a kernel of ours runs this call."""
-        reason = self.why_not(op, *args)
+    def _own(self, op: str, *args: Any) -> tuple[bool, bool]:
+        """Whether a kernel of ours runs this call, and whether by minimal filtering."""
+        reason, filters = self._choose(op, *args)
         if self.seen is not None:
             self.seen.append("" if reason is None else f"PyTorch's convolution: {reason}")
-        return reason is None
+        return reason is None, filters
 
     def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
-        if not self._own("conv", a, weight, geometry, epilogue):
+        own, filters = self._own("conv", a, weight, geometry, epilogue)
+        if not own:
             return super().conv(a, weight, geometry, epilogue)
         size = geometry.conv_size(a.x.shape[2], a.x.shape[3])
-        return self._run(torch.ops.fastdcgan_cpu.conv, a, weight, geometry, size, epilogue)
+        return self._run(torch.ops.fastdcgan_cpu.conv, a, weight, geometry, size, epilogue, filters)
 
     def conv_transpose(
         self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
     ) -> tuple[Tensor, Tensor]:
-        if not self._own("conv_transpose", a, weight, geometry, output_size, epilogue):
+        own, filters = self._own("conv_transpose", a, weight, geometry, output_size, epilogue)
+        if not own:
             return super().conv_transpose(a, weight, geometry, output_size, epilogue)
-        return self._run(torch.ops.fastdcgan_cpu.conv_transpose, a, weight, geometry, output_size, epilogue)
+        return self._run(torch.ops.fastdcgan_cpu.conv_transpose, a, weight, geometry, output_size, epilogue, filters)
 
     def _run(
-        self, op: Callable, a: Operand, weight: Tensor, geometry: Geometry, size: Pair, e: Epilogue
+        self, op: Callable, a: Operand, weight: Tensor, geometry: Geometry, size: Pair, e: Epilogue, filters: bool
     ) -> tuple[Tensor, Tensor]:
         fused, act, slope, groups = None, ACTIVATIONS["identity"].id, 0.0, 0
         if e.kind == "stats":
@@ -190,16 +219,18 @@ class CPUBackend(Backend):
         elif e.kind == "activate" and e.coef is not None and e.coef.shape[1] == 1:
             fused, act, slope = e.coef, ACTIVATIONS[e.act].id, e.slope
         g = geometry
-        out, stats = op(self.finished(a), weight, g.stride, g.padding, g.dilation, size, fused, act, slope, groups)
+        x = self.finished(a)
+        out, stats = op(x, weight, g.stride, g.padding, g.dilation, size, fused, act, slope, groups, filters)
         if fused is None and groups == 0:
             return self.apply_epilogue(out, e)
         return out, stats
 
     def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
-        if not self._own("weight_grad", gathered, linear, geometry):
+        own, filters = self._own("weight_grad", gathered, linear, geometry)
+        if not own:
             return super().weight_grad(gathered, linear, geometry)
         x, dy, g = self.finished(gathered), self.finished(linear), geometry
-        dw = torch.ops.fastdcgan_cpu.weight_grad(x, dy, g.kernel, g.stride, g.padding, g.dilation)
+        dw = torch.ops.fastdcgan_cpu.weight_grad(x, dy, g.kernel, g.stride, g.padding, g.dilation, filters)
         return dw.contiguous(memory_format=memory_format(x))
 
     # --- normalisation and activation ---

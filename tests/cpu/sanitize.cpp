@@ -13,6 +13,7 @@
 #include "../../csrc/cpu/images.h"
 #include "../../csrc/cpu/losses.h"
 #include "../../csrc/cpu/passes.h"
+#include "../../csrc/cpu/winograd.h"
 
 using namespace fastdcgan::cpu;
 
@@ -97,21 +98,30 @@ int contractions(int64_t batch, int64_t channels, int64_t out, const Axis& y, co
   const auto a = filled<T>(gathered), b = filled<T>(linear), w = filled<T>(weights);
   const auto coef = std::make_unique<float[]>(2 * std::max(channels, out)), stats = std::make_unique<float[]>(6 * out);
   const Contraction conv{batch, channels, out, y, x};
-  Finish finish;
-  finish.stats = stats.get();
-  finish.groups = batch % 2 ? 1 : 2;
-  int calls = contract(conv, dtype, a.get(), {w.get(), 1, y.kernel * tap, tap, channels}, b.get(), finish);
-  finish = {coef.get(), coef.get() + out, {3, 0.f}};
-  calls += contract(conv, dtype, a.get(), {w.get(), 1, y.kernel * tap, tap, channels}, b.get(), finish);
+  const Weight weight{w.get(), 1, y.kernel * tap, tap, channels};
+  Finish with_stats, activated{coef.get(), coef.get() + out, {3, 0.f}};
+  with_stats.stats = stats.get();
+  with_stats.groups = batch % 2 ? 1 : 2;
+  int calls = 0;
+  for (const Finish& finish : {with_stats, activated}) {
+    calls += contract(conv, dtype, a.get(), weight, b.get(), finish);
+    if (winograd_covers(conv)) calls += winograd_contract(conv, dtype, a.get(), weight, b.get(), finish);
+  }
   Axis back[2] = {y, x};
   for (Axis& axis : back) {
     std::swap(axis.in, axis.out);
     axis.transposed = true;
   }
-  finish = {coef.get(), coef.get() + channels, {2, .2f}};
+  const Finish finish{coef.get(), coef.get() + channels, {2, .2f}};
   const Weight turned{w.get(), y.kernel * tap, 1, tap, channels};
-  calls += contract({batch, out, channels, back[0], back[1]}, dtype, b.get(), turned, a.get(), finish);
+  const Contraction transposed{batch, out, channels, back[0], back[1]};
+  calls += contract(transposed, dtype, b.get(), turned, a.get(), finish);
   weight_grad(conv, dtype, a.get(), b.get(), w.get());
+  if (winograd_covers(conv)) {
+    calls += winograd_contract(transposed, dtype, b.get(), turned, a.get(), finish);
+    winograd_weight_grad(conv, dtype, a.get(), b.get(), w.get());
+    ++calls;
+  }
   return calls + 1;
 }
 
@@ -124,7 +134,7 @@ int main() {
     return Axis{k, s, p, d, in, (in + 2 * p - d * (k - 1) - 1) / s + 1, false};
   };
   const Axis axes[][2] = {
-      {axis(4, 2, 1, 1, 8), axis(4, 2, 1, 1, 6)}, {axis(4, 1, 0, 1, 4), axis(4, 1, 0, 1, 4)},
+      {axis(4, 2, 1, 1, 8), axis(4, 2, 1, 1, 6)}, {axis(2, 1, 1, 1, 2), axis(4, 2, 2, 1, 7)}, {axis(4, 1, 0, 1, 4), axis(4, 1, 0, 1, 4)},
       {axis(3, 1, 1, 1, 5), axis(1, 1, 0, 1, 3)}, {axis(3, 3, 2, 2, 7), axis(2, 3, 4, 3, 5)}};
   for (const auto& [y, x] : axes)
     for (int64_t batch : {1, 4})

@@ -1,0 +1,130 @@
+// The transforms of tiles: vectors along channels.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "gemm.h"
+#include "widen.h"
+#include "winograd.h"
+
+namespace fastdcgan::cpu {
+
+// Sample, and tile along each axis.
+struct TilePlace {
+  int64_t n, y, x, y_tiles, x_tiles;
+
+  TilePlace(int64_t y_tiles, int64_t x_tiles, int64_t tile)
+      : n(tile / (y_tiles * x_tiles)), y(tile / x_tiles % y_tiles), x(tile % x_tiles), y_tiles(y_tiles),
+        x_tiles(x_tiles) {}
+  void next() {
+    if (++x < x_tiles) return;
+    x = 0;
+    if (++y < y_tiles) return;
+    y = 0;
+    ++n;
+  }
+};
+
+// A tensor [batch, height, width, channels], and what is read outside of it.
+template <class T>
+struct TileImage {
+  const T* data;
+  int64_t height, width, channels;
+  const T* end;
+  std::vector<T> zeros;
+
+  TileImage(const T* data, int64_t batch, int64_t height, int64_t width, int64_t channels)
+      : data(data), height(height), width(width), channels(channels), end(data + batch * height * width * channels),
+        zeros(channels + kStep, static_cast<T>(0.f)) {}
+  // Pixel (y, x) of sample n, and the end of its memory.
+  const T* pixel(int64_t n, int64_t y, int64_t x) const {
+    const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+    return inside ? data + ((n * height + y) * width + x) * channels : zeros.data();
+  }
+  // `n` of the channels of a pixel, from `from` on, and zeros up to a whole vector.
+  void widen_pixel(float* to, const T* from, int64_t n) const {
+    const bool zero = from >= zeros.data() && from < zeros.data() + zeros.size();
+    widen(to, from, n, zero ? zeros.data() + zeros.size() : end);
+    std::fill(to + n, to + (n + kWidth - 1) / kWidth * kWidth, 0.f);
+  }
+};
+
+// Of three inputs along an axis.
+inline void transform_three(Floats d[kSide]) {
+  d[0] -= d[1];
+  d[2] -= d[1];
+}
+
+// Nine vectors at `to`, `step` apart, from those at `from[i] + at`.
+inline void transform_nine(const float* const* from, int64_t at, float* to, int64_t step) {
+  Floats d[kSide][kSide];
+#pragma GCC unroll 3
+  for (int i = 0; i < kSide; ++i) {
+#pragma GCC unroll 3
+    for (int j = 0; j < kSide; ++j) d[i][j] = load(from[i * kSide + j] + at);
+    transform_three(d[i]);
+  }
+#pragma GCC unroll 3
+  for (int j = 0; j < kSide; ++j) {
+    Floats column[kSide] = {d[0][j], d[1][j], d[2][j]};
+    transform_three(column);
+#pragma GCC unroll 3
+    for (int i = 0; i < kSide; ++i) store(to + (i * kSide + j) * step, column[i]);
+  }
+}
+
+// Channels [low, high) of a tile's inputs, at most kDepth of them, at nine points `step` apart: a vector of channels from
+// low + c on goes to `to(c)`. Zeros fill the last vector.
+template <class T, class To>
+inline void transform_input(
+    const TileImage<T>& in, const TwoTaps& y, const TwoTaps& x, const TilePlace& place, int64_t low, int64_t high,
+    const To& to, int64_t step) {
+  const T* from[kPoints];
+  const int64_t iy = y.input + place.y * kOutputs * y.in_step, ix = x.input + place.x * kOutputs * x.in_step;
+  for (int i = 0; i < kPoints; ++i)
+    from[i] = in.pixel(place.n, iy + i / kSide * y.in_step, ix + i % kSide * x.in_step) + low;
+  const int64_t channels = high - low;
+  if constexpr (std::is_same_v<T, float>) {
+    if (channels % kWidth == 0) {
+      for (int64_t c = 0; c < channels; c += kWidth) transform_nine(from, c, to(c), step);
+      return;
+    }
+  }
+  alignas(64) float wide[kPoints][kDepth + kSpill];
+  const float* rows[kPoints];
+  for (int i = 0; i < kPoints; ++i) {
+    in.widen_pixel(wide[i], from[i], channels);
+    rows[i] = wide[i];
+  }
+  for (int64_t c = 0; c < channels; c += kWidth) transform_nine(rows, c, to(c), step);
+}
+
+// Nine points from the vectors of four taps.
+inline void transform_weight(Floats g00, Floats g01, Floats g10, Floats g11, float* to, int64_t step) {
+  const Floats rows[kSide][2] = {{g00, g01}, {g00 + g10, g01 + g11}, {g10, g11}};
+#pragma GCC unroll 3
+  for (int i = 0; i < kSide; ++i) {
+    store(to + i * kSide * step, rows[i][0]);
+    store(to + (i * kSide + 1) * step, rows[i][0] + rows[i][1]);
+    store(to + (i * kSide + 2) * step, rows[i][1]);
+  }
+}
+
+// 2x2 sums from nine points, in place of the first four.
+inline void transform_output(float* at, int64_t step) {
+  Floats rows[kOutputs][kSide];
+#pragma GCC unroll 3
+  for (int j = 0; j < kSide; ++j) {
+    const Floats middle = load(at + (kSide + j) * step);
+    rows[0][j] = load(at + j * step) + middle;
+    rows[1][j] = middle + load(at + (2 * kSide + j) * step);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < kOutputs; ++i) {
+    store(at + i * kOutputs * step, rows[i][0] + rows[i][1]);
+    store(at + (i * kOutputs + 1) * step, rows[i][1] + rows[i][2]);
+  }
+}
+
+}  // namespace fastdcgan::cpu

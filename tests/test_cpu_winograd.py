@@ -1,0 +1,209 @@
+"""The contractions of csrc/cpu by minimal filtering, against float64, for this processor and for older ones."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_cpu_contractions import BLOCKS, DTYPES, K4, REFERENCE, STATUS, Case, block
+from tolerance import assert_as_accurate, verdict
+from torch import Tensor
+
+from fastdcgan import backends
+from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.backends.base import STORE, Epilogue, Operand
+from fastdcgan.backends.cpu import CPUBackend
+from fastdcgan.geometry import Geometry
+
+pytestmark = pytest.mark.skipif(STATUS != "available", reason=STATUS)
+
+FILTERED = [name for name, (*_, geometry) in BLOCKS.items() if CPUBackend.can_filter(geometry)]
+
+
+class Filters(CPUBackend):
+    """Minimal filtering wherever it can run, and nothing else."""
+
+    def filters(self, op: str, gathered: object, linear: object, geometry: Geometry, dtype: torch.dtype) -> bool:
+        assert self.can_filter(geometry), geometry
+        return True
+
+
+@pytest.fixture
+def cpu() -> CPUBackend:
+    backends.get("cpu")
+    return Filters()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FILTERED)
+def test_blocks(cpu: CPUBackend, name: str, dtype: torch.dtype) -> None:
+    block(name, dtype).check(cpu)
+
+
+@settings(max_examples=120)
+@given(data=st.data())
+def test_drawn_geometries(data: st.DataObject) -> None:
+    """Sums of 32 terms and more. Those of four, say, have the rounding of the sums in the transforms."""
+    backends.get("cpu")
+    stride = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    padding = data.draw(st.tuples(st.integers(0, 5), st.integers(0, 5)))
+    g = Geometry((2 * stride[0], 2 * stride[1]), stride, padding)
+    size = data.draw(st.tuples(st.integers(1, 11), st.integers(1, 11)))
+    assume(min(g.conv_size(*size)) >= 1)
+    channels = st.one_of(st.integers(8, 40), st.sampled_from([64, 96, 270]))
+    dtype, area = data.draw(st.sampled_from(DTYPES)), math.prod(g.conv_size(*size))
+    batch = data.draw(st.integers(-(-32 // area), -(-32 // area) + 4))
+    Case(batch, data.draw(channels), size, data.draw(channels), g, dtype).check(Filters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_tiles(cpu: CPUBackend, dtype: torch.dtype) -> None:
+    """Several blocks of tiles, chunks of depth, and slices of a weight's gradient."""
+    Case(20, 72, (32, 30), 50, K4, dtype).check(cpu)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activated_outputs(cpu: CPUBackend, act: str) -> None:
+    slope = ACTIVATIONS[act].default_slope
+    case = block("wide, few pixels", torch.float32)
+    coef = torch.randn(4, 1, case.dy.shape[1], generator=torch.Generator().manual_seed(4)) * 0.1
+    got, vanilla, truth = (
+        on.conv(Operand(t(case.x)), t(case.weight), case.g, Epilogue("activate", None, t(coef), act, slope))[0]
+        for on, t in ((cpu, lambda t: t), (REFERENCE, lambda t: t), (REFERENCE, Tensor.double))
+    )
+    assert_as_accurate(got, vanilla, truth, act, reduction=case.terms("conv"), scale=1.0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics(cpu: CPUBackend, dtype: torch.dtype, groups: int) -> None:
+    for batch, size in ((4, 4), (2, 18), (32, 8), (6, 7)):
+        case = Case(batch, 24, (size, size), 50, K4, dtype)
+        for op, a in (("conv", case.x), ("conv_transpose", case.dy)):
+            extra = (case.size,) if op == "conv_transpose" else ()
+            (out, got), (_, vanilla), (_, truth) = (
+                getattr(on, op)(Operand(t(a)), t(case.weight), case.g, *extra, Epilogue("stats", stat_groups=groups))
+                for on, t in ((cpu, lambda t: t), (REFERENCE, lambda t: t), (REFERENCE, Tensor.double))
+            )
+            assert torch.equal(out, getattr(cpu, op)(Operand(a), case.weight, case.g, *extra, STORE)[0])
+            for row, name in enumerate(["mean", "biased variance", "unbiased variance"]):
+                scale = float(truth[1].mean().sqrt())
+                assert_as_accurate(
+                    got[row], vanilla[row].float(), truth[row], f"{name} of {op}", reduction=case.terms(op), scale=scale
+                )
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 100.0, 1e4])
+def test_rounding_is_that_of_plain_sums(cpu: CPUBackend, offset: float) -> None:
+    """Twice vanilla's error and not a bit more, in all that `verdict` judges: also where inputs differ by little, and
+    where the taps of a weight cancel."""
+    case = Case(8, 128, (16, 16), 128, K4, torch.float32)
+    case.x += offset
+    case.dy += offset
+    for cancels in (False, True):
+        if cancels:
+            case.weight[..., 1::2] = -case.weight[..., ::2] * (1 + 1e-4)
+        got, vanilla, truth = case.run(cpu), case.run(REFERENCE), case.run(REFERENCE, wide=True)
+        for op in got:
+            error, usual = (float((r[op] - truth[op]).norm()) for r in (got, vanilla))
+            assert error <= 2 * usual, f"{op}: {error / usual:.2f} times vanilla's"
+            assert not verdict(got[op], vanilla[op], truth[op], reduction=case.terms(op))
+
+
+def test_what_is_not_finite_stays_where_it_is(cpu: CPUBackend) -> None:
+    """An infinite value may come out as NaN, but only where it is read."""
+    case = block("wide", torch.float32)
+    case.x[-1, 1, 2, 3] = math.nan
+    case.dy[0, 0, 2, 2] = math.inf
+    got, expected = case.run(cpu), case.run(REFERENCE, wide=True)
+    for op in got:
+        assert torch.equal(got[op].isfinite(), expected[op].isfinite()), op
+
+
+def test_denormal_numbers(cpu: CPUBackend) -> None:
+    case = block("wide", torch.float32)
+    case.x *= 1e-39
+    case.dy *= 1e-39
+    case.weight.copy_(case.weight.sign())
+    got, expected = case.run(cpu), case.run(REFERENCE, wide=True)
+    for op in ("conv", "conv_transpose"):
+        assert (got[op].double() - expected[op]).abs().max() <= 1e-5 * expected[op].abs().max()
+
+
+def test_a_weight_may_lie_as_it_likes(cpu: CPUBackend) -> None:
+    case = block("wide, few pixels", torch.float32)
+    expected = case.run(cpu)
+    plain = case.weight.contiguous(memory_format=torch.contiguous_format)
+    turned = plain.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    for case.weight in (plain, turned):
+        assert all(torch.equal(result, expected[op]) for op, result in case.run(cpu).items())
+
+
+@pytest.mark.parametrize("name", FILTERED)
+def test_same_bits_whatever_the_threads(cpu: CPUBackend, name: str) -> None:
+    case = block(name, torch.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2, 5):
+            torch.set_num_threads(count)
+            stats = cpu.conv(Operand(case.x), case.weight, case.g, Epilogue("stats"))[1]
+            results.append([*case.run(cpu).values(), stats])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_the_rule() -> None:
+    cpu = CPUBackend()
+    cpu._tiles = False
+    sizes = (8, 16, 32, 32), (8, 32, 16, 16)
+    for op in ("conv", "conv_transpose", "weight_grad"):
+        assert cpu.filters(op, *sizes, K4, torch.float32)
+        assert cpu.slower(op, *sizes, torch.float32) is None or op != "weight_grad"
+        assert not cpu.filters(op, *sizes, Geometry((3, 3), padding=(1, 1)), torch.float32)
+        assert not cpu.filters(op, (8, 3, 32, 32), sizes[1], K4, torch.float32)
+        assert not cpu.filters(op, sizes[0], (8, 1, 16, 16), K4, torch.float32)
+    few = (7, 256, 8, 8), (7, 512, 4, 4)
+    assert not cpu.filters("conv", *few, K4, torch.float32)
+    assert cpu.filters("weight_grad", *few, K4, torch.float32)
+    assert not cpu.filters("weight_grad", (1, 16, 8, 8), (1, 16, 4, 4), K4, torch.float32)
+    assert cpu.filters("conv", *sizes, K4, torch.bfloat16)
+    cpu._tiles = True
+    assert not cpu.filters("conv", *sizes, K4, torch.bfloat16)
+
+
+def test_what_it_does_not_cover(cpu: CPUBackend) -> None:
+    op, x = torch.ops.fastdcgan_cpu, torch.zeros(2, 4, 8, 8)
+    for kernel, stride, dilation in [((3, 3), (1, 1), (1, 1)), ((6, 6), (3, 3), (1, 1)), ((4, 4), (2, 2), (1, 2))]:
+        g = Geometry(kernel, stride, (1, 1), dilation)
+        assert not cpu.can_filter(g)
+        size = g.conv_size(8, 8)
+        with pytest.raises(ValueError, match=f"minimal filtering, got kernels {kernel[0]} and {kernel[1]}"):
+            op.conv(x, torch.zeros(6, 4, *kernel), stride, (1, 1), dilation, size, None, 0, 0.0, 0, True)
+        with pytest.raises(ValueError, match="minimal filtering"):
+            op.weight_grad(x, torch.zeros(2, 6, *size), kernel, stride, (1, 1), dilation, True)
+
+
+def test_avx2() -> None:
+    """The same tests on the library for an older processor."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this process runs on AVX2 already")
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    tests = "test_blocks or test_drawn or test_statistics or test_many or test_same_bits or test_what_is_not"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__, "-k", tests],
+        env=environment,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " skipped" not in done.stdout.splitlines()[-1]
