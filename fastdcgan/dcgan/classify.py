@@ -65,7 +65,7 @@ class LinearSVM:
                     error_score="raise",
                 )
                 some = balanced(labels, min(len(labels), _MOST_TO_CHOOSE_BY), random)
-                search.fit(points[some], labels[some])
+                search.fit(_rotated(points[some])[0], labels[some])
                 c = search.best_params_["C"]
             svm = LinearSVC(C=c, dual=True, max_iter=_ITERATIONS, random_state=seed).fit(points, labels)
         weight = (svm.coef_ if basis is None else svm.coef_ @ basis) / length
