@@ -1,13 +1,15 @@
 """What the CUDA C++ contractions compile to, without a GPU: `python -m fastdcgan.benchmarks.cuda_compile_table`.
 
-Every instantiation in csrc/cuda/contraction_*.cu is compiled for sm_80, sm_90 and sm_100, and what ptxas says of it,
-and what cuobjdump (the one that Triton ships) shows of its code, goes to `results/cuda_compile.json` and `.md`:
+Every instantiation in csrc/cuda/contraction_*.cu is compiled for sm_80, sm_90 and sm_100, those in warpgroup_*.cu for
+sm_90a, and what ptxas says of it, and what cuobjdump (the one that Triton ships) shows of its code, goes to
+`results/cuda_compile.json` and `.md`:
 
     registers, spills      of a thread; bytes that spill
     instructions           of machine code
-    tensor core            matrix instructions (HMMA)
-    loads of matrices      from shared memory for these (LDSM); floats take plain loads
-    asynchronous copies    from global to shared memory (LDGSTS)
+    tensor core            matrix instructions (HMMA; of warpgroups HGMMA)
+    loads of matrices      from shared memory for these (LDSM); floats take plain loads, and wgmma reads shared memory
+                           itself but for a factor with a prologue
+    asynchronous copies    from global to shared memory (LDGSTS; of boxes UTMALDG)
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 
-from fastdcgan.backends.cuda_tiles import TILES
+from fastdcgan.backends.cuda_tiles import OF_WARPGROUPS, TILES, WarpgroupTile
 from fastdcgan.benchmarks.results import RESULTS
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -38,6 +41,10 @@ _NAME = re.compile(
     r"ContractionILNS0_2OpE(?P<op>\d)ENS0_10MultipliedI(?P<type>NS_3gpu4(?:bf16|fp16)E|f)Lb(?P<exact>\d)E"
     r"EENS0_9TileShapeI(?P<tile>(?:Li\d+E)+)E"
 )
+_WARPGROUP_NAME = re.compile(
+    r"WarpgroupContractionILNS0_2OpE(?P<op>\d)E(?P<type>NS_3gpu4(?:bf16|fp16)E)"
+    r"NS0_14WarpgroupShapeI(?P<tile>(?:Li\d+E)+)EELb(?P<prologue>\d)E"
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Compiled:
     op: str
     dtype: str  # "bf16", "fp16", "tf32" or "fp32"
     tile: int  # of `cuda_tiles.TILES`
+    prologue: bool  # whether it has one; kernels but those of warpgroups have all
     registers: int
     spills: int
     instructions: int
@@ -57,7 +65,8 @@ class Compiled:
 
     @property
     def key(self) -> str:
-        return f"sm_{self.arch} {self.op} {self.dtype} tile {self.tile}"
+        kernel = f"sm_{self.arch} {self.op} {self.dtype} tile {self.tile}"
+        return kernel if self.prologue or self.tile not in OF_WARPGROUPS else f"{kernel} without prologue"
 
 
 def nvcc() -> str | None:
@@ -69,13 +78,21 @@ def sources() -> list[Path]:
     return sorted((CSRC / "cuda").glob("contraction_*.cu"))
 
 
+def jobs(architectures: Sequence[int] = ARCHITECTURES) -> list[tuple[Path, int]]:
+    """What is compiled, and for what."""
+    found = [(source, arch) for arch in architectures for source in sources()]
+    return found + [(source, 90) for source in sorted((CSRC / "cuda").glob("warpgroup_*.cu")) if 90 in architectures]
+
+
 def compile_source(source: Path, arch: int) -> list[Compiled]:
-    """Every contraction in a file."""
+    """Every contraction in a file; those of warpgroups with the instructions of sm_90a."""
+    feature = "a" if source.name.startswith("warpgroup_") else ""
     compiler = nvcc()
     assert compiler is not None, "nvcc compiles them, and it is not on PATH"
     with tempfile.TemporaryDirectory() as scratch:
         cubin = Path(scratch) / "kernels.cubin"
-        command = [compiler, "-std=c++20", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v", f"-I{CSRC}"]
+        target = f"-gencode=arch=compute_{arch}{feature},code=sm_{arch}{feature}"
+        command = [compiler, "-std=c++20", "-O3", "-cubin", target, "-Xptxas=-v", f"-I{CSRC}"]
         done = subprocess.run(
             [*command, f"-I{CSRC / 'cuda'}", str(source), "-o", str(cubin)], capture_output=True, text=True
         )
@@ -83,7 +100,9 @@ def compile_source(source: Path, arch: int) -> list[Compiled]:
         code = subprocess.run(
             [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)], capture_output=True, text=True, check=True
         ).stdout
-    return list(_kernels(done.stdout + done.stderr, code, arch))
+    said = done.stdout + done.stderr
+    assert "instructions are serialized" not in said, f"products wait for each other in {source.name}:\n{said}"
+    return list(_kernels(said, code, arch))
 
 
 def _kernels(said: str, code: str, arch: int) -> Sequence[Compiled]:
@@ -92,39 +111,52 @@ def _kernels(said: str, code: str, arch: int) -> Sequence[Compiled]:
     for name, facts in re.findall(
         r"Compiling entry function '(\S+)'[^\n]*\n(.*?)(?=Compiling entry|\Z)", said, re.DOTALL
     ):
-        if (kind := _NAME.search(name)) is None:
+        kind, of_warpgroups = _NAME.search(name), _WARPGROUP_NAME.search(name)
+        if kind is None and of_warpgroups is None:
             continue
-        number = {"NS_3gpu4bf16E": "bf16", "NS_3gpu4fp16E": "fp16", "f": "fp32" if kind["exact"] == "1" else "tf32"}
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", facts)
         registers = re.search(r"Used (\d+) registers", facts)
         assert spills is not None and registers is not None, facts
         instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", bodies[name])
-        m, n, k, warps_m, warps_n, stages, blocks = (int(x) for x in re.findall(r"Li(\d+)E", kind["tile"]))
-        shape = (m, n, k, warps_m * warps_n, stages, blocks)
-        dtype = number[kind["type"]]
-        own = [i for i, t in enumerate(TILES) if (t.m, t.n, t.k, t.warps, t.stages, t.blocks) == shape]
-        (tile,) = [i for i in own if (i < 5) == (dtype in ("bf16", "fp16"))]
+        op, dtype, tile, prologue = _of_warpgroups(of_warpgroups) if of_warpgroups else _of_warps(kind)
         found.append(
             Compiled(
                 arch,
-                OPS[int(kind["op"])],
+                op,
                 dtype,
                 tile,
+                prologue,
                 int(registers[1]),
                 max(int(spills[1]), int(spills[2])),
                 len(instructions),
-                sum(name.startswith("HMMA") for name in instructions),
+                sum(name.startswith(("HMMA", "HGMMA")) for name in instructions),
                 sum(name.startswith("LDSM") for name in instructions),
-                sum(name.startswith("LDGSTS") for name in instructions),
+                sum(name.startswith(("LDGSTS", "UTMALDG")) for name in instructions),
             )
         )
     return found
 
 
+def _of_warps(kind: Any) -> tuple[str, str, int, bool]:
+    """Contraction, dtype, tile and whether it has prologues, from a kernel's name."""
+    number = {"NS_3gpu4bf16E": "bf16", "NS_3gpu4fp16E": "fp16", "f": "fp32" if kind["exact"] == "1" else "tf32"}
+    dtype = number[kind["type"]]
+    m, n, k, warps_m, warps_n, stages, blocks = (int(x) for x in re.findall(r"Li(\d+)E", kind["tile"]))
+    shape = (m, n, k, warps_m * warps_n, stages, blocks)
+    own = [i for i, t in enumerate(TILES) if (t.m, t.n, t.k, t.warps, t.stages, t.blocks) == shape]
+    (tile,) = [i for i in own if (i < 5) == (dtype in ("bf16", "fp16"))]
+    return OPS[int(kind["op"])], dtype, tile, True
+
+
+def _of_warpgroups(kind: Any) -> tuple[str, str, int, bool]:
+    shape = tuple(int(x) for x in re.findall(r"Li(\d+)E", kind["tile"]))
+    (tile,) = [i for i, t in enumerate(TILES) if isinstance(t, WarpgroupTile) and (t.n, t.blocks, t.ring) == shape]
+    return OPS[int(kind["op"])], kind["type"][8:12], tile, kind["prologue"] == "1"
+
+
 def compile_all(architectures: Sequence[int] = ARCHITECTURES, workers: int = 2) -> list[Compiled]:
-    jobs = [(source, arch) for arch in architectures for source in sources()]
     with ThreadPoolExecutor(workers) as pool:
-        return [row for rows in pool.map(lambda job: compile_source(*job), jobs) for row in rows]
+        return [row for rows in pool.map(lambda job: compile_source(*job), jobs(architectures)) for row in rows]
 
 
 def faults(compiled: Compiled) -> list[str]:
@@ -132,7 +164,7 @@ def faults(compiled: Compiled) -> list[str]:
     found = [f"{compiled.spills} bytes of spills"] if compiled.spills else []
     found += [] if compiled.tensor_core else ["no tensor core instruction"]
     found += [] if compiled.async_copies else ["no asynchronous copy"]
-    if compiled.dtype in ("bf16", "fp16") and not compiled.matrix_loads:
+    if compiled.dtype in ("bf16", "fp16") and compiled.prologue and not compiled.matrix_loads:
         found.append("no load of matrices")
     return found
 
@@ -164,7 +196,7 @@ def read(path: Path = TABLE) -> tuple[str, dict[str, Compiled]]:
 
 def write(rows: Sequence[Compiled], path: Path = TABLE) -> None:
     """The table as JSON, and next to it as Markdown."""
-    rows = sorted(rows, key=lambda row: (row.arch, row.dtype, row.op, row.tile))
+    rows = sorted(rows, key=lambda row: (row.arch, row.dtype, row.op, row.tile, row.prologue))
     kernels = ",\n".join(json.dumps(asdict(row)) for row in rows)
     path.write_text(f'{{"nvcc": "{version()}", "kernels": [\n{kernels}\n]}}\n')
     counts = ("registers", "spills", "instructions", "tensor_core", "matrix_loads", "async_copies")
@@ -176,7 +208,10 @@ def write(rows: Sequence[Compiled], path: Path = TABLE) -> None:
         for row in rows:
             if row.arch == arch:
                 tile = TILES[row.tile]
-                cells = [row.op, row.dtype, f"{tile.m}x{tile.n}x{tile.k}", *(str(getattr(row, c)) for c in counts)]
+                name = f"{tile.m}x{tile.n}x{tile.k}"
+                if isinstance(tile, WarpgroupTile):
+                    name += " wgmma" + (" with prologue" if row.prologue else "")
+                cells = [row.op, row.dtype, name, *(str(getattr(row, c)) for c in counts)]
                 lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     path.with_suffix(".md").write_text("\n".join(lines))

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastdcgan.backends.cuda_tiles import H100, Choice, Problem, blocks, choose, resident
+from fastdcgan.backends.cuda_boxes import ROWS, pixel_tiles
+from fastdcgan.backends.cuda_tiles import H100, Choice, Problem, WarpgroupTile, blocks, choose, resident
 from fastdcgan.benchmarks.results import RESULTS
 from fastdcgan.benchmarks.shapes import Block, NetShape
 
@@ -33,23 +34,29 @@ def problem_of(block: Block, part: str, batch: int) -> Problem:
     ci, co, taps = block.in_channels, block.out_channels, block.kernel**2
     of_image, of_grid = (co, ci) if block.transposed else (ci, co)  # channels of the large and of the small tensor
     pixels = batch * image**2
+    of_weight = math.ceil(of_grid / ROWS) if of_grid % 8 == 0 else 0  # boxes want whole vectors, as all but G0 has them
     if image == 1:  # taps and channels are one axis
         if part == "weight gradient":
-            return Problem(of_grid, of_image * taps, batch, 1, ITEM)
+            return Problem(of_grid, of_image * taps, batch, 1, ITEM, box_tiles=of_weight)
         up = block.transposed == (part == "forward")
-        return Problem(batch, *((of_image * taps, of_grid) if up else (of_grid, of_image * taps)), 1, ITEM)
+        sides = (of_image * taps, of_grid) if up else (of_grid, of_image * taps)
+        tiles = pixel_tiles(batch, 1, 1) if of_grid % 8 == 0 or not up else 0
+        return Problem(batch, *sides, 1, ITEM, box_tiles=tiles)
     if part == "weight gradient":
-        return Problem(of_grid, of_image, pixels, taps, ITEM)
+        return Problem(of_grid, of_image, pixels, taps, ITEM, box_tiles=of_weight)
     if block.transposed == (part == "forward"):  # conv_transpose, a product for each phase
-        phases = block.stride**2
-        return Problem(batch * math.ceil(wide / block.stride) ** 2, of_image, of_grid * taps // phases, phases, ITEM)
-    return Problem(pixels, of_grid, of_image * taps, 1, ITEM)
+        phases, side = block.stride**2, math.ceil(wide / block.stride)
+        tiles = pixel_tiles(batch, side, side)
+        return Problem(batch * side**2, of_image, of_grid * taps // phases, phases, ITEM, box_tiles=tiles)
+    return Problem(pixels, of_grid, of_image * taps, 1, ITEM, box_tiles=pixel_tiles(batch, image, image))
 
 
 def shared_bytes(choice: Choice) -> float:
     """Bytes that go through shared memory for one FLOP of the main loop: written once, read by every warp that needs
-    them (2 x 2 warps, or 2 x 4 of eight)."""
+    them (2 x 2 warps, or 2 x 4 of eight), or by both warpgroups."""
     tile = choice.tile
+    if isinstance(tile, WarpgroupTile):  # 64 rows each: both read all columns
+        return (2 * tile.m + 3 * tile.n) * ITEM / (2 * tile.m * tile.n)
     along_m, along_n = {8: (2, 4), 4: (4, 1) if tile.n == 32 else (2, 2)}[tile.warps]
     moved = tile.m * (1 + along_n) + tile.n * (1 + along_m)
     return moved * ITEM / (2 * tile.m * tile.n)
@@ -72,6 +79,7 @@ def row(block: Block, part: str, batch: int) -> list[str]:
     waves = count / (H100.processors * resident(problem, choice.tile, H100))
     flops = 2 * problem.m * problem.n * problem.k * problem.count
     tile = f"{choice.tile.m}x{choice.tile.n}x{choice.tile.k}"
+    tile += " wgmma" if isinstance(choice.tile, WarpgroupTile) else ""
     cells = [f"{block.name} {part}", f"{flops / 1e9:.2f}", tile, str(choice.splits), str(count), f"{waves:.2f}"]
     left, fed = used(problem, choice), min(1.0, BANKS / (shared_bytes(choice) * FLOPS))
     return [*cells, f"{1000 * shared_bytes(choice):.1f}", *(f"{100 * x:.0f} %" for x in (left, fed, min(left, fed)))]

@@ -160,23 +160,43 @@ bool in_vectors(int channels, Pointers... tensors) {
   return channels % kVec<T> == 0 && (gpu::aligned(tensors) && ...);
 }
 
-// Runs a contraction. `p` has everything but `vectors`, the tiles and the parts; `workspace` has workspace_size floats.
-template <class C>
-void run_contraction(Problem<typename C::T> p, float* workspace, gpu::Stream stream) {
-  using T = typename C::T;
-  constexpr Op op = C::kOp;
-  const auto divided = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int taps = p.rows.kernel * p.columns.kernel;
-  const auto set_vectors = [](Operand<T>& o) { o.vectors = in_vectors<T>(o.channels, o.x, o.y, o.coef); };
+template <Op op, class T>
+void set_vectors(Problem<T>& p, const float* workspace) {
+  const auto set = [](Operand<T>& o) { o.vectors = in_vectors<T>(o.channels, o.x, o.y, o.coef); };
   Finish<T>& f = p.finish;
-  set_vectors(p.gathered);
+  set(p.gathered);
   if (op == Op::weight_grad)
-    set_vectors(p.other);
+    set(p.other);
   else
     p.other.vectors = in_vectors<T>(op == Op::conv ? p.gathered.channels : f.channels, p.other.x);
   f.vectors = in_vectors<T>(f.channels, f.out, f.y, f.coef, workspace);
-  const Finish<T> whole = f;
-  p.tiles_n = static_cast<int>(divided(f.channels, C::kN));
+}
+
+constexpr const char* kOpNames[] = {"conv", "conv_transpose", "weight_grad"};
+
+// Calls run(), which launches `p`: with one part for its own result, else for the parts, which are added up then.
+template <Op op, class T, class Run>
+void with_parts(Problem<T>& p, float* workspace, gpu::Stream stream, Run run) {
+  const Finish<T> whole = p.finish;
+  if (p.splits > 1) {
+    p.values = workspace_size<op>(p) / p.splits;
+    p.finish = Finish<T>{};
+    p.finish.parts = workspace, p.finish.channels = whole.channels, p.finish.vectors = whole.vectors;
+  }
+  run();
+  if (p.splits > 1)
+    launch_finish_parts(workspace, p.splits, p.values, op == Op::weight_grad ? 1 : p.groups,
+                        static_cast<int>(rows_of_group<op>(p)), whole, stream);
+}
+
+// Runs a contraction. `p` has everything but `vectors`, the tiles and the parts; `workspace` has workspace_size floats.
+template <class C>
+void run_contraction(Problem<typename C::T> p, float* workspace, gpu::Stream stream) {
+  constexpr Op op = C::kOp;
+  const auto divided = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int taps = p.rows.kernel * p.columns.kernel;
+  set_vectors<op>(p, workspace);
+  p.tiles_n = static_cast<int>(divided(p.finish.channels, C::kN));
   int64_t blocks;
   if (op == Op::weight_grad) {
     p.tiles_m = static_cast<int>(divided(p.other.channels, C::kM));
@@ -186,17 +206,10 @@ void run_contraction(Problem<typename C::T> p, float* workspace, gpu::Stream str
     p.tiles_m = tiles_of_group<op>(p, C::kM);
     blocks = int64_t{p.groups} * p.tiles_m * p.tiles_n * (op == Op::conv ? 1 : p.phases());
   }
-  if (p.splits > 1) {
-    p.values = workspace_size<op>(p) / p.splits;
-    f = Finish<T>{};
-    f.parts = workspace, f.channels = whole.channels, f.vectors = whole.vectors;
-  }
-  const char* names[] = {"conv", "conv_transpose", "weight_grad"};
-  const dim3 grid(static_cast<unsigned>(blocks), p.splits);
-  gpu::launch(contraction<C>, {names[static_cast<int>(op)], grid, C::kThreads, C::shared_bytes(p), stream}, p);
-  if (p.splits > 1)
-    launch_finish_parts(workspace, p.splits, p.values, op == Op::weight_grad ? 1 : p.groups,
-                        static_cast<int>(rows_of_group<op>(p)), whole, stream);
+  with_parts<op>(p, workspace, stream, [&] {
+    const dim3 grid(static_cast<unsigned>(blocks), p.splits);
+    gpu::launch(contraction<C>, {kOpNames[static_cast<int>(op)], grid, C::kThreads, C::shared_bytes(p), stream}, p);
+  });
 }
 
 }  // namespace fastdcgan::cuda

@@ -6,6 +6,7 @@
 #include "contraction_tiles.cuh"
 #include "grad_sums.cuh"
 #include "tensors.h"
+#include "warpgroup_tiles.cuh"
 
 namespace fastdcgan::cuda {
 namespace {
@@ -122,6 +123,20 @@ Tensor combined(const Finish<T>& f, const Tensor& like, int64_t slots, int64_t g
   return out;
 }
 
+// Slots of a group's partials with that tile, which is of either kind.
+template <Op op, class T>
+int64_t tile_slots(const Problem<T>& p, int number) {
+  if (sizeof(T) == 2 && of_warpgroups(number)) return box_slots<op>(p);
+  return with_tile<T>(number, [&](auto shape) { return partial_slots<op>(p, decltype(shape)::kM); });
+}
+
+template <Op op, class T>
+void run_any_tile(const Problem<T>& p, int number, bool exact, float* workspace, gpu::Stream stream) {
+  if constexpr (sizeof(T) == 2)
+    if (of_warpgroups(number)) return run_warpgroup_tile<op>(p, number, workspace, stream);
+  run_tile<op, T>(p, number, exact, workspace, stream);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> contract_op(
@@ -169,10 +184,10 @@ std::tuple<Tensor, Tensor> contract_op(
     const auto run = [&](auto op) {
       constexpr Op kOp = decltype(op)::value;
       const int number = static_cast<int>(tile);
-      const int64_t slots = with_tile<T>(number, [&](auto s) { return partial_slots<kOp>(p, decltype(s)::kM); });
+      const int64_t slots = tile_slots<kOp>(p, number);
       const Floats partials(x.x, groups * slots * f.rows() * channels), workspace(x.x, workspace_size<kOp>(p));
       f.partials = partials.data();
-      run_tile<kOp, T>(p, number, exact, workspace.data(), on.stream);
+      run_any_tile<kOp>(p, number, exact, workspace.data(), on.stream);
       vectors = combined(f, x.x, slots, groups, stat_groups, fold, on.stream);
     };
     if (transposed)
@@ -204,7 +219,7 @@ Tensor contract_weight_grad_op(
     p.gathered = x.operand<T>(), p.other = linear.operand<T>();
     p.finish.out = mutable_data<T>(out), p.finish.channels = static_cast<int>(x.x.size(1));
     const Floats workspace(x.x, workspace_size<Op::weight_grad>(p));
-    run_tile<Op::weight_grad, T>(p, static_cast<int>(tile), exact, workspace.data(), on.stream);
+    run_any_tile<Op::weight_grad>(p, static_cast<int>(tile), exact, workspace.data(), on.stream);
   });
   return out;
 }

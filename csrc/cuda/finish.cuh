@@ -81,10 +81,15 @@ GPU_INLINE void read_chunk(float (&to)[N], const T* from, bool vectors, int coun
   }
 }
 
+// The threads that finish a tile together: all of a block.
+struct WholeBlock {
+  static GPU_INLINE void sync() { __syncthreads(); }
+};
+
 // Finishes a tile of kM rows and kN channels from `first_channel` on. `pixel[row]` is a row's place in the output, or
 // negative; tile(row, column) is the address of its sums, each of which only one thread reads or writes. `strands` may
-// share their memory.
-template <class T, int kM, int kN, int kThreads, class Tile>
+// share their memory. By the block's first kThreads threads, which `Team` brings to one point.
+template <class T, int kM, int kN, int kThreads, class Team = WholeBlock, class Tile>
 GPU_INLINE void finish_tile(
     const Finish<T>& f, const int* pixel, Tile tile, Strands<T, kN, kThreads>& strands, int first_channel, int group,
     int64_t slot) {
@@ -165,12 +170,12 @@ GPU_INLINE void finish_tile(
   }
 
   if (f.rows() == 0) return;  // the same for all threads, and the last thing they do
-  __syncthreads();            // all have read the tile
+  Team::sync();               // all have read the tile
   if (threadIdx.x % S::kChunks == 0) strands.count[strand] = rows;
 #pragma unroll
   for (int i = 0; i < N; ++i) strands.row[0][strand][column + i] = a[i], strands.row[1][strand][column + i] = b[i];
   // Threads without channels have no rows, but the first of a strand has some.
-  __syncthreads();
+  Team::sync();
   const int own = threadIdx.x;
   if (own < kN && first_channel + own < f.channels) {
     float* to = f.partials + slot * f.rows() * f.channels + first_channel + own;

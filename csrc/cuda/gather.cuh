@@ -90,7 +90,25 @@ GPU_INLINE Taps taps_of(const Axis& axis, int phase) {
   }
 }
 
-// The tile's place among all, and its loads. `C` is a Contraction.
+// A block's place among all: its tile of a group's pixels, or of a phase of them.
+struct BlockPlace {
+  int first_channel, phase, tile, group;
+};
+
+template <class C, class T>
+GPU_INLINE BlockPlace block_place(const Problem<T>& p) {
+  const int phases = C::kOp == Op::conv ? 1 : p.phases(), columns = p.tiles_n * phases;
+  const int column = blockIdx.x % columns, m = blockIdx.x / columns;
+  return {column % p.tiles_n * C::kN, column / p.tiles_n, m % p.tiles_m, m / p.tiles_m};
+}
+
+// Of the phases of both axes, those of the columns.
+template <class C, class T>
+GPU_INLINE int phases_x(const Problem<T>& p) {
+  return C::kOp == Op::conv ? 1 : p.columns.stride;
+}
+
+// The tile's loads. `C` is a Contraction.
 template <class C>
 class PixelLoader {
  public:
@@ -100,8 +118,9 @@ class PixelLoader {
   };
 
   GPU_INLINE PixelLoader(const Problem<T>& p, TilePlace<C::kM>& place)
-      : p_(p), thread_(threadIdx.x), block_(decode(p)), rows_(taps_of<C::kOp>(p.rows, block_.phase / phases_x(p))),
-        columns_(taps_of<C::kOp>(p.columns, block_.phase % phases_x(p))) {
+      : p_(p), thread_(threadIdx.x), block_(block_place<C>(p)),
+        rows_(taps_of<C::kOp>(p.rows, block_.phase / phases_x<C>(p))),
+        columns_(taps_of<C::kOp>(p.columns, block_.phase % phases_x<C>(p))) {
     const int per_row = columns_.pixels, per_image = rows_.pixels * per_row, count = p.batch * per_image;
     const auto locate = [&](int row, int& n, int& q, int& r) {
       const int index = block_.tile * C::kM + row;
@@ -200,16 +219,6 @@ class PixelLoader {
  private:
   static constexpr int kLeft = kBits, kRight = C::Right::kRows * C::Right::kChunks / C::kThreads;
   static constexpr int kOutside = -(1 << 30);
-  struct Place {
-    int first_channel, phase, tile, group;
-  };
-
-  static GPU_INLINE int phases_x(const Problem<T>& p) { return C::kOp == Op::conv ? 1 : p.columns.stride; }
-  static GPU_INLINE Place decode(const Problem<T>& p) {
-    const int phases = C::kOp == Op::conv ? 1 : p.phases(), columns = p.tiles_n * phases;
-    const int column = blockIdx.x % columns, m = blockIdx.x / columns;
-    return {column % p.tiles_n * C::kN, column / p.tiles_n, m % p.tiles_m, m / p.tiles_m};
-  }
   GPU_INLINE int left_chunk() const { return thread_ % C::Left::kChunks; }
   GPU_INLINE int left_column() const { return left_chunk() * kVec<T>; }
   GPU_INLINE int left_row(int i) const { return thread_ / C::Left::kChunks + i * (C::kThreads / C::Left::kChunks); }
@@ -219,7 +228,7 @@ class PixelLoader {
 
   const Problem<T>& p_;
   const int thread_;
-  const Place block_;
+  const BlockPlace block_;
   const Taps rows_, columns_;
   Step start_;
   int y_[kLeft], x_[kLeft], image_[kLeft];

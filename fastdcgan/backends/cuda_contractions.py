@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends import cuda_tiles
+from fastdcgan.backends import cuda_boxes, cuda_tiles
 from fastdcgan.backends.base import Epilogue, Operand, memory_format
 from fastdcgan.backends.layout import flat, flat_epilogue, flat_operand, in_format_of_torch
 from fastdcgan.geometry import Geometry, Pair, pair
@@ -126,6 +126,7 @@ def weight_grad(
         linear.x.element_size(),
         linear.y is not None,
         operand.y is not None,
+        -(-linear.x.shape[1] // cuda_boxes.ROWS) if cuda_boxes.weight_grad_fits(operand, linear, g) else 0,
     )
     choice = tile or cuda_tiles.choose(problem, cuda_tiles.device_of(operand.x.device))
     groups = _groups(_coef_groups(operand.coef), _coef_groups(linear.coef))
@@ -152,13 +153,22 @@ def _contract(
 ) -> tuple[Tensor, Tensor]:
     """`e` is what the operator gets, `asked` the epilogue before channels became (tap, channel)."""
     groups = _groups(_coef_groups(a.coef), _coef_groups(e.coef), e.stat_groups)
+    assert groups is not None
     phases = math.prod(g.stride) if transposed else 1
     taps = math.prod(g.kernel) / phases
-    per_phase = [-(-side // step) if transposed else side for side, step in zip(size, g.stride, strict=True)]
+    height, width = (-(-side // step) if transposed else side for side, step in zip(size, g.stride, strict=True))
     channels = weight.shape[1 if transposed else 0]
-    pixels = a.x.shape[0] * math.prod(per_phase)
+    pixels = a.x.shape[0] * height * width
+    fits = cuda_boxes.conv_transpose_fits(a, weight) if transposed else cuda_boxes.conv_fits(a, weight, g)
     problem = cuda_tiles.Problem(
-        pixels, channels, round(a.x.shape[1] * taps), phases, a.x.element_size(), a.y is not None
+        pixels,
+        channels,
+        round(a.x.shape[1] * taps),
+        phases,
+        a.x.element_size(),
+        a.y is not None,
+        box_tiles=groups * cuda_boxes.pixel_tiles(a.x.shape[0] // groups, height, width) if fits else 0,
+        prologue=a.coef is not None,
     )
     choice = tile or cuda_tiles.choose(problem, cuda_tiles.device_of(a.x.device))
     stat_groups = asked.stat_groups if asked.kind == "stats" else _coef_groups(asked.coef)

@@ -13,6 +13,7 @@
 
 #include "contraction_tiles.cuh"
 #include "harness.h"
+#include "warpgroup.cuh"
 
 namespace test {
 
@@ -106,11 +107,31 @@ struct Exact {
   void add(size_t i, double term) { sum[i] += term, size[i] += std::abs(term); }
 };
 
+// A contraction with a tile of either kind.
+template <Op op, class T, class Math, class Shape>
+struct Runner {
+  using C = cuda::Contraction<op, Math, Shape>;
+  static int64_t slots(const Problem<T>& p) { return cuda::partial_slots<op>(p, C::kM); }
+  static void run(const Problem<T>& p, float* workspace) { cuda::run_contraction<C>(p, workspace, nullptr); }
+};
+
+template <Op op, class T, class Math, int kN, int kBlocks, int kRing>
+struct Runner<op, T, Math, cuda::WarpgroupShape<kN, kBlocks, kRing>> {
+  using Shape = cuda::WarpgroupShape<kN, kBlocks, kRing>;
+  static int64_t slots(const Problem<T>& p) { return cuda::box_slots<op>(p); }
+  static void run(const Problem<T>& p, float* workspace) {
+    if constexpr (op != Op::weight_grad)
+      if (p.gathered.prologue != Prologue::none)
+        return cuda::run_warpgroups<cuda::WarpgroupContraction<op, T, Shape, true>>(p, workspace, nullptr);
+    cuda::run_warpgroups<cuda::WarpgroupContraction<op, T, Shape, false>>(p, workspace, nullptr);
+  }
+};
+
 template <Op op, class Math, class Shape>
 class ContractionTest {
  public:
   using T = typename Math::T;
-  using C = cuda::Contraction<op, Math, Shape>;
+  using Run = Runner<op, T, Math, Shape>;
 
   explicit ContractionTest(const Case& c) : c_(c) {
     const auto axis = [&](const char* size, const char* k, const char* s, const char* p, const char* d, const char* o) {
@@ -159,7 +180,7 @@ class ContractionTest {
     Buffer<T> out("out", size_t(co_) * taps_ * ci_);
     Buffer<float> workspace("workspace", (p_.finish.channels = ci_, cuda::workspace_size<op>(p_)), Flush::end, 16);
     p_.finish.out = out.data();
-    cuda::run_contraction<C>(p_, p_.splits > 1 ? workspace.data() : nullptr, nullptr);
+    Run::run(p_, p_.splits > 1 ? workspace.data() : nullptr);
     Exact exact(out.size());
     each_pair([&](int64_t from, int64_t to, int tap) {
       for (int o = 0; o < co_; ++o)
@@ -209,11 +230,11 @@ class ContractionTest {
     f.act = cuda::RuntimeActivation(c_.number("act", 0), std::stof(c_.word("slope", "0")));
     if (y.size() > 0) f.y = y.data();
     if (coef.size() > 0) f.coef = coef.data();
-    const int64_t slots = cuda::partial_slots<op>(p_, C::kM);
+    const int64_t slots = Run::slots(p_);
     Buffer<float> partials("partials", groups * slots * f.rows() * co_);
     f.partials = partials.data();
     Buffer<float> workspace("workspace", cuda::workspace_size<op>(p_), Flush::end, 16);
-    cuda::run_contraction<C>(p_, p_.splits > 1 ? workspace.data() : nullptr, nullptr);
+    Run::run(p_, p_.splits > 1 ? workspace.data() : nullptr);
 
     Exact exact(values);
     each_pair([&](int64_t from, int64_t to, int tap) {

@@ -185,7 +185,7 @@ PLANTED = {
     "a_stage_too_early": ("contraction.cuh", "load(shared, free,", "load(shared, next(slot),", "plain", WRONG),
     "no_barrier_in_the_loop": ("contraction.cuh", "__syncthreads();  // the step", "// the step", "thread", RACE),
     "no_barrier_before_the_sums": ("contraction.cuh", "__syncthreads();  // the sums", "// the sums", "thread", RACE),
-    "no_barrier_after_the_tile": ("finish.cuh", "__syncthreads();            // all", "// all", "thread", RACE),
+    "no_barrier_after_the_tile": ("finish.cuh", "Team::sync();               // all", "// all", "thread", RACE),
     "prologue_of_padding": ("gather.cuh", "if (!(valid >> i & 1)) continue;", "", "plain", WRONG),
     "valid_of_another_step": ("contraction.cuh", "valid >> (kAhead - 1) * kBits", "valid", "plain", WRONG),
     "last_channels": ("gather.cuh", "inside ? a.channels - channel : 0", "inside ? 8 : 0", "plain", "past its end"),

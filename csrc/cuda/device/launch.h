@@ -62,12 +62,30 @@ void launch(void (*kernel)(Params...), const Launch& l, Args&&... args) {
 // The block's shared memory as a T. Launch with shared_bytes = sizeof(T).
 template <class T>
 GPU_INLINE T& shared_memory() {
-  static_assert(alignof(T) <= 128, "dynamic shared memory is aligned to 128 bytes");
+  static_assert(alignof(T) <= 1024, "dynamic shared memory is aligned to 1024 bytes");
 #ifdef __CUDACC__
-  extern __shared__ __align__(128) unsigned char bytes[];
+  extern __shared__ __align__(1024) unsigned char bytes[];
   return *reinterpret_cast<T*>(bytes);
 #else
   return *static_cast<T*>(cuda_on_cpu::engine.shared_bytes(sizeof(T)));
+#endif
+}
+
+// Where shared memory lies in its own address space. On the CPU its first byte is at 0.
+GPU_INLINE unsigned shared_address(const void* p) {
+#ifdef __CUDACC__
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+#else
+  return cuda_on_cpu::engine.shared_address(p);
+#endif
+}
+
+// Ends the launch with an error.
+GPU_INLINE void trap() {
+#ifdef __CUDACC__
+  __trap();
+#else
+  cuda_on_cpu::engine.fail("trap");
 #endif
 }
 
@@ -80,6 +98,19 @@ inline int multiprocessors() {
   return count;
 #else
   return cuda_on_cpu::options.multiprocessors;
+#endif
+}
+
+// Of the current device, 90 for 9.0.
+inline int compute_capability() {
+#ifdef __CUDACC__
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  return major * 10 + minor;
+#else
+  return 90;
 #endif
 }
 

@@ -8,8 +8,6 @@ namespace fastdcgan::gpu {
 
 #ifdef __CUDACC__
 
-GPU_INLINE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
-
 // 16 bytes from global to shared memory, or 16 zero bytes where !valid; there after the wait.
 GPU_INLINE void copy_async(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)

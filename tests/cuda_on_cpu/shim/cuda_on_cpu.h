@@ -10,3 +10,5 @@
 #include "builtins.h"
 #include "engine.h"
 #include "language.h"
+#include "mbarrier.h"
+#include "wgmma.h"

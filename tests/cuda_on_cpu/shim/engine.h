@@ -58,6 +58,11 @@ class Engine {
     return shared_;
   }
 
+  unsigned shared_address(const void* p) const {
+    return static_cast<unsigned>(static_cast<const char*>(p) - static_cast<const char*>(shared_));
+  }
+  char* at_shared_address(unsigned address) const { return static_cast<char*>(shared_) + address; }
+
   std::string where() const {
     return block() + " thread " + to_string(threads_[current_].index);
   }
@@ -147,6 +152,24 @@ class Engine {
     return true;
   }
 
+  // --- what barriers of other kinds are made of ---
+
+  Asynchronous asynchronous;
+
+  // Until wake(on).
+  void sleep(const void* on, const char* call, Site site) {
+    note::ShimCode shim;
+    Thread& me = self();
+    wait(me, Thread::State::asleep, call, site);
+    me.in = on;
+    Fiber::switch_to(*me.fiber, main_);
+  }
+
+  void wake(const void* on) {
+    for (Thread& t : threads_)
+      if (t.state == Thread::State::asleep && t.in == on) t.state = Thread::State::ready;
+  }
+
  private:
   static constexpr size_t kStack = 256 << 10, kGuard = 4096, kStride = kStack + kGuard;
 #ifdef __SANITIZE_THREAD__
@@ -204,15 +227,44 @@ class Engine {
     std::fill(std::begin(in_warp_call_), std::end(in_warp_call_), 0u);
     const unsigned set = blocks_run_++ % kSets;
     for (unsigned i = 0; i < threads_.size(); ++i) threads_[i].restart(fiber(set, i));
+    asynchronous = {};
     while (error_.empty() && returned_ < threads_.size()) {
       bool progress = false;
       for (unsigned warp : next(warp_order_)) progress |= run_warp(warp);
+      if (!progress || (options.order == Order::random && random_() % 4 == 0)) progress |= let_a_copy_be_done();
       if (!progress && error_.empty())
         error_ = block() + ": deadlock:" + waiting();
     }
+    if (error_.empty()) error_ = left_over();
     if (error_.empty()) return;
     for (Thread& t : threads_) t.fiber->abandon(&grid_sync_);
     throw KernelError(error_);
+  }
+
+  // By one of the threads that wait for it.
+  bool let_a_copy_be_done() {
+    for (unsigned i = 0, first = random_(); i < threads_.size(); ++i) {
+      Thread& t = threads_[(first + i) % threads_.size()];
+      if (t.state != Thread::State::asleep) continue;
+      const auto found = asynchronous.mbarriers.find(t.in);
+      if (found == asynchronous.mbarriers.end() || found->second.copies.empty()) continue;
+      t.does_a_copy = true, t.state = Thread::State::ready;
+      return true;
+    }
+    return false;
+  }
+
+  // What a block that returns has not waited for.
+  std::string left_over() const {
+    for (const auto& barrier : asynchronous.mbarriers)
+      if (!barrier.second.copies.empty()) return block() + ": a bulk copy nobody waited for";
+    for (size_t i = 0; i < threads_.size(); ++i) {
+      if (!threads_[i].products.under_way.empty()) return block() + ": a wgmma nobody waited for";
+      const size_t first = i / (4 * warpSize) * (4 * warpSize);
+      if (threads_[i].products.begun != threads_[first].products.begun)
+        return block() + ": a wgmma that a part of a warpgroup began";
+    }
+    return {};
   }
 
   // What nobody wrote reads as 0xFF bytes: NaN in every float format, -1 as an integer.

@@ -3,7 +3,10 @@
 
 #include <cstdint>
 #include <deque>
+#include <map>
+#include <vector>
 
+#include "async.h"
 #include "fiber.h"
 #include "language.h"
 
@@ -22,7 +25,7 @@ struct AsyncCopy {  // one cp.async under way
 };
 
 struct Thread {
-  enum class State : uint8_t { ready, at_barrier, in_warp_call, returned };
+  enum class State : uint8_t { ready, at_barrier, in_warp_call, asleep, returned };
 
   Fiber* fiber = nullptr;
   State state = State::ready;
@@ -35,10 +38,13 @@ struct Thread {
   unsigned barriers = 0, warp_barriers = 0;
   std::deque<AsyncCopy> copies;
   int copy_groups = 0;
+  bool does_a_copy = false;  // of those that the barrier waits for at which it sleeps
+  Products products;
 
   // For the next block.
   void restart(Fiber& on) {
     fiber = &on, state = State::ready, barriers = warp_barriers = 0, copies.clear(), copy_groups = 0;
+    does_a_copy = false, products = {};
   }
 };
 

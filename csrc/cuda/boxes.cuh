@@ -1,0 +1,235 @@
+// Where the boxes of pixels lie that a contraction on warpgroups copies, step by step of its depth: as gather.cuh, but a
+// tile is a box of images, rows and columns of the output (of weight_grad: of the linear operand), which a tap shifts.
+//
+// With a stride the gathered tensor [N, H, W, C] is seen as [N, H/sh, sh, W/sw, sw*C]: every tap is a dense box of that.
+#pragma once
+
+#include "device/tensor_map.h"
+#include "gather.cuh"
+
+namespace fastdcgan::cuda {
+
+struct PixelBox {
+  int images = 1, rows = 1, columns = 1;
+};
+
+// A problem, and its tensors as the copy engine takes them.
+template <class T>
+struct BoxProblem {
+  gpu::TensorMap left, left_y, right;
+  Problem<T> p;
+  PixelBox box, tiles;  // pixels of a tile along each, and tiles (of a group, or phase)
+  int stages = 0;
+};
+
+// A shift by `offset` pixels, of which a step to the next output pixel is `stride`: whole steps and the rest.
+struct Shift {
+  int steps, rest;
+  GPU_INLINE Shift(int offset, int stride) {
+    steps = offset >= 0 ? offset / stride : -((stride - 1 - offset) / stride);
+    rest = offset - steps * stride;
+  }
+};
+
+// conv and conv_transpose. `C` is a WarpgroupContraction.
+template <class C>
+class PixelBoxes {
+ public:
+  using T = typename C::T;
+  struct Step {
+    int y, x, channel;  // taps of the axes, first channel
+  };
+
+  GPU_INLINE explicit PixelBoxes(const BoxProblem<T>& w)
+      : w_(w), block_(block_place<C>(w.p)), rows_(taps_of<C::kOp>(w.p.rows, block_.phase / phases_x<C>(w.p))),
+        columns_(taps_of<C::kOp>(w.p.columns, block_.phase % phases_x<C>(w.p))) {
+    const Problem<T>& p = w.p;
+    first_r_ = block_.tile % w.tiles.columns * w.box.columns;
+    first_q_ = block_.tile / w.tiles.columns % w.tiles.rows * w.box.rows;
+    first_n_ = block_.group * p.batch + block_.tile / w.tiles.columns / w.tiles.rows * w.box.images;
+    const int blocks = (p.gathered.channels + C::kK - 1) / C::kK, all = rows_.count * columns_.count * blocks;
+    const int share = (all + p.splits - 1) / p.splits, first = min(static_cast<int>(blockIdx.y) * share, all);
+    steps = min(share, all - first);
+    const int tap = first / blocks;
+    start_ = {0, 0, first % blocks * C::kK};
+    if (columns_.count > 0) start_.y = tap / columns_.count, start_.x = tap % columns_.count;
+  }
+
+  int steps;
+
+  GPU_INLINE Step first() const { return start_; }
+  GPU_INLINE void advance(Step& step) const {
+    step.channel += C::kK;
+    if (step.channel < w_.p.gathered.channels) return;
+    step.channel = 0;
+    if (++step.x == columns_.count) step.x = 0, ++step.y;
+  }
+
+  // Begins the copies of a step, by one thread.
+  GPU_INLINE void load(unsigned char* stage, gpu::Mbarrier* full, const Step& step) const {
+    const Problem<T>& p = w_.p;
+    const Shift y(rows_.origin + step.y * rows_.step, rows_.stride);
+    const Shift x(columns_.origin + step.x * columns_.step, columns_.stride);
+    const int box[] = {step.channel + x.rest * p.gathered.channels, first_r_ + x.steps, y.rest, first_q_ + y.steps,
+                       first_n_};
+    gpu::copy_box(stage, w_.left, full, box);
+    stage += C::kLeftBytes;
+    if (p.gathered.y != nullptr) {
+      gpu::copy_box(stage, w_.left_y, full, box);
+      stage += C::kLeftBytes;
+    }
+    const int tap = (rows_.first + step.y * rows_.tap_step) * p.columns.kernel + columns_.first +
+                    step.x * columns_.tap_step;
+    if constexpr (C::kOp == Op::conv) {
+      gpu::copy_box(stage, w_.right, full, {step.channel, tap, block_.first_channel});
+    } else {
+#pragma unroll
+      for (int n = 0; n < C::kN; n += 64)
+        gpu::copy_box(stage + n / 64 * C::kPanel, w_.right, full, {block_.first_channel + n, tap, step.channel});
+    }
+  }
+
+  // Where the results go; by the threads from `thread` on of C::kConsumers.
+  GPU_INLINE void find_place(TilePlace<C::kM>& place, int thread) const {
+    const Problem<T>& p = w_.p;
+    for (int row = thread; row < C::kM; row += C::kConsumers) {
+      int n, q, r;
+      locate(row, n, q, r);
+      const bool inside = n < (block_.group + 1) * p.batch && q < rows_.pixels && r < columns_.pixels;
+      const int y = n * p.rows.pixels + q * rows_.apart + rows_.phase;
+      place.pixel[row] = inside ? y * p.columns.pixels + r * columns_.apart + columns_.phase : -1;
+    }
+    if (thread == 0) {
+      const int phases = C::kOp == Op::conv ? 1 : p.phases();
+      place.first_channel = block_.first_channel, place.group = block_.group;
+      place.slot = (static_cast<int64_t>(block_.group) * phases + block_.phase) * p.tiles_m + block_.tile;
+    }
+  }
+
+  GPU_INLINE int group() const { return block_.group; }
+
+  // The gathered pixel of a row of the tile before its shift, and whether it lies in the tensor after it.
+  struct Pixel {
+    int y, x;
+  };
+  GPU_INLINE Pixel pixel(int row) const {
+    int n, q, r;
+    locate(row, n, q, r);
+    return {q * rows_.stride + rows_.origin, r * columns_.stride + columns_.origin};
+  }
+  GPU_INLINE bool inside(const Pixel& pixel, const Step& step) const {
+    const int y = pixel.y + step.y * rows_.step, x = pixel.x + step.x * columns_.step;
+    return y >= 0 && y < w_.p.rows.size && x >= 0 && x < w_.p.columns.size;
+  }
+
+ private:
+  GPU_INLINE void locate(int row, int& n, int& q, int& r) const {
+    r = first_r_ + row % w_.box.columns, row /= w_.box.columns;
+    q = first_q_ + row % w_.box.rows, n = first_n_ + row / w_.box.rows;
+  }
+
+  const BoxProblem<T>& w_;
+  const BlockPlace block_;
+  const Taps rows_, columns_;
+  Step start_;
+  int first_n_, first_q_, first_r_;
+};
+
+// weight_grad: the depth is walked in boxes of C::kK pixels of the linear operand's grid, which they fill.
+template <class C>
+class ChannelBoxes {
+ public:
+  using T = typename C::T;
+  struct Step {
+    int n, q, r;  // first image, row, column
+  };
+
+  GPU_INLINE explicit ChannelBoxes(const BoxProblem<T>& w) : w_(w) {
+    const Problem<T>& p = w.p;
+    const int taps = p.rows.kernel * p.columns.kernel, column = blockIdx.x % (p.tiles_n * taps);
+    tap_ = column / p.tiles_n;
+    first_m_ = static_cast<int>(blockIdx.x) / (p.tiles_n * taps) * C::kM;
+    first_n_ = column % p.tiles_n * C::kN;
+    const int all = w.tiles.images * w.tiles.rows * w.tiles.columns;
+    const int share = (all + p.splits - 1) / p.splits, first = min(static_cast<int>(blockIdx.y) * share, all);
+    steps = min(share, all - first);
+    start_ = {first / w.tiles.columns / w.tiles.rows * w.box.images, first / w.tiles.columns % w.tiles.rows * w.box.rows,
+              first % w.tiles.columns * w.box.columns};
+  }
+
+  int steps;
+
+  GPU_INLINE Step first() const { return start_; }
+  GPU_INLINE void advance(Step& step) const {
+    step.r += w_.box.columns;
+    if (step.r < w_.p.columns.pixels) return;
+    step.r = 0, step.q += w_.box.rows;
+    if (step.q < w_.p.rows.pixels) return;
+    step.q = 0, step.n += w_.box.images;
+  }
+
+  GPU_INLINE void load(unsigned char* stage, gpu::Mbarrier* full, const Step& step) const {
+    const Problem<T>& p = w_.p;
+#pragma unroll
+    for (int m = 0; m < C::kM; m += 64)
+      gpu::copy_box(stage + m / 64 * C::kPanel, w_.left, full, {first_m_ + m, step.r, 0, step.q, step.n});
+    stage += C::kLeftBytes;
+    const Shift y(tap_ / p.columns.kernel * p.rows.dilation - p.rows.padding, p.rows.stride);
+    const Shift x(tap_ % p.columns.kernel * p.columns.dilation - p.columns.padding, p.columns.stride);
+#pragma unroll
+    for (int n = 0; n < C::kN; n += 64)
+      gpu::copy_box(
+          stage + n / 64 * C::kPanel, w_.right, full,
+          {first_n_ + n + x.rest * p.gathered.channels, step.r + x.steps, y.rest, step.q + y.steps, step.n});
+  }
+
+  GPU_INLINE void find_place(TilePlace<C::kM>& place, int thread) const {
+    const Problem<T>& p = w_.p;
+    for (int row = thread; row < C::kM; row += C::kConsumers)
+      place.pixel[row] =
+          first_m_ + row < p.other.channels ? (first_m_ + row) * (p.rows.kernel * p.columns.kernel) + tap_ : -1;
+    if (thread == 0) place.first_channel = first_n_, place.group = 0, place.slot = 0;
+  }
+
+ private:
+  const BoxProblem<T>& w_;
+  int tap_, first_m_, first_n_;
+  Step start_;
+};
+
+// --- on the host -----------------------------------------------------------------------------------------------------
+
+// Of `pixels` pixels, a power of two: as long a run of columns as there is use for, then of rows, then of images.
+inline PixelBox pixel_box(int pixels, int rows, int columns) {
+  const auto side = [](int needed, int most) {
+    int side = 1;
+    while (side < needed && side < most) side *= 2;
+    return side;
+  };
+  PixelBox box;
+  box.columns = side(columns, pixels), box.rows = side(rows, pixels / box.columns);
+  box.images = pixels / box.columns / box.rows;
+  return box;
+}
+
+// A tensor [images, rows, columns, channels] in boxes of 64 channels, every `stride`th pixel dense.
+inline gpu::TensorView pixel_view(
+    int64_t images, int64_t rows, int64_t columns, int64_t channels, int stride_y, int stride_x, const PixelBox& box) {
+  const int64_t row = columns * channels;
+  gpu::TensorView view;
+  view.add(stride_x * channels, 1, 64);
+  view.add(columns / stride_x, stride_x * channels, box.columns);
+  view.add(stride_y, row, 1);
+  view.add(rows / stride_y, stride_y * row, box.rows);
+  view.add(images, rows * row, box.images);
+  return view;
+}
+
+// A weight [outer, taps, inner] in boxes of one tap.
+inline gpu::TensorView weight_view(int64_t outer, int64_t taps, int64_t inner, int lines) {
+  gpu::TensorView view;
+  view.add(inner, 1, 64), view.add(taps, inner, 1), view.add(outer, taps * inner, lines);
+  return view;
+}
+
+}  // namespace fastdcgan::cuda

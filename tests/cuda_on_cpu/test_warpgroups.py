@@ -1,0 +1,202 @@
+"""The contractions for sm_90a on the CPU, against float64: bulk copies, mbarriers and wgmma as the shim has them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from host_programs import BUILD, FLAGS, HERE, MODES, ROOT, build, compiled, includes, needs_compiler, run
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_contractions import EPILOGUES, GEOMETRIES, PROLOGUES, RACE, WRONG, check
+
+pytestmark = needs_compiler
+
+LEAKY = "act=2 slope=0.2"
+DENSE = ("h=4 w=4 kh=4 kw=4", "h=5 w=4 kh=3 kw=3 ph=1 pw=1", "h=5 w=5 kh=3 kw=3 dh=2 dw=2 ph=2 pw=2")
+HALVED = "h=4 w=6 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1"
+
+
+def test_conv_with_every_prologue_and_epilogue() -> None:
+    lines = []
+    for i, (left, epilogue) in enumerate(itertools.product(PROLOGUES, EPILOGUES)):
+        # A stride wants channels in multiples of 64, and an image in multiples of the stride.
+        geometry = (HALVED, *DENSE)[i % 4]
+        channels = "ci=64 co=37" if i % 4 == 0 else ("ci=40 co=24", "ci=72 co=72", "ci=8 co=133")[i % 3]
+        kind = ("bf16", "fp16")[i % 2]
+        lines.append(f"op=conv type={kind} n=3 {channels} {geometry} left={left} epilogue={epilogue} {LEAKY}")
+    check("warpgroup_types", lines)
+
+
+def test_conv_transpose_with_every_prologue_and_epilogue() -> None:
+    lines = []
+    for i, (left, epilogue) in enumerate(itertools.product(PROLOGUES, EPILOGUES)):
+        geometry, channels = GEOMETRIES[i % 7], ("ci=40 co=24", "ci=72 co=72", "ci=8 co=136")[i % 3]
+        kind = ("bf16", "fp16")[i % 2]
+        lines.append(f"op=conv_transpose type={kind} n=3 {channels} {geometry} left={left} epilogue={epilogue} {LEAKY}")
+    check("warpgroup_types", lines)
+
+
+def test_weight_grad() -> None:
+    geometries = (
+        "h=8 w=8 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1", "h=1 w=1", "h=16 w=8 kh=3 kw=3 ph=1 pw=1",
+        "h=4 w=8 kh=3 kw=3 dh=2 dw=2 ph=2 pw=2", "h=12 w=4 kh=3 kw=2 sh=3 sw=2 ph=1 pw=0",
+    )  # fmt: skip
+    lines = [
+        f"op=weight_grad type={kind} n=5 {channels} {geometry} splits={splits}"
+        for geometry, (kind, channels, splits) in itertools.product(
+            geometries, [("bf16", "ci=72 co=136", 1), ("fp16", "ci=8 co=8", 3)]
+        )
+    ]
+    check("warpgroup_types", lines)
+
+
+def test_statistics_groups_and_parts() -> None:
+    lines = []
+    for splits, groups in ((1, 3), (2, 1), (40, 2)):  # the last are more than there are steps
+        head = f"type=bf16 n=6 groups={groups} splits={splits} {LEAKY}"
+        for left, epilogue in (("activate", "stats"), ("bn_backward", "grad_stats"), ("none", "bias")):
+            lines.append(f"op=conv {head} ci=64 co=40 {HALVED} left={left} epilogue={epilogue}")
+            lines.append(f"op=conv_transpose {head} ci=72 co=24 {HALVED} left={left} epilogue={epilogue}")
+    check("warpgroup_types", lines)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> str:
+    op = draw(st.sampled_from(["conv", "conv_transpose", "weight_grad"]))
+    words = {name: draw(st.integers(1, 4)) for name in ("kh", "kw", "sh", "sw")}
+    words |= {name: draw(st.integers(1, 2)) for name in ("dh", "dw", "groups")}
+    words |= {"ph": draw(st.integers(0, 2)), "pw": draw(st.integers(0, 2)), "splits": draw(st.integers(1, 3))}
+    words |= {"ci": 8 * draw(st.integers(1, 10)), "co": 8 * draw(st.integers(1, 10))}
+    if op == "conv":
+        words["co"] = draw(st.integers(1, 80))
+        words["ci"] = 64 if words["sw"] > 1 else words["ci"]
+    for size, kernel, stride, padding, dilation in (("h", "kh", "sh", "ph", "dh"), ("w", "kw", "sw", "pw", "dw")):
+        words[size] = draw(st.integers(1, 9)) * (1 if op == "conv_transpose" else words[stride])
+        reach = words[dilation] * (words[kernel] - 1) + 1
+        if op == "conv_transpose":
+            assume((words[size] - 1) * words[stride] - 2 * words[padding] + reach > 0)
+        else:
+            pixels = (words[size] + 2 * words[padding] - reach) // words[stride] + 1
+            assume(pixels > 0 and (op == "conv" or pixels in (1, 2, 4, 8)))
+    choices = {
+        "op": op,
+        "type": draw(st.sampled_from(["bf16", "fp16"])),
+        "left": "none" if op == "weight_grad" else draw(st.sampled_from(PROLOGUES)),
+        "epilogue": draw(st.sampled_from(EPILOGUES)),
+        "rows": draw(st.sampled_from([2, 4])),
+        "act": draw(st.integers(0, 2)),
+        "n": words["groups"] * draw(st.integers(1, 2)),
+    }
+    return " ".join(f"{name}={value}" for name, value in (words | choices).items()) + " slope=0.3"
+
+
+@given(case=cases())
+@settings(max_examples=25)
+def test_any_size(case: str) -> None:
+    check("warpgroup_types", [case])
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        ("op=conv ci=12", "whole vectors"),
+        ("op=conv_transpose ci=8 co=12", "whole vectors"),
+        ("op=conv h=5 w=4 sh=2 sw=2 ci=64", "multiple of the stride"),
+        ("op=conv h=4 w=4 sh=2 sw=2 ci=72", "multiple of 64"),
+        ("op=conv left=activate act=3", "registers"),
+        ("op=weight_grad left=activate", "prologue"),
+        ("op=weight_grad right=activate", "prologue"),
+        ("op=weight_grad h=3 w=4", "fill no boxes"),
+    ],
+)
+def test_what_has_no_boxes_is_refused(case: str, why: str) -> None:
+    code, output = run(build("warpgroup_types"), f"type=bf16 {case}")
+    assert code != 0 and "no boxes for" in output and why in output
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "tile=7 op=conv type=bf16 ci=128 co=264 left=none epilogue=stats",
+        "tile=7 op=conv type=bf16 ci=64 co=200 left=bn_backward epilogue=grad_stats",
+        "tile=7 op=weight_grad type=bf16 ci=264 co=136",
+        "tile=8 op=conv_transpose type=fp16 ci=136 co=136 left=none epilogue=bias",
+        "tile=8 op=conv_transpose type=fp16 ci=64 co=72 left=bn_backward epilogue=grad_stats",
+        "tile=9 op=conv_transpose type=bf16 ci=72 co=64 left=activate epilogue=stats",
+    ],
+)
+def test_the_tiles_of_gpus(case: str) -> None:
+    check("warpgroup_tiles", [f"{case} n=2 h=8 w=8 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1 {LEAKY}"])
+
+
+WATCHED = (
+    f"op=conv n=2 ci=64 co=72 {HALVED} left=bn_backward epilogue=grad_stats {LEAKY}",
+    f"op=conv n=2 ci=64 co=40 {HALVED} epilogue=stats",
+    f"op=conv_transpose n=2 ci=136 co=72 {HALVED} left=activate epilogue=stats {LEAKY}",
+    f"op=conv_transpose n=2 ci=136 co=8 {HALVED} epilogue=bias splits=2",
+    "op=weight_grad n=5 ci=72 co=136 h=8 w=8 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1 splits=2",
+)
+
+
+@pytest.mark.parametrize("mode", sorted(set(MODES) - {"plain"}))
+def test_under_a_sanitizer(mode: str) -> None:
+    check("warpgroup_watched", [f"type=bf16 {case}" for case in WATCHED], mode)
+
+
+# --- planted bugs ----------------------------------------------------------------------------------------------------
+
+NONE, ACTIVATE = "left=none epilogue=stats", "left=activate epilogue=stats"
+# name -> (case, what is there, what is put there, mode, what is said about it)
+PLANTED = {
+    "no_wait_for_copies": (ACTIVATE, "gpu::mbarrier_wait(&shared.full[at.slot], at.parity);", "", "plain", WRONG),
+    "a_stage_too_early": (NONE, "gpu::mbarrier_wait(&shared.empty[at.slot], at.parity ^ 1);", "", "plain", "."),
+    "another_parity": (NONE, "empty[at.slot], at.parity ^ 1", "empty[at.slot], at.parity", "plain", "deadlock"),
+    "no_expected_bytes": (
+        NONE, "mbarrier_arrive_expect(&shared.full[at.slot], bytes)", "mbarrier_arrive(&shared.full[at.slot])", "plain",
+        "did not expect",
+    ),
+    "too_many_bytes": (NONE, "full[at.slot], bytes);", "full[at.slot], bytes + 16);", "plain", "deadlock"),
+    "released_too_early": (NONE, "&shared.empty[before]", "&shared.empty[at.slot]", "plain", WRONG),
+    "released_twice": (NONE, "i > 0 && lane == 0", "i > 0 && lane < 2", "plain", "more arrivals"),
+    "not_released": (NONE, "i > 0 && lane == 0", "i > 0 && lane == 0 && warpgroup == 0", "plain", "deadlock"),
+    "no_fence": (ACTIVATE, "gpu::warpgroup_fence();", "", "plain", "without wgmma.fence"),
+    "no_wait_for_the_products": (ACTIVATE, "gpu::warpgroup_wait<0>();", "", "plain", "nobody waited for"),
+    "a_wait_too_few": (ACTIVATE, "gpu::warpgroup_wait<0>();", "gpu::warpgroup_wait<1>();", "plain", "."),
+    "no_commit": (ACTIVATE, "gpu::warpgroup_commit();", "", "plain", "nobody waited for"),
+    "no_fence_of_barriers": (NONE, "gpu::mbarrier_init_done();", "", "plain", "may not see yet"),
+    "no_barrier_after_them": (NONE, "__syncthreads();", "", "plain", "not initialised"),
+    "no_barrier_before_the_sums": (NONE, "Consumers<C>::sync();  // the sums", "// the sums", "thread", RACE),
+    "no_barrier_of_the_warp": (ACTIVATE, "__syncwarp();", "", "thread", RACE),
+    "a_prologue_of_padding": (ACTIVATE, "there && (h == 0 ? first_inside : second_inside)", "there", "plain", WRONG),
+    "another_step_of_the_depth": (NONE, "16 * 128 : 32, kRightStep", "16 * 128 : 64, kRightStep", "plain", WRONG),
+}  # fmt: skip
+
+
+def planted(name: str | None, mode: str) -> Path:
+    """The program with the bug `name` in its kernel, or without any."""
+    if name is None:
+        return build("warpgroup_planted", mode)
+    _, right, wrong, *_ = PLANTED[name]
+    folder = BUILD / "planted" / f"warpgroup_{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = (ROOT / "csrc" / "cuda" / "warpgroup.cuh").read_text()
+    assert right in text, f"warpgroup.cuh has no {right!r} any more"
+    text = text.replace(right, wrong, 1)
+    if not (folder / "warpgroup.cuh").exists() or (folder / "warpgroup.cuh").read_text() != text:
+        (folder / "warpgroup.cuh").write_text(text)
+    unused = ["-Wno-unused-variable", "-Wno-unused-parameter"]
+    flags = [*FLAGS, "-O0", *unused, *MODES[mode], f"-I{folder}", f"-I{HERE}", *includes()]
+    return compiled(folder / f"program-{mode}", [str(HERE / "warpgroup_planted.cpp")], flags)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_bugs_are_caught(name: str) -> None:
+    words, *_, mode, said = PLANTED[name]
+    case = f"op=conv type=bf16 n=2 ci=64 co=40 {HALVED} {words} {LEAKY}"
+    code, output = run(planted(None, mode), case)
+    assert code == 0, f"said to be wrong where it is right:\n{output}"
+    code, output = run(planted(name, mode), case)
+    assert code != 0 and re.search(said, output), f"{name} was not caught by {mode}:\n{output}"

@@ -1,0 +1,9 @@
+// The contractions on warpgroups under sanitizers, with the narrowest tile and a ring that is soon around.
+#include "contraction_cases.h"
+
+using Narrow = fastdcgan::cuda::WarpgroupShape<64, 2, 64 * 1024>;
+
+int main(int argc, char** argv) {
+  using namespace test;
+  return run_arguments(argc, argv, [](const Case& c) { return run_any_case<Multiplied<bf16>, Narrow>(c); });
+}
