@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from fastdcgan.backends.seams import seams
 from fastdcgan.benchmarks.compile_table import Case, cases, launches
 from fastdcgan.benchmarks.results import RESULTS
 from fastdcgan.benchmarks.shapes import NetShape
 from fastdcgan.blocks import FoundChain, block_of, segments
 from fastdcgan.kernels import tiles
-from fastdcgan.kernels.seams import seams
 
 PLAN = RESULTS / "triton_plan.md"
 # Measured on an H100, in bfloat16 (FLOP/s) and on a copy (bytes/s).

@@ -9,7 +9,7 @@ versions of torch than the one it was built with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends import cuda_contractions, cuda_narrow
-from fastdcgan.backends.base import STORE, Backend, Epilogue, Operand, Unavailable
+from fastdcgan.backends.base import STORE, Backend, Epilogue, Operand, Seams, Unavailable
+from fastdcgan.backends.seams import seams as seams_by_rule
 from fastdcgan.build_info import build_info, library, why_missing, why_stale
 from fastdcgan.geometry import Geometry, Pair
 
@@ -48,6 +49,7 @@ class CUDABackend(Backend):
 
     name = "cuda"
     device_type = "cuda"
+    chooses_seams = True
 
     @property
     def ops(self) -> Any:
@@ -88,6 +90,9 @@ class CUDABackend(Backend):
                         f"{capability[0]}.{capability[1]}: build it with TORCH_CUDA_ARCH_LIST"
                     )
         return None
+
+    def seams(self, blocks: Sequence, weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Seams:
+        return seams_by_rule(blocks, weights, size, needs)
 
     # --- contractions ---
 

@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends import cuda_boxes, cuda_tiles
+from fastdcgan.backends import cuda_boxes, cuda_tiles, measured
 from fastdcgan.backends.base import Epilogue, Operand, memory_format
 from fastdcgan.backends.layout import flat, flat_epilogue, flat_operand, in_format_of_torch
 from fastdcgan.geometry import Geometry, Pair, pair
 
 MOST_PIXELS = 2**30  # of a tensor, as `kMostPixels` in csrc/cuda/contractions.cu
 _MOST_GEOMETRY = 2**20
+KIND = "cuda tiles"
 _EPILOGUES = {"none": 0, "bias": 1, "activate": 2, "stats": 3, "grad_stats": 4}  # `Epilogue` in csrc/cuda/finish.cuh
+
+
+def _choices() -> measured.Choices[cuda_tiles.Choice]:
+    return measured.Choices(KIND, lambda entry: cuda_tiles.Choice(**entry), asdict)
+
+
+_chosen = _choices()
+
+
+def _choose(
+    op: str,
+    problem: cuda_tiles.Problem,
+    details: tuple,
+    device: torch.device,
+    attempt: Callable[[cuda_tiles.Choice], object],
+) -> cuda_tiles.Choice:
+    """The tile: measured, or by the rule of cuda_tiles.py. `details`: what else the time depends on."""
+    on = cuda_tiles.device_of(device)
+    return _chosen.choose(
+        (op, problem, details),
+        lambda: f"{op} {problem} | {details}",
+        device,
+        lambda: cuda_tiles.choose(problem, on),
+        lambda: measured.fastest(cuda_tiles.shortlist(problem, on), attempt, device),
+    )
 
 
 def _unfit(geometry: Geometry, tensors: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> str | None:
@@ -128,12 +156,16 @@ def weight_grad(
         operand.y is not None,
         -(-linear.x.shape[1] // cuda_boxes.ROWS) if cuda_boxes.weight_grad_fits(operand, linear, g) else 0,
     )
-    choice = tile or cuda_tiles.choose(problem, cuda_tiles.device_of(operand.x.device))
     groups = _groups(_coef_groups(operand.coef), _coef_groups(linear.coef))
-    dw = ops.contract_weight_grad(
-        *_operand(operand), *_operand(linear), g.kernel, g.stride, g.padding, g.dilation, groups, choice.number,
-        choice.splits, exact(operand.x.dtype),
-    )  # fmt: skip
+
+    def run(choice: cuda_tiles.Choice) -> Tensor:
+        return ops.contract_weight_grad(
+            *_operand(operand), *_operand(linear), g.kernel, g.stride, g.padding, g.dilation, groups, choice.number,
+            choice.splits, exact(operand.x.dtype),
+        )  # fmt: skip
+
+    details = (_details(operand), _details(linear), tuple(operand.x.shape), g)
+    dw = run(tile or _choose("weight_grad", problem, details, operand.x.device, run))
     if g is not geometry:
         dw = dw.view(-1, *geometry.kernel, gathered.x.shape[1]).permute(0, 3, 1, 2)
     return dw.contiguous(memory_format=memory_format(gathered.x))
@@ -170,14 +202,24 @@ def _contract(
         box_tiles=groups * cuda_boxes.pixel_tiles(a.x.shape[0] // groups, height, width) if fits else 0,
         prologue=a.coef is not None,
     )
-    choice = tile or cuda_tiles.choose(problem, cuda_tiles.device_of(a.x.device))
     stat_groups = asked.stat_groups if asked.kind == "stats" else _coef_groups(asked.coef)
     if asked.kind not in ("stats", "grad_stats"):
         stat_groups = 1
-    return ops.contract(
-        *_operand(a), weight, transposed, g.stride, g.padding, g.dilation, pair(size), _EPILOGUES[e.kind], e.y, e.coef,
-        ACTIVATIONS[e.act].id, e.slope, groups, stat_groups, fold, choice.number, choice.splits, exact(a.x.dtype),
-    )  # fmt: skip
+
+    def run(choice: cuda_tiles.Choice) -> tuple[Tensor, Tensor]:
+        return ops.contract(
+            *_operand(a), weight, transposed, g.stride, g.padding, g.dilation, pair(size), _EPILOGUES[e.kind], e.y,
+            e.coef, ACTIVATIONS[e.act].id, e.slope, groups, stat_groups, fold, choice.number, choice.splits,
+            exact(a.x.dtype),
+        )  # fmt: skip
+
+    details = (_details(a), e.kind, e.act, tuple(a.x.shape), g)
+    op = "conv_transpose" if transposed else "conv"
+    return run(tile or _choose(op, problem, details, a.x.device, run))
+
+
+def _details(a: Operand) -> tuple:
+    return ("none" if a.coef is None else "activate" if a.y is None else "bn_backward", a.act, a.x.dtype)
 
 
 def _operand(a: Operand) -> tuple:

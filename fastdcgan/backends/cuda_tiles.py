@@ -61,6 +61,7 @@ TILES = (
 OF_SIZE = {2: range(5), 4: range(5, 7)}
 OF_WARPGROUPS = range(7, 10)
 _MAX_SPLITS = 64
+MAX_PARTS = 1024  # that the operators take
 _MIN_STEPS = 8  # of the depth in one block: filling its pipeline takes about half as many
 _BYTE = 64  # multiply-adds in the time of moving one byte of workspace through the second-level cache
 _ALONE = 0.6  # of a multiprocessor's rate, for a block that has it to itself: nothing hides its waits
@@ -97,8 +98,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Choice:
+    """A tile by its number, and the parts of the depth. Raises ValueError if there is no such tile or number."""
+
     number: int
     splits: int
+
+    def __post_init__(self) -> None:
+        if self.number not in range(len(TILES)) or not 1 <= self.splits <= MAX_PARTS:
+            raise ValueError(f"{self}: expected a tile below {len(TILES)} and 1 to {MAX_PARTS} parts")
 
     @property
     def tile(self) -> Tile:
@@ -153,6 +160,18 @@ def choose(problem: Problem, device: Device) -> Choice:
     if not costs:
         raise ValueError(f"no tile fits a block's {device.shared_memory} bytes of shared memory")
     return min(costs, key=lambda choice: costs[choice])
+
+
+def shortlist(problem: Problem, device: Device) -> list[Choice]:
+    """What tuning tries: of each tile what the rule ranks first, with as many parts and with half or twice as many."""
+    found = []
+    for number in candidates(problem, device):
+        if not resident(problem, TILES[number], device):
+            continue
+        by_splits = {n: cost(problem, Choice(number, n), device) for n in _splits(problem, TILES[number], device)}
+        best = min(by_splits, key=lambda n: by_splits[n])
+        found += [Choice(number, n) for n in by_splits if best <= 2 * n and n <= 2 * best]
+    return sorted(found, key=lambda choice: cost(problem, choice, device))
 
 
 def cost(problem: Problem, choice: Choice, device: Device) -> float:

@@ -17,10 +17,10 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -28,6 +28,8 @@ FORMAT = "fastdcgan-measured"
 VERSION = 1
 # What is slower by less than this is taken for as fast: the choice should not change with noise.
 MARGIN = 0.03
+
+Choice = TypeVar("Choice", bound=Hashable)
 
 _tuning = False
 _files: dict[Path, dict[str, Any]] = {}  # each file is read once
@@ -95,6 +97,69 @@ def milliseconds(calls: Mapping[Any, Callable[[], object]], device: torch.device
 
 def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
+
+
+def fastest(
+    choices: Sequence[Choice],
+    attempt: Callable[[Choice], object],
+    device: torch.device,
+    no_room: tuple[type[Exception], ...] = (),
+) -> Choice:
+    """The choice with the least time; `attempt` runs one. What raises `no_room` is left out; RuntimeError if all do."""
+    calls: dict[Choice, Callable[[], object]] = {}
+    for choice in choices:
+        try:
+            attempt(choice)
+        except no_room:
+            continue
+        calls[choice] = lambda choice=choice: attempt(choice)  # type: ignore[misc]
+    if not calls:
+        raise RuntimeError(f"none of {len(choices)} tiles fits this device: {choices}")
+    times = milliseconds(calls, device)
+    return min(calls, key=lambda choice: times[choice])
+
+
+# --- choices ----------------------------------------------------------------------------------------------------------
+
+
+class Choices(Generic[Choice]):
+    """The ways to run each problem: measured before, or now inside `tuning()`, or else by a rule.
+
+    `kind` names the entries of the file; `choice_of` makes a choice from an entry, or raises TypeError or ValueError;
+    `entry_of` is the other way.
+    """
+
+    def __init__(self, kind: str, choice_of: Callable[[Any], Choice], entry_of: Callable[[Choice], Any]) -> None:
+        self.kind, self._choice_of, self._entry_of = kind, choice_of, entry_of
+        self._chosen: dict[Hashable, Choice] = {}  # asking the file takes longer than some kernels
+
+    def choose(
+        self,
+        problem: Hashable,
+        key: Callable[[], str],
+        device: torch.device,
+        rule: Callable[[], Choice],
+        search: Callable[[], Choice],
+    ) -> Choice:
+        """The choice for `problem`, which the file knows by key(): rule() where nothing was, nor may be, measured."""
+        found = self._chosen.get((problem, device))
+        searching = may_search(device)
+        if found is None or searching:
+            known = self._known(key(), device)
+            if known is None and searching:
+                known = search()
+                remember(self.kind, gpu_key(device), key(), self._entry_of(known))
+            found = known or rule()
+            self._chosen[problem, device] = found
+        return found
+
+    def _known(self, key: str, device: torch.device) -> Choice | None:
+        entry = lookup(self.kind, gpu_key(device), key)
+        try:
+            return None if entry is None else self._choice_of(entry)
+        except (TypeError, ValueError) as error:
+            ignored(error)
+            return None
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.backends.base import Backend, Epilogue, Operand, Seams, Unavailable
+from fastdcgan.backends.seams import seams as seams_by_rule
 from fastdcgan.geometry import Geometry, Pair
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -67,9 +68,7 @@ class TritonBackend(Backend):
         return None
 
     def seams(self, blocks: Sequence, weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Seams:
-        from fastdcgan.kernels.seams import seams
-
-        return seams(blocks, weights, size, needs)
+        return seams_by_rule(blocks, weights, size, needs)
 
     def _own(self, op: str, *args: Any) -> bool:
         """Whether a kernel of ours runs this call."""

@@ -96,7 +96,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(measured, "_files", {})
     monkeypatch.setattr(measured, "gpu_key", lambda device: "a GPU")
     monkeypatch.setattr(tuning, "device_of", lambda device: H100)
-    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_chosen", tuning._choices())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return found
 

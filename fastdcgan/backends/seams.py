@@ -1,4 +1,4 @@
-"""Which seams of a chain to defer, by a rule, where nothing was measured.
+"""Which seams of a chain GPU kernels with prologues defer, by a rule, where nothing was measured.
 
 A prologue costs no bytes, but it is computed again wherever its operand is loaded: for every tap, and for every tile of
 the other side's channels. A pass over memory is computed once and costs bytes. The rule counts both, as if the

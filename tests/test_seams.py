@@ -7,12 +7,10 @@ import torch
 from models import Discriminator, Generator
 from torch import nn
 
-pytest.importorskip("triton")
-
 from fastdcgan import blocks, planning
 from fastdcgan.backends.base import Seams
+from fastdcgan.backends.seams import loads, seams
 from fastdcgan.geometry import Geometry
-from fastdcgan.kernels.seams import loads, seams
 
 DCGAN = Geometry((4, 4), (2, 2), (1, 1))
 
