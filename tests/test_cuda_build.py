@@ -75,9 +75,37 @@ def test_nothing_is_spilled(library: Path) -> None:
     names = {name for name, *_ in found}
     streaming = ("norm_act", "norm_act_backward", "grad_sums", "batch_stats", "combine", "coefficients")
     narrow = ("narrow_conv", "narrow_transpose", "narrow_weight_grad", "combine_weight_grad")
-    for kernel in (*streaming, *narrow, "contraction", "finish_parts", "adam", "bce", "images"):
+    for kernel in (
+        *streaming,
+        *narrow,
+        "contraction",
+        "warpgroup_contraction",
+        "finish_parts",
+        "adam",
+        "bce",
+        "images",
+    ):
         assert any(f"{len(kernel)}{kernel}" in name for name in names), kernel
     assert [entry for entry in found if entry[1:] != ("0", "0")] == []
+
+
+# Instructions of global memory, and the one that waits for the kernels before.
+GLOBAL_MEMORY = re.compile(r"\b(?:LDG|LDGSTS|STG|ATOMG|RED|UTMALDG|LD\.E|ST\.E)\b")
+WAITING = "ACQBULK"
+
+
+def test_kernels_that_begin_early_wait_before_they_touch_global_memory(library: Path) -> None:
+    """Where the machine code has the wait of programmatic dependent launch, no such instruction stands before it: not
+    even a load that the compiler may have moved."""
+    code = dump(library, "-sass", "-arch", "sm_90a")
+    waiting = 0
+    for name, body in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL):
+        if WAITING in body:
+            waiting += 1
+            assert not GLOBAL_MEMORY.search(body.split(WAITING)[0]), name
+        else:
+            assert "narrow" in name or "combine_weight_grad" in name, name
+    assert waiting > 100
 
 
 OPERATORS = """

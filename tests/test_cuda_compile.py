@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")  # whose cuobjdump is used
 
-from fastdcgan.backends.cuda_tiles import OF_SIZE
+from fastdcgan.backends.cuda_tiles import OF_SIZE, OF_WARPGROUPS
 from fastdcgan.benchmarks import cuda_compile_table
 from fastdcgan.benchmarks.cuda_compile_table import ARCHITECTURES, CSRC, OPS, Compiled, faults, worse
 
@@ -38,11 +38,24 @@ def test_compiles_well_and_no_worse_than_the_table(compiled: list[Compiled], tab
         assert not {row.key: worse(row, table[row.key]) for row in compiled if worse(row, table[row.key])}
 
 
+@needs_nvcc
+def test_products_of_warpgroups_compile_well_and_no_worse_than_the_table(table: dict[str, Compiled]) -> None:
+    """None of them waits for another, none spills, boxes are copied by UTMALDG."""
+    compiled = cuda_compile_table.compile_source(CSRC / "cuda" / "warpgroup_bf16.cu", 90)
+    assert len(compiled) == 5 * len(OF_WARPGROUPS)  # two contractions with a prologue and without, one without
+    assert not {row.key: faults(row) for row in compiled if faults(row)}
+    if cuda_compile_table.read()[0] == cuda_compile_table.version():
+        assert not {row.key: worse(row, table[row.key]) for row in compiled if worse(row, table[row.key])}
+
+
 def test_the_table_has_every_kernel_and_no_faults(table: dict[str, Compiled]) -> None:
     kinds = [(dtype, tile) for dtype in ("bf16", "fp16") for tile in OF_SIZE[2]]
     kinds += [(dtype, tile) for dtype in ("tf32", "fp32") for tile in OF_SIZE[4]]
-    found = {(row.arch, row.op, row.dtype, row.tile) for row in table.values()}
-    assert found == {(arch, op, *kind) for arch, op, kind in itertools.product(ARCHITECTURES, OPS, kinds)}
+    wanted = {(arch, op, *kind, True) for arch, op, kind in itertools.product(ARCHITECTURES, OPS, kinds)}
+    warpgroups = set(itertools.product((90,), OPS, ("bf16", "fp16"), OF_WARPGROUPS, (True, False)))
+    wanted |= {row for row in warpgroups if row[1] != "weight_grad" or not row[-1]}
+    assert {(row.arch, row.op, row.dtype, row.tile, row.prologue) for row in table.values()} == wanted
+    assert len(table) == len(wanted)
     assert not {key: faults(row) for key, row in table.items() if faults(row)}
 
 
@@ -52,6 +65,9 @@ def test_faults_and_regressions_are_seen(table: dict[str, Compiled]) -> None:
     assert "no tensor core instruction" in faults(replace(row, tensor_core=0))
     assert "no asynchronous copy" in faults(replace(row, async_copies=0))
     assert "no load of matrices" in faults(replace(row, matrix_loads=0))
+    plain = table["sm_90 conv bf16 tile 7 without prologue"]
+    assert not faults(plain) and not plain.matrix_loads
+    assert "no load of matrices" in faults(replace(table["sm_90 conv bf16 tile 7"], matrix_loads=0))
     assert worse(replace(row, registers=row.registers + 40), row)
     assert worse(replace(row, instructions=2 * row.instructions), row)
     assert not worse(replace(row, registers=row.registers + 1), row)

@@ -129,6 +129,7 @@ template <class Table>
 __global__ void __launch_bounds__(Adam::kThreads)
     adam(const __grid_constant__ Table table, const __grid_constant__ AdamSettings settings) {
   auto& k = gpu::shared_memory<AdamCoefficients>();
+  gpu::await_kernels_before();
   if (settings.found_inf != nullptr && *settings.found_inf != 0) return;  // all threads alike
   const int block = static_cast<int>(blockIdx.x);
   int at = 0, end = table.count;  // the last tensor that begins at this block or before it
@@ -167,7 +168,7 @@ void launch_adam(const AdamTensor* tensors, int count, const AdamSettings& setti
     blocks += adam_chunks(tensors[i].size);
   }
   table.count = count;
-  gpu::launch(adam<Table>, {"adam", dim3(static_cast<unsigned>(blocks)), Adam::kThreads, sizeof(AdamCoefficients), stream},
+  gpu::launch_early(adam<Table>, {"adam", dim3(static_cast<unsigned>(blocks)), Adam::kThreads, sizeof(AdamCoefficients), stream},
               table, settings);
 }
 

@@ -40,6 +40,7 @@ template <class T, int V, bool kPlanes>
 __global__ void __launch_bounds__(kThreads, kStatsBlocks)
     batch_stats(const T* __restrict__ y, Walk walk, float* __restrict__ partials) {
   const Place<V, kPlanes> place(walk);
+  gpu::await_kernels_before();
   float count = 0, mean[V] = {}, m2[V] = {};
   place.template for_each<4>([&](auto n, const auto& at) {
     constexpr int kCount = decltype(n)::value;
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, kStatsBlocks)
 template <class T, int V, bool kPlanes>
 void launch_batch_stats(const T* y, const Walk& walk, float* partials, gpu::Stream stream) {
   constexpr size_t kShared = sizeof(BlockShared<StatsPart, V, kPlanes>);
-  gpu::launch(batch_stats<T, V, kPlanes>, {"batch_stats", walk.grid, kThreads, kShared, stream}, y, walk, partials);
+  gpu::launch_early(batch_stats<T, V, kPlanes>, {"batch_stats", walk.grid, kThreads, kShared, stream}, y, walk, partials);
 }
 
 // stats [3, groups, C] of `y`; `allocate(n)` gives n floats that live until the stream has done this.

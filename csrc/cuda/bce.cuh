@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(Bce::kThreads)
   const float y = labels.label[blockIdx.x], other = 1.f - y;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * size;
   double loss = 0, probability = 0;
+  gpu::await_kernels_before();
   for (int64_t i = threadIdx.x; i < size; i += Bce::kThreads) {
     const float x = gpu::to_float(logits[first + i]), e = expf(-fabsf(x));
     loss += other * x + (x < 0 ? -x : 0.f) + log1pf(e);
@@ -63,7 +64,7 @@ void bce_pass(const T* logits, const double* labels, int64_t parts, int64_t size
     const int now = static_cast<int>(parts - first < Bce::kMostParts ? parts - first : Bce::kMostParts);
     Bce::Labels some{};
     for (int i = 0; i < now; ++i) some.label[i] = static_cast<float>(labels[first + i]);
-    gpu::launch(bce<T>, {"bce", dim3(now), Bce::kThreads, sizeof(Bce::Shared), stream}, logits + first * size, some, size,
+    gpu::launch_early(bce<T>, {"bce", dim3(now), Bce::kThreads, sizeof(Bce::Shared), stream}, logits + first * size, some, size,
                 losses + first, probabilities + first, grad != nullptr ? grad + first * size : nullptr);
   }
 }

@@ -17,7 +17,7 @@ Tensor coefficients_op(
   const auto weight = as_float(weight_, channels), bias = as_float(bias_, channels), shift = as_float(shift_, channels);
   const Tensor coef = new_vectors(mean, 4, groups, channels);
   if (groups * channels == 0) return coef;
-  gpu::launch(coefficients<>, {"coefficients", vector_grid(groups * channels), kVectorThreads, 0, on.stream},
+  gpu::launch_early(coefficients<>, {"coefficients", vector_grid(groups * channels), kVectorThreads, 0, on.stream},
               data<float>(mean), data<float>(var), data_or_null(weight), data_or_null(bias), data_or_null(shift), eps,
               groups, channels, mutable_data<float>(coef));
   return coef;
@@ -34,7 +34,7 @@ Tensor grad_coefficients_op(const Tensor& sums_, const Tensor& coef_, double cou
   const Tensor grad_coef = new_vectors(coef, 4, coef.size(1), coef.size(2));
   const int64_t row = coef.size(1) * coef.size(2);
   if (row == 0) return grad_coef;
-  gpu::launch(grad_coefficients<>, {"grad_coefficients", vector_grid(row), kVectorThreads, 0, on.stream},
+  gpu::launch_early(grad_coefficients<>, {"grad_coefficients", vector_grid(row), kVectorThreads, 0, on.stream},
               data<float>(sums), data<float>(coef), count, row, mutable_data<float>(grad_coef));
   return grad_coef;
 }
@@ -56,7 +56,7 @@ void update_running_op(
   const int64_t groups = stats.size(1), channels = stats.size(2);
   const auto shift = as_float(shift_, channels), factor = as_float(factor_, groups);
   if (channels == 0) return;
-  gpu::launch(update_running<>, {"update_running", vector_grid(channels), kVectorThreads, 0, on.stream},
+  gpu::launch_early(update_running<>, {"update_running", vector_grid(channels), kVectorThreads, 0, on.stream},
               mutable_data<float>(mean), mutable_data<float>(var), data<float>(stats), data_or_null(shift),
               data_or_null(factor), static_cast<float>(momentum), groups, channels);
 }

@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(kVectorThreads)
                  const float* __restrict__ bias, const float* __restrict__ shift, double eps, int64_t groups,
                  int64_t channels, float* __restrict__ coef) {
   const int64_t i = thread_number(), row = groups * channels;
+  gpu::await_kernels_before();
   if (i >= row) return;
   const int64_t channel = i % channels;
   const double m = static_cast<double>(mean[i]) - (shift != nullptr ? shift[channel] : 0.f);
@@ -36,6 +37,7 @@ __global__ void __launch_bounds__(kVectorThreads)
     grad_coefficients(const float* __restrict__ sums, const float* __restrict__ coef, double count, int64_t row,
                       float* __restrict__ grad_coef) {
   const int64_t i = thread_number();
+  gpu::await_kernels_before();
   if (i >= row) return;
   const float s = coef[i], mean = coef[2 * row + i], rstd = coef[3 * row + i];
   const double scale = -static_cast<double>(s) / count;
@@ -54,6 +56,7 @@ __global__ void __launch_bounds__(kVectorThreads)
                    const float* __restrict__ shift, const float* __restrict__ factor, float momentum, int64_t groups,
                    int64_t channels) {
   const int64_t c = thread_number();
+  gpu::await_kernels_before();
   if (c >= channels) return;
   const float moved = shift != nullptr ? shift[c] : 0.f;
   float running_mean = mean[c], running_var = var[c];

@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) contraction(const P
   const int warp = threadIdx.x / 32;
   const int first_m = warp / C::kWarpsN * C::kWarpM, first_n = warp % C::kWarpsN * C::kWarpN;
 
+  gpu::await_kernels_before();
   typename C::Loader::Step step = loader.first(), ahead = step;
   unsigned valid = 0;  // of the steps under way, the last in the lowest bits
 #pragma unroll
@@ -208,7 +209,7 @@ void run_contraction(Problem<typename C::T> p, float* workspace, gpu::Stream str
   }
   with_parts<op>(p, workspace, stream, [&] {
     const dim3 grid(static_cast<unsigned>(blocks), p.splits);
-    gpu::launch(contraction<C>, {kOpNames[static_cast<int>(op)], grid, C::kThreads, C::shared_bytes(p), stream}, p);
+    gpu::launch_early(contraction<C>, {kOpNames[static_cast<int>(op)], grid, C::kThreads, C::shared_bytes(p), stream}, p);
   });
 }
 

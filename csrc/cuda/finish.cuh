@@ -226,6 +226,7 @@ __global__ void __launch_bounds__(FinishParts::kThreads, FinishParts::kBlocks)
     const int row = first + threadIdx.x;
     shared.pixel[threadIdx.x] = row < pixels ? group * pixels + row : -1;
   }
+  gpu::await_kernels_before();
   __syncthreads();
   // As finish_tile deals them out, so that every thread finds its own sums.
   using S = Strands<T, kN, kThreads>;
@@ -255,7 +256,7 @@ void launch_finish_parts(
     const float* parts, int splits, int64_t values, int groups, int pixels, const Finish<T>& f, gpu::Stream stream) {
   const int tiles = finish_tiles(pixels), tiles_n = (f.channels + FinishParts::kN - 1) / FinishParts::kN;
   const dim3 grid(static_cast<unsigned>(groups) * tiles * tiles_n);
-  gpu::launch(finish_parts<T>, {"finish_parts", grid, FinishParts::kThreads, sizeof(FinishPartsShared<T>), stream},
+  gpu::launch_early(finish_parts<T>, {"finish_parts", grid, FinishParts::kThreads, sizeof(FinishPartsShared<T>), stream},
               parts, splits, values, pixels, tiles, f);
 }
 

@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(kThreads, kGradSumsBlocks)
     grad_sums(const T* __restrict__ da, const T* __restrict__ y, const float* __restrict__ coef, Act act, Walk walk,
               T* __restrict__ g_out, float* __restrict__ partials) {
   const Place<V, kPlanes> place(walk);
+  gpu::await_kernels_before();
   const PerChannel<V, kPlanes> s(coef, 0, place), t(coef, 1, place);
   const PerChannel<V, kPlanes> mean(coef, kValues == 2 ? 2 : 0, place);
   SumsPart<kValues> sums[V];
@@ -72,7 +73,7 @@ void launch_grad_sums(
     const T* da, const T* y, const float* coef, Act act, const Walk& walk, T* g_out, float* partials,
     gpu::Stream stream) {
   constexpr size_t kShared = sizeof(BlockShared<SumsPart<kValues>, V, kPlanes>);
-  gpu::launch(grad_sums<T, V, kPlanes, Act, kValues>, {"grad_sums", walk.grid, kThreads, kShared, stream}, da, y, coef,
+  gpu::launch_early(grad_sums<T, V, kPlanes, Act, kValues>, {"grad_sums", walk.grid, kThreads, kShared, stream}, da, y, coef,
               act, walk, g_out, partials);
 }
 

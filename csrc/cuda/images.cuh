@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(Images::kThreads)
     images(const uint8_t* __restrict__ pixels, const bool* __restrict__ flip, const __grid_constant__ ImageShape s,
            T* __restrict__ out) {
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * Images::kThreads + threadIdx.x) * N;
+  gpu::await_kernels_before();
   if (at >= s.images * s.image()) return;
   const int64_t image = at / s.image(), begin = image * s.image();
   T values[N];
@@ -64,7 +65,7 @@ template <class T, int N>
 void launch_images(const ImageShape& s, const uint8_t* pixels, const bool* flip, T* out, gpu::Stream stream) {
   constexpr int kOfBlock = Images::kThreads * N;
   const int64_t blocks = (s.images * s.image() + kOfBlock - 1) / kOfBlock;
-  gpu::launch(images<T, N>, {"images", dim3(static_cast<unsigned>(blocks)), Images::kThreads, 0, stream}, pixels, flip, s,
+  gpu::launch_early(images<T, N>, {"images", dim3(static_cast<unsigned>(blocks)), Images::kThreads, 0, stream}, pixels, flip, s,
               out);
 }
 

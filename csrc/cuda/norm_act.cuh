@@ -12,6 +12,7 @@ template <class T, int V, bool kPlanes, class Act>
 __global__ void __launch_bounds__(kThreads, kNormActBlocks)
     norm_act(const T* __restrict__ x, const float* __restrict__ coef, Act act, Walk walk, T* __restrict__ out) {
   const Place<V, kPlanes> place(walk);
+  gpu::await_kernels_before();
   const PerChannel<V, kPlanes> s(coef, 0, place), t(coef, 1, place);
   place.template for_each<2>([&](auto n, const auto& at) {
     constexpr int kCount = decltype(n)::value;
@@ -34,6 +35,7 @@ __global__ void __launch_bounds__(kThreads, kNormActBlocks)
     norm_act_backward(const T* __restrict__ da, const T* __restrict__ y, const float* __restrict__ grad_coef, int rows,
                       Act act, Walk walk, T* __restrict__ dy) {
   const Place<V, kPlanes> place(walk);
+  gpu::await_kernels_before();
   const bool centred = rows == 4;
   const PerChannel<V, kPlanes> s(grad_coef, 0, place), t(grad_coef, 1, place);
   const PerChannel<V, kPlanes> p(grad_coef, centred ? 2 : 0, place), q(grad_coef, centred ? 3 : 0, place);
@@ -54,13 +56,13 @@ __global__ void __launch_bounds__(kThreads, kNormActBlocks)
 
 template <class T, int V, bool kPlanes, class Act>
 void launch_norm_act(const T* x, const float* coef, Act act, const Walk& walk, T* out, gpu::Stream stream) {
-  gpu::launch(norm_act<T, V, kPlanes, Act>, {"norm_act", walk.grid, kThreads, 0, stream}, x, coef, act, walk, out);
+  gpu::launch_early(norm_act<T, V, kPlanes, Act>, {"norm_act", walk.grid, kThreads, 0, stream}, x, coef, act, walk, out);
 }
 
 template <class T, int V, bool kPlanes, class Act>
 void launch_norm_act_backward(
     const T* da, const T* y, const float* grad_coef, int rows, Act act, const Walk& walk, T* dy, gpu::Stream stream) {
-  gpu::launch(norm_act_backward<T, V, kPlanes, Act>, {"norm_act_backward", walk.grid, kThreads, 0, stream}, da, y,
+  gpu::launch_early(norm_act_backward<T, V, kPlanes, Act>, {"norm_act_backward", walk.grid, kThreads, 0, stream}, da, y,
               grad_coef, rows, act, walk, dy);
 }
 

@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(Combine::kChannels* Combine::kStrands)
   auto& shared = gpu::shared_memory<CombineShared<Part>>();
   const int channel = blockIdx.x * Combine::kChannels + threadIdx.x, group = blockIdx.y;
   Part all;
+  gpu::await_kernels_before();
   if (channel < slots.channels) {
     for (int first = threadIdx.y; first < slots.slots; first += Combine::kInFlight * Combine::kStrands) {
       Part parts[Combine::kInFlight];
@@ -111,7 +112,7 @@ template <class Part>
 void launch_combine(const char* name, const float* partials, const Slots& slots, float* out, gpu::Stream stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(slots.channels, Combine::kChannels)), slots.groups);
   const dim3 block(Combine::kChannels, Combine::kStrands);
-  gpu::launch(combine<Part>, {name, grid, block, sizeof(CombineShared<Part>), stream}, partials, slots, out);
+  gpu::launch_early(combine<Part>, {name, grid, block, sizeof(CombineShared<Part>), stream}, partials, slots, out);
 }
 
 inline Slots slots_of(const Walk& w) { return {w.slots(), w.fold, w.channels, static_cast<int>(w.grid.z)}; }

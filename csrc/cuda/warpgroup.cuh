@@ -169,6 +169,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
       gpu::mbarrier_init_done();
     }
     __syncthreads();
+    gpu::await_kernels_before();
 
     const typename C::Boxes boxes(w);
     typename C::Boxes::Step step = boxes.first();
@@ -315,7 +316,7 @@ void run_warpgroups(const Problem<typename C::T>& problem, float* workspace, gpu
   w.stages = C::kRing / C::stage_bytes(a.y != nullptr);
   with_parts<op>(p, workspace, stream, [&] {
     const dim3 grid(static_cast<unsigned>(blocks), p.splits);
-    gpu::launch(warpgroup_contraction<C>,
+    gpu::launch_early(warpgroup_contraction<C>,
                 {kOpNames[static_cast<int>(op)], grid, C::kThreads, sizeof(typename C::Shared), stream}, w);
   });
 }

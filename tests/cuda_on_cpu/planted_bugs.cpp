@@ -195,15 +195,33 @@ __global__ void block_reads_anothers_result(int* out) {
   if (blockIdx.x == 1 && kWrong && out[threadIdx.x] == 12345) out[threadIdx.x] = 0;
 }
 
+// --- kernels before --------------------------------------------------------------------------------------------------
+
+template <bool kWrong>
+__global__ void read_before_waiting_for_kernels(int* out, const uint64_t* in) {
+  int number = 0;
+  if constexpr (kWrong) number = static_cast<int>(in[2 * threadIdx.x]);
+  gpu::await_kernels_before();
+  if constexpr (!kWrong) number = static_cast<int>(in[2 * threadIdx.x]);
+  out[threadIdx.x] = number;
+}
+
+template <bool kWrong>
+__global__ void thread_that_does_not_wait_for_kernels(int* out, const uint64_t* in) {
+  if (!kWrong || threadIdx.x != 40) gpu::await_kernels_before();
+  out[threadIdx.x] = static_cast<int>(in[2 * threadIdx.x]);
+}
+
 // --- running them ----------------------------------------------------------------------------------------------------
 
 template <class... Inputs>
-std::string run(void (*kernel)(int*, Inputs...), int (*want)(int), Flush flush = Flush::end) {
+std::string run(void (*kernel)(int*, Inputs...), int (*want)(int), Flush flush = Flush::end, bool early = false) {
   Buffer<int> out("out", kThreads);
   Buffer<uint64_t> in("in", 2 * kThreads, flush, 16);
   for (size_t i = 0; i < in.size(); ++i) in[i] = i / 2;
   in.read_only();
-  const gpu::Launch shape{"planted", 1, kThreads, sizeof...(Inputs) ? sizeof(Words) : sizeof(Numbers)};
+  const gpu::Launch shape{"planted", 1, kThreads, sizeof...(Inputs) ? sizeof(Words) : sizeof(Numbers),
+                          nullptr, early};
   if constexpr (sizeof...(Inputs)) {
     gpu::launch(kernel, shape, out.data(), in.data());
   } else {
@@ -254,6 +272,8 @@ const std::map<std::string, Bug> kBugs = {
     BOTH(write_past_the_end, nullptr),
     BOTH(write_to_an_input, same),
     BOTH(misaligned, nullptr),
+    BOTH(read_before_waiting_for_kernels, same, Flush::end, true),
+    BOTH(thread_that_does_not_wait_for_kernels, same, Flush::end, true),
     BOTH_OF_TWO_BLOCKS(blocks_write_the_same),
     BOTH_OF_TWO_BLOCKS(block_reads_anothers_result),
 };

@@ -16,9 +16,9 @@ from tolerance import assert_as_accurate
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends import cuda_contractions
+from fastdcgan.backends import cuda_contractions, cuda_tiles
 from fastdcgan.backends.base import STORE, Backend, Epilogue, Operand
-from fastdcgan.backends.cuda_tiles import Choice
+from fastdcgan.backends.cuda_tiles import Choice, Device, Problem
 from fastdcgan.backends.reference import ReferenceBackend
 from fastdcgan.geometry import Geometry
 
@@ -172,6 +172,27 @@ def test_any_size(
     assume(min(out) > 0)
     kinds = ("activate", "bn_backward") if op == "weight_grad" else ("activate", "bias")
     check(cuda, op, kinds, geometry, size, dtype, channels, act=act, last=last)
+
+
+@pytest.mark.parametrize("op", ["conv", "conv_transpose", "weight_grad"])
+def test_tiles_of_warpgroups(cuda: Backend, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that has them: what boxes can be cut of runs on them, with the rule's parts."""
+    asked = []
+
+    def choose(problem: Problem, device: Device) -> Choice:
+        asked.append(problem.box_tiles > 0)
+        return Choice(8, 2) if asked[-1] else Choice(0, 1)
+
+    monkeypatch.setattr(cuda_tiles, "choose", choose)
+    monkeypatch.setattr(cuda_contractions, "_chosen", cuda_contractions._choices())
+    geometry = GEOMETRIES["k4s2p1"][0]
+    kinds = [("none", "none")] if op == "weight_grad" else [("none", "stats"), ("bn_backward", "grad_stats")]
+    for kind in kinds:
+        check(cuda, op, kind, geometry, (8, 8), torch.bfloat16, channels=(64, 24), groups=2)
+    assert all(asked) and len(asked) == len(kinds)
+    monkeypatch.setattr(cuda_contractions, "_chosen", cuda_contractions._choices())
+    check(cuda, op, ("activate", "none"), geometry, (8, 8), torch.bfloat16, channels=(64, 24), act="tanh")
+    assert not asked[-1]
 
 
 def test_the_same_bits_in_every_order_of_threads_and_with_parts(cuda: Backend) -> None:

@@ -39,6 +39,8 @@ CAUGHT: dict[str, dict[str, str]] = {
     "write_past_the_end": {"plain": "access to out .* 0 bytes past its end", "address": OVERFLOW},
     "write_to_an_input": {"plain": "a write, and it is read-only"},
     "misaligned": in_every_mode("misaligned access of 16 bytes"),
+    "read_before_waiting_for_kernels": {"plain": "access to in .* before the launch has waited for the kernels before"},
+    "thread_that_does_not_wait_for_kernels": in_every_mode("returns without waiting for the kernels before"),
     "blocks_write_the_same": {"thread": RACE},
     "block_reads_anothers_result": {"thread": RACE},
 }

@@ -151,15 +151,18 @@ def test_under_a_sanitizer(mode: str) -> None:
 NONE, ACTIVATE = "left=none epilogue=stats", "left=activate epilogue=stats"
 # name -> (case, what is there, what is put there, mode, what is said about it)
 PLANTED = {
-    "no_wait_for_copies": (ACTIVATE, "gpu::mbarrier_wait(&shared.full[at.slot], at.parity);", "", "plain", WRONG),
+    "no_wait_for_copies": (ACTIVATE, "gpu::mbarrier_wait(&shared.full[at.slot], at.parity);", "", "plain", "deadlock"),
     "a_stage_too_early": (NONE, "gpu::mbarrier_wait(&shared.empty[at.slot], at.parity ^ 1);", "", "plain", "."),
     "another_parity": (NONE, "empty[at.slot], at.parity ^ 1", "empty[at.slot], at.parity", "plain", "deadlock"),
     "no_expected_bytes": (
         NONE, "mbarrier_arrive_expect(&shared.full[at.slot], bytes)", "mbarrier_arrive(&shared.full[at.slot])", "plain",
-        "did not expect",
+        "nobody waited for",
     ),
     "too_many_bytes": (NONE, "full[at.slot], bytes);", "full[at.slot], bytes + 16);", "plain", "deadlock"),
-    "released_too_early": (NONE, "&shared.empty[before]", "&shared.empty[at.slot]", "plain", WRONG),
+    "released_too_early": (
+        NONE, "i > 0 && lane == 0) gpu::mbarrier_arrive(&shared.empty[before])",
+        "lane == 0) gpu::mbarrier_arrive(&shared.empty[at.slot])", "plain", WRONG,
+    ),
     "released_twice": (NONE, "i > 0 && lane == 0", "i > 0 && lane < 2", "plain", "more arrivals"),
     "not_released": (NONE, "i > 0 && lane == 0", "i > 0 && lane == 0 && warpgroup == 0", "plain", "deadlock"),
     "no_fence": (ACTIVATE, "gpu::warpgroup_fence();", "", "plain", "without wgmma.fence"),

@@ -11,6 +11,7 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -38,7 +39,11 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
   Stream stream = nullptr;
+  bool early = false;  // see launch_early
 };
+
+// Whether launch_early is early: from compute capability 9.0 on, unless FASTDCGAN_EARLY_LAUNCH is 0.
+inline bool launches_early();
 
 // Runs `kernel`; throws std::runtime_error with its name where CUDA refuses. Allowed while a stream is captured.
 template <class... Params, class... Args>
@@ -53,9 +58,34 @@ void launch(void (*kernel)(Params...), const Launch& l, Args&&... args) {
   config.blockDim = l.block;
   config.dynamicSmemBytes = l.shared_bytes;
   config.stream = l.stream;
+  cudaLaunchAttribute attribute{};
+  if (l.early && launches_early()) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute, config.numAttrs = 1;
+  }
   check(cudaLaunchKernelEx(&config, kernel, Params(std::forward<Args>(args))...), l.name);
 #else
-  cuda_on_cpu::launch(kernel, {l.grid, l.block, l.shared_bytes, l.name}, std::forward<Args>(args)...);
+  cuda_on_cpu::launch(kernel, {l.grid, l.block, l.shared_bytes, l.name, l.early}, std::forward<Args>(args)...);
+#endif
+}
+
+// The same for a kernel whose blocks may begin while the kernels before it end (programmatic dependent launch), since
+// every thread of them calls await_kernels_before() before it touches global memory.
+template <class... Params, class... Args>
+void launch_early(void (*kernel)(Params...), Launch l, Args&&... args) {
+  l.early = true;
+  launch(kernel, l, std::forward<Args>(args)...);
+}
+
+// Lets the blocks of the next kernel begin where this one leaves room, and waits until the kernels before this one have
+// ended and what they wrote is there.
+GPU_INLINE void await_kernels_before() {
+#ifndef __CUDACC__
+  cuda_on_cpu::engine.await_kernels_before();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
@@ -111,6 +141,18 @@ inline int compute_capability() {
   return major * 10 + minor;
 #else
   return 90;
+#endif
+}
+
+inline bool launches_early() {
+#ifdef __CUDACC__
+  static const bool wanted = [] {
+    const char* value = std::getenv("FASTDCGAN_EARLY_LAUNCH");
+    return value == nullptr || std::string(value) != "0";
+  }();
+  return wanted && compute_capability() >= 90;
+#else
+  return true;
 #endif
 }
 

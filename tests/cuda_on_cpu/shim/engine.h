@@ -36,10 +36,13 @@ class Engine {
     arrange(block_order_, size_t{shape.grid.x} * shape.grid.y * shape.grid.z);
     arrange(warp_order_, threads_.size() / warpSize);
     arrange(lane_order_, warpSize);
+    before_wait_ = shape.early;
+    if (before_wait_) GuardedMemory::hide_all(guarded_shared_ ? &*guarded_shared_ : nullptr);
     try {
       for (unsigned b : next(block_order_)) run_block(b);
     } catch (...) {
       running_ = false;
+      if (std::exchange(before_wait_, false)) GuardedMemory::show_all();
       note::acquire(&grid_sync_);
       throw;
     }
@@ -150,6 +153,15 @@ class Engine {
     copy = me.copies.front();
     me.copies.pop_front();
     return true;
+  }
+
+  bool before_wait() const { return before_wait_; }
+
+  // From now on the launch may touch what kernels before it wrote; until its first thread is here, it is out of reach.
+  void await_kernels_before() {
+    note::ShimCode shim;
+    self().waited = true;
+    if (std::exchange(before_wait_, false)) GuardedMemory::show_all();
   }
 
   // --- what barriers of other kinds are made of ---
@@ -360,7 +372,7 @@ class Engine {
   unsigned in_warp_call_[kMostThreads / warpSize] = {};
   // Addresses for the thread sanitizer: what comes before and after what.
   char barrier_sync_[2] = {}, warp_sync_[kMostThreads / warpSize][2] = {}, launch_sync_ = 0, grid_sync_ = 0;
-  bool running_ = false;
+  bool running_ = false, before_wait_ = false;
 };
 inline Engine engine;
 
@@ -374,6 +386,7 @@ inline void Engine::fiber_main() {
     {
       note::ShimCode shim;
       me = engine.self().fiber;
+      if (engine.shape_.early && !engine.self().waited) engine.fail("returns without waiting for the kernels before");
       engine.self().state = Thread::State::returned;
       ++engine.returned_;
     }
@@ -385,7 +398,8 @@ inline void GuardedMemory::on_fault(int, siginfo_t* info, void*) {
   const char* at = static_cast<char*>(info->si_addr);
   if (engine.running())
     for (const GuardedMemory* b : all())
-      if (at >= b->base_ && at < b->base_ + b->inner_ + 2 * kFence) engine.fail(b->describe(at));
+      if (at >= b->base_ && at < b->base_ + b->inner_ + 2 * kFence) engine.fail(
+            b->describe(at) + (engine.before_wait() ? ", before the launch has waited for the kernels before it" : ""));
   sigaction(SIGSEGV, &previous_action(), nullptr);  // not ours: the access faults again, for whoever watched before
 }
 

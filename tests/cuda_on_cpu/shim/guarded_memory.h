@@ -39,7 +39,16 @@ class GuardedMemory {
   char* data() const { return data_; }
   size_t bytes() const { return bytes_; }
   // Makes writes errors as well.
-  void read_only() { mprotect(base_ + kFence, inner_, PROT_READ); }
+  void read_only() { protect(access_ = PROT_READ); }
+
+  // All of it, but for `visible`: any access ends the launch until show_all().
+  static void hide_all(const GuardedMemory* visible) {
+    for (const GuardedMemory* b : all())
+      if (b != visible) b->protect(PROT_NONE);
+  }
+  static void show_all() {
+    for (const GuardedMemory* b : all()) b->protect(b->access_);
+  }
 
  private:
   static constexpr size_t kPage = 4096, kFence = size_t{1} << 30;
@@ -76,8 +85,11 @@ class GuardedMemory {
     return text + "at byte " + std::to_string(at - data_) + ": a write, and it is read-only";
   }
 
+  void protect(int access) const { mprotect(base_ + kFence, inner_, access); }
+
   const char* name_;
   size_t bytes_, inner_;
+  int access_ = PROT_READ | PROT_WRITE;
   char *base_, *data_;
 };
 

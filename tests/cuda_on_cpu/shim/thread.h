@@ -16,6 +16,7 @@ struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes;
   const char* name;
+  bool early = false;  // the kernel waits for those before it
 };
 
 struct AsyncCopy {  // one cp.async under way
@@ -38,13 +39,14 @@ struct Thread {
   unsigned barriers = 0, warp_barriers = 0;
   std::deque<AsyncCopy> copies;
   int copy_groups = 0;
+  bool waited = false;  // for the kernels before
   bool does_a_copy = false;  // of those that the barrier waits for at which it sleeps
   Products products;
 
   // For the next block.
   void restart(Fiber& on) {
     fiber = &on, state = State::ready, barriers = warp_barriers = 0, copies.clear(), copy_groups = 0;
-    does_a_copy = false, products = {};
+    waited = does_a_copy = false, products = {};
   }
 };
 
