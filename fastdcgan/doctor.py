@@ -94,8 +94,12 @@ def _version(package: str) -> str:
 
 def _cpu() -> str:
     threads = torch.get_num_threads()
-    text = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
-    if backends.status()["cpu"] == AVAILABLE:
+    has_kernels = backends.status()["cpu"] == AVAILABLE
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if has_kernels and torch.ops.fastdcgan_cpu.bfloat16_on_tiles():
+        instructions += " with AMX tiles"
+    text = f"{platform.machine()}, {instructions}, {threads} threads"
+    if has_kernels:
         seen = torch.ops.fastdcgan_cpu.threads()
         if seen != threads:
             text += f" (but {seen} in the C++ kernels: built without OpenMP, or with another one than torch)"

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <c10/core/ScalarType.h>
+#include <c10/core/Storage.h>
 
 #include <cstdint>
 
@@ -21,10 +22,13 @@ struct Contraction {
   int64_t taps() const { return y.kernel * x.kernel; }
 };
 
-// A weight as it lies: element (k, n, ky, kx) for input channel k and output channel n, by strides.
+// A weight as it lies: element (k, n, ky, kx) for input channel k and output channel n, by strides. Where its storage is
+// given, it lies in `bytes` from `data` on, and its packed form may be kept (kept.h).
 struct Weight {
   const void* data;
   int64_t k, n, y, x;
+  const c10::Storage* storage = nullptr;
+  int64_t bytes = 0;
 };
 
 // What happens to the sums before they are stored: act(scale*sum + shift) with the scale and the shift of each channel

@@ -6,7 +6,14 @@
 #include <vector>
 
 #include "contractions.h"
+#include "kept.h"
+#include "tile_contractions.h"
 #include "winograd.h"
+
+// Of the operators: tests load a second library of them.
+#ifndef FASTDCGAN_CPU_NAMESPACE
+#define FASTDCGAN_CPU_NAMESPACE fastdcgan_cpu
+#endif
 
 namespace fastdcgan::cpu {
 namespace {
@@ -67,8 +74,13 @@ std::tuple<Tensor, Tensor> contraction(
       x.size(0), x.size(1), channels, axis(x, 0, kernel, stride, padding, dilation, size[0], transposed),
       axis(x, 1, kernel, stride, padding, dilation, size[1], transposed)};
   check_winograd(c, winograd);
-  const Weight w{weight.const_data_ptr(), weight.stride(transposed ? 0 : 1), weight.stride(transposed ? 1 : 0),
-                 weight.stride(2), weight.stride(3)};
+  Weight w{weight.const_data_ptr(), weight.stride(transposed ? 0 : 1), weight.stride(transposed ? 1 : 0),
+           weight.stride(2), weight.stride(3)};
+  const c10::Storage storage = weight.storage();
+  if (weight.is_non_overlapping_and_dense()) {
+    w.storage = &storage;
+    w.bytes = static_cast<int64_t>(weight.nbytes());
+  }
   Tensor by_channel;
   if (by_channel_.has_value()) {
     by_channel = by_channel_->contiguous();
@@ -130,10 +142,18 @@ Tensor grad_of_weight(
   return out;
 }
 
+// (how many, bytes)
+std::tuple<int64_t, int64_t> kept() {
+  const KeptWeights found = kept_weights();
+  return {found.count, found.bytes};
+}
+
+bool bfloat16_on_tiles() { return on_tiles(at::kBFloat16); }
+
 }  // namespace
 }  // namespace fastdcgan::cpu
 
-TORCH_LIBRARY_FRAGMENT(fastdcgan_cpu, m) {
+TORCH_LIBRARY_FRAGMENT(FASTDCGAN_CPU_NAMESPACE, m) {
   m.def(
       "conv(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int[2] size, Tensor? by_channel, "
       "int act, float slope, int groups, bool winograd=False) -> (Tensor, Tensor)");
@@ -143,9 +163,11 @@ TORCH_LIBRARY_FRAGMENT(fastdcgan_cpu, m) {
   m.def(
       "weight_grad(Tensor gathered, Tensor linear, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
       "bool winograd=False) -> Tensor");
+  m.def("kept_weights() -> (int, int)", fastdcgan::cpu::kept);
+  m.def("bfloat16_on_tiles() -> bool", fastdcgan::cpu::bfloat16_on_tiles);
 }
 
-TORCH_LIBRARY_IMPL(fastdcgan_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(FASTDCGAN_CPU_NAMESPACE, CPU, m) {
   m.impl("conv", fastdcgan::cpu::conv);
   m.impl("conv_transpose", fastdcgan::cpu::conv_transpose);
   m.impl("weight_grad", fastdcgan::cpu::grad_of_weight);

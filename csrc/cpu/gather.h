@@ -73,23 +73,23 @@ inline std::vector<Segment> segments(const RowClass& c, int64_t begin, int64_t e
 }
 
 // A segment some of whose taps read padding, or pixels that are not neighbours. `row`: of inputs; null: all padding.
-template <class T>
-void gather_taps(float* to, const Image<T>& in, const T* row, int64_t ix, int64_t step, const Segment& s) {
+template <class To, class T>
+void gather_taps(To* to, const Image<T>& in, const T* row, int64_t ix, int64_t step, const Segment& s) {
   for (int64_t t = s.first; t <= s.last; ++t) {
     const int64_t low = std::max(s.low - t * in.channels, int64_t{0});
     const int64_t high = std::min(s.low + s.columns - t * in.channels, in.channels), i = ix + t * step;
     if (row && i >= 0 && i < in.width) {
       widen(to, row + i * in.channels + low, high - low, in.end);
     } else {
-      std::fill_n(to, high - low, 0.f);
+      std::fill_n(to, high - low, To(0.f));
     }
     to += high - low;
   }
 }
 
-// The columns of `parts` of the row at `p`. May write kSpill floats beyond them.
-template <class T>
-inline void gather_row(float* to, const Image<T>& in, const RowClass& c, const Place& p, const std::vector<Segment>& parts) {
+// The columns of `parts` of the row at `p`, as floats or as they are. May write kSpill elements beyond them.
+template <class To, class T>
+inline void gather_row(To* to, const Image<T>& in, const RowClass& c, const Place& p, const std::vector<Segment>& parts) {
   const int64_t y = c.y->first[p.y], y_step = c.y->step, ix = c.x->first[p.x], step = c.x->step;
   const T* sample = in.data + p.n * in.height * in.width * in.channels;
   if (c.whole) {

@@ -5,9 +5,11 @@
 // or columns of a panel (1).
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 #include "vectors.h"
 
@@ -104,5 +106,56 @@ struct Panels {
   }
   int64_t vectors(int64_t i) const { return i + 1 == count && columns - i * kPanel <= kWidth ? 1 : 2; }
 };
+
+// How contractions multiply rows that were gathered: in float. TileProducts (tiles.h) is the other way.
+struct FloatProducts {
+  using Element = float;
+  static constexpr int64_t kBlockRows = 8 * kKernelRows;  // that are gathered together
+  static constexpr int64_t kRowStride = kDepthStride;
+  static constexpr int64_t kDepthUnit = 1;  // pieces begin and end at multiples of it
+
+  // What a thread needs while it multiplies.
+  struct Session {};
+
+  // Rows that are written for `rows`, and how far apart those of `width` columns should lie.
+  static int64_t whole_rows(int64_t rows) { return rows; }
+  static int64_t sum_stride(int64_t width) { return width; }
+
+  // Where element (k, n) of B lies in a panel of `width` columns.
+  static int64_t place(int64_t k, int64_t n, int64_t width) { return k * width + n; }
+
+  // Rows of A by one panel of B.
+  static void multiply(
+      const float* a, int64_t rows, const float* panel, int64_t vectors, float* c, int64_t c_stride,
+      const std::vector<Piece>& pieces, bool add) {
+    const Tiles tiles(rows);
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int64_t row = tiles.begin(t);
+      cpu::multiply<kRowStride>(
+          tiles.height(t), vectors,
+          {a + row * kRowStride, 1, panel, c + row * c_stride, c_stride, pieces.data(),
+           static_cast<int64_t>(pieces.size()), add});
+    }
+  }
+};
+
+template <class Products>
+int64_t whole_units(int64_t depth) {
+  return (depth + Products::kDepthUnit - 1) / Products::kDepthUnit * Products::kDepthUnit;
+}
+
+// Floats that gathered rows take.
+template <class Products>
+constexpr int64_t rows_size() {
+  return Products::kBlockRows * Products::kRowStride * int64_t{sizeof(typename Products::Element)} / int64_t{sizeof(float)};
+}
+
+// Sets those to zero that are multiplied beside the first `rows`.
+template <class Products>
+void clear_rows(typename Products::Element* a, int64_t rows) {
+  std::fill(
+      a + rows * Products::kRowStride, a + Products::whole_rows(rows) * Products::kRowStride,
+      typename Products::Element(0.f));
+}
 
 }  // namespace fastdcgan::cpu

@@ -12,8 +12,8 @@ constexpr int64_t kBlock = 16;  // input channels that are packed together: all 
 template <class T>
 void pack(const Contraction& c, const Weight& w, float* to) {
   const Panels panels(c.out_channels);
-  const TapOrder y(c.y), x(c.x);
-  const int64_t blocks = (c.in_channels + kBlock - 1) / kBlock, depth = c.taps() * c.in_channels;
+  const DepthOrder order(c.y, c.x, c.in_channels, FloatProducts::kDepthUnit);
+  const int64_t blocks = (c.in_channels + kBlock - 1) / kBlock, depth = order.rows();
   at::parallel_for(0, panels.count * blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i / blocks, first = i % blocks * kBlock, last = std::min(first + kBlock, c.in_channels);
@@ -24,7 +24,7 @@ void pack(const Contraction& c, const Weight& w, float* to) {
       for (int64_t ky = 0; ky < c.y.kernel; ++ky) {
         for (int64_t kx = 0; kx < c.x.kernel; ++kx) {
           const T* tap = from + ky * w.y + kx * w.x;
-          float* row = panel_to + (tap_place(y, x, ky, kx) * c.in_channels + first) * width;
+          float* row = panel_to + (order.row(ky, kx) + first) * width;
           for (int64_t k = first; k < last; ++k, row += width) {
             const T* element = tap + k * w.k;
             if (w.n == 1) {

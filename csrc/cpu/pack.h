@@ -1,4 +1,4 @@
-// A weight as panels of B: [panel][tap place][input channel][column], see tap_place.
+// A weight as panels of B: [panel][row of DepthOrder][column].
 #pragma once
 
 #include "contractions.h"
@@ -7,8 +7,9 @@
 namespace fastdcgan::cpu {
 
 // Elements of a packed weight.
-inline int64_t packed_size(const Contraction& c) {
-  return Panels(c.out_channels).width * c.taps() * c.in_channels;
+template <class Products>
+int64_t packed_size(const Contraction& c) {
+  return Panels(c.out_channels).width * DepthOrder(c.y, c.x, c.in_channels, Products::kDepthUnit).rows();
 }
 
 void pack_weight(const Contraction&, c10::ScalarType, const Weight&, float* to);

@@ -1,5 +1,4 @@
-// `conv_transpose` to few channels, such as those of an image: every input pixel is multiplied by the weights of all taps
-// at once, and the outputs add up what falls on them. The products of a band of rows stay in the cache.
+// `conv_transpose` to few channels: scattered.h.
 #pragma once
 
 #include "contractions.h"

@@ -41,7 +41,7 @@ std::vector<AxisClass> axis_classes(const Axis& axis, bool padded) {
   return classes;
 }
 
-TapOrder::TapOrder(const Axis& axis) : phase_(axis.kernel), within_(axis.kernel), before_{0} {
+TapOrder::TapOrder(const Axis& axis) : phase_(axis.kernel), within_(axis.kernel) {
   const int64_t phases = axis.transposed ? axis.stride : 1;
   for (int64_t p = 0; p < phases; ++p) {
     int64_t count = 0;
@@ -51,8 +51,17 @@ TapOrder::TapOrder(const Axis& axis) : phase_(axis.kernel), within_(axis.kernel)
       phase_[k] = p;
       within_[k] = count++;
     }
-    before_.push_back(before_.back() + count);
+    count_.push_back(count);
   }
+}
+
+DepthOrder::DepthOrder(const Axis& y, const Axis& x, int64_t channels, int64_t unit)
+    : y_(y), x_(x), channels_(channels), first_{0} {
+  for (int64_t py = 0; py < y_.phases(); ++py)
+    for (int64_t px = 0; px < x_.phases(); ++px) {
+      const int64_t rows = y_.count(py) * x_.count(px) * channels;
+      first_.push_back(first_.back() + (rows + unit - 1) / unit * unit);
+    }
 }
 
 }  // namespace fastdcgan::cpu

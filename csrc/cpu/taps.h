@@ -38,20 +38,31 @@ std::vector<AxisClass> axis_classes(const Axis&, bool padded);
 class TapOrder {
  public:
   explicit TapOrder(const Axis&);
-  int64_t size() const { return static_cast<int64_t>(phase_.size()); }
+  int64_t phases() const { return static_cast<int64_t>(count_.size()); }
   int64_t phase(int64_t tap) const { return phase_[tap]; }
-  int64_t before(int64_t phase) const { return before_[phase]; }  // taps of earlier phases
-  int64_t count(int64_t phase) const { return before_[phase + 1] - before_[phase]; }
+  int64_t count(int64_t phase) const { return count_[phase]; }  // of its taps
   int64_t within(int64_t tap) const { return within_[tap]; }
 
  private:
-  std::vector<int64_t> phase_, within_, before_;
+  std::vector<int64_t> phase_, within_, count_;
 };
 
-// The place of tap (ky, kx) in a packed weight.
-inline int64_t tap_place(const TapOrder& y, const TapOrder& x, int64_t ky, int64_t kx) {
-  const int64_t py = y.phase(ky), px = x.phase(kx);
-  return y.before(py) * x.size() + y.count(py) * x.before(px) + y.within(ky) * x.count(px) + x.within(kx);
-}
+// The order of a weight's rows when it is packed: by phase along y, phase along x, tap, input channel. The rows of a phase
+// are filled up to a multiple of `unit`.
+class DepthOrder {
+ public:
+  DepthOrder(const Axis& y, const Axis& x, int64_t channels, int64_t unit);
+  int64_t rows() const { return first_.back(); }
+  // Of the first channel of a tap.
+  int64_t row(int64_t ky, int64_t kx) const {
+    const int64_t py = y_.phase(ky), px = x_.phase(kx);
+    return first_[py * x_.phases() + px] + (y_.within(ky) * x_.count(px) + x_.within(kx)) * channels_;
+  }
+
+ private:
+  TapOrder y_, x_;
+  int64_t channels_;
+  std::vector<int64_t> first_;
+};
 
 }  // namespace fastdcgan::cpu

@@ -32,6 +32,16 @@ inline void widen(float* to, const T* from, int64_t n, const T* end) {
   }
 }
 
+// `n` elements as they are, on the same terms.
+template <class T, std::enable_if_t<!std::is_same_v<T, float>, int> = 0>
+inline void widen(T* to, const T* from, int64_t n, const T* end) {
+  if (end - from >= n + kStep) {
+    for (int64_t i = 0; i < n; i += kStep) at::vec::Vectorized<T>::loadu(from + i).store(to + i);
+  } else {
+    std::copy_n(from, n, to);
+  }
+}
+
 // Exactly `n` elements from floats, of which there are whole steps.
 template <class T>
 inline void narrow(T* to, const float* from, int64_t n) {
@@ -52,6 +62,10 @@ class Scratch {
       size_ = n;
     }
     return memory_.get();
+  }
+  template <class T>
+  T* get(int64_t n) {
+    return reinterpret_cast<T*>(floats((n * int64_t{sizeof(T)} + 3) / int64_t{sizeof(float)}));
   }
 
  private:

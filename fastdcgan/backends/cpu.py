@@ -1,10 +1,12 @@
 """The C++ kernels of csrc/cpu: contractions, norm-and-activation passes and statistics.
 
-One library was built for each vector width; the one for this processor is loaded when the backend is first used.
+One library was built for each vector width; the one for this processor is loaded when the backend is first used. That
+for AVX-512 multiplies bfloat16 on AMX tiles where the processor has them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.backends import measured
 from fastdcgan.backends.base import Backend, Epilogue, Operand, Unavailable, Update, memory_format
 from fastdcgan.build_info import build_info, library, why_missing, why_stale
 from fastdcgan.geometry import Geometry, Pair
@@ -28,13 +31,19 @@ MOST_PIXELS = 16  # of the other side, in float32
 # Of 2x2 outputs: below these, minimal filtering loses by transforming the weight; sums are too short for its rounding.
 FEWEST_TILES, FEWEST_SUMMED_TILES = 128, 16
 FEWEST_ROWS, FEWEST_WIDE_ROWS, FEWEST_PROJECTED = 128, 512, 16  # pixels of all samples: 16-bit, float32, from one pixel
+FEWEST_WIDE_KEPT = 32  # of `conv` in float32 with a packed weight that is kept from call to call (csrc/cpu/kept.h)
 
+
+# The namespace of the contractions' operators (csrc/cpu/conv_ops.cpp).
+CONTRACTIONS = "fastdcgan_cpu"
+KIND = "contractions on tiles"  # of what was measured
 
 Size = Sequence[int]
 
 
 def extension_name() -> str:
-    """The library for this processor; ATEN_CPU_CAPABILITY (default, avx2, avx512) caps what PyTorch reports."""
+    """The library for this processor; ATEN_CPU_CAPABILITY (default, avx2, avx512) caps what PyTorch reports, and
+    "avx512" leaves out our AMX tiles."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     return f"_cpu_{capability}" if capability in ("avx2", "avx512") else "_cpu_default"
 
@@ -56,6 +65,20 @@ def says_channels_last(x: Tensor) -> bool:
 def _stored(a: Operand) -> Tensor:
     """The tensor that a finished operand has the shape, dtype and memory format of."""
     return a.x if a.y is None else a.y
+
+
+def _shape(argument: Any) -> Any:
+    """What a contraction's time depends on."""
+    if isinstance(argument, Tensor):
+        return (*argument.shape, memory_format(argument) == torch.channels_last)
+    if isinstance(argument, Operand | Epilogue):
+        return tuple(map(_shape, argument))
+    return argument
+
+
+@functools.cache
+def _has_tiles(namespace: str) -> bool:
+    return getattr(torch.ops, namespace).bfloat16_on_tiles()
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -98,6 +121,14 @@ class CPUBackend(Backend):
 
     # --- contractions ---
 
+    @property
+    def contractions(self) -> Any:
+        return getattr(torch.ops, CONTRACTIONS)
+
+    def on_tiles(self, dtype: torch.dtype) -> bool:
+        """Whether our contractions of `dtype` run on AMX tiles."""
+        return dtype == torch.bfloat16 and _has_tiles(CONTRACTIONS)
+
     def why_not(self, op: str, *args: Any) -> str | None:
         return self._choose(op, *args)[0]
 
@@ -117,9 +148,13 @@ class CPUBackend(Backend):
             else:
                 gathered, linear = (batch, other.shape[1], *args[3]), x.shape
         reason = self.cannot(geometry, x, other)
+        if reason is None and self._tiles and self.on_tiles(x.dtype):
+            return self.compared(op, *args), False
         if reason is None and self.filters(op, gathered, linear, geometry, x.dtype):
             return None, True
-        return reason or self.slower(op, gathered, linear, x.dtype), False
+        # Most often of generation, where weights stay the same; training with normalisation has other epilogues.
+        kept = op != "weight_grad" and args[-1].kind in ("bias", "activate")
+        return reason or self.slower(op, gathered, linear, x.dtype, kept), False
 
     def cannot(self, geometry: Geometry, *tensors: Tensor) -> str | None:
         """Why the kernels of csrc/cpu can't run a contraction, or None if they can."""
@@ -141,7 +176,7 @@ class CPUBackend(Backend):
         """
         if not self.can_filter(geometry) or min(gathered[1], linear[1]) < FEWEST_CHANNELS:
             return False
-        if self._tiles and dtype == torch.bfloat16:
+        if dtype == torch.bfloat16 and (self._tiles or self.on_tiles(dtype)):
             return False
         tiles = linear[0] * ((linear[2] + 1) // 2) * ((linear[3] + 1) // 2)
         return tiles >= (FEWEST_SUMMED_TILES if op == "weight_grad" else FEWEST_TILES)
@@ -152,14 +187,15 @@ class CPUBackend(Backend):
         g = geometry
         return g.dilation == (1, 1) and max(g.stride) <= 2 and g.kernel == (2 * g.stride[0], 2 * g.stride[1])
 
-    def slower(self, op: str, gathered: Size, linear: Size, dtype: torch.dtype) -> str | None:
+    def slower(self, op: str, gathered: Size, linear: Size, dtype: torch.dtype, kept: bool = False) -> str | None:
         """Why PyTorch's own contraction is as fast or faster, or None if it isn't.
 
-        `gathered`, `linear`: sizes [N, C, H, W] of the side that the taps shift over, and of the other.
+        `gathered`, `linear`: sizes [N, C, H, W] of the side that the taps shift over, and of the other; `kept`: whether
+        a packed weight can be expected to hold for several calls.
         """
         pixels, wide = linear[2] * linear[3], dtype == torch.float32
         if self._tiles and dtype == torch.bfloat16:
-            return "AMX tiles multiply bfloat16 here"
+            return "it multiplies bfloat16 on AMX tiles"
         narrow = gathered[1] < FEWEST_CHANNELS
         if narrow and op != "conv_transpose" and dtype != torch.float16:
             return f"it is faster for {gathered[1]} channels"
@@ -168,14 +204,30 @@ class CPUBackend(Backend):
         if wide and pixels > MOST_PIXELS:
             return f"it is as fast for {linear[2]}x{linear[3]} pixels in float32"
         fewest = FEWEST_WIDE_ROWS if wide else FEWEST_ROWS
-        if pixels == 1:
+        if kept:
+            fewest = FEWEST_WIDE_KEPT if wide and op == "conv" else 1
+        elif pixels == 1:
             fewest = 1 if op == "conv" else FEWEST_PROJECTED
         if linear[0] * pixels < fewest:
             return f"it is faster for {linear[0]} times {pixels} pixels"
         return None
 
+    def compared(self, op: str, *args: Any) -> str | None:
+        """Why PyTorch's own contraction is faster where both are on AMX tiles, or None if it isn't: measured, at first
+        use. Ours where bits should not depend on that."""
+        if torch.are_deterministic_algorithms_enabled():
+            return None
+        calls = {"cpu": functools.partial(getattr(self, f"_{op}"), *args)}
+        calls["pytorch"] = functools.partial(getattr(super(), op), *args)
+        times = measured.cpu_times(KIND, repr((op, *map(_shape, args), torch.get_num_threads())), calls)
+        if times["cpu"] * (1 - measured.MARGIN) <= times["pytorch"]:
+            return None
+        return f"it is faster: {times['pytorch']:.4f} ms, and ours {times['cpu']:.4f} ms, measured here"
+
     def turns(self, blocks: Sequence[Block], weights: Sequence[Tensor], x: Tensor) -> bool:
-        if self._slow or (self._tiles and x.dtype == torch.bfloat16) or any(map(says_channels_last, (x, *weights))):
+        if self._slow or any(map(says_channels_last, (x, *weights))):
+            return False
+        if self._tiles and x.dtype == torch.bfloat16 and not self.on_tiles(x.dtype):
             return False
         # Whole nets, whose ends are images, noise or logits: turning those costs little.
         size = (x.shape[2], x.shape[3])
@@ -196,8 +248,13 @@ class CPUBackend(Backend):
         own, filters = self._own("conv", a, weight, geometry, epilogue)
         if not own:
             return super().conv(a, weight, geometry, epilogue)
+        return self._conv(a, weight, geometry, epilogue, filters)
+
+    def _conv(
+        self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue, filters: bool = False
+    ) -> tuple[Tensor, Tensor]:
         size = geometry.conv_size(a.x.shape[2], a.x.shape[3])
-        return self._run(torch.ops.fastdcgan_cpu.conv, a, weight, geometry, size, epilogue, filters)
+        return self._run(self.contractions.conv, a, weight, geometry, size, epilogue, filters)
 
     def conv_transpose(
         self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
@@ -205,7 +262,12 @@ class CPUBackend(Backend):
         own, filters = self._own("conv_transpose", a, weight, geometry, output_size, epilogue)
         if not own:
             return super().conv_transpose(a, weight, geometry, output_size, epilogue)
-        return self._run(torch.ops.fastdcgan_cpu.conv_transpose, a, weight, geometry, output_size, epilogue, filters)
+        return self._conv_transpose(a, weight, geometry, output_size, epilogue, filters)
+
+    def _conv_transpose(
+        self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue, filters: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return self._run(self.contractions.conv_transpose, a, weight, geometry, output_size, epilogue, filters)
 
     def _run(
         self, op: Callable, a: Operand, weight: Tensor, geometry: Geometry, size: Pair, e: Epilogue, filters: bool
@@ -229,8 +291,11 @@ class CPUBackend(Backend):
         own, filters = self._own("weight_grad", gathered, linear, geometry)
         if not own:
             return super().weight_grad(gathered, linear, geometry)
+        return self._weight_grad(gathered, linear, geometry, filters)
+
+    def _weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry, filters: bool = False) -> Tensor:
         x, dy, g = self.finished(gathered), self.finished(linear), geometry
-        dw = torch.ops.fastdcgan_cpu.weight_grad(x, dy, g.kernel, g.stride, g.padding, g.dilation, filters)
+        dw = self.contractions.weight_grad(x, dy, g.kernel, g.stride, g.padding, g.dilation, filters)
         return dw.contiguous(memory_format=memory_format(x))
 
     # --- normalisation and activation ---

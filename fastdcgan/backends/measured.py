@@ -1,13 +1,15 @@
 """What was measured on this machine and is kept: tiles, routes of contractions, seams of chains.
 
 One JSON file, `measured.json` in `fastdcgan` of the user's cache folder, or the file that FASTDCGAN_MEASURED names.
-Entries are of one GPU and one set of versions; a file that is not of this format is left alone, with a warning.
+Entries are of one processor and one set of versions; a file that is not of this format is left alone, with a warning.
 
 Nothing is ever measured while a CUDA graph is being captured. Otherwise new shapes are
 
     compared   our kernels against PyTorch's own convolution: where `torch.backends.cudnn.benchmark` is on, which is how
                PyTorch is told that measuring at first use is welcome
     searched   also among tiles and seams, which takes seconds a shape: inside `tuning()`
+
+On a CPU (`cpu_times`) calls that can go two ways are compared at first use.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -93,6 +97,35 @@ def milliseconds(calls: Mapping[Any, Callable[[], object]], device: torch.device
                 pairs[name].append((begin, end))
         torch.cuda.synchronize(device)
         return {name: _median([begin.elapsed_time(end) for begin, end in found]) for name, found in pairs.items()}
+
+
+_CPU_ROUNDS = 5
+_in_process: dict[tuple[str, str], dict[str, float]] = {}
+
+
+def cpu_times(kind: str, key: str, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Milliseconds that each call takes on the CPU: what is known of `key`, else the medians of rounds in turns."""
+    found = _in_process.get((kind, key)) or lookup(kind, cpu_key(), key)
+    if found is None or set(found) != set(calls):
+        found = _cpu_milliseconds(calls)
+        try:
+            remember(kind, cpu_key(), key, found)
+        except OSError as error:  # this process knows all the same
+            ignored(error)
+    _in_process[kind, key] = found
+    return found
+
+
+def _cpu_milliseconds(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(_CPU_ROUNDS):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append(1000 * (time.perf_counter() - begin))
+    return {name: _median(found) for name, found in times.items()}
 
 
 def _median(values: list[float]) -> float:
@@ -183,6 +216,19 @@ def gpu_key(device: torch.device) -> str:
         triton = "none"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name} | fastdcgan {__version__} | torch {torch.__version__} | triton {triton}"
+
+
+@lru_cache
+def cpu_key() -> str:
+    """The same for the CPU."""
+    from fastdcgan import __version__
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.processor()} | fastdcgan {__version__} | torch {torch.__version__}"
 
 
 def lookup(kind: str, gpu: str, key: str) -> Any:

@@ -1,0 +1,151 @@
+// `conv_transpose` to few channels, such as those of an image: every input pixel is multiplied by the weights of all taps
+// at once, and the outputs add up what falls on them. The products of a band of rows stay in the cache. `Products` says
+// how rows are multiplied.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "finish.h"
+#include "gemm.h"
+#include "widen.h"
+
+namespace fastdcgan::cpu {
+
+constexpr int64_t kBandFloats = 1 << 17;  // products of one band
+
+// Panels of B, [panel][input channel][column]; a column is (ky, kx, output channel).
+template <class T, class Products>
+void pack_taps(const Contraction& c, const Weight& w, const Panels& panels, typename Products::Element* to) {
+  const int64_t depth = whole_units<Products>(c.in_channels);
+  std::fill_n(to, panels.width * depth, typename Products::Element(0.f));
+  int64_t column = 0;
+  for (int64_t ky = 0; ky < c.y.kernel; ++ky)
+    for (int64_t kx = 0; kx < c.x.kernel; ++kx)
+      for (int64_t n = 0; n < c.out_channels; ++n, ++column) {
+        const T* from = static_cast<const T*>(w.data) + ky * w.y + kx * w.x + n * w.n;
+        const int64_t panel = column / kPanel, width = panels.vectors(panel) * kWidth;
+        typename Products::Element* at = to + panel * kPanel * depth;
+        for (int64_t k = 0; k < c.in_channels; ++k)
+          at[Products::place(k, column % kPanel, width)] = static_cast<typename Products::Element>(from[k * w.k]);
+      }
+}
+
+// Rows of outputs.
+struct Band {
+  int64_t n, first, last;
+};
+
+template <class T, class Products>
+class Scatter {
+  using Element = typename Products::Element;
+
+ public:
+  Scatter(const Contraction& c, const T* in, const Element* weight, T* out, const Finish& finish)
+      : c_(c), in_(in), end_(in + c.batch * c.y.in * c.x.in * c.in_channels), weight_(weight), out_(out),
+        panels_(c.taps() * c.out_channels), finisher_(finish, c.out_channels, c.x.out), starts_{0} {
+    for (int64_t o = 0; o < c.y.out; ++o) rows_.push_back(reads(c.y, o, false));
+    for (int64_t o = 0; o < c.x.out; ++o) {
+      for (const Read& r : reads(c.x, o, false)) offsets_.push_back(r.input * panels_.width + r.tap * c.out_channels);
+      starts_.push_back(static_cast<int64_t>(offsets_.size()));
+    }
+  }
+
+  void run() {
+    const int64_t fit = std::max<int64_t>(1, kBandFloats / (c_.x.in * panels_.width));  // rows of inputs
+    const int64_t by_size = (c_.y.in + fit - 1) / fit, threads = at::get_num_threads();
+    const int64_t by_threads = (threads + c_.batch - 1) / c_.batch;
+    const int64_t bands = std::clamp<int64_t>(std::max(by_size, by_threads), 1, c_.y.out);
+    at::parallel_for(0, c_.batch * bands, 1, [&](int64_t begin, int64_t end) {
+      [[maybe_unused]] const typename Products::Session session;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i % bands;
+        band({i / bands, c_.y.out * b / bands, c_.y.out * (b + 1) / bands});
+      }
+    });
+  }
+
+ private:
+  void band(const Band& b) const {
+    int64_t low = c_.y.in, high = 0;  // rows of inputs
+    for (int64_t o = b.first; o < b.last; ++o)
+      for (const Read& r : rows_[o]) {
+        low = std::min(low, r.input);
+        high = std::max(high, r.input + 1);
+      }
+    static thread_local Scratch scratch;
+    const int64_t pixels = std::max<int64_t>(high - low, 0) * c_.x.in;
+    const int64_t row = (c_.x.out * c_.out_channels + kPanel) / kPanel * kPanel;
+    const int64_t size = Products::whole_rows(pixels) * panels_.width;
+    float* products = scratch.floats(size + row + rows_size<Products>());
+    float* sums = products + size;
+    auto* a = reinterpret_cast<Element*>(sums + row);
+    const T* from = in_ + (b.n * c_.y.in + low) * c_.x.in * c_.in_channels;
+    for (int64_t p = 0; p < pixels; p += Products::kBlockRows) {
+      const int64_t some = std::min(Products::kBlockRows, pixels - p);
+      multiply_pixels(from + p * c_.in_channels, some, a, products + p * panels_.width);
+    }
+    for (int64_t o = b.first; o < b.last; ++o) {
+      switch (c_.out_channels) {
+        case 1: add_row<1>(o, low, products, sums); break;
+        case 3: add_row<3>(o, low, products, sums); break;
+        default: add_row<0>(o, low, products, sums);
+      }
+      finisher_.run(sums, 0, Panels(c_.x.out * c_.out_channels).width);
+      narrow(out_ + (b.n * c_.y.out + o) * c_.x.out * c_.out_channels, sums, c_.x.out * c_.out_channels);
+    }
+  }
+
+  void multiply_pixels(const T* from, int64_t rows, Element* a, float* products) const {
+    const int64_t all_depth = whole_units<Products>(c_.in_channels);
+    for (int64_t k = 0; k < c_.in_channels; k += kDepth) {
+      const int64_t depth = std::min(kDepth, c_.in_channels - k);
+      const std::vector<Piece> piece{{0, k, whole_units<Products>(depth)}};
+      for (int64_t r = 0; r < rows; ++r) {
+        widen(a + r * Products::kRowStride, from + r * c_.in_channels + k, depth, end_);
+        std::fill_n(a + r * Products::kRowStride + depth, piece[0].depth - depth, Element(0.f));
+      }
+      clear_rows<Products>(a, rows);
+      for (int64_t p = 0; p < panels_.count; ++p)
+        Products::multiply(
+            a, rows, weight_ + p * kPanel * all_depth, panels_.vectors(p), products + p * kPanel, panels_.width, piece,
+            k > 0);
+    }
+  }
+
+  // One row of outputs; kChannels 0: any number of them.
+  template <int kChannels>
+  void add_row(int64_t o, int64_t low, const float* products, float* sums) const {
+    const int64_t channels = kChannels ? kChannels : c_.out_channels;
+    std::fill_n(sums, c_.x.out * channels, 0.f);
+    for (const Read& r : rows_[o]) {
+      const float* row = products + (r.input - low) * c_.x.in * panels_.width + r.tap * c_.x.kernel * channels;
+      for (int64_t x = 0; x < c_.x.out; ++x)
+        for (int64_t i = starts_[x]; i < starts_[x + 1]; ++i)
+          for (int64_t n = 0; n < channels; ++n) sums[x * channels + n] += row[offsets_[i] + n];
+    }
+  }
+
+  const Contraction& c_;
+  const T *in_, *end_;
+  const Element* weight_;
+  T* out_;
+  Panels panels_;
+  Finisher finisher_;
+  std::vector<std::vector<Read>> rows_;
+  std::vector<int64_t> offsets_, starts_;  // of the products that the outputs of a row read, in a row of inputs
+};
+
+template <class T, class Products>
+void scatter_with(const Contraction& c, const void* in, const Weight& weight, void* out, const Finish& finish) {
+  using Element = typename Products::Element;
+  const Panels panels(c.taps() * c.out_channels);
+  static thread_local Scratch scratch;
+  Element* packed = scratch.get<Element>(panels.width * whole_units<Products>(c.in_channels));
+  pack_taps<T, Products>(c, weight, panels, packed);
+  Scatter<T, Products>(c, static_cast<const T*>(in), packed, static_cast<T*>(out), finish).run();
+}
+
+}  // namespace fastdcgan::cpu

@@ -1,0 +1,107 @@
+#include "tile_contractions.h"
+
+#include "amx.h"
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__x86_64__)
+
+#include "gathered.h"
+#include "kept.h"
+#include "pack.h"
+#include "pairs.h"
+#include "scattered.h"
+#include "tile_pixels.h"
+#include "tiles.h"
+
+namespace fastdcgan::cpu {
+namespace {
+
+using Element = TileProducts::Element;
+
+constexpr int64_t kBlock = 64;  // input channels that are packed together: all taps of them pass through the cache once
+
+// Channels [first, last) of one tap for some columns. `to`: of the panel; `row`: of `first` in the packed weight.
+void pack_tap(
+    const Element* from, const Weight& w, int64_t first, int64_t last, int64_t columns, int64_t width, Element* to,
+    int64_t row) {
+  int64_t k = first;
+  if (row % 2 == 0 && w.n == 1) {
+    for (; k + 2 <= last; k += 2) {
+      const Element* pair = from + k * w.k;
+      interleave(pair, columns, pair + w.k, columns, width, to + TileProducts::place(row + k - first, 0, width));
+    }
+  } else if (row % 2 == 0 && w.k == 1) {
+    for (; k + 2 <= last; k += 2 * amx::kRows) {
+      const int64_t pairs = std::min(amx::kRows, (last - k) / 2);
+      for (int64_t n = 0; n < columns; n += kWidth)
+        transpose_pairs(
+            from + n * w.n + k, w.n, to + TileProducts::place(row + k - first, n, width), 2 * width,
+            std::min(kWidth, columns - n), pairs);
+    }
+    k = std::min(k, last - (last - first) % 2);
+  }
+  for (; k < last; ++k)
+    for (int64_t n = 0; n < columns; ++n)
+      to[TileProducts::place(row + k - first, n, width)] = from[k * w.k + n * w.n];
+}
+
+void pack(const Contraction& c, const Weight& w, Element* to) {
+  const Panels panels(c.out_channels);
+  const DepthOrder order(c.y, c.x, c.in_channels, TileProducts::kDepthUnit);
+  const int64_t blocks = (c.in_channels + kBlock - 1) / kBlock, depth = order.rows();
+  if (c.in_channels % TileProducts::kDepthUnit || c.out_channels % kWidth)
+    std::fill_n(to, panels.width * depth, Element(0.f));
+  at::parallel_for(0, panels.count * blocks, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t column = i / blocks * kPanel, width = panels.vectors(i / blocks) * kWidth;
+      const int64_t first = i % blocks * kBlock, last = std::min(first + kBlock, c.in_channels);
+      for (int64_t ky = 0; ky < c.y.kernel; ++ky)
+        for (int64_t kx = 0; kx < c.x.kernel; ++kx)
+          pack_tap(
+              static_cast<const Element*>(w.data) + column * w.n + ky * w.y + kx * w.x, w, first, last,
+              std::min(width, c.out_channels - column), width, to + column * depth, order.row(ky, kx) + first);
+    }
+  });
+}
+
+}  // namespace
+
+bool on_tiles(c10::ScalarType dtype) { return dtype == c10::ScalarType::BFloat16 && amx::usable(); }
+
+void contract_on_tiles(const Contraction& c, const void* in, const Weight& weight, void* out, const Finish& finish) {
+  static thread_local Scratch scratch;
+  const int64_t size = packed_size<TileProducts>(c);
+  const auto pack_to = [&](void* to) { pack(c, weight, static_cast<Element*>(to)); };
+  const auto kept = kept_weight(
+      c, c10::ScalarType::BFloat16, weight, TileProducts::kDepthUnit, size * int64_t{sizeof(Element)}, pack_to);
+  Element* packed = kept ? static_cast<Element*>(kept->data()) : scratch.get<Element>(size);
+  if (!kept) pack_to(packed);
+  const Finisher finisher(finish, c.out_channels);
+  Gather<Element, TileProducts>(
+      c, static_cast<const Element*>(in), packed, static_cast<Element*>(out), finish, finisher).run();
+}
+
+void scatter_on_tiles(const Contraction& c, const void* in, const Weight& weight, void* out, const Finish& finish) {
+  scatter_with<Element, TileProducts>(c, in, weight, out, finish);
+}
+
+void weight_grad_on_tiles(const Contraction& c, const void* gathered, const void* linear, void* out) {
+  WeightGrad<Element, TilePixels>(
+      c, static_cast<const Element*>(gathered), static_cast<const Element*>(linear), static_cast<Element*>(out)).run();
+}
+
+}  // namespace fastdcgan::cpu
+
+#else
+
+#include <c10/util/Exception.h>
+
+namespace fastdcgan::cpu {
+
+bool on_tiles(c10::ScalarType) { return false; }
+void contract_on_tiles(const Contraction&, const void*, const Weight&, void*, const Finish&) { TORCH_INTERNAL_ASSERT(false); }
+void scatter_on_tiles(const Contraction&, const void*, const Weight&, void*, const Finish&) { TORCH_INTERNAL_ASSERT(false); }
+void weight_grad_on_tiles(const Contraction&, const void*, const void*, void*) { TORCH_INTERNAL_ASSERT(false); }
+
+}  // namespace fastdcgan::cpu
+
+#endif

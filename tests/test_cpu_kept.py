@@ -1,0 +1,222 @@
+"""Packed weights that are kept: never one that doesn't hold any more, however the weight was changed."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastdcgan
+from fastdcgan import backends
+from fastdcgan.optim import FusedAdam
+
+STATUS = backends.status()["cpu"]
+if STATUS == "available" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+    STATUS = "the contractions of csrc/cpu need AVX2"
+pytestmark = pytest.mark.skipif(STATUS != "available", reason=STATUS)
+
+CHANNELS_LAST = torch.channels_last
+
+
+def kept() -> tuple[int, int]:
+    return torch.ops.fastdcgan_cpu.kept_weights()
+
+
+def run(x: Tensor, weight: Tensor) -> Tensor:
+    numbers = ((2, 2), (1, 1), (1, 1), (2 * x.shape[2], 2 * x.shape[3]))
+    return torch.ops.fastdcgan_cpu.conv_transpose(x, weight, *numbers, None, 0, 0.0, 0)[0]
+
+
+def fresh(x: Tensor, weight: Tensor) -> Tensor:
+    """With a weight that is not dense: those are packed at every call."""
+    apart = torch.zeros(*weight.shape, 2, dtype=weight.dtype)[..., 0]
+    return run(x, apart.copy_(weight.detach()))
+
+
+def layer(dtype: torch.dtype = torch.float32) -> tuple[nn.ConvTranspose2d, Tensor]:
+    torch.manual_seed(0)
+    made = nn.ConvTranspose2d(64, 48, 4, 2, 1, bias=False).to(dtype).to(memory_format=CHANNELS_LAST)
+    return made, torch.randn(2, 64, 4, 4).to(dtype).contiguous(memory_format=CHANNELS_LAST)
+
+
+def bits(weight: Tensor) -> Tensor:
+    """The memory of a channels_last tensor."""
+    return weight.data.permute(0, 2, 3, 1).view(torch.int16).view(-1)
+
+
+def by_data(conv: nn.ConvTranspose2d) -> None:
+    conv.weight.data.copy_(torch.randn_like(conv.weight))
+
+
+def by_clamping(conv: nn.ConvTranspose2d) -> None:
+    conv.weight.data.clamp_(-0.01, 0.01)
+
+
+def in_place(conv: nn.ConvTranspose2d) -> None:
+    with torch.no_grad():
+        conv.weight.mul_(1.5)
+
+
+def one_bit(conv: nn.ConvTranspose2d) -> None:
+    bits(conv.weight)[12345] ^= 1
+
+
+def signs(conv: nn.ConvTranspose2d) -> None:
+    conv.weight.data.neg_()
+
+
+def swapped(conv: nn.ConvTranspose2d) -> None:
+    conv.weight.data[[0, 1]] = conv.weight.data[[1, 0]]
+
+
+def by_loading(conv: nn.ConvTranspose2d) -> None:
+    conv.load_state_dict({"weight": torch.randn_like(conv.weight)})
+
+
+def by_set(conv: nn.ConvTranspose2d) -> None:
+    with torch.no_grad():
+        conv.weight.set_(torch.randn_like(conv.weight))
+
+
+def by_assigning(conv: nn.ConvTranspose2d) -> None:
+    conv.weight.data = torch.randn_like(conv.weight)
+
+
+def by_a_flat_view(conv: nn.ConvTranspose2d) -> None:
+    """As DistributedDataParallel and flat optimisers lay parameters out."""
+    flat = torch.cat([torch.zeros(7, dtype=conv.weight.dtype), conv.weight.data.permute(0, 2, 3, 1).reshape(-1)])
+    n, channels, height, width = conv.weight.shape
+    conv.weight.data = flat[7:].view(n, height, width, channels).permute(0, 3, 1, 2)
+    run(torch.zeros(1, n, 4, 4, dtype=flat.dtype), conv.weight)
+    flat.mul_(-2)
+
+
+def by_numpy(conv: nn.ConvTranspose2d) -> None:
+    bits(conv.weight).numpy()[4321] = 7
+
+
+def by_sgd(conv: nn.ConvTranspose2d) -> None:
+    conv.weight.grad = torch.ones_like(conv.weight)
+    torch.optim.SGD(conv.parameters(), lr=0.1).step()
+
+
+def by_fused_adam(conv: nn.ConvTranspose2d) -> None:
+    conv.weight.grad = torch.ones_like(conv.weight)
+    FusedAdam(conv.parameters(), lr=0.1).step()
+
+
+CHANGES: list[Callable[[nn.ConvTranspose2d], None]] = [
+    by_data, by_clamping, in_place, one_bit, signs, swapped, by_loading, by_set, by_assigning, by_a_flat_view, by_numpy,
+    by_sgd, by_fused_adam,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_no_change_is_missed(change: Callable[[nn.ConvTranspose2d], None], dtype: torch.dtype) -> None:
+    conv, x = layer(dtype)
+    before = run(x, conv.weight)
+    for _ in range(3):
+        assert torch.equal(run(x, conv.weight), before)
+        assert torch.equal(fresh(x, conv.weight), before)
+    count = kept()[0]
+    assert count > 0
+    for _ in range(3):  # the first is packed again, then it is not kept for a while
+        change(conv)
+        assert torch.equal(run(x, conv.weight), fresh(x, conv.weight))
+    assert not torch.equal(run(x, conv.weight), before) or change is one_bit
+
+
+def test_any_order_of_changes() -> None:
+    conv, x = layer()
+    generator = torch.Generator().manual_seed(1)
+    for share in (0.1, 0.5, 0.9):
+        for _ in range(60):
+            if torch.rand((), generator=generator) < share:
+                at = torch.randint(conv.weight.numel(), (), generator=generator)
+                conv.weight.data.permute(0, 2, 3, 1).view(-1)[at] += 1
+            assert torch.equal(run(x, conv.weight), fresh(x, conv.weight))
+
+
+def test_every_bit_counts() -> None:
+    """Lengths around those of the digest's steps and parts, and every place in the first and the last of them."""
+    x = torch.randn(1, 1, 1, 1)
+    for size in (1, 127, 128, 129, 65535, 65536, 65537):
+        weight = torch.zeros(1, size, 1, 1)
+        numbers = ((1, 1), (0, 0), (1, 1), (1, 1))
+        for place in {*range(min(size, 130)), *range(max(0, size - 130), size)}:
+            weight[0, place] = -0.0  # another bit, and the same number
+            assert kept_after(x, weight, numbers)
+            weight[0, place] = 3.0
+            out = torch.ops.fastdcgan_cpu.conv_transpose(x, weight, *numbers, None, 0, 0.0, 0)[0]
+            assert out[0, place] == 3 * x.item() and out.count_nonzero() == 1
+            weight[0, place] = 0.0
+
+
+def kept_after(x: Tensor, weight: Tensor, numbers: tuple) -> bool:
+    """Whether a packed form is kept, after as many calls with one weight as it may take."""
+    for _ in range(1100):
+        torch.ops.fastdcgan_cpu.conv_transpose(x, weight, *numbers, None, 0, 0.0, 0)
+        if kept()[0]:
+            torch.ops.fastdcgan_cpu.conv_transpose(x, weight, *numbers, None, 0, 0.0, 0)
+            return True
+    return False
+
+
+def test_they_go_with_the_weight_and_with_changes() -> None:
+    gc.collect()
+    count, size = kept()
+    conv, x = layer()
+    run(x, conv.weight)
+    assert kept() == (count + 1, size + 64 * 48 * 16 * 4)  # 48 columns are whole vectors
+    run(x.repeat(200, 1, 1, 1), conv.weight)  # for so many pixels packing is nothing
+    by_data(conv)
+    run(x, conv.weight)
+    assert kept()[0] == count + 1
+    by_data(conv)
+    run(x, conv.weight)
+    assert kept() == (count, size)  # two changes, and no use in between
+    for _ in range(6):
+        run(x, conv.weight)
+    assert kept()[0] == count + 1
+    del conv
+    gc.collect()
+    assert kept() == (count, size)
+
+
+def test_many_threads_share_one() -> None:
+    conv, x = layer()
+    expected, wrong = run(x, conv.weight), []
+
+    def work() -> None:
+        wrong.extend(not torch.equal(run(x, conv.weight), expected) for _ in range(50))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 200 and not any(wrong)
+
+
+def test_generating_with_changing_weights() -> None:
+    """The whole way: a folded, fused generator, and a moving average written through `.data` between calls."""
+    net = nn.Sequential(nn.ConvTranspose2d(10, 64, 4, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+                        nn.ConvTranspose2d(64, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+                        nn.ConvTranspose2d(32, 3, 4, 2, 1), nn.Tanh())  # fmt: skip
+    folded = fastdcgan.fold_batchnorm(net.eval()).to(memory_format=CHANNELS_LAST)
+    ours, x = fastdcgan.fuse(folded), torch.randn(2, 10, 1, 1)
+    with fastdcgan.backend("cpu"), torch.no_grad():
+        for _ in range(4):
+            for p in ours.parameters():
+                p.data.lerp_(torch.randn_like(p), 0.1)
+            for _ in range(2):
+                found = ours(x)
+            with fastdcgan.backend("reference"):
+                expected = ours(x)
+            assert (found - expected).abs().max() < 1e-5
+    assert kept()[0] > 0
