@@ -24,6 +24,8 @@ STATUS = backends.status()["cpu"]
 pytestmark = pytest.mark.skipif(STATUS != "available", reason=STATUS)
 
 REFERENCE = ReferenceBackend()
+AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+AVX512 += ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 # (channels, height, width): whole vectors and not, planes of less than a vector and of many
@@ -262,7 +264,8 @@ def test_covers(cpu: Backend) -> None:
     assert "not 'cuda'" in (cpu.covers("cuda", torch.float32) or "")
 
 
-def test_under_sanitizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tiles", [False, True], ids=["", "on emulated tiles"])
+def test_under_sanitizers(tiles: bool, tmp_path: Path) -> None:
     """Every pass and contraction on memory of exactly the right size, odd shapes, under AddressSanitizer and UBSan."""
     compiler = shutil.which("g++")
     if compiler is None or platform.machine() != "x86_64":
@@ -273,13 +276,18 @@ def test_under_sanitizers(tmp_path: Path) -> None:
         root / "tests/cpu/sanitize.cpp",
         *(p for p in (root / "csrc/cpu").glob("*.cpp") if not p.name.endswith("ops.cpp")),
     ]
-    width = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
+    width = ["-O0", "-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        width = ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]
+        width = ["-O0", "-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]
+    if tiles:
+        if torch.backends.cpu.get_cpu_capability() != "AVX512":
+            pytest.skip("the kernels for AMX need AVX-512")
+        sources = [*(p for p in sources if p.name != "amx.cpp"), root / "tests/cpu/amx_emulated.cpp"]
+        width = [*AVX512, "-DFASTDCGAN_AMX_EMULATED", f"-I{root / 'tests/cpu'}", "-O1"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     library = folder / "lib"
     link = [f"-L{library}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{library}"]
-    command = [compiler, "-std=c++20", "-O0", "-w", *width, *sanitize, *include, *map(str, sources), *link, "-o", "run"]
+    command = [compiler, "-std=c++20", "-w", *width, *sanitize, *include, *map(str, sources), *link, "-o", "run"]
     built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     if "cannot find -lasan" in built.stderr or "cannot find -lubsan" in built.stderr:
         pytest.skip("g++ has no sanitizers here")
@@ -288,7 +296,7 @@ def test_under_sanitizers(tmp_path: Path) -> None:
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([tmp_path / "run"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[0]) > 10_000
+    assert int(done.stdout.split()[0]) > (500 if tiles else 10_000)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

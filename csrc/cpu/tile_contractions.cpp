@@ -98,8 +98,12 @@ void weight_grad_on_tiles(const Contraction& c, const void* gathered, const void
 namespace fastdcgan::cpu {
 
 bool on_tiles(c10::ScalarType) { return false; }
-void contract_on_tiles(const Contraction&, const void*, const Weight&, void*, const Finish&) { TORCH_INTERNAL_ASSERT(false); }
-void scatter_on_tiles(const Contraction&, const void*, const Weight&, void*, const Finish&) { TORCH_INTERNAL_ASSERT(false); }
+void contract_on_tiles(const Contraction&, const void*, const Weight&, void*, const Finish&) {
+  TORCH_INTERNAL_ASSERT(false);
+}
+void scatter_on_tiles(const Contraction&, const void*, const Weight&, void*, const Finish&) {
+  TORCH_INTERNAL_ASSERT(false);
+}
 void weight_grad_on_tiles(const Contraction&, const void*, const void*, void*) { TORCH_INTERNAL_ASSERT(false); }
 
 }  // namespace fastdcgan::cpu
