@@ -265,9 +265,9 @@ class CPUBackend(Backend):
         return self._conv_transpose(a, weight, geometry, output_size, epilogue, filters)
 
     def _conv_transpose(
-        self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue, filters: bool = False
+        self, a: Operand, weight: Tensor, geometry: Geometry, size: Pair, epilogue: Epilogue, filters: bool = False
     ) -> tuple[Tensor, Tensor]:
-        return self._run(self.contractions.conv_transpose, a, weight, geometry, output_size, epilogue, filters)
+        return self._run(self.contractions.conv_transpose, a, weight, geometry, size, epilogue, filters)
 
     def _run(
         self, op: Callable, a: Operand, weight: Tensor, geometry: Geometry, size: Pair, e: Epilogue, filters: bool
