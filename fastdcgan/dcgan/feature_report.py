@@ -70,6 +70,8 @@ def load_split(data: str, config: TrainConfig) -> Split:
             raise ValueError(f"the class {name} of {data} has {count} images to train on: expected at least 2")
     if not test.any():
         raise ValueError(f"{data} has {len(test)} images: expected at least {config.holdout or _TEST_EVERY}")
+    if data == config.data and not config.holdout:
+        say("The networks have seen the test images too, without their labels: the run held none out (--holdout).")
     return Split(found, test)
 
 

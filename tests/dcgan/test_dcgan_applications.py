@@ -99,6 +99,16 @@ def test_features_fit_and_eval(
     assert "| features | dimensions | 3 labels | 12 labels | 45 labels |" in table
 
 
+def test_runs_that_held_nothing_out(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = checkpoint.load(checkpoint.find(place / "run"))
+    saved.state["config"]["holdout"] = 0
+    checkpoint.save(tmp_path / "seen.safetensors", saved)
+    assert main(["features", str(tmp_path / "seen.safetensors"), "--fit", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "The networks have seen the test images too" in said
+    assert "% of 12 test images right" in said
+
+
 def test_augmentation(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,10 @@ def photos(tmp_path: Path) -> Path:
 # --- help and errors -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "sample", "interpolate", "inpaint", "bench", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "demo", "train", "sample", "interpolate", "inpaint", "features", "evaluate", "style", "bench", "doctor"],
+)
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([*command.split(), "--help"])
