@@ -40,8 +40,8 @@ class Weights:
     """Of the content's loss, the style's, and the total variation (Mahendran and Vedaldi, 2015, section 3)."""
 
     content: float = 1.0
-    style: float = 100.0
-    variation: float = 0.05
+    style: float = 3.0
+    variation: float = 0.2
 
 
 def gram(activations: Tensor) -> Tensor:

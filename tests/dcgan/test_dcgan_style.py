@@ -58,7 +58,7 @@ def test_style_comes_nearer(discriminator: Discriminator) -> None:
     content, style = stripes(24, 36, 12, across=True), stripes(40, 30, 4, across=False)
     before = copy.deepcopy(discriminator.state_dict())
     steps: list[int] = []
-    result = transfer(discriminator, content, style, steps=20, progress=steps.append)
+    result = transfer(discriminator, content, style, weights=Weights(1, 100, 0.05), steps=20, progress=steps.append)
     assert result.image.shape == content.shape
     assert result.image.abs().max() <= 1
     assert result.loss < 0.5 * result.first_loss
