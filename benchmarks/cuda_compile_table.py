@@ -159,12 +159,17 @@ def compile_all(architectures: Sequence[int] = ARCHITECTURES, workers: int = 2) 
         return [row for rows in pool.map(lambda job: compile_source(*job), jobs(architectures)) for row in rows]
 
 
+def _loads_matrices(compiled: Compiled) -> bool:
+    """Whether a factor passes through registers: of warpgroups, one with a prologue; weight_grad's don't."""
+    return compiled.tile not in OF_WARPGROUPS or (compiled.prologue and compiled.op != "weight_grad")
+
+
 def faults(compiled: Compiled) -> list[str]:
     """What no kernel may be, in words; empty if it is fine."""
     found = [f"{compiled.spills} bytes of spills"] if compiled.spills else []
     found += [] if compiled.tensor_core else ["no tensor core instruction"]
     found += [] if compiled.async_copies else ["no asynchronous copy"]
-    if compiled.dtype in ("bf16", "fp16") and compiled.prologue and not compiled.matrix_loads:
+    if compiled.dtype in ("bf16", "fp16") and _loads_matrices(compiled) and not compiled.matrix_loads:
         found.append("no load of matrices")
     return found
 

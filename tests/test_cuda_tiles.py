@@ -110,7 +110,7 @@ def test_boxes_cover_pixels() -> None:
         ("conv_transpose", (5, 3), (8, 8), Geometry((5, 5), (3, 3)), "relu", True),
         ("conv_transpose", (5, 3), (8, 12), Geometry((5, 5), (3, 3)), None, False),
         ("weight_grad", (8, 8), (72, 8), Geometry((4, 4), (2, 2), (1, 1)), None, True),
-        ("weight_grad", (8, 8), (72, 8), Geometry((4, 4), (2, 2), (1, 1)), "relu", False),
+        ("weight_grad", (8, 8), (72, 8), Geometry((4, 4), (2, 2), (1, 1)), "elu", True),
         ("weight_grad", (6, 6), (72, 8), Geometry((4, 4), (2, 2), (1, 1)), None, False),  # 3 pixels are no box
     ],
 )

@@ -16,7 +16,7 @@ struct PixelBox {
 // A problem, and its tensors as the copy engine takes them.
 template <class T>
 struct BoxProblem {
-  gpu::TensorMap left, left_y, right;
+  gpu::TensorMap left, left_y, right, right_y;
   Problem<T> p;
   PixelBox box, tiles;  // pixels of a tile along each, and tiles (of a group, or phase)
   int stages = 0;
@@ -170,17 +170,36 @@ class ChannelBoxes {
 
   GPU_INLINE void load(unsigned char* stage, gpu::Mbarrier* full, const Step& step) const {
     const Problem<T>& p = w_.p;
+    const auto left = [&](const gpu::TensorMap& map) {
 #pragma unroll
-    for (int m = 0; m < C::kM; m += 64)
-      gpu::copy_box(stage + m / 64 * C::kPanel, w_.left, full, {first_m_ + m, step.r, 0, step.q, step.n});
-    stage += C::kLeftBytes;
-    const Shift y(tap_ / p.columns.kernel * p.rows.dilation - p.rows.padding, p.rows.stride);
-    const Shift x(tap_ % p.columns.kernel * p.columns.dilation - p.columns.padding, p.columns.stride);
+      for (int m = 0; m < C::kM; m += 64, stage += C::kPanel)
+        gpu::copy_box(stage, map, full, {first_m_ + m, step.r, 0, step.q, step.n});
+    };
+    left(w_.left);
+    if (p.other.y != nullptr) left(w_.left_y);
+    const Shift y(shift_y(), p.rows.stride), x(shift_x(), p.columns.stride);
+    const auto right = [&](const gpu::TensorMap& map) {
 #pragma unroll
-    for (int n = 0; n < C::kN; n += 64)
-      gpu::copy_box(
-          stage + n / 64 * C::kPanel, w_.right, full,
-          {first_n_ + n + x.rest * p.gathered.channels, step.r + x.steps, y.rest, step.q + y.steps, step.n});
+      for (int n = 0; n < C::kN; n += 64, stage += C::kPanel)
+        gpu::copy_box(stage, map, full, {first_n_ + n + x.rest * p.gathered.channels, step.r + x.steps, y.rest,
+                                         step.q + y.steps, step.n});
+    };
+    right(w_.right);
+    if (p.gathered.y != nullptr) right(w_.right_y);
+  }
+
+  // Applies the prologues of both operands in place to a stage that is there.
+  GPU_INLINE void transform(unsigned char* stage, const Step& step, int thread) const {
+    const Problem<T>& p = w_.p;
+    const int images = p.groups * p.batch;
+    if (p.other.prologue != Prologue::none)
+      transform<C::kM>(p.other, stage, first_m_, step, thread, [&](int n, int, int) { return n < images; });
+    stage += C::kLeftBytes * (p.other.y != nullptr ? 2 : 1);
+    if (p.gathered.prologue != Prologue::none)
+      transform<C::kN>(p.gathered, stage, first_n_, step, thread, [&](int n, int q, int r) {
+        const int y = q * p.rows.stride + shift_y(), x = r * p.columns.stride + shift_x();
+        return n < images && y >= 0 && y < p.rows.size && x >= 0 && x < p.columns.size;
+      });
   }
 
   GPU_INLINE void find_place(TilePlace<C::kM>& place, int thread) const {
@@ -192,6 +211,32 @@ class ChannelBoxes {
   }
 
  private:
+  // Panels of 64 pixels and 64 channels each, of kChannels channels; those of the second tensor follow.
+  template <int kChannels, class Inside>
+  GPU_INLINE void transform(
+      const Operand<T>& operand, unsigned char* panels, int first, const Step& step, int thread, Inside inside) const {
+    using Panel = MatrixTile<T, C::kK, 64, true>;
+    auto* x = reinterpret_cast<Panel*>(panels);
+    const auto* y = reinterpret_cast<const Panel*>(panels + kChannels / 64 * C::kPanel);
+#pragma unroll 1
+    for (int i = thread; i < C::kK * kChannels / kVec<T>; i += C::kConsumers) {
+      const int chunk = i % Panel::kChunks, pixel = i / Panel::kChunks % C::kK, panel = i / Panel::kChunks / C::kK;
+      const int channel = first + panel * 64 + chunk * kVec<T>;
+      const int r = step.r + pixel % w_.box.columns, line = pixel / w_.box.columns;
+      const int q = step.q + line % w_.box.rows, n = step.n + line / w_.box.rows;
+      if (channel < operand.channels && inside(n, q, r))
+        apply_prologue(operand, x[panel].chunk(pixel, chunk), operand.y != nullptr ? y[panel].chunk(pixel, chunk) : nullptr,
+                       n / w_.p.batch, channel);
+    }
+  }
+
+  GPU_INLINE int shift_y() const {
+    return tap_ / w_.p.columns.kernel * w_.p.rows.dilation - w_.p.rows.padding;
+  }
+  GPU_INLINE int shift_x() const {
+    return tap_ % w_.p.columns.kernel * w_.p.columns.dilation - w_.p.columns.padding;
+  }
+
   const BoxProblem<T>& w_;
   int tap_, first_m_, first_n_;
   Step start_;

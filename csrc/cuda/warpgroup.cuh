@@ -2,8 +2,8 @@
 // warpgroups multiply them, 64 rows each, and finish the tile together. Only 16-bit numbers, and what the copy engine can
 // describe: why_no_boxes says what it can't.
 //
-// A prologue of conv and conv_transpose is applied in registers, from where the left factor is then multiplied; without
-// one both factors are read from shared memory.
+// A prologue of conv and conv_transpose is applied in registers, from where the left factor is then multiplied; those of
+// weight_grad in shared memory, where both factors are read as without one.
 #pragma once
 
 #include "boxes.cuh"
@@ -37,6 +37,7 @@ struct WarpgroupContraction : Shape {
   static constexpr int kLeftBytes = kM / 64 * kPanel, kRightBytes = kN / 64 * kPanel;
   static constexpr int kMostStages = kRing / (kLeftBytes + kRightBytes);
   static_assert(sizeof(T) == 2 && kN % 64 == 0 && kN <= 256 && kRing % 1024 == 0);
+  static_assert(kRing >= 2 * (1 + kTransforms) * (kLeftBytes + kRightBytes), "one stage is multiplied, the next is awaited");
   using Left = MatrixTile<T, kM, kK, false>;  // of conv and conv_transpose, as the copy engine swizzles it
   using Boxes = std::conditional_t<op == Op::weight_grad, ChannelBoxes<WarpgroupContraction>,
                                    PixelBoxes<WarpgroupContraction>>;
@@ -57,7 +58,11 @@ struct WarpgroupContraction : Shape {
   };
   static_assert(sizeof(Shared) <= 228 * 1024 / kBlocks - 1024, "a multiprocessor has 228 KiB, a block's own is 1");
 
-  GPU_HOST_INLINE static int stage_bytes(bool second) { return kLeftBytes * (1 + second) + kRightBytes; }
+  GPU_HOST_INLINE static int stage_bytes(const Problem<T>& p) {
+    const bool y_of_gathered = p.gathered.y != nullptr;
+    if (op != Op::weight_grad) return kLeftBytes * (1 + y_of_gathered) + kRightBytes;
+    return kLeftBytes * (1 + (p.other.y != nullptr)) + kRightBytes * (1 + y_of_gathered);
+  }
 };
 
 // The threads that multiply, without the warp that copies.
@@ -115,7 +120,7 @@ GPU_INLINE void multiply_transformed(
     const BoxProblem<T>& w, const typename C::Boxes& boxes, typename C::Shared& shared, float (&sum)[C::kN / 2]) {
   const Operand<T>& operand = w.p.gathered;
   const bool second = operand.y != nullptr;
-  const int bytes = C::stage_bytes(second), lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
+  const int bytes = C::stage_bytes(w.p), lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
   const float* coef = operand.coef + static_cast<int64_t>(boxes.group() % operand.groups) * operand.channels;
   const auto above = boxes.pixel(first_row + lane / 4), below = boxes.pixel(first_row + lane / 4 + 8);
   typename C::Boxes::Step step = boxes.first();
@@ -161,8 +166,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     using T = typename C::T;
     auto& shared = gpu::shared_memory<typename C::Shared>();
     const Problem<T>& p = w.p;
-    const bool second = p.gathered.y != nullptr;
-    const int bytes = C::stage_bytes(second), thread = threadIdx.x, lane = thread % 32;
+    const int bytes = C::stage_bytes(p), thread = threadIdx.x, lane = thread % 32;
     if (thread == 0) {
       for (int i = 0; i < w.stages; ++i)
         gpu::mbarrier_init(&shared.full[i], 1), gpu::mbarrier_init(&shared.empty[i], C::kConsumers / 32);
@@ -188,14 +192,21 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
       boxes.find_place(shared.place, thread);
       float sum[C::kN / 2] = {};
       const int warpgroup = thread / 128;
-      if constexpr (C::kTransforms) {
+      if constexpr (C::kTransforms && C::kOp != Op::weight_grad) {
         multiply_transformed<C>(w, boxes, shared, sum);
       } else {
+        const int left_bytes = C::kLeftBytes * (C::kOp == Op::weight_grad && p.other.y != nullptr ? 2 : 1);
         for (int i = 0, before = 0; i < boxes.steps; ++i, before = at.slot, at.advance(w.stages)) {
           gpu::mbarrier_wait(&shared.full[at.slot], at.parity);
-          const unsigned char* stage = shared.ring + at.slot * bytes;
+          unsigned char* stage = shared.ring + at.slot * bytes;
+          if constexpr (C::kTransforms) {
+            boxes.transform(stage, step, thread);
+            boxes.advance(step);
+            gpu::fence_async();
+            Consumers<C>::sync();  // the factors are there for all
+          }
           const uint64_t left = gpu::matrix_descriptor(stage + warpgroup * C::kPanel);
-          const uint64_t right = gpu::matrix_descriptor(stage + C::kLeftBytes, C::kRightAcross ? C::kPanel : 0);
+          const uint64_t right = gpu::matrix_descriptor(stage + left_bytes, C::kRightAcross ? C::kPanel : 0);
           gpu::hold(sum);
           gpu::warpgroup_fence();
 #pragma unroll
@@ -238,9 +249,8 @@ const char* why_no_boxes(const Problem<T>& p) {
   const bool linear = op == Op::weight_grad;
   if (!in_vectors<T>(a.channels, a.x, a.y, a.coef)) return "rows of the input that are not whole vectors";
   const int right = op == Op::conv ? a.channels : linear ? p.other.channels : p.finish.channels;
-  if (!in_vectors<T>(right, p.other.x)) return "rows of the other factor that are not whole vectors";
-  if (a.prologue != Prologue::none && (linear || !a.act.linear)) return "a prologue that has no form in registers";
-  if (linear && p.other.prologue != Prologue::none) return "a prologue of weight_grad";
+  if (!in_vectors<T>(right, p.other.x, p.other.y, p.other.coef)) return "rows of the other factor that are not whole vectors";
+  if (a.prologue != Prologue::none && !linear && !a.act.linear) return "a prologue that has no form in registers";
   if (op != Op::conv_transpose) {
     if (p.rows.size % p.rows.stride != 0 || p.columns.size % p.columns.stride != 0)
       return "an image that is no multiple of the stride";
@@ -301,7 +311,11 @@ void run_warpgroups(const Problem<typename C::T>& problem, float* workspace, gpu
     const int channels = p.other.channels;
     w.left = gpu::tensor_map(
         p.other.x, pixel_view(images, p.rows.pixels, p.columns.pixels, channels, 1, 1, w.box));
+    if (p.other.y != nullptr)
+      w.left_y = gpu::tensor_map(
+          p.other.y, pixel_view(images, p.rows.pixels, p.columns.pixels, channels, 1, 1, w.box));
     w.right = gathered(a.x);
+    if (a.y != nullptr) w.right_y = gathered(a.y);
     p.tiles_m = tiles_along(channels, C::kM);
     blocks *= int64_t{p.tiles_m} * taps;
   } else {
@@ -313,7 +327,7 @@ void run_warpgroups(const Problem<typename C::T>& problem, float* workspace, gpu
     p.tiles_m = w.tiles.images * w.tiles.rows * w.tiles.columns;
     blocks *= int64_t{p.groups} * p.tiles_m * (op == Op::conv ? 1 : p.phases());
   }
-  w.stages = C::kRing / C::stage_bytes(a.y != nullptr);
+  w.stages = C::kRing / C::stage_bytes(p);
   with_parts<op>(p, workspace, stream, [&] {
     const dim3 grid(static_cast<unsigned>(blocks), p.splits);
     gpu::launch_early(warpgroup_contraction<C>,

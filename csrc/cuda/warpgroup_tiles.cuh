@@ -25,9 +25,8 @@ void run_warpgroup_tile(const Problem<T>& p, int number, float* workspace, gpu::
     throw std::runtime_error("tile " + std::to_string(number) + " is for GPUs of compute capability 9.0");
   const auto run = [&](auto shape) {
     using Shape = decltype(shape);
-    if constexpr (op != Op::weight_grad)
-      if (p.gathered.prologue != Prologue::none)
-        return run_warpgroups<WarpgroupContraction<op, T, Shape, true>>(p, workspace, stream);
+    if (p.gathered.prologue != Prologue::none || p.other.prologue != Prologue::none)
+      return run_warpgroups<WarpgroupContraction<op, T, Shape, true>>(p, workspace, stream);
     run_warpgroups<WarpgroupContraction<op, T, Shape, false>>(p, workspace, stream);
   };
 #ifndef FASTDCGAN_CUDA_ON_CPU

@@ -43,13 +43,12 @@ def conv_transpose_fits(a: Operand, weight: Tensor) -> bool:
 
 
 def weight_grad_fits(gathered: Operand, linear: Operand, geometry: Geometry) -> bool:
-    """The same of `weight_grad`; operands with a prologue have none."""
-    if gathered.coef is not None or linear.coef is not None or not _strided(gathered.x, geometry):
-        return False
+    """The same of `weight_grad`."""
     sizes = tuple(linear.x.shape[2:])
     _, *box = pixel_box(DEPTH, *sizes)
     whole = all(size % side == 0 for size, side in zip(sizes, box, strict=True))
-    return whole and _in_boxes(gathered, linear.x, linear.x.shape[1])
+    others = all(t is None or t.data_ptr() % 16 == 0 for t in (linear.y, linear.coef))
+    return whole and others and _strided(gathered.x, geometry) and _in_boxes(gathered, linear.x, linear.x.shape[1])
 
 
 def _in_boxes(a: Operand, other: Tensor, length: int) -> bool:

@@ -155,6 +155,7 @@ def weight_grad(
         linear.y is not None,
         operand.y is not None,
         -(-linear.x.shape[1] // cuda_boxes.ROWS) if cuda_boxes.weight_grad_fits(operand, linear, g) else 0,
+        operand.coef is not None or linear.coef is not None,
     )
     groups = _groups(_coef_groups(operand.coef), _coef_groups(linear.coef))
 

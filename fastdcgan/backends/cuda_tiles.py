@@ -93,7 +93,7 @@ class Problem:
     second_left: bool = False  # whether bn_backward is computed on load
     second_right: bool = False
     box_tiles: int = 0  # tiles of `m` in boxes of pixels (cuda_boxes.py); 0 where no boxes can be cut
-    prologue: bool = False  # of the left factor
+    prologue: bool = False  # of the left factor, or of weight_grad's right one
 
 
 @dataclass(frozen=True)

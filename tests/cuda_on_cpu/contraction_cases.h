@@ -120,9 +120,8 @@ struct Runner<op, T, Math, cuda::WarpgroupShape<kN, kBlocks, kRing>> {
   using Shape = cuda::WarpgroupShape<kN, kBlocks, kRing>;
   static int64_t slots(const Problem<T>& p) { return cuda::box_slots<op>(p); }
   static void run(const Problem<T>& p, float* workspace) {
-    if constexpr (op != Op::weight_grad)
-      if (p.gathered.prologue != Prologue::none)
-        return cuda::run_warpgroups<cuda::WarpgroupContraction<op, T, Shape, true>>(p, workspace, nullptr);
+    if (p.gathered.prologue != Prologue::none || p.other.prologue != Prologue::none)
+      return cuda::run_warpgroups<cuda::WarpgroupContraction<op, T, Shape, true>>(p, workspace, nullptr);
     cuda::run_warpgroups<cuda::WarpgroupContraction<op, T, Shape, false>>(p, workspace, nullptr);
   }
 };

@@ -16,6 +16,7 @@ pytestmark = needs_compiler
 
 LEAKY = "act=2 slope=0.2"
 DENSE = ("h=4 w=4 kh=4 kw=4", "h=5 w=4 kh=3 kw=3 ph=1 pw=1", "h=5 w=5 kh=3 kw=3 dh=2 dw=2 ph=2 pw=2")
+HALVES_TO_BOXES = "h=8 w=4 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1"
 HALVED = "h=4 w=6 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1"
 
 
@@ -53,6 +54,23 @@ def test_weight_grad() -> None:
     check("warpgroup_types", lines)
 
 
+def test_weight_grad_with_every_prologue() -> None:
+    geometries = (
+        "h=8 w=4 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1",
+        "h=4 w=8 kh=3 kw=3 ph=1 pw=1",
+        "h=1 w=1",
+        "h=4 w=4 kh=2 kw=2 sh=2 sw=2",
+    )
+    lines = []
+    for i, (left, right) in enumerate(itertools.product(PROLOGUES, PROLOGUES)):
+        channels, act = ("ci=72 co=136", "ci=8 co=40")[i % 2], ("act=2", "act=3", "act=1")[i % 3]
+        head = f"op=weight_grad type={('bf16', 'fp16')[i % 2]} n=6 groups={1 + i % 3} splits={1 + i % 2}"
+        lines.append(
+            f"{head} {channels} {geometries[i % 4]} left={left} right={right} {act} slope=0.2 rows={2 + i % 2 * 2}"
+        )
+    check("warpgroup_types", lines)
+
+
 def test_statistics_groups_and_parts() -> None:
     lines = []
     for splits, groups in ((1, 3), (2, 1), (40, 2)):  # the last are more than there are steps
@@ -84,7 +102,8 @@ def cases(draw: st.DrawFn) -> str:
     choices = {
         "op": op,
         "type": draw(st.sampled_from(["bf16", "fp16"])),
-        "left": "none" if op == "weight_grad" else draw(st.sampled_from(PROLOGUES)),
+        "left": draw(st.sampled_from(PROLOGUES)),
+        "right": draw(st.sampled_from(PROLOGUES)),
         "epilogue": draw(st.sampled_from(EPILOGUES)),
         "rows": draw(st.sampled_from([2, 4])),
         "act": draw(st.integers(0, 2)),
@@ -107,8 +126,6 @@ def test_any_size(case: str) -> None:
         ("op=conv h=5 w=4 sh=2 sw=2 ci=64", "multiple of the stride"),
         ("op=conv h=4 w=4 sh=2 sw=2 ci=72", "multiple of 64"),
         ("op=conv left=activate act=3", "registers"),
-        ("op=weight_grad left=activate", "prologue"),
-        ("op=weight_grad right=activate", "prologue"),
         ("op=weight_grad h=3 w=4", "fill no boxes"),
     ],
 )
@@ -122,7 +139,7 @@ def test_what_has_no_boxes_is_refused(case: str, why: str) -> None:
     [
         "tile=7 op=conv type=bf16 ci=128 co=264 left=none epilogue=stats",
         "tile=7 op=conv type=bf16 ci=64 co=200 left=bn_backward epilogue=grad_stats",
-        "tile=7 op=weight_grad type=bf16 ci=264 co=136",
+        "tile=7 op=weight_grad type=bf16 ci=264 co=136 left=bn_backward right=activate",
         "tile=8 op=conv_transpose type=fp16 ci=136 co=136 left=none epilogue=bias",
         "tile=8 op=conv_transpose type=fp16 ci=64 co=72 left=bn_backward epilogue=grad_stats",
         "tile=9 op=conv_transpose type=bf16 ci=72 co=64 left=activate epilogue=stats",
@@ -137,7 +154,7 @@ WATCHED = (
     f"op=conv n=2 ci=64 co=40 {HALVED} epilogue=stats",
     f"op=conv_transpose n=2 ci=136 co=72 {HALVED} left=activate epilogue=stats {LEAKY}",
     f"op=conv_transpose n=2 ci=136 co=8 {HALVED} epilogue=bias splits=2",
-    "op=weight_grad n=5 ci=72 co=136 h=8 w=8 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1 splits=2",
+    f"op=weight_grad n=4 ci=72 co=40 {HALVES_TO_BOXES} splits=2 left=activate right=bn_backward {LEAKY}",
 )
 
 
@@ -149,6 +166,7 @@ def test_under_a_sanitizer(mode: str) -> None:
 # --- planted bugs ----------------------------------------------------------------------------------------------------
 
 NONE, ACTIVATE = "left=none epilogue=stats", "left=activate epilogue=stats"
+WEIGHT_GRAD = "op=weight_grad left=activate right=bn_backward"
 # name -> (case, what is there, what is put there, mode, what is said about it)
 PLANTED = {
     "no_wait_for_copies": (ACTIVATE, "gpu::mbarrier_wait(&shared.full[at.slot], at.parity);", "", "plain", "deadlock"),
@@ -173,6 +191,12 @@ PLANTED = {
     "no_barrier_after_them": (NONE, "__syncthreads();", "", "plain", "not initialised"),
     "no_barrier_before_the_sums": (NONE, "Consumers<C>::sync();  // the sums", "// the sums", "thread", RACE),
     "no_barrier_of_the_warp": (ACTIVATE, "__syncwarp();", "", "thread", RACE),
+    "no_barrier_after_the_prologue": (
+        WEIGHT_GRAD, "Consumers<C>::sync();  // the factors", "// the factors", "thread", RACE,
+    ),
+    "a_prologue_of_another_step": (
+        WEIGHT_GRAD, "boxes.advance(step);\n            gpu::fence", "gpu::fence", "plain", WRONG,
+    ),
     "a_prologue_of_padding": (ACTIVATE, "there && (h == 0 ? first_inside : second_inside)", "there", "plain", WRONG),
     "another_step_of_the_depth": (NONE, "16 * 128 : 32, kRightStep", "16 * 128 : 64, kRightStep", "plain", WRONG),
 }  # fmt: skip
@@ -199,6 +223,8 @@ def planted(name: str | None, mode: str) -> Path:
 def test_planted_bugs_are_caught(name: str) -> None:
     words, *_, mode, said = PLANTED[name]
     case = f"op=conv type=bf16 n=2 ci=64 co=40 {HALVED} {words} {LEAKY}"
+    if words == WEIGHT_GRAD:
+        case = f"{words} type=bf16 n=6 groups=3 ci=8 co=8 h=8 w=8 kh=3 kw=3 ph=1 pw=1 {LEAKY}"
     code, output = run(planted(None, mode), case)
     assert code == 0, f"said to be wrong where it is right:\n{output}"
     code, output = run(planted(name, mode), case)

@@ -1,9 +1,9 @@
-// One contraction on warpgroups, for copies of its source in which a bug is planted.
+// Contractions on warpgroups, for copies of its source in which a bug is planted.
 #include "contraction_cases.h"
 
-using Narrow = fastdcgan::cuda::WarpgroupShape<64, 2, 64 * 1024>;
+using Narrow = fastdcgan::cuda::WarpgroupShape<64, 2, 96 * 1024>;
 
 int main(int argc, char** argv) {
   using namespace test;
-  return run_arguments(argc, argv, [](const Case& c) { return run_case<Multiplied<bf16>, Narrow, Op::conv>(c); });
+  return run_arguments(argc, argv, [](const Case& c) { return run_case<Multiplied<bf16>, Narrow, Op::conv, Op::weight_grad>(c); });
 }

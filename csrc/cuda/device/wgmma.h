@@ -29,6 +29,9 @@ GPU_INLINE uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor
 GPU_INLINE void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 GPU_INLINE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
+// After ordinary stores to shared memory, by each thread that made some, before the barrier after which products read it.
+GPU_INLINE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Keeps the compiler from moving these registers' values across.
 template <int N>
 GPU_INLINE void hold(float (&sum)[N]) {
@@ -133,6 +136,7 @@ FASTDCGAN_WARPGROUP_MULTIPLY(fp16, "f16", "256", 128, FASTDCGAN_REGISTERS_ALL, "
 
 inline void warpgroup_fence() { cuda_on_cpu::warpgroup_fence(); }
 inline void warpgroup_commit() { cuda_on_cpu::warpgroup_commit(); }
+inline void fence_async() {}
 template <class T, int N>
 inline void hold(T (&)[N]) {}
 template <int>
