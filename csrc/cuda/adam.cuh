@@ -168,8 +168,8 @@ void launch_adam(const AdamTensor* tensors, int count, const AdamSettings& setti
     blocks += adam_chunks(tensors[i].size);
   }
   table.count = count;
-  gpu::launch_early(adam<Table>, {"adam", dim3(static_cast<unsigned>(blocks)), Adam::kThreads, sizeof(AdamCoefficients), stream},
-              table, settings);
+  const dim3 grid(static_cast<unsigned>(blocks));
+  gpu::launch_early(adam<Table>, {"adam", grid, Adam::kThreads, sizeof(AdamCoefficients), stream}, table, settings);
 }
 
 // In one launch, up to 480 tensors; `first_chunk` is set here.

@@ -64,8 +64,9 @@ void bce_pass(const T* logits, const double* labels, int64_t parts, int64_t size
     const int now = static_cast<int>(parts - first < Bce::kMostParts ? parts - first : Bce::kMostParts);
     Bce::Labels some{};
     for (int i = 0; i < now; ++i) some.label[i] = static_cast<float>(labels[first + i]);
-    gpu::launch_early(bce<T>, {"bce", dim3(now), Bce::kThreads, sizeof(Bce::Shared), stream}, logits + first * size, some, size,
-                losses + first, probabilities + first, grad != nullptr ? grad + first * size : nullptr);
+    gpu::launch_early(bce<T>, {"bce", dim3(now), Bce::kThreads, sizeof(Bce::Shared), stream}, logits + first * size,
+                      some, size, losses + first, probabilities + first,
+                      grad != nullptr ? grad + first * size : nullptr);
   }
 }
 

@@ -225,8 +225,8 @@ class ChannelBoxes {
       const int r = step.r + pixel % w_.box.columns, line = pixel / w_.box.columns;
       const int q = step.q + line % w_.box.rows, n = step.n + line / w_.box.rows;
       if (channel < operand.channels && inside(n, q, r))
-        apply_prologue(operand, x[panel].chunk(pixel, chunk), operand.y != nullptr ? y[panel].chunk(pixel, chunk) : nullptr,
-                       n / w_.p.batch, channel);
+        apply_prologue(operand, x[panel].chunk(pixel, chunk),
+                       operand.y != nullptr ? y[panel].chunk(pixel, chunk) : nullptr, n / w_.p.batch, channel);
     }
   }
 

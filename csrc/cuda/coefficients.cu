@@ -18,8 +18,8 @@ Tensor coefficients_op(
   const Tensor coef = new_vectors(mean, 4, groups, channels);
   if (groups * channels == 0) return coef;
   gpu::launch_early(coefficients<>, {"coefficients", vector_grid(groups * channels), kVectorThreads, 0, on.stream},
-              data<float>(mean), data<float>(var), data_or_null(weight), data_or_null(bias), data_or_null(shift), eps,
-              groups, channels, mutable_data<float>(coef));
+                    data<float>(mean), data<float>(var), data_or_null(weight), data_or_null(bias),
+                    data_or_null(shift), eps, groups, channels, mutable_data<float>(coef));
   return coef;
 }
 
@@ -35,7 +35,7 @@ Tensor grad_coefficients_op(const Tensor& sums_, const Tensor& coef_, double cou
   const int64_t row = coef.size(1) * coef.size(2);
   if (row == 0) return grad_coef;
   gpu::launch_early(grad_coefficients<>, {"grad_coefficients", vector_grid(row), kVectorThreads, 0, on.stream},
-              data<float>(sums), data<float>(coef), count, row, mutable_data<float>(grad_coef));
+                    data<float>(sums), data<float>(coef), count, row, mutable_data<float>(grad_coef));
   return grad_coef;
 }
 
@@ -57,8 +57,8 @@ void update_running_op(
   const auto shift = as_float(shift_, channels), factor = as_float(factor_, groups);
   if (channels == 0) return;
   gpu::launch_early(update_running<>, {"update_running", vector_grid(channels), kVectorThreads, 0, on.stream},
-              mutable_data<float>(mean), mutable_data<float>(var), data<float>(stats), data_or_null(shift),
-              data_or_null(factor), static_cast<float>(momentum), groups, channels);
+                    mutable_data<float>(mean), mutable_data<float>(var), data<float>(stats), data_or_null(shift),
+                    data_or_null(factor), static_cast<float>(momentum), groups, channels);
 }
 
 }  // namespace fastdcgan::cuda

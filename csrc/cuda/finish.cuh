@@ -256,8 +256,9 @@ void launch_finish_parts(
     const float* parts, int splits, int64_t values, int groups, int pixels, const Finish<T>& f, gpu::Stream stream) {
   const int tiles = finish_tiles(pixels), tiles_n = (f.channels + FinishParts::kN - 1) / FinishParts::kN;
   const dim3 grid(static_cast<unsigned>(groups) * tiles * tiles_n);
-  gpu::launch_early(finish_parts<T>, {"finish_parts", grid, FinishParts::kThreads, sizeof(FinishPartsShared<T>), stream},
-              parts, splits, values, pixels, tiles, f);
+  gpu::launch_early(
+      finish_parts<T>, {"finish_parts", grid, FinishParts::kThreads, sizeof(FinishPartsShared<T>), stream}, parts,
+      splits, values, pixels, tiles, f);
 }
 
 }  // namespace fastdcgan::cuda

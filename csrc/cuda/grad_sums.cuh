@@ -73,8 +73,8 @@ void launch_grad_sums(
     const T* da, const T* y, const float* coef, Act act, const Walk& walk, T* g_out, float* partials,
     gpu::Stream stream) {
   constexpr size_t kShared = sizeof(BlockShared<SumsPart<kValues>, V, kPlanes>);
-  gpu::launch_early(grad_sums<T, V, kPlanes, Act, kValues>, {"grad_sums", walk.grid, kThreads, kShared, stream}, da, y, coef,
-              act, walk, g_out, partials);
+  gpu::launch_early(grad_sums<T, V, kPlanes, Act, kValues>, {"grad_sums", walk.grid, kThreads, kShared, stream}, da, y,
+                    coef, act, walk, g_out, partials);
 }
 
 // sums [rows / 2, groups, C]; `rows` of `coef` are 4 or 2, `act` is an Activation or a functor. `allocate(n)` gives n

@@ -65,8 +65,8 @@ template <class T, int N>
 void launch_images(const ImageShape& s, const uint8_t* pixels, const bool* flip, T* out, gpu::Stream stream) {
   constexpr int kOfBlock = Images::kThreads * N;
   const int64_t blocks = (s.images * s.image() + kOfBlock - 1) / kOfBlock;
-  gpu::launch_early(images<T, N>, {"images", dim3(static_cast<unsigned>(blocks)), Images::kThreads, 0, stream}, pixels, flip, s,
-              out);
+  gpu::launch_early(images<T, N>, {"images", dim3(static_cast<unsigned>(blocks)), Images::kThreads, 0, stream}, pixels,
+                    flip, s, out);
 }
 
 template <class T>

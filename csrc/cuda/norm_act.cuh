@@ -63,7 +63,7 @@ template <class T, int V, bool kPlanes, class Act>
 void launch_norm_act_backward(
     const T* da, const T* y, const float* grad_coef, int rows, Act act, const Walk& walk, T* dy, gpu::Stream stream) {
   gpu::launch_early(norm_act_backward<T, V, kPlanes, Act>, {"norm_act_backward", walk.grid, kThreads, 0, stream}, da, y,
-              grad_coef, rows, act, walk, dy);
+                    grad_coef, rows, act, walk, dy);
 }
 
 // `act` is an Activation or a functor.

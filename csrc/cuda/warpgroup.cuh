@@ -37,7 +37,7 @@ struct WarpgroupContraction : Shape {
   static constexpr int kLeftBytes = kM / 64 * kPanel, kRightBytes = kN / 64 * kPanel;
   static constexpr int kMostStages = kRing / (kLeftBytes + kRightBytes);
   static_assert(sizeof(T) == 2 && kN % 64 == 0 && kN <= 256 && kRing % 1024 == 0);
-  static_assert(kRing >= 2 * (1 + kTransforms) * (kLeftBytes + kRightBytes), "one stage is multiplied, the next is awaited");
+  static_assert(kRing >= 2 * (1 + kTransforms) * (kLeftBytes + kRightBytes), "one stage is multiplied, one awaited");
   using Left = MatrixTile<T, kM, kK, false>;  // of conv and conv_transpose, as the copy engine swizzles it
   using Boxes = std::conditional_t<op == Op::weight_grad, ChannelBoxes<WarpgroupContraction>,
                                    PixelBoxes<WarpgroupContraction>>;
@@ -81,8 +81,8 @@ struct RingPlace {
 
 // The prologue on a fragment of the left factor: numbers of channels `channel`, + 1, + 8 and + 9 of two rows.
 template <class T>
-GPU_INLINE void apply_prologue(const Operand<T>& o, unsigned (&x)[4], const unsigned (&y)[4], const float* coef, int channel,
-                               bool first_inside, bool second_inside) {
+GPU_INLINE void apply_prologue(const Operand<T>& o, unsigned (&x)[4], const unsigned (&y)[4], const float* coef,
+                               int channel, bool first_inside, bool second_inside) {
   const int64_t row = static_cast<int64_t>(o.groups) * o.channels;
   const auto number = [](unsigned pair, int i) { return gpu::to_float(T{static_cast<uint16_t>(pair >> 16 * i)}); };
 #pragma unroll
@@ -249,12 +249,14 @@ const char* why_no_boxes(const Problem<T>& p) {
   const bool linear = op == Op::weight_grad;
   if (!in_vectors<T>(a.channels, a.x, a.y, a.coef)) return "rows of the input that are not whole vectors";
   const int right = op == Op::conv ? a.channels : linear ? p.other.channels : p.finish.channels;
-  if (!in_vectors<T>(right, p.other.x, p.other.y, p.other.coef)) return "rows of the other factor that are not whole vectors";
+  if (!in_vectors<T>(right, p.other.x, p.other.y, p.other.coef))
+    return "rows of the other factor that are not whole vectors";
   if (a.prologue != Prologue::none && !linear && !a.act.linear) return "a prologue that has no form in registers";
   if (op != Op::conv_transpose) {
     if (p.rows.size % p.rows.stride != 0 || p.columns.size % p.columns.stride != 0)
       return "an image that is no multiple of the stride";
-    if (op == Op::conv && p.columns.stride > 1 && a.channels % 64 != 0) return "a stride, and channels in no multiple of 64";
+    if (op == Op::conv && p.columns.stride > 1 && a.channels % 64 != 0)
+      return "a stride, and channels in no multiple of 64";
   }
   if (linear) {
     const PixelBox box = pixel_box(64, p.rows.pixels, p.columns.pixels);
@@ -269,8 +271,9 @@ inline int tiles_along(int pixels, int box) { return (pixels + box - 1) / box; }
 template <Op op, class T>
 void set_boxes(BoxProblem<T>& w) {
   const Problem<T>& p = w.p;
-  const int apart_y = op == Op::conv_transpose ? p.rows.stride : 1, apart_x = op == Op::conv_transpose ? p.columns.stride : 1;
-  const int rows = tiles_along(p.rows.pixels, apart_y), columns = tiles_along(p.columns.pixels, apart_x);
+  const bool phases = op == Op::conv_transpose;
+  const int rows = tiles_along(p.rows.pixels, phases ? p.rows.stride : 1);
+  const int columns = tiles_along(p.columns.pixels, phases ? p.columns.stride : 1);
   w.box = pixel_box(op == Op::weight_grad ? 64 : 128, rows, columns);
   w.tiles.images = tiles_along(op == Op::weight_grad ? p.groups * p.batch : p.batch, w.box.images);
   w.tiles.rows = tiles_along(rows, w.box.rows), w.tiles.columns = tiles_along(columns, w.box.columns);
@@ -299,8 +302,8 @@ void run_warpgroups(const Problem<typename C::T>& problem, float* workspace, gpu
   set_boxes<op>(w);
   const Operand<T>& a = p.gathered;
   const bool shifted = op != Op::conv_transpose;  // by the stride; else the output is
-  const int images = p.groups * p.batch, stride_y = shifted ? p.rows.stride : 1, stride_x = shifted ? p.columns.stride : 1;
-  const int taps = p.rows.kernel * p.columns.kernel;
+  const int stride_y = shifted ? p.rows.stride : 1, stride_x = shifted ? p.columns.stride : 1;
+  const int images = p.groups * p.batch, taps = p.rows.kernel * p.columns.kernel;
   const auto gathered = [&](const T* from) {
     return gpu::tensor_map(
         from, pixel_view(images, p.rows.size, p.columns.size, a.channels, stride_y, stride_x, w.box));
@@ -331,7 +334,7 @@ void run_warpgroups(const Problem<typename C::T>& problem, float* workspace, gpu
   with_parts<op>(p, workspace, stream, [&] {
     const dim3 grid(static_cast<unsigned>(blocks), p.splits);
     gpu::launch_early(warpgroup_contraction<C>,
-                {kOpNames[static_cast<int>(op)], grid, C::kThreads, sizeof(typename C::Shared), stream}, w);
+                      {kOpNames[static_cast<int>(op)], grid, C::kThreads, sizeof(typename C::Shared), stream}, w);
   });
 }
 

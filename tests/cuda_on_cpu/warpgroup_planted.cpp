@@ -5,5 +5,6 @@ using Narrow = fastdcgan::cuda::WarpgroupShape<64, 2, 96 * 1024>;
 
 int main(int argc, char** argv) {
   using namespace test;
-  return run_arguments(argc, argv, [](const Case& c) { return run_case<Multiplied<bf16>, Narrow, Op::conv, Op::weight_grad>(c); });
+  return run_arguments(
+      argc, argv, [](const Case& c) { return run_case<Multiplied<bf16>, Narrow, Op::conv, Op::weight_grad>(c); });
 }
