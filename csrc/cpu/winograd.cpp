@@ -14,7 +14,7 @@
 namespace fastdcgan::cpu {
 namespace {
 
-constexpr int64_t kBlockFloats = 5 << 16;  // inputs and products of a block
+constexpr int64_t kBlockFloats = 1 << 19;  // inputs and products of a block
 constexpr int64_t kMaxTiles = 8 * kKernelRows;
 
 // A two-tap contraction of all of `sets`: outputs of one place add up over `terms`.
@@ -101,15 +101,17 @@ class Filter {
     const int64_t fit = kBlockFloats / (kPoints * (kDepthStride + panels_.width)) / kKernelRows * kKernelRows;
     const int64_t most = std::clamp<int64_t>(fit, kKernelRows, kMaxTiles);
     std::vector<Block> found;
-    for (size_t s = 0; s < sets_.size(); ++s) {
-      const int64_t tiles = c_.batch / finish_.groups * sets_[s].tiles(), count = (tiles + most - 1) / most;
-      const int64_t step = std::min(most, (tiles / count + kKernelRows - 1) / kKernelRows * kKernelRows);
-      for (int64_t g = 0; g < finish_.groups; ++g)
-        for (int64_t i = 0; i < tiles; i += step) {
-          const int64_t first = g * tiles + i, size = std::min(step, tiles - i);
-          found.push_back({static_cast<int64_t>(s), first, size, g, outputs(sets_[s], first, size)});
+    int64_t all = 0;
+    for (const Set& set : sets_) all = std::max(all, c_.batch / finish_.groups * set.tiles());
+    const int64_t count = (all + most - 1) / most;
+    const int64_t step = std::min(most, (all / count + kKernelRows - 1) / kKernelRows * kKernelRows);
+    for (int64_t g = 0; g < finish_.groups; ++g)
+      for (int64_t i = 0; i < all; i += step)
+        for (size_t s = 0; s < sets_.size(); ++s) {  // they read the same inputs
+          const int64_t tiles = c_.batch / finish_.groups * sets_[s].tiles(), size = std::min(step, tiles - i);
+          if (size <= 0) continue;
+          found.push_back({static_cast<int64_t>(s), g * tiles + i, size, g, outputs(sets_[s], g * tiles + i, size)});
         }
-    }
     return found;
   }
 

@@ -37,7 +37,7 @@ struct TileImage {
   TileImage(const T* data, int64_t batch, int64_t height, int64_t width, int64_t channels)
       : data(data), height(height), width(width), channels(channels), end(data + batch * height * width * channels),
         zeros(channels + kStep, static_cast<T>(0.f)) {}
-  // Pixel (y, x) of sample n, and the end of its memory.
+  // Pixel (y, x) of sample n.
   const T* pixel(int64_t n, int64_t y, int64_t x) const {
     const bool inside = y >= 0 && y < height && x >= 0 && x < width;
     return inside ? data + ((n * height + y) * width + x) * channels : zeros.data();
@@ -82,8 +82,15 @@ inline void transform_input(
     const To& to, int64_t step) {
   const T* from[kPoints];
   const int64_t iy = y.input + place.y * kOutputs * y.in_step, ix = x.input + place.x * kOutputs * x.in_step;
-  for (int i = 0; i < kPoints; ++i)
-    from[i] = in.pixel(place.n, iy + i / kSide * y.in_step, ix + i % kSide * x.in_step) + low;
+  const int64_t y_end = iy + (kSide - 1) * y.in_step, x_end = ix + (kSide - 1) * x.in_step;
+  if (iy >= 0 && y_end < in.height && ix >= 0 && x_end < in.width) {
+    const T* first = in.data + ((place.n * in.height + iy) * in.width + ix) * in.channels + low;
+    const int64_t row = y.in_step * in.width * in.channels, column = x.in_step * in.channels;
+    for (int i = 0; i < kPoints; ++i) from[i] = first + i / kSide * row + i % kSide * column;
+  } else {
+    for (int i = 0; i < kPoints; ++i)
+      from[i] = in.pixel(place.n, iy + i / kSide * y.in_step, ix + i % kSide * x.in_step) + low;
+  }
   const int64_t channels = high - low;
   if constexpr (std::is_same_v<T, float>) {
     if (channels % kWidth == 0) {
