@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_cpu_contractions import BLOCKS, DTYPES, K4, REFERENCE, STATUS, Case, block
+from test_cpu_contractions import BLOCKS, DTYPES, K4, REFERENCE, STATUS, Case, Kernels, block
 from tolerance import assert_as_accurate, verdict
 from torch import Tensor
 
@@ -30,7 +30,9 @@ FILTERED = [name for name, (*_, geometry) in BLOCKS.items() if CPUBackend.can_fi
 class Filters(CPUBackend):
     """Minimal filtering wherever it can run, and nothing else."""
 
-    def filters(self, op: str, gathered: object, linear: object, geometry: Geometry, dtype: torch.dtype) -> bool:
+    def filters(
+        self, op: str, gathered: object, linear: object, geometry: Geometry, dtype: torch.dtype, kept: bool = False
+    ) -> bool:
         assert self.can_filter(geometry), geometry
         return True
 
@@ -146,6 +148,27 @@ def test_a_weight_may_lie_as_it_likes(cpu: CPUBackend) -> None:
         assert all(torch.equal(result, expected[op]) for op, result in case.run(cpu).items())
 
 
+def test_a_kept_weight_is_that_of_this_call(cpu: CPUBackend) -> None:
+    """Also where direct products keep theirs of the same weight, and where it changes without a trace."""
+    case = block("wide", torch.float32)
+    bias = Epilogue("bias", coef=torch.zeros(case.dy.shape[1]))
+    for factor in (1.0, -2.0):
+        case.weight.data.mul_(factor)
+        expected = REFERENCE.conv(Operand(case.x), case.weight, case.g, bias)[0]
+        for on in (cpu, Kernels(), cpu, Kernels(), cpu):
+            got = on.conv(Operand(case.x), case.weight, case.g, bias)[0]
+            assert torch.allclose(got, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_kept_weight_has_all_phases(cpu: CPUBackend) -> None:
+    """One output along an axis is of one phase, and the padding says which; the weight is the same."""
+    weight = torch.randn(16, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    for padding, size in [(2, 1), (1, 2), (3, 1), (2, 1)]:
+        case = Case(32, 16, (size, size), 16, Geometry((4, 4), (2, 2), (padding, padding)), torch.float32)
+        case.weight = weight
+        case.check(cpu)
+
+
 @pytest.mark.parametrize("name", FILTERED)
 def test_same_bits_whatever_the_threads(cpu: CPUBackend, name: str) -> None:
     case = block(name, torch.float32)
@@ -173,6 +196,10 @@ def test_the_rule() -> None:
         assert not cpu.filters(op, sizes[0], (8, 1, 16, 16), K4, torch.float32)
     few = (7, 256, 8, 8), (7, 512, 4, 4)
     assert not cpu.filters("conv", *few, K4, torch.float32)
+    assert not cpu.filters("conv", *few, K4, torch.float32, kept=True)
+    few = (8, 256, 8, 8), (8, 512, 4, 4)
+    assert not cpu.filters("conv", *few, K4, torch.float32)
+    assert cpu.filters("conv", *few, K4, torch.float32, kept=True)
     assert cpu.filters("weight_grad", *few, K4, torch.float32)
     assert not cpu.filters("weight_grad", (1, 16, 8, 8), (1, 16, 4, 4), K4, torch.float32)
     assert cpu.filters("conv", *sizes, K4, torch.bfloat16)

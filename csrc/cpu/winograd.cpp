@@ -8,6 +8,7 @@
 
 #include "block_stats.h"
 #include "finish.h"
+#include "kept.h"
 #include "sweep.h"
 #include "winograd_tiles.h"
 
@@ -65,6 +66,11 @@ class Filter {
 
   // Of the transformed weight: [set][point][panel][term][input channel][column].
   int64_t weight_size() const { return static_cast<int64_t>(sets_.size()) * set_size(); }
+
+  // Unless a transposed contraction has so few outputs that some phase has none.
+  bool has_all_phases() const {
+    return static_cast<int64_t>(sets_.size()) * terms_ == c_.y.stride * c_.x.stride;
+  }
 
   void pack(const Weight& w, float* to) const {
     const int64_t blocks = (c_.in_channels + kWidth - 1) / kWidth, all = static_cast<int64_t>(sets_.size()) * terms_;
@@ -244,8 +250,13 @@ bool winograd_contract(
     using T = decltype(zero);
     Filter<T> filter(c, static_cast<const T*>(in), static_cast<T*>(out), finish, finisher);
     static thread_local Scratch scratch;
-    float* packed = scratch.floats(filter.weight_size());
-    filter.pack(weight, packed);
+    const int64_t size = filter.weight_size();
+    const auto pack = [&](void* to) { filter.pack(weight, static_cast<float*>(to)); };
+    std::shared_ptr<const KeptWeight> kept;
+    if (filter.has_all_phases())  // which there are otherwise depends on the padding, and kept weights don't
+      kept = kept_weight(c, dtype, weight, /*way=*/kPoints, size * int64_t{sizeof(float)}, pack);
+    float* packed = kept ? static_cast<float*>(kept->data()) : scratch.floats(size);
+    if (!kept) pack(packed);
     filter.run(packed);
   });
   return true;

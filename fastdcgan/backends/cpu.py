@@ -29,7 +29,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEWEST_CHANNELS = 16  # of the side that taps shift over
 MOST_PIXELS = 16  # of the other side, in float32
 # Of 2x2 outputs: below these, minimal filtering loses by transforming the weight; sums are too short for its rounding.
-FEWEST_TILES, FEWEST_SUMMED_TILES = 128, 16
+# A transformed weight may also be kept from call to call (csrc/cpu/kept.h).
+FEWEST_TILES, FEWEST_KEPT_TILES, FEWEST_SUMMED_TILES = 128, 32, 16
 FEWEST_ROWS, FEWEST_WIDE_ROWS, FEWEST_PROJECTED = 128, 512, 16  # pixels of all samples: 16-bit, float32, from one pixel
 FEWEST_WIDE_KEPT = 32  # of `conv` in float32 with a packed weight that is kept from call to call (csrc/cpu/kept.h)
 
@@ -150,10 +151,10 @@ class CPUBackend(Backend):
         reason = self.cannot(geometry, x, other)
         if reason is None and self._tiles and self.on_tiles(x.dtype):
             return self.compared(op, *args), False
-        if reason is None and self.filters(op, gathered, linear, geometry, x.dtype):
-            return None, True
         # Most often of generation, where weights stay the same; training with normalisation has other epilogues.
         kept = op != "weight_grad" and args[-1].kind in ("bias", "activate")
+        if reason is None and self.filters(op, gathered, linear, geometry, x.dtype, kept):
+            return None, True
         return reason or self.slower(op, gathered, linear, x.dtype, kept), False
 
     def cannot(self, geometry: Geometry, *tensors: Tensor) -> str | None:
@@ -169,7 +170,9 @@ class CPUBackend(Backend):
                 return f"the contractions of csrc/cpu take elements of one dtype, not {list(t.shape)} of {t.dtype}"
         return None
 
-    def filters(self, op: str, gathered: Size, linear: Size, geometry: Geometry, dtype: torch.dtype) -> bool:
+    def filters(
+        self, op: str, gathered: Size, linear: Size, geometry: Geometry, dtype: torch.dtype, kept: bool = False
+    ) -> bool:
         """Whether minimal filtering (csrc/cpu/winograd.h) runs a contraction: it covers it, and is the fastest there.
 
         Arguments as in `slower`.
@@ -179,7 +182,9 @@ class CPUBackend(Backend):
         if dtype == torch.bfloat16 and (self._tiles or self.on_tiles(dtype)):
             return False
         tiles = linear[0] * ((linear[2] + 1) // 2) * ((linear[3] + 1) // 2)
-        return tiles >= (FEWEST_SUMMED_TILES if op == "weight_grad" else FEWEST_TILES)
+        if op == "weight_grad":
+            return tiles >= FEWEST_SUMMED_TILES
+        return tiles >= (FEWEST_KEPT_TILES if kept else FEWEST_TILES)
 
     @staticmethod
     def can_filter(geometry: Geometry) -> bool:
