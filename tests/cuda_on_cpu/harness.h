@@ -22,6 +22,13 @@ using cuda_on_cpu::Order;
 template <class T>
 using Buffer = GuardedBuffer<T>;
 
+// The alignment of a buffer of which only what follows `offset` elements is used: that begins between vectors, if any
+// elements come before it.
+template <class T>
+constexpr size_t alignment(size_t offset) {
+  return offset != 0 ? 16 : alignof(T);
+}
+
 inline void require(bool ok, const std::string& what) {
   if (!ok) throw std::runtime_error(what);
 }
@@ -66,16 +73,14 @@ inline std::vector<Plan> plans() {
 #endif
 }
 
-// Whether the program ends with the first test that fails; main(argc, argv) sets it for the argument --stop.
-inline bool stop_at_failure = false;
-
-inline void read_arguments(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) stop_at_failure |= std::string(argv[i]) == "--stop";
-}
-
 // Runs a test in each order of threads and blocks: it compares with float64 itself, and returns the bytes that every
 // order must give alike. Prints and returns whether it passed.
 inline bool run(const std::string& name, const std::function<std::string()>& once) {
+#ifdef FASTDCGAN_MUTANTS
+  static int runs = 0;
+  const int number = runs++;
+  if (!mutant::selected(number)) return true;
+#endif
   std::string first;
   const auto start = std::chrono::steady_clock::now();
   try {
@@ -88,11 +93,16 @@ inline bool run(const std::string& name, const std::function<std::string()>& onc
     }
   } catch (const std::exception& e) {
     std::printf("FAIL %s\n  %s\n", name.c_str(), e.what());
-    if (stop_at_failure) std::exit(1);
+#ifdef FASTDCGAN_MUTANTS
+    std::exit(1);
+#endif
     return false;
   }
   const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
   std::printf("ok   %-60s %7.1f ms\n", name.c_str(), took.count());
+#ifdef FASTDCGAN_MUTANTS
+  mutant::report(number, took.count());
+#endif
   return true;
 }
 

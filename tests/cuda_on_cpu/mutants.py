@@ -3,61 +3,65 @@
     python tests/cuda_on_cpu/mutants.py [FILE.cuh ...] [--match TEXT] [--sample N] [--seed S] [--jobs J]
 
 A change is a sign, a bound, a stride, an index, a constant, a condition or a barrier of a kernel file. For each one the
-test programs that include the file are built and run on the CPU: plainly, and where that notices nothing, for races and
-for accesses out of bounds. What survives is listed; `survivors.toml` says of which that it changes no result.
-Exits with 1 if any other survives.
+test programs that include the file run on the CPU: plainly, and where that notices nothing, for races and for accesses
+out of bounds. What survives is listed; `survivors.toml` says of which that it changes no result. Verdicts are kept in
+`build/cuda_on_cpu/mutants`, so that an interrupted run goes on where it was.
+Exits with 1 if any unexplained change survives.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import random
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 import tomllib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from host_programs import HERE, MODES, ROOT, compiler, includes, run
+from host_programs import BUILD, HERE, MODES
+from mutant_programs import CUDA, PROGRAMS, Build, Program, Switched, dependencies, digest, notices_alone
 
-CUDA = ROOT / "csrc" / "cuda"
-COMMON = ROOT / "csrc" / "common"
 EXPLAINED = HERE / "survivors.toml"
-CPU_SECONDS = 40  # of a test program: a change may make a loop endless
-# Plain programs are compiled for speed of compilation; the others as in the tests.
-STEPS = (("plain", ["-O0", "-DONE_STORAGE_TYPE"]), ("thread", ["-O1"]), ("address", ["-O1"]))
+FOLDER = BUILD / "mutants"
 
-# (what is changed, into what). A change of a comparison moves a bound by one; of a product, a stride.
-CHANGES: tuple[tuple[str, str], ...] = (
-    (r" \+ (?!=)", " - "),
-    (r" - (?!=)", " + "),
-    (r" \* ", " + "),
-    (r" / ", " * "),
-    (r" % ", " / "),
-    (r" < ", " <= "),
-    (r" <= ", " < "),
-    (r" > ", " >= "),
-    (r" >= ", " > "),
-    (r" == ", " != "),
-    (r" != ", " == "),
-    (r" \+= ", " -= "),
-    (r" -= ", " += "),
-    (r" && ", " || "),
-    (r" \|\| ", " && "),
-    (r"\btrue\b", "false"),
-    (r"\bfalse\b", "true"),
-    (r"(?<![\w.])0(?![\w.])", "1"),
-    (r"(?<![\w.])([1-9]\d*)(?![\w.])", r"(\1 + 1)"),
-    (r"(?<![\w.])([1-9]\d*)(?![\w.])", r"(\1 - 1)"),
-    (r"(?<=[(= ])-(?=[a-z(])", ""),
-    (r"__sync(threads|warp)\(\);", ";"),
+# How a change is made at run time (mutant_switch.h). An operator keeps its precedence and its operands.
+INFIX = "{text}::mutant::Infix<{n}>(){text}"
+ASSIGNED = "{text}::mutant::Assigned<{n}>(){text}"
+NEGATED = "::mutant::Negated<{n}>()->*"
+CHOSEN = "(::mutant::is({n}) ? {put} : {text})"
+OMITTED = "{{ if (!::mutant::is({n})) {text} }}"
+
+# (what is changed, into what, how at run time). A change of a comparison moves a bound by one; of a product, a stride.
+CHANGES: tuple[tuple[str, str, str], ...] = (
+    (r" \+ (?!=)", " - ", INFIX),
+    (r" - (?!=)", " + ", INFIX),
+    (r" \* ", " + ", INFIX),
+    (r" / ", " * ", INFIX),
+    (r" % ", " / ", INFIX),
+    (r" < ", " <= ", INFIX),
+    (r" <= ", " < ", INFIX),
+    (r" > ", " >= ", INFIX),
+    (r" >= ", " > ", INFIX),
+    (r" == ", " != ", INFIX),
+    (r" != ", " == ", INFIX),
+    (r" \+= ", " -= ", ASSIGNED),
+    (r" -= ", " += ", ASSIGNED),
+    (r" && ", " || ", ""),
+    (r" \|\| ", " && ", ""),
+    (r"\btrue\b", "false", CHOSEN),
+    (r"\bfalse\b", "true", CHOSEN),
+    (r"(?<![\w.])0(?![\w.])", "1", CHOSEN),
+    (r"(?<![\w.])([1-9]\d*)(?![\w.])", r"(\1 + 1)", CHOSEN),
+    (r"(?<![\w.])([1-9]\d*)(?![\w.])", r"(\1 - 1)", CHOSEN),
+    (r"(?<=[(= ])-(?=[a-z(])", "", NEGATED),
+    (r"__sync(threads|warp)\(\);", ";", OMITTED),
 )  # fmt: skip
 
 # Lines without arithmetic of their own: declarations of templates, constants that choose sizes (and so speed alone, or
@@ -69,12 +73,23 @@ SKIPPED = re.compile(
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: `line` (from 1) of `path` becomes `after`."""
+    """One change: of `text` from column `start` on of `line` (from 1) of `path` into `put`."""
 
     path: Path
     line: int
-    before: str
-    after: str
+    start: int
+    end: int
+    put: str
+    switch: str
+    before: str  # the line
+
+    @property
+    def text(self) -> str:
+        return self.before[self.start : self.end]
+
+    @property
+    def after(self) -> str:
+        return self.before[: self.start] + self.put + self.before[self.end :]
 
     def __str__(self) -> str:
         return f"{self.path.name}:{self.line}: {self.before.strip()}  ->  {self.after.strip()}"
@@ -92,55 +107,15 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
         if SKIPPED.match(line):
             continue
         end = code_length(line)
-        for pattern, replacement in CHANGES:
+        for pattern, replacement, switch in CHANGES:
             for found in re.finditer(pattern, line[:end]):
-                after = line[: found.start()] + found.expand(replacement) + line[found.end() :]
-                yield Mutant(path, number, line, after)
+                yield Mutant(path, number, found.start(), found.end(), found.expand(replacement), switch, line)
 
 
-def programs_of(path: Path, pattern: str = "*_tests.cpp") -> list[str]:
-    """The test programs that include a kernel file, by name: those that run all their cases by themselves."""
-    gxx = compiler()
-    assert gxx is not None, "g++ runs CUDA kernels on the CPU, and it is not here"
-    found = []
-    for source in sorted(HERE.glob(pattern)):
-        listed = subprocess.run(
-            [gxx, "-std=c++17", "-MM", *includes(), str(source)], capture_output=True, text=True, check=True
-        )
-        if path.name in {Path(name).name for name in listed.stdout.split()}:
-            found.append(source.stem)
-    return found
-
-
-def verdict(mutant: Mutant, programs: Sequence[str]) -> str | None:
-    """What noticed the change ("compiler", "plain", "thread" or "address"), or None."""
-    with tempfile.TemporaryDirectory() as scratch:
-        tree = Path(scratch)
-        for folder in (CUDA, COMMON, HERE):
-            shutil.copytree(folder, tree / folder.relative_to(ROOT), ignore=shutil.ignore_patterns("__pycache__"))
-        changed = tree / mutant.path.relative_to(ROOT)
-        lines = changed.read_text().splitlines()
-        assert lines[mutant.line - 1] == mutant.before
-        lines[mutant.line - 1] = mutant.after
-        changed.write_text("\n".join(lines) + "\n")
-        for mode, options in STEPS:
-            for program in programs:
-                if (seen := _notices(tree, program, mode, options)) is not None:
-                    return seen
-    return None
-
-
-def _notices(tree: Path, program: str, mode: str, options: Sequence[str]) -> str | None:
-    gxx = compiler()
-    assert gxx is not None
-    target = tree / f"{program}-{mode}"
-    source = tree / HERE.relative_to(ROOT) / f"{program}.cpp"
-    command = [gxx, "-std=c++17", "-w", *options, *MODES[mode], *includes(tree), str(source), "-o", str(target)]
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        return "compiler"
-    limited = ["-c", f'ulimit -t {CPU_SECONDS} && exec "$0" --stop', str(target)]
-    code, _ = run(Path("/bin/sh"), *limited, timeout_s=100 * CPU_SECONDS)
-    return mode if code != 0 else None
+def tested_by(paths: Sequence[Path]) -> dict[Path, list[Program]]:
+    """The test programs that include each kernel file."""
+    files = {program: set(dependencies(program)) for program in PROGRAMS}
+    return {path: [program for program in PROGRAMS if path.resolve() in files[program]] for path in paths}
 
 
 def explanations(path: Path = EXPLAINED) -> dict[tuple[str, str, str], str]:
@@ -153,6 +128,114 @@ def key(mutant: Mutant) -> tuple[str, str, str]:
     return mutant.path.name, mutant.before.strip(), mutant.after.strip()
 
 
+class Verdicts:
+    """What noticed a change, or that nothing did; kept in a file, each as soon as it is known.
+
+    What was noticed stays noticed while the kernels are the same, for tests are only added to. What wasn't is tried
+    again with every change of a test.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._known: dict[str, str | None] = {}
+        self._digests: dict[Program, tuple[str, str]] = {}
+        if file.exists():
+            for line in file.read_text().splitlines():
+                entry = json.loads(line)
+                self._known[entry["key"]] = entry["noticed"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def get(self, mutant: Mutant, program: Program, mode: str, find: Callable[[], str | None]) -> str | None:
+        """The verdict, by `find` where it isn't known."""
+        if program not in self._digests:
+            files = dependencies(program)
+            kernels = digest(path for path in files if path.suffix == ".cuh")
+            self._digests[program] = kernels, digest(files, program)
+        kernels, everything = self._digests[program]
+        change = (mutant.path.name, mutant.line, mutant.start, mutant.put)
+        noticed, unnoticed = (_name(kernels, *change), _name(everything, mode, *change))
+        for name in (noticed, unnoticed):
+            if name in self._known:
+                return self._known[name]
+        verdict = find()
+        name = unnoticed if verdict is None else noticed
+        self._known[name] = verdict
+        with self._file.open("a") as file:
+            file.write(json.dumps({"key": name, "noticed": verdict}) + "\n")
+        return verdict
+
+
+def _name(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+class MutationRun:
+    """Finds what notices the changes `mutants` of kernel files, whose programs are `tested`."""
+
+    def __init__(
+        self,
+        mutants: Sequence[Mutant],
+        tested: dict[Path, list[Program]],
+        explained: Container[Mutant] = (),
+        folder: Path = FOLDER,
+    ) -> None:
+        self.mutants = mutants
+        self._explained = explained  # what the first program doesn't notice of these, the others aren't asked
+        self.noticed: dict[Mutant, str] = {}
+        self.unreached: set[Mutant] = set()
+        self._tested = tested
+        self._numbers = {mutant: number for number, mutant in enumerate(mutants, 1)}
+        self._switched = Switched(dict(enumerate(mutants, 1)), folder)
+        self._verdicts = Verdicts(folder / "verdicts.jsonl")
+        self._builds: dict[tuple[Program, str], Build] = {}
+
+    def run(self, jobs: int, say: Callable[[str], None]) -> None:
+        used = [program for program in PROGRAMS if any(program in programs for programs in self._tested.values())]
+        for program in used:
+            self._switched.leave_out_what_does_not_compile(program)
+        switched = sum(self.switches(mutant) for mutant in self.mutants)
+        say(f"{switched} are chosen at run time, {len(self.mutants) - switched} compiled one by one")
+        with ThreadPoolExecutor(jobs) as pool:
+            for mode in MODES:
+                for program in used:
+                    if mode in program.modes:
+                        self._step(program, mode, pool, say)
+
+    def switches(self, mutant: Mutant) -> bool:
+        """Whether a change is chosen at run time, and not compiled alone."""
+        return bool(mutant.switch) and self._numbers[mutant] not in self._switched.left_out
+
+    def _step(self, program: Program, mode: str, pool: ThreadPoolExecutor, say: Callable[[str], None]) -> None:
+        left = [m for m in self.mutants if m not in self.noticed and program in self._tested[m.path]]
+        left = [m for m in left if m not in self._explained or (mode, program) == ("plain", self._tested[m.path][0])]
+        if any(self.switches(mutant) for mutant in left):
+            self._builds[program, mode] = Build.of(self._switched, program, mode)
+        began = time.monotonic()
+        found = 0
+        for mutant, noticed in zip(left, pool.map(lambda m: self._verdict(m, program, mode), left), strict=True):
+            if noticed is not None:
+                self.noticed[mutant] = noticed
+                found += 1
+                say(f"caught ({noticed})  {mutant}")
+        say(f"-- {program.label}, {mode}: {found} of {len(left)} in {time.monotonic() - began:.0f} s")
+
+    def _verdict(self, mutant: Mutant, program: Program, mode: str) -> str | None:
+        number = self._numbers[mutant]
+
+        def find() -> str | None:
+            if not self.switches(mutant):
+                return notices_alone(mutant, program, mode)
+            return mode if self._builds[program, mode].notices(number) else None
+
+        return self._verdicts.get(mutant, program, mode, find)
+
+    def reached(self, mutant: Mutant) -> bool:
+        """Whether any test comes to the place of a change, as far as is known."""
+        if not self.switches(mutant):
+            return True
+        return any(build.reached.get(self._numbers[mutant]) for build in self._builds.values())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mutants", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE.cuh", help="kernel files (default: all that a program tests)")
@@ -160,40 +243,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, help="that many changes, drawn at random (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="changes at a time (default: %(default)s)")
+    parser.add_argument("--verbose", action="store_true", help="print what is caught too")
     args = parser.parse_args(arguments)
 
     paths = [path for path in sorted(CUDA.glob("*.cuh")) if not args.files or path.name in args.files]
-    tested = {path: programs_of(path) for path in paths}
-    for path in (path for path, programs in tested.items() if not programs):
-        print(f"{path.name}: left out, no program that runs all its cases by itself includes it")
-    found = [mutant for path, programs in tested.items() if programs for mutant in mutants_of(path)]
-    found = [mutant for mutant in found if args.match in str(mutant)]
+    tested = tested_by(paths)
+    found = [mutant for path in paths for mutant in mutants_of(path) if args.match in str(mutant)]
     drawn = random.Random(args.seed).sample(found, min(args.sample or len(found), len(found)))
-    print(f"{len(drawn)} of {len(found)} changes of {sum(map(bool, tested.values()))} files", flush=True)
-
-    why = explanations()
-    seen: Counter[str] = Counter()
-    survivors: list[Mutant] = []
-    began = time.monotonic()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        verdicts = pool.map(lambda mutant: verdict(mutant, tested[mutant.path]), drawn)
-        for number, (mutant, noticed) in enumerate(zip(drawn, verdicts, strict=True), 1):
-            seen[noticed or "nothing"] += 1
-            if noticed is None:
-                survivors.append(mutant)
-            print(f"[{number}] {f'caught ({noticed})' if noticed else 'SURVIVES'}  {mutant}", flush=True)
-    unexplained = [mutant for mutant in survivors if key(mutant) not in why]
+    print(f"{len(drawn)} of {len(found)} changes of {len(paths)} files", flush=True)
     if not drawn:
         return 0
-    caught = len(drawn) - len(survivors)
-    counts = ", ".join(f"{name} {count}" for name, count in seen.most_common())
-    print(
-        f"\n{caught} of {len(drawn)} caught ({caught / len(drawn):.1%}) in {time.monotonic() - began:.0f} s: {counts}"
-    )
-    print(f"{len(survivors) - len(unexplained)} survivors change no result, {len(unexplained)} are not explained")
+
+    def say(text: str) -> None:
+        if args.verbose or not text.startswith("caught"):
+            print(text, flush=True)
+
+    began = time.monotonic()
+    why = explanations()
+    everything = MutationRun(drawn, tested, {mutant for mutant in drawn if key(mutant) in why})
+    everything.run(args.jobs, say)
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    survivors = [mutant for mutant in drawn if mutant not in everything.noticed]
+    for mutant in drawn:
+        explained = "explained" if key(mutant) in why else "not explained"
+        for name in (mutant.path.name, "all"):
+            counts[name][everything.noticed.get(mutant, explained)] += 1
+    print(f"\nin {time.monotonic() - began:.0f} s; survivors:")
     for mutant in survivors:
-        print(f"  {mutant}\n      {why.get(key(mutant), 'NOT EXPLAINED')}")
-    return int(bool(unexplained))
+        reached = "" if everything.reached(mutant) else " (no test reaches it)"
+        print(f"  {mutant}{reached}\n      {why.get(key(mutant), 'NOT EXPLAINED')}")
+    print(
+        "\n| file | changes | caught | "
+        + " | ".join(columns := ["compiler", *MODES, "explained", "not explained"])
+        + " |"
+    )
+    print("|---|" + "---|" * (2 + len(columns)))
+    for name, count in counts.items():
+        total = count.total()
+        caught = total - count["explained"] - count["not explained"]
+        each = " | ".join(str(count[column]) for column in columns)
+        print(f"| {name} | {total} | {caught / total:.1%} | {each} |")
+    return int(counts["all"]["not explained"] > 0)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ struct Tensor {
 
   Tensor(const char* name, int n, int c, int h, int w, bool last_, size_t off, Prologue prologue, int groups_, unsigned seed)
       : batch(n), channels(c), height(h), width(w), groups(groups_), last(last_), offset(off),
-        x(name, size_t(n) * c * h * w + off), y("y", has_y(prologue) ? x.size() : 0),
+        x(name, size_t(n) * c * h * w + off, test::Flush::end, test::alignment<T>(off)),
+        y("y", has_y(prologue) ? x.size() : 0, test::Flush::end, test::alignment<T>(off)),
         coef("coef", prologue == Prologue::none ? 0 : size_t(rows(prologue)) * groups_ * c) {
     test::fill(x, seed), test::fill(y, seed + 1), test::fill(coef, seed + 2);
     source = {x.data() + off, has_y(prologue) ? y.data() + off : nullptr, coef.size() ? coef.data() : nullptr,
@@ -226,8 +227,7 @@ bool all(const char* type, const Case& c) {
   return ok;
 }
 
-int main(int argc, char** argv) {
-  test::read_arguments(argc, argv);
+int main() {
   const Case cases[] = {
       {2, 3, 64, 8, 10, {4, 4, 2, 2, 1, 1}, Prologue::gradient},
       {1, 1, 16, 7, 5, {3, 3, 1, 1, 1, 1}, Prologue::none, false},

@@ -18,7 +18,7 @@ struct Values {
   Buffer<T> all;
   size_t offset;
 
-  Values(const char* name, int64_t count, size_t off) : all(name, count + off), offset(off) {}
+  Values(const char* name, int64_t count, size_t off) : all(name, count + off, test::Flush::end, test::alignment<T>(off)), offset(off) {}
   T* data() { return all.data() + offset; }
   double operator[](size_t i) const { return gpu::to_float(all[offset + i]); }
 };
@@ -185,6 +185,9 @@ std::string walks() {
       {{2, 4, 1000, 64, false}, true, 8, 1, 1, 32, 1000, 1, 2},
       {{1, 8, 64, 9, false}, true, 1, 1, 1, 72, 64, 1, 1},
       {{1, 8, 64, 4096, false}, false, 1, 1, 1, 32768, 64, 6, 1},
+      // A block at the least for each column; columns of one vector.
+      {{1, 8, 1000, 4096, false}, true, 8, 1, 1, 4096, 1000, 1, 1},
+      {{1, 8, 8, 1024, true}, true, 8, 1, 1, 8192, 1, 32, 1},
   };
   cuda_on_cpu::options.multiprocessors = 100;
   alignas(16) static char memory[32];
@@ -286,8 +289,7 @@ bool all(const char* type, const Case& c) {
   return ok;
 }
 
-int main(int argc, char** argv) {
-  test::read_arguments(argc, argv);
+int main() {
   const Case cases[] = {
       // Whole vectors; one row of columns and two; many turns of one block.
       {{1, 3, 64, 20, true}, 0, 1},
@@ -296,6 +298,7 @@ int main(int argc, char** argv) {
       // Columns that are no power of two of vectors; pixels folded into rows.
       {{2, 2, 24, 35, true}, 0, 1},
       {{1, 4, 3, 94, true}, 0, 2},
+      {{2, 2, 3, 16, true}, 0, 2},
       // More partial results of a channel than the threads that join them load at once.
       {{1, 4, 3, 2200, true}, 0, 5},
       {{1, 8, 65, 9, true}, 0, 1},

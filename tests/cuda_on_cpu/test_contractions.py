@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from pathlib import Path
 
+import contraction_lines
 import pytest
+from contraction_lines import EPILOGUES, GEOMETRIES, PROLOGUES, TYPES
 from host_programs import BUILD, FLAGS, HERE, MODES, ROOT, build, compiled, includes, needs_compiler, run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 pytestmark = needs_compiler
-
-PROLOGUES = ("none", "activate", "bn_backward")
-EPILOGUES = ("none", "bias", "activate", "stats", "grad_stats")
-TYPES = ("bf16", "fp16", "tf32", "fp32")
-# The last two: a phase without taps, and phases with one tap more than others.
-GEOMETRIES = (
-    "h=4 w=6 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1",
-    "h=4 w=4 kh=4 kw=4",
-    "h=5 w=4 kh=3 kw=3 ph=1 pw=1",
-    "h=5 w=5 kh=3 kw=3 dh=2 dw=2 ph=2 pw=2",
-    "h=5 w=6 kh=5 kw=5 sh=2 sw=2 ph=2 pw=2 oh=1 ow=1",
-    "h=3 w=5 kh=2 kw=1 sh=3 sw=2",
-    "h=5 w=7 kh=3 kw=4 sh=1 sw=3 ph=2 pw=0 dh=1 dw=2",
-)
-LEAKY = "act=2 slope=0.2"
 
 
 def check(program: str, lines: list[str], mode: str = "plain") -> None:
@@ -37,76 +23,29 @@ def check(program: str, lines: list[str], mode: str = "plain") -> None:
 
 @pytest.mark.parametrize("op", ["conv", "conv_transpose"])
 def test_every_prologue_epilogue_and_geometry(op: str) -> None:
-    lines = []
-    for left, epilogue, (i, geometry) in itertools.product(PROLOGUES, EPILOGUES, enumerate(GEOMETRIES)):
-        # Rows of whole vectors or not, one tile or several, by turns.
-        channels = ("ci=40 co=40", "ci=7 co=5", "ci=8 co=33")[i % 3]
-        lines.append(f"op={op} type=bf16 n=2 {channels} {geometry} left={left} epilogue={epilogue} {LEAKY}")
-    check("contraction_types", lines)
+    check("contraction_types", contraction_lines.geometries(op))
 
 
 def test_weight_grad_with_every_prologue_and_geometry() -> None:
-    lines = []
-    for left, right, (i, geometry) in itertools.product(PROLOGUES, PROLOGUES, enumerate(GEOMETRIES)):
-        channels = ("ci=40 co=8", "ci=7 co=5", "ci=8 co=33")[i % 3]
-        lines.append(f"op=weight_grad type=bf16 n=2 {channels} {geometry} left={left} right={right} {LEAKY}")
-    check("contraction_types", lines)
+    check("contraction_types", contraction_lines.weight_grads())
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_types(kind: str) -> None:
-    heads = [f"op={op} type={kind} n=2 ci=40 co=36 {GEOMETRIES[0]} {LEAKY}" for op in ("conv", "conv_transpose")]
-    lines = [
-        f"{head} left={left} epilogue={epilogue}"
-        for head, (left, epilogue) in itertools.product(
-            heads, [("none", "none"), ("activate", "stats"), ("bn_backward", "grad_stats"), ("none", "bias")]
-        )
-    ]
-    lines += [
-        f"op=weight_grad type={kind} n=2 ci=20 co=12 {GEOMETRIES[0]} {LEAKY} left={left} right={right}"
-        for left, right in [("none", "none"), ("activate", "bn_backward"), ("bn_backward", "activate")]
-    ]
-    check("contraction_types", lines)
+    check("contraction_types", contraction_lines.types(kind))
 
 
 @pytest.mark.parametrize("act", range(8))
 def test_activations(act: int) -> None:
-    slope = "slope=0.2" if act == 2 else "slope=1"
-    head = f"type=fp16 n=2 ci=9 co=10 {GEOMETRIES[0]} act={act} {slope}"
-    lines = [
-        f"op=conv {head} left=activate epilogue=activate",
-        f"op=conv {head} left=bn_backward epilogue=grad_stats",
-        f"op=conv_transpose {head} left=bn_backward rows=2 epilogue=grad_stats",
-        f"op=weight_grad {head} left=activate right=bn_backward",
-        f"op=weight_grad {head} left=bn_backward right=activate rows=2",
-    ]
-    check("contraction_types", lines)
+    check("contraction_types", contraction_lines.activations(act))
 
 
 def test_statistics_groups() -> None:
-    lines = [
-        f"op={op} type=bf16 n=6 groups={groups} ci=24 co=40 {GEOMETRIES[0]} left={left} epilogue={epilogue} {LEAKY}"
-        for op, groups, (left, epilogue) in itertools.product(
-            ("conv", "conv_transpose"),
-            (2, 3),
-            [("none", "stats"), ("activate", "stats"), ("bn_backward", "grad_stats")],
-        )
-    ]
-    lines += [
-        f"op=weight_grad type=bf16 n=6 groups=3 ci=8 co=16 {GEOMETRIES[0]} left=activate right=bn_backward {LEAKY}"
-    ]
-    check("contraction_types", lines)
+    check("contraction_types", contraction_lines.statistics_groups())
 
 
 def test_parts() -> None:
-    lines = []
-    for splits in (2, 3, 7, 40):  # the last are more than there are steps
-        head = f"splits={splits} type=bf16 n=4 groups=2 {GEOMETRIES[0]} {LEAKY}"
-        for epilogue in EPILOGUES:
-            lines.append(f"op=conv {head} ci=72 co=20 left=activate epilogue={epilogue}")
-            lines.append(f"op=conv_transpose {head} ci=12 co=72 epilogue={epilogue}")
-        lines.append(f"op=weight_grad {head} ci=24 co=7 left=activate right=bn_backward")
-    check("contraction_types", lines)
+    check("contraction_types", contraction_lines.parts())
 
 
 sizes = st.integers(1, 9)
@@ -145,34 +84,14 @@ def test_any_size(case: str) -> None:
     check("contraction_types", [case])
 
 
-WATCHED = [
-    f"op={op} type=bf16 n=2 {channels} {geometry} {LEAKY} left={left} right={right} epilogue={epilogue} splits={splits}"
-    for op in ("conv", "conv_transpose", "weight_grad")
-    for channels, geometry, left, right, epilogue, splits in (
-        ("ci=40 co=36", GEOMETRIES[0], "bn_backward", "activate", "grad_stats", 1),
-        ("ci=7 co=9", GEOMETRIES[6], "activate", "bn_backward", "stats", 1),
-        ("ci=48 co=16", GEOMETRIES[4], "none", "none", "stats", 2),
-    )
-]
-
-
 @pytest.mark.parametrize("mode", sorted(set(MODES) - {"plain"}))
 def test_under_a_sanitizer(mode: str) -> None:
-    check("contraction_watched", WATCHED, mode)
-
-
-REST = {
-    "conv": "left=activate epilogue=stats",
-    "conv_transpose": "left=bn_backward epilogue=grad_stats",
-    "weight_grad": "left=activate right=bn_backward splits=2",
-}
+    check("contraction_watched", contraction_lines.watched(), mode)
 
 
 @pytest.mark.parametrize("tile", range(7))
 def test_the_tiles_of_gpus(tile: int) -> None:
-    op = list(REST)[tile % 3]  # as in contraction_tiles.cpp
-    head = f"tile={tile} op={op} n=3 h=6 w=8 kh=3 kw=3 sh=2 sw=2 ph=1 pw=1 oh=1 ow=1"
-    check("contraction_tiles", [f"{head} ci={ci} co={co} {LEAKY} {REST[op]}" for ci, co in ((136, 72), (70, 137))])
+    check("contraction_tiles", contraction_lines.tiles(tile))
 
 
 # --- planted bugs ----------------------------------------------------------------------------------------------------

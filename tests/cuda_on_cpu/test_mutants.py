@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
+import host_programs
+import mutant_programs
 import mutants
 import pytest
 from host_programs import needs_compiler
+from mutant_programs import Build, Program, Switched
 
 KERNEL = """\
 // a + b in a comment
@@ -52,26 +56,138 @@ def test_explanations_are_of_changes_that_there_are() -> None:
 @needs_compiler
 def test_every_kernel_file_has_a_program() -> None:
     paths = sorted(mutants.CUDA.glob("*.cuh"))
-    assert paths and all(mutants.programs_of(path, "*.cpp") for path in paths)
-    assert {path.name for path in paths if mutants.programs_of(path)} >= {"walk.cuh", "reduce.cuh", "norm_act.cuh"}
+    assert paths and all(mutants.tested_by(paths).values())
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for kernels, whose only program is small_tests.cpp beside them."""
+    for module, name, value in (
+        (mutants, "CUDA", tmp_path / "cuda"),
+        (mutants, "PROGRAMS", (SMALL,)),
+        (mutant_programs, "CUDA", tmp_path / "cuda"),
+        (mutant_programs, "HERE", tmp_path),
+        (mutant_programs, "BUILD", tmp_path / "build"),
+        (mutant_programs, "includes", lambda: [f"-I{tmp_path / 'cuda'}"]),
+    ):
+        monkeypatch.setattr(module, name, value)
+    (tmp_path / "cuda").mkdir()
+    return tmp_path
+
+
+SMALL = Program("small_tests", modes=("plain",))
+
+
+def run_all(folder: Path, kernel: str, program: str) -> mutants.MutationRun:
+    path = folder / "cuda" / "kernel.cuh"
+    path.write_text("#pragma once\n" + kernel)
+    (folder / "small_tests.cpp").write_text('#include "kernel.cuh"\n' + program)
+    assert mutants.tested_by([path]) == {path: [SMALL]}
+    done = mutants.MutationRun(list(mutants.mutants_of(path)), {path: [SMALL]}, folder=folder / "build")
+    done.run(1, lambda text: None)
+    return done
 
 
 @needs_compiler
-def test_what_survives_is_told_from_what_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program of one line in place of the kernels' tests."""
-    here, cuda, common = tmp_path / "tests" / "cuda_on_cpu", tmp_path / "csrc" / "cuda", tmp_path / "csrc" / "common"
-    for folder in (here, cuda, common):
-        folder.mkdir(parents=True)
-    (cuda / "sum.cuh").write_text("inline int sum(int a, int b) { return a + b; }\ninline int unused() { return 7; }\n")
-    (here / "sum_tests.cpp").write_text('#include "sum.cuh"\nint main() { return sum(2, 3) != 5; }\n')
-    for name, folder in {"ROOT": tmp_path, "HERE": here, "CUDA": cuda, "COMMON": common}.items():
-        monkeypatch.setattr(mutants, name, folder)
-    monkeypatch.setattr(mutants, "includes", lambda root=tmp_path: [f"-I{root / 'csrc' / 'cuda'}"])
-    monkeypatch.setattr(mutants, "STEPS", (("plain", ["-O0"]),))
-    assert mutants.programs_of(cuda / "sum.cuh") == ["sum_tests"]
-    verdicts = {str(m): mutants.verdict(m, ["sum_tests"]) for m in mutants.mutants_of(cuda / "sum.cuh")}
-    assert {text.split("->")[1].split("{ ")[1]: seen for text, seen in verdicts.items()} == {
+def test_what_survives_is_told_from_what_is_noticed(project: Path) -> None:
+    kernel = """
+inline int sum(int a, int b) { return a + b; }
+inline int unused() { return 7; }
+template <int n>
+inline int times(int a) { return a * n; }
+inline int twice(int a) { return times<2>(a); }
+inline void endless(int n) { for (volatile int i = n; i != 0; i -= 1) {} }
+"""
+    program = "int main() { endless(3); if (sum(2, 3) != 5 || twice(4) != 8) return 1; mutant::report(0, 1); }"
+    done = run_all(project, kernel, program)
+    verdicts = {m.after.split("{ ", 1)[1]: done.noticed.get(m) for m in done.mutants}
+    assert verdicts == {
         "return a - b; }": "plain",
         "return (7 + 1); }": None,
         "return (7 - 1); }": None,
+        "return a + n; }": "plain",
+        "return times<(2 + 1)>(a); }": "plain",
+        "return times<(2 - 1)>(a); }": "plain",
+        "for (volatile int i = n; i == 0; i -= 1) {} }": None,
+        "for (volatile int i = n; i != 0; i += 1) {} }": "plain",
+        "for (volatile int i = n; i != 1; i -= 1) {} }": None,
+        "for (volatile int i = n; i != 0; i -= (1 + 1)) {} }": "plain",
+        "for (volatile int i = n; i != 0; i -= (1 - 1)) {} }": "plain",
     }
+    assert {m.after for m in done.mutants if not done.reached(m)} == {
+        "inline int unused() { return (7 + 1); }", "inline int unused() { return (7 - 1); }"
+    }  # fmt: skip
+
+
+@needs_compiler
+def test_what_is_known_is_not_found_out_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, program = (
+        "inline int half(int a) { return a / 2; }\n",
+        "int main() { if (half(4) != 2) return 1; mutant::report(0, 1); }",
+    )
+    first = run_all(project, kernel, program)
+    monkeypatch.setattr(mutants, "notices_alone", None)
+    monkeypatch.setattr(Build, "notices", None)
+    assert run_all(project, kernel, program).noticed == first.noticed != {}
+    with pytest.raises(TypeError):  # of other kernels nothing is known
+        run_all(project, kernel + "// another", program)
+
+
+INTRODUCTION = """#include <cstdio>
+#include <iterator>
+inline void __syncthreads() { std::printf("barrier "); }
+"""
+FORMS = """inline long forms(int a, unsigned b, const char* c, float d) {
+  bool flag = true, other = false;
+  long all = a + b * 10;
+  all += c[1] - d / 4;
+  if (a < 3) all -= b % 5;
+  if (a <= 3) all += a >= 3;
+  if ((b > 7u) == flag) all += a != 3 ? -a : 100;
+  const char* e = c + 7;
+  e += a, e -= b - 6;
+  __syncthreads();
+  return all * 1000 + std::distance(c, e) + !other;
+}
+"""
+PRINT = """
+template <class F>
+void print(F forms) {
+  for (int a = 2; a < 5; ++a)
+    for (unsigned b = 6; b < 9; ++b) std::printf("%ld ", forms(a, b, "abcdefgh", 10.f));
+  std::printf("\\n");
+}
+"""
+
+
+@needs_compiler
+def test_a_change_at_run_time_is_the_change_of_the_text(project: Path) -> None:
+    """One form of each, in a program that prints what they give."""
+    (project / "cuda" / "kernel.cuh").write_text("#pragma once\n" + FORMS)
+    (project / "small_tests.cpp").write_text(
+        f'{INTRODUCTION}#include "kernel.cuh"\n{PRINT}int main() {{ print(forms); }}\n'
+    )
+    changes = list(mutants.mutants_of(project / "cuda" / "kernel.cuh"))
+    switched = Switched(dict(enumerate(changes, 1)), project / "all")
+    switched.leave_out_what_does_not_compile(SMALL)
+    assert not switched.left_out and {m.switch for m in changes} == {*(c[2] for c in mutants.CHANGES)} - {""}
+    switched.compile(SMALL, "plain", project / "program")
+
+    # The changed texts, all in one program.
+    alone = "".join(
+        FORMS.replace(change.before, change.after).replace("forms(", f"forms{number}(")
+        for number, change in enumerate(changes, 1)
+    )
+    calls = "".join(f"  print(forms{number});\n" for number in range(1, len(changes) + 1))
+    (project / "alone.cpp").write_text(f"{INTRODUCTION}{alone}{PRINT}int main() {{\n{calls}}}\n")
+    compiler = str(host_programs.compiler())
+    subprocess.run([compiler, "-std=c++17", "-w", project / "alone.cpp", "-o", project / "alone"], check=True)
+    expected = subprocess.run([project / "alone"], capture_output=True, text=True, check=True).stdout.splitlines()
+
+    def printed(number: int) -> str:
+        environment = {"MUTANT": str(number)}
+        return subprocess.run([project / "program"], env=environment, capture_output=True, text=True, check=True).stdout
+
+    right = printed(0)
+    for number, (change, wanted) in enumerate(zip(changes, expected, strict=True), 1):
+        assert printed(number) == wanted + "\n" != right, str(change)

@@ -25,20 +25,27 @@ struct AdamCase {
 
 // A parameter with everything that belongs to it, and the same in double.
 struct Parameter {
+  // Each begins at a vector, and what is used of it `off` elements later.
+  template <class T>
+  struct Numbers : Buffer<T> {
+    Numbers(const char* name, size_t n) : Buffer<T>(name, n, test::Flush::end, 16) {}
+  };
+
   Storage grads, copied;
   size_t offset, size;
-  Buffer<float> weight, m, v, steps;
-  Buffer<float> grad32;
-  Buffer<bf16> grad_bf16, copy_bf16;
-  Buffer<fp16> grad_fp16, copy_fp16;
+  Numbers<float> weight, m, v;
+  Buffer<float> steps;
+  Numbers<float> grad32;
+  Numbers<bf16> grad_bf16, copy_bf16;
+  Numbers<fp16> grad_fp16, copy_fp16;
   std::vector<double> want_weight, want_m, want_v;
 
   Parameter(size_t n, Storage g, Storage c, size_t off)
       : grads(g), copied(c), offset(off), size(n), weight("weight", n + off), m("exp_avg", n + off),
-        v("exp_avg_sq", n + off), steps("steps", n == 0 ? 1 : (n + Adam::kChunk - 1) / Adam::kChunk), grad32("grad", g == Storage::float32 ? n + off : 0),
-        grad_bf16("grad", g == Storage::bfloat16 ? n + off : 0), copy_bf16("copy", c == Storage::bfloat16 ? n + off : 0),
-        grad_fp16("grad", g == Storage::float16 ? n + off : 0), copy_fp16("copy", c == Storage::float16 ? n + off : 0),
-        want_weight(n), want_m(n), want_v(n) {}
+        v("exp_avg_sq", n + off), steps("steps", n == 0 ? 1 : (n + Adam::kChunk - 1) / Adam::kChunk),
+        grad32("grad", g == Storage::float32 ? n + off : 0), grad_bf16("grad", g == Storage::bfloat16 ? n + off : 0),
+        copy_bf16("copy", c == Storage::bfloat16 ? n + off : 0), grad_fp16("grad", g == Storage::float16 ? n + off : 0),
+        copy_fp16("copy", c == Storage::float16 ? n + off : 0), want_weight(n), want_m(n), want_v(n) {}
 
   double grad(size_t i) const {
     if (grads == Storage::float32) return grad32[offset + i];
@@ -184,9 +191,9 @@ std::string loss(int64_t parts, int64_t size, bool with_grad) {
 template <class T>
 std::string normalise(const ImageShape& s, bool flips, size_t offset) {
   const size_t count = s.images * s.image();
-  Buffer<uint8_t> pixels("pixels", count + offset);
+  Buffer<uint8_t> pixels("pixels", count + offset, test::Flush::end, 16);
   Buffer<bool> flip("flip", flips ? s.images : 0);
-  Buffer<T> out("out", count);
+  Buffer<T> out("out", count, test::Flush::end, 16);
   for (size_t i = 0; i < count + offset; ++i) pixels[i] = static_cast<uint8_t>(i * 37 + i / 256);
   for (size_t i = 0; i < flip.size(); ++i) flip[i] = i % 3 != 1;
   pixels.read_only(), flip.read_only();
@@ -207,9 +214,11 @@ bool all(const char* type) {
   for (const bool with_grad : {true, false})
     for (const int64_t size : {1, 37, 1200})
       ok &= test::run(std::string("bce ") + type, [&] { return loss<T>(2, size, with_grad); });
-  ok &= test::run(std::string("bce of more parts than a launch takes, ") + type,
-                  [&] { return loss<T>(Bce::kMostParts + 3, 2, true); });
-  const ImageShape shapes[] = {{5, 8, 8, 3}, {3, 7, 5, 3}, {2, 64, 64, 3}, {4, 4, 4, 1}, {2, 3, 16, 4}, {4, 4, 12, 2}, {3, 7, 7, 1}};
+  for (const int64_t parts : {Bce::kMostParts, Bce::kMostParts + 3})
+    ok &= test::run(std::string("bce of many parts, ") + type, [&] { return loss<T>(parts, 2, true); });
+  const ImageShape shapes[] = {{5, 8, 8, 3}, {3, 7, 5, 3}, {2, 64, 64, 3}, {4, 4, 4, 1}, {2, 3, 16, 4}, {4, 4, 12, 2}, {3, 7, 7, 1},
+                               // Images of less than a vector and of one value more; one value more than a block; none.
+                               {5, 2, 2, 2}, {16, 17, 1, 1}, {1, 257, 1, 1}, {1, 1, 1, 1}, {0, 4, 4, 3}};
   for (const ImageShape& s : shapes)
     for (const bool flips : {false, true})
       for (const size_t offset : {0, 1})
@@ -217,8 +226,7 @@ bool all(const char* type) {
   return ok;
 }
 
-int main(int argc, char** argv) {
-  test::read_arguments(argc, argv);
+int main() {
   const AdamCase cases[] = {
       {"adam"},
       {"adam with weight decay", 0.1},
@@ -228,6 +236,8 @@ int main(int argc, char** argv) {
       {"adam of scaled gradients, misaligned", 0, false, false, 128, true, 3},
   };
   bool ok = true;
+  for (const size_t count : {1, 3})
+    ok &= test::run("adam of " + std::to_string(count) + " tensors", [count] { return many_tensors(count); });
   for (const AdamCase& c : cases) ok &= test::run(c.name, [&] { return adam_case(c); });
   ok &= test::run("adam of 60 tensors", [] { return many_tensors(FewTensors::kMost); });
   ok &= test::run("adam of 61 tensors", [] { return many_tensors(FewTensors::kMost + 1); });
