@@ -2,7 +2,7 @@
 #
 #   PYTHON    the Python to build .venv from (3.11 or later)
 #   PIP_ARGS  further arguments of pip, such as the index that has PyTorch's CPU-only wheels
-#   ARGS      further arguments of `fastdcgan demo`, `fastdcgan bench` and pytest
+#   ARGS      further arguments of `fastdcgan demo`, `fastdcgan bench`, the gallery and pytest
 #   OUT, DRY  for gpu-check: the folder of the results; 1 to run it on a CPU with tiny shapes
 
 SHELL := /bin/bash
@@ -26,7 +26,7 @@ CUDA_TESTS := tests/cuda_on_cpu tests/test_cuda_build.py
 # The tests of whatever backend, for backend("cuda") on CPU tensors
 CUDA_ON_CPU := $(addprefix tests/test_,$(addsuffix .py,ops chain derivatives running_stats saved_memory))
 
-.PHONY: help install demo test mutants lint bench gpu-check clean
+.PHONY: help install demo test mutants lint bench gallery gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -88,6 +88,9 @@ lint: $(EXTENSIONS) ## ruff and mypy
 
 bench: $(EXTENSIONS) ## a table of blocks and of the training step on this machine
 	$(BIN)/fastdcgan bench $(ARGS)
+
+gallery: $(EXTENSIONS) ## pictures of what a trained DCGAN does, in docs/gallery; trains one on digits, one on photographs
+	$(BIN)/python -m fastdcgan.dcgan.gallery $(ARGS)
 
 # Needs neither network nor .venv where $(PYTHON) has a CUDA torch: then that Python builds and runs everything.
 gpu-check: export OUT := $(OUT)

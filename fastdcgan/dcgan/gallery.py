@@ -1,0 +1,177 @@
+"""Pictures of what a trained DCGAN does, for the documentation: `make gallery`, or `python -m fastdcgan.dcgan.gallery`.
+
+It draws them from two runs, one on digits and one on colour pictures, which it trains first where they are not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastdcgan.dcgan import checkpoint, demo, inpainting, interpolation, masks, sampling
+from fastdcgan.dcgan.config import TrainConfig
+from fastdcgan.dcgan.console import say
+from fastdcgan.dcgan.data import held_out, load_images
+from fastdcgan.dcgan.files import replacing
+from fastdcgan.dcgan.images import grid
+from fastdcgan.dcgan.trained import Trained, load_trained
+from fastdcgan.dcgan.training import Trainer
+from fastdcgan.pixels import normalize_images
+
+MOST_BYTES = 300_000  # of a picture
+_SIDE = 64  # pixels: smaller images are enlarged to it
+_SHOWN, _FILLED, _CANDIDATES, _FRAMES = 64, 12, 256, 7
+_EMA = 0.998
+
+_DIGITS = TrainConfig(
+    data="mnist",
+    image_size=demo.IMAGE_SIZE,
+    channels=demo.CHANNELS,
+    ngf=demo.WIDTH,
+    ndf=demo.WIDTH,
+    batch_size=demo.BATCH,
+    lr_g=demo.LR_G,
+    lr_d=demo.LR_D,
+    holdout=demo.HOLDOUT,
+)
+# The rates are higher than a long run would want, as in the demo; 32 pixels, because a CPU learns 64 five times slower.
+_COLOUR = TrainConfig(
+    data="photo-crops", image_size=32, channels=3, ngf=48, ndf=48, batch_size=32, lr_g=4e-4, lr_d=6e-4
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A file of the gallery, and what it shows."""
+
+    name: str
+    title: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastdcgan.dcgan.gallery", description="Make the gallery.")
+    parser.add_argument("--out", type=Path, default=Path("docs/gallery"), help="folder of the pictures")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/gallery"), help="folder of the runs they are drawn from"
+    )
+    parser.add_argument("--data", default=_COLOUR.data, help="folder of the colour pictures, or a built-in set")
+    parser.add_argument("--minutes", type=float, default=15.0, help="how long a run may train that is not there yet")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto is a GPU where there is one")
+    args = parser.parse_args(argv)
+    sections = []
+    for name, config in (("digits", _DIGITS), ("colour", dataclasses.replace(_COLOUR, data=args.data))):
+        run = _trained(dataclasses.replace(config, device=args.device), args.runs / name, args.minutes)
+        sections.append((name, describe(run), draw(run, args.out, name)))
+    with replacing(args.out / "README.md") as temporary:
+        temporary.write_text(page(sections))
+    print(args.out)
+    return 0
+
+
+def page(sections: Sequence[tuple[str, str, Sequence[Picture]]]) -> str:
+    """Markdown: of each run its name, what was trained, and its pictures."""
+    text = ["# Gallery", "", "Made by `make gallery`, which trains what is missing and draws what you see."]
+    for name, described, pictures in sections:
+        text += ["", f"## {name.capitalize()}", "", described]
+        for picture in pictures:
+            text += ["", f"{picture.title}:", "", f"![{picture.title}]({picture.name})"]
+    return "\n".join(text) + "\n"
+
+
+def _trained(config: TrainConfig, out: Path, minutes: float) -> Trained:
+    """The run in `out`, trained if it is not there."""
+    if not checkpoint.all_of(out):
+        config = dataclasses.replace(
+            config, out=str(out), precision="bf16", ema=_EMA, epochs=1000, max_minutes=minutes, sample_every=250
+        )
+        Trainer(config).run()
+    run = load_trained(out)
+    return load_trained(out, ema=True) if run.config.ema else run
+
+
+def describe(run: Trained) -> str:
+    """What was trained, from the checkpoint."""
+    c = run.config
+    data = {"mnist": "5,000 digits of MNIST", "photo-crops": "Crops of two photographs that scikit-learn ships"}
+    unseen = f", every {c.holdout}th held out" if c.holdout else ""
+    short = " A short run: with more steps come more details." if run.step < demo.MOST_STEPS else ""
+    average = "; drawn with the average of the generator" if c.ema else ""
+    return (
+        f"{data.get(c.data, 'Pictures')}, {c.image_size}x{c.image_size}{unseen}; {run.step} steps of "
+        f"{c.batch_size} images, ngf {c.ngf}, ndf {c.ndf}, {c.precision}{average}.{short}"
+    )
+
+
+def draw(run: Trained, out: Path, prefix: str) -> list[Picture]:
+    """Write all pictures of a run into `out`. Raises RuntimeError for one that is larger than `MOST_BYTES`."""
+    generator, size = run.generator, run.config.image_size
+    points = interpolation.latents(generator.nz, range(6))
+    pictures = []
+
+    def add(name: str, title: str, image: Image.Image) -> None:
+        picture = Picture(f"{prefix}-{name}.png", title)
+        _save(_enlarged(image, size), out / picture.name)
+        pictures.append(picture)
+
+    add("samples", "Samples", grid(sampling.sample(generator, _SHOWN)))
+    add("walk", "Walks from one input to the next", interpolation.walk_sheet(generator, points))
+    if run.config.channels == 1:  # of colour pictures the sum is plain white
+        sums = interpolation.arithmetic_sheet(generator, _by_brightness(run))
+        add("arithmetic", "Bold ones minus thin ones plus middling ones", sums)
+    animation = Picture(f"{prefix}-walk.gif", "A walk, moving")
+    interpolation.save_walk(generator, points[:4], out / animation.name, _FRAMES)
+    _check_size(out / animation.name)
+    pictures.append(animation)
+    if run.config.holdout:  # crops overlap each other: training has seen a part of each
+        images = _unseen(run, _FILLED)
+        for name in ("centre", "random"):
+            known = masks.make(name, size, _FILLED)
+            result = inpainting.inpaint(generator, run.discriminator, images, known)
+            title = "Inpainting of images that training did not see: original, known, filled in"
+            add(f"inpainting-{name}", title, inpainting.sheet(images, known, result.images))
+    return pictures
+
+
+def _unseen(run: Trained, count: int) -> torch.Tensor:
+    """Evenly chosen images that the run held out of its data."""
+    c = run.config
+    array = load_images(c.data, c.image_size, c.channels, cache_folder=c.cache or None).array
+    unseen = np.flatnonzero(held_out(len(array), c.holdout))
+    return normalize_images(torch.from_numpy(array[unseen[np.linspace(0, len(unseen) - 1, count).astype(int)]]))
+
+
+def _by_brightness(run: Trained) -> interpolation.Terms:
+    """Three of the brightest samples, minus three of the darkest, plus three in the middle."""
+    order = sampling.sample(run.generator, _CANDIDATES).mean((1, 2, 3)).argsort().tolist()
+    middle = _CANDIDATES // 2
+    chosen = ((1, order[-3:]), (-1, order[:3]), (1, order[middle : middle + 3]))
+    return [(sign, [f"0:{number}" for number in numbers]) for sign, numbers in chosen]
+
+
+def _enlarged(image: Image.Image, size: int) -> Image.Image:
+    factor = max(1, _SIDE // size)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", optimize=True)
+    _check_size(path)
+
+
+def _check_size(path: Path) -> None:
+    size = path.stat().st_size
+    say(f"{path}: {size / 1000:.0f} kB")
+    if size > MOST_BYTES:
+        raise RuntimeError(f"{path} has {size} bytes: expected at most {MOST_BYTES}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
