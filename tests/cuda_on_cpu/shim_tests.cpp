@@ -171,8 +171,7 @@ std::string check_product(int rows) {
   return test::bytes(out);
 }
 
-int main(int argc, char** argv) {
-  test::read_arguments(argc, argv);
+int main() {
   bool ok = true;
   ok &= test::run("warp collectives", check_shuffles);
   ok &= test::run("__syncwarp", check_syncwarp);
