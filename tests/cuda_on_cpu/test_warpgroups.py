@@ -181,7 +181,7 @@ PLANTED = {
         NONE, "i > 0 && lane == 0) gpu::mbarrier_arrive(&shared.empty[before])",
         "lane == 0) gpu::mbarrier_arrive(&shared.empty[at.slot])", "plain", WRONG,
     ),
-    "released_twice": (NONE, "i > 0 && lane == 0", "i > 0 && lane < 2", "plain", "more arrivals"),
+    "released_twice": (NONE, "i > 0 && lane == 0", "i > 0 && lane < 2", "plain", "more arrivals|deadlock"),
     "not_released": (NONE, "i > 0 && lane == 0", "i > 0 && lane == 0 && warpgroup == 0", "plain", "deadlock"),
     "no_fence": (ACTIVATE, "gpu::warpgroup_fence();", "", "plain", "without wgmma.fence"),
     "no_wait_for_the_products": (ACTIVATE, "gpu::warpgroup_wait<0>();", "", "plain", "nobody waited for"),
