@@ -295,6 +295,9 @@ def test_what_is_faster_in_pytorch_goes_to_pytorch(monkeypatch: pytest.MonkeyPat
     generating = Epilogue("bias", coef=torch.zeros(64))
     why = cpu.why_not("conv_transpose", Operand(wide.dy), wide.weight, K4, wide.size, STORE)
     assert "3 times 16 pixels" in (why or "")
+    cast = cpu.why_not("conv_transpose", Operand(wide.dy), wide.weight, K4, wide.size, generating)
+    assert "3 times 16 pixels" in (cast or "")  # of autocast, say, which casts it at every call
+    wide.weight = nn.Parameter(wide.weight)
     assert cpu.why_not("conv_transpose", Operand(wide.dy), wide.weight, K4, wide.size, generating) is None
     why = cpu.why_not("conv", Operand(wide.x[:1]), wide.weight, K4, generating)
     assert "1 times 16 pixels" in (why or "")

@@ -151,8 +151,9 @@ class CPUBackend(Backend):
         reason = self.cannot(geometry, x, other)
         if reason is None and self._tiles and self.on_tiles(x.dtype):
             return self.compared(op, *args), False
-        # Most often of generation, where weights stay the same; training with normalisation has other epilogues.
-        kept = op != "weight_grad" and args[-1].kind in ("bias", "activate")
+        # Most often of generation, where weights stay the same; training with normalisation has other epilogues. What
+        # autocast has cast is another tensor at every call.
+        kept = op != "weight_grad" and args[-1].kind in ("bias", "activate") and isinstance(second, torch.nn.Parameter)
         if reason is None and self.filters(op, gathered, linear, geometry, x.dtype, kept):
             return None, True
         return reason or self.slower(op, gathered, linear, x.dtype, kept), False
