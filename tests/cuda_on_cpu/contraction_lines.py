@@ -103,11 +103,41 @@ def watched() -> list[str]:
     ]
 
 
+def watched_on_warpgroups() -> list[str]:
+    """The same for those on warpgroups."""
+    halved, boxes = GEOMETRIES[0], "h=8 w=4 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1"
+    return [
+        f"type=bf16 {case}"
+        for case in (
+            f"op=conv n=2 ci=64 co=72 {halved} left=bn_backward epilogue=grad_stats {LEAKY}",
+            f"op=conv n=2 ci=64 co=40 {halved} epilogue=stats",
+            f"op=conv_transpose n=2 ci=136 co=72 {halved} left=activate epilogue=stats {LEAKY}",
+            f"op=conv_transpose n=2 ci=136 co=8 {halved} epilogue=bias splits=2",
+            f"op=weight_grad n=4 ci=72 co=40 {boxes} splits=2 left=activate right=bn_backward {LEAKY}",
+        )
+    ]
+
+
 def tiles(tile: int) -> list[str]:
     """With a tile of GPUs, by its number, and the contraction that contraction_tiles.cpp has for it."""
     op = list(REST)[tile % 3]
     head = f"tile={tile} op={op} n=3 h=6 w=8 kh=3 kw=3 sh=2 sw=2 ph=1 pw=1 oh=1 ow=1"
     return [f"{head} ci={ci} co={co} {LEAKY} {REST[op]}" for ci, co in ((136, 72), (70, 137))]
+
+
+def tiles_of_warpgroups() -> list[str]:
+    """The tiles that are for warpgroups, each with a contraction that warpgroup_tiles.cpp has for it."""
+    return [
+        f"{case} n=2 h=8 w=8 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1 {LEAKY}"
+        for case in (
+            "tile=7 op=conv type=bf16 ci=128 co=264 left=none epilogue=stats",
+            "tile=7 op=conv type=bf16 ci=64 co=200 left=bn_backward epilogue=grad_stats",
+            "tile=7 op=weight_grad type=bf16 ci=264 co=136 left=bn_backward right=activate",
+            "tile=8 op=conv_transpose type=fp16 ci=136 co=136 left=none epilogue=bias",
+            "tile=8 op=conv_transpose type=fp16 ci=64 co=72 left=bn_backward epilogue=grad_stats",
+            "tile=9 op=conv_transpose type=bf16 ci=72 co=64 left=activate epilogue=stats",
+        )
+    ]
 
 
 REST = {

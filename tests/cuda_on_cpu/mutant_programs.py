@@ -84,6 +84,8 @@ PROGRAMS = (
         arguments=tuple(line for tile in range(7) for line in contraction_lines.tiles(tile)),
         modes=("plain",),
     ),
+    Program("warpgroup_watched", arguments=tuple(contraction_lines.watched_on_warpgroups())),
+    Program("warpgroup_tiles", arguments=tuple(contraction_lines.tiles_of_warpgroups()), modes=("plain",)),
 )
 
 

@@ -7,17 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
+from contraction_lines import EPILOGUES, GEOMETRIES, LEAKY, PROLOGUES, tiles_of_warpgroups, watched_on_warpgroups
 from host_programs import BUILD, FLAGS, HERE, MODES, ROOT, build, compiled, includes, needs_compiler, run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_contractions import EPILOGUES, GEOMETRIES, PROLOGUES, RACE, WRONG, check
+from test_contractions import RACE, WRONG, check
 
 pytestmark = needs_compiler
 
-LEAKY = "act=2 slope=0.2"
 DENSE = ("h=4 w=4 kh=4 kw=4", "h=5 w=4 kh=3 kw=3 ph=1 pw=1", "h=5 w=5 kh=3 kw=3 dh=2 dw=2 ph=2 pw=2")
-HALVES_TO_BOXES = "h=8 w=4 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1"
-HALVED = "h=4 w=6 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1"
+HALVED = GEOMETRIES[0]
 
 
 def test_conv_with_every_prologue_and_epilogue() -> None:
@@ -134,33 +133,14 @@ def test_what_has_no_boxes_is_refused(case: str, why: str) -> None:
     assert code != 0 and "no boxes for" in output and why in output
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "tile=7 op=conv type=bf16 ci=128 co=264 left=none epilogue=stats",
-        "tile=7 op=conv type=bf16 ci=64 co=200 left=bn_backward epilogue=grad_stats",
-        "tile=7 op=weight_grad type=bf16 ci=264 co=136 left=bn_backward right=activate",
-        "tile=8 op=conv_transpose type=fp16 ci=136 co=136 left=none epilogue=bias",
-        "tile=8 op=conv_transpose type=fp16 ci=64 co=72 left=bn_backward epilogue=grad_stats",
-        "tile=9 op=conv_transpose type=bf16 ci=72 co=64 left=activate epilogue=stats",
-    ],
-)
+@pytest.mark.parametrize("case", tiles_of_warpgroups())
 def test_the_tiles_of_gpus(case: str) -> None:
-    check("warpgroup_tiles", [f"{case} n=2 h=8 w=8 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1 {LEAKY}"])
-
-
-WATCHED = (
-    f"op=conv n=2 ci=64 co=72 {HALVED} left=bn_backward epilogue=grad_stats {LEAKY}",
-    f"op=conv n=2 ci=64 co=40 {HALVED} epilogue=stats",
-    f"op=conv_transpose n=2 ci=136 co=72 {HALVED} left=activate epilogue=stats {LEAKY}",
-    f"op=conv_transpose n=2 ci=136 co=8 {HALVED} epilogue=bias splits=2",
-    f"op=weight_grad n=4 ci=72 co=40 {HALVES_TO_BOXES} splits=2 left=activate right=bn_backward {LEAKY}",
-)
+    check("warpgroup_tiles", [case])
 
 
 @pytest.mark.parametrize("mode", sorted(set(MODES) - {"plain"}))
 def test_under_a_sanitizer(mode: str) -> None:
-    check("warpgroup_watched", [f"type=bf16 {case}" for case in WATCHED], mode)
+    check("warpgroup_watched", watched_on_warpgroups(), mode)
 
 
 # --- planted bugs ----------------------------------------------------------------------------------------------------
