@@ -39,8 +39,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TABLE = RESULTS / "triton_compile.json"
 # Shared memory that one program may have, in bytes (CUDA C++ Programming Guide, Compute Capabilities).
 SHARED_MEMORY = {arch: device.shared_memory for arch, device in tiles.KNOWN.items()}
-# How much worse than the committed table a kernel may become: at most so many more, or so much of it, if that is more.
-MARGINS = {"registers": (16, 0.1), "shared_memory": (1024, 0.05), "instructions": (100, 0.2)}
 
 
 @dataclass(frozen=True)
@@ -307,16 +305,6 @@ def faults(compiled: Compiled) -> list[str]:
         found += [f"no {what}" for what in ("wgmma", "bulk_copies") if not getattr(compiled, what)]
     if compiled.loads == "pointers" and compiled.aligned and not compiled.async_copies:
         found.append("no asynchronous copy")
-    return found
-
-
-def worse(compiled: Compiled, before: Compiled) -> list[str]:
-    """In what `compiled` is worse than the table's `before`, by more than `MARGINS`."""
-    found = []
-    for name, (absolute, relative) in MARGINS.items():
-        old, new = getattr(before, name), getattr(compiled, name)
-        if new > old + max(absolute, relative * old):
-            found.append(f"{name} {old} -> {new}")
     return found
 
 

@@ -35,8 +35,6 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHITECTURES = (80, 90, 100)
 TABLE = RESULTS / "cuda_compile.json"
 OPS = ("conv", "conv_transpose", "weight_grad")
-# How much worse than the committed table a kernel may become: at most so many more, or so much of it, if that is more.
-MARGINS = {"registers": (16, 0.1), "instructions": (100, 0.2)}
 _NAME = re.compile(
     r"ContractionILNS0_2OpE(?P<op>\d)ENS0_10MultipliedI(?P<type>NS_3gpu4(?:bf16|fp16)E|f)Lb(?P<exact>\d)E"
     r"EENS0_9TileShapeI(?P<tile>(?:Li\d+E)+)E"
@@ -171,16 +169,6 @@ def faults(compiled: Compiled) -> list[str]:
     found += [] if compiled.async_copies else ["no asynchronous copy"]
     if compiled.dtype in ("bf16", "fp16") and _loads_matrices(compiled) and not compiled.matrix_loads:
         found.append("no load of matrices")
-    return found
-
-
-def worse(compiled: Compiled, before: Compiled) -> list[str]:
-    """In what `compiled` is worse than the table's `before`, by more than `MARGINS`."""
-    found = []
-    for name, (absolute, relative) in MARGINS.items():
-        old, new = getattr(before, name), getattr(compiled, name)
-        if new > old + max(absolute, relative * old):
-            found.append(f"{name} {old} -> {new}")
     return found
 
 

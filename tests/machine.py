@@ -6,7 +6,11 @@ FASTDCGAN_TEST_DEVICE   the device that the tests run on ("cpu" by default, or "
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 from fastdcgan import backends
@@ -17,3 +21,28 @@ DEVICE = torch.device(os.environ.get("FASTDCGAN_TEST_DEVICE", "cpu"))
 def backends_here(dtype: torch.dtype = torch.float32) -> list[str]:
     """The names of the backends that run blocks of `dtype` on the test device."""
     return [name for name, reason in backends.reasons(DEVICE.type, dtype).items() if reason is None]
+
+
+def run_capped(file: str, capability: str, tests: str) -> None:
+    """Run the tests of `file` that pytest's `-k tests` selects in a process that takes this processor for an older one:
+    `capability` is "default" or "avx2". Skips where this process runs on no more than that itself."""
+    here = torch.backends.cpu.get_cpu_capability().lower()
+    if here in ("default", capability):
+        pytest.skip(f"this process runs on {here} itself")
+    environment = {
+        **os.environ,
+        "ATEN_CPU_CAPABILITY": capability,
+        "OMP_NUM_THREADS": "1",
+        "FASTDCGAN_TEST_THREADS": "1",
+    }
+    if capability == "avx2":
+        environment["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", file, "-k", tests],
+        env=environment,
+        cwd=Path(file).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " skipped" not in done.stdout.splitlines()[-1]

@@ -7,11 +7,11 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from machine import run_capped
 from tolerance import assert_as_accurate
 from torch import Tensor
 
@@ -302,21 +302,5 @@ def test_under_sanitizers(tiles: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_lower_vector_widths(capability: str) -> None:
     """The same tests on the library for an older processor."""
-    if torch.backends.cpu.get_cpu_capability().lower() == capability:
-        pytest.skip(f"this process runs on {capability} already")
     tests = "test_shapes or test_activations or test_statistics or test_nan or test_derivative or test_tanh"
-    environment = {
-        **os.environ,
-        "ATEN_CPU_CAPABILITY": capability,
-        "OMP_NUM_THREADS": "1",
-        "FASTDCGAN_TEST_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__, "-k", tests],
-        env=environment,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " skipped" not in done.stdout.splitlines()[-1]
+    run_capped(__file__, capability, tests)

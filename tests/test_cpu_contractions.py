@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from machine import run_capped
 from tolerance import assert_as_accurate
 from torch import Tensor, nn
 
@@ -174,7 +171,12 @@ def test_bias(cpu: CPUBackend, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics(cpu: CPUBackend, dtype: torch.dtype, groups: int) -> None:
-    for batch, size in ((4, 4), (2, 16), (32, 8)):
+    check_statistics(cpu, dtype, groups, ((4, 4), (2, 16), (32, 8)))
+
+
+def check_statistics(cpu: Kernels, dtype: torch.dtype, groups: int, shapes: tuple[tuple[int, int], ...]) -> None:
+    """The epilogue "stats" of 24 -> 50 channels; `shapes`: batches, and the sides of their images."""
+    for batch, size in shapes:
         case = Case(batch, 24, (size, size), 50, K4, dtype)
         for op, a in (("conv", case.x), ("conv_transpose", case.dy)):
             extra = (case.size,) if op == "conv_transpose" else ()
@@ -373,21 +375,5 @@ def test_bad_calls(cpu: CPUBackend) -> None:
 
 def test_avx2() -> None:
     """The same tests on the library for an older processor."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("this process runs on AVX2 already")
-    environment = {
-        **os.environ,
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "OMP_NUM_THREADS": "1",
-    }
     tests = "test_blocks or test_drawn or test_statistics or test_activated or test_same_bits or test_what_is_not"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__, "-k", tests],
-        env=environment,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " skipped" not in done.stdout.splitlines()[-1]
+    run_capped(__file__, "avx2", tests)

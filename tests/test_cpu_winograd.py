@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_cpu_contractions import BLOCKS, DTYPES, K4, REFERENCE, STATUS, Case, Kernels, block
+from machine import run_capped
+from test_cpu_contractions import BLOCKS, DTYPES, K4, REFERENCE, STATUS, Case, Kernels, block, check_statistics
 from tolerance import assert_as_accurate, verdict
 from torch import Tensor
 
 from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.base import STORE, Epilogue, Operand
+from fastdcgan.backends.base import Epilogue, Operand
 from fastdcgan.backends.cpu import CPUBackend
 from fastdcgan.geometry import Geometry
 
@@ -86,20 +83,7 @@ def test_activated_outputs(cpu: CPUBackend, act: str) -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics(cpu: CPUBackend, dtype: torch.dtype, groups: int) -> None:
-    for batch, size in ((4, 4), (2, 18), (32, 8), (6, 7)):
-        case = Case(batch, 24, (size, size), 50, K4, dtype)
-        for op, a in (("conv", case.x), ("conv_transpose", case.dy)):
-            extra = (case.size,) if op == "conv_transpose" else ()
-            (out, got), (_, vanilla), (_, truth) = (
-                getattr(on, op)(Operand(t(a)), t(case.weight), case.g, *extra, Epilogue("stats", stat_groups=groups))
-                for on, t in ((cpu, lambda t: t), (REFERENCE, lambda t: t), (REFERENCE, Tensor.double))
-            )
-            assert torch.equal(out, getattr(cpu, op)(Operand(a), case.weight, case.g, *extra, STORE)[0])
-            for row, name in enumerate(["mean", "biased variance", "unbiased variance"]):
-                scale = float(truth[1].mean().sqrt())
-                assert_as_accurate(
-                    got[row], vanilla[row].float(), truth[row], f"{name} of {op}", reduction=case.terms(op), scale=scale
-                )
+    check_statistics(cpu, dtype, groups, ((4, 4), (2, 18), (32, 8), (6, 7)))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, 100.0, 1e4])
@@ -221,16 +205,5 @@ def test_what_it_does_not_cover(cpu: CPUBackend) -> None:
 
 def test_avx2() -> None:
     """The same tests on the library for an older processor."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("this process runs on AVX2 already")
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
     tests = "test_blocks or test_drawn or test_statistics or test_many or test_same_bits or test_what_is_not"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__, "-k", tests],
-        env=environment,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " skipped" not in done.stdout.splitlines()[-1]
+    run_capped(__file__, "avx2", tests)

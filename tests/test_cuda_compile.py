@@ -14,7 +14,8 @@ pytest.importorskip("triton")  # whose cuobjdump is used
 
 from fastdcgan.backends.cuda_tiles import OF_SIZE, OF_WARPGROUPS
 from fastdcgan.benchmarks import cuda_compile_table
-from fastdcgan.benchmarks.cuda_compile_table import ARCHITECTURES, CSRC, OPS, Compiled, faults, worse
+from fastdcgan.benchmarks.cuda_compile_table import ARCHITECTURES, CSRC, OPS, Compiled, faults
+from fastdcgan.benchmarks.regressions import worse
 
 needs_nvcc = pytest.mark.skipif(cuda_compile_table.nvcc() is None, reason="nvcc compiles them, and it is not on PATH")
 

@@ -15,6 +15,14 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
+def add_labelled_data(parser: argparse.ArgumentParser) -> None:
+    """DATA, images with classes."""
+    parser.add_argument(
+        "data", metavar="DATA", nargs="?", help="a folder (with a folder for each class), or mnist, digits "
+        "[default: what the run was trained on]"
+    )  # fmt: skip
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device, as `distributed.choose_device` takes it."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto is a GPU where there is one")

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastdcgan.commands import add_checkpoint, at_least, folder_to_fill
+from fastdcgan.commands import add_checkpoint, add_labelled_data, at_least, folder_to_fill
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
-    parser.add_argument(
-        "data", metavar="DATA", nargs="?", help="a folder with a folder for each class, or mnist, digits [default: "
-        "what the run was trained on]"
-    )  # fmt: skip
+    add_labelled_data(parser)
     parser.add_argument("--all", action="store_true", help="all checkpoints of the run, not the newest alone")
     parser.add_argument("--count", type=int, default=1000, help="how many images to generate")
     parser.add_argument("--ema", action="store_true", help="the moving average of the generator")

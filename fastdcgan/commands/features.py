@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from fastdcgan.commands import add_checkpoint, add_out, at_least, folder_to_fill
+from fastdcgan.commands import add_checkpoint, add_labelled_data, add_out, at_least, folder_to_fill
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
-    parser.add_argument(
-        "data", metavar="DATA", nargs="?", help="a folder (with a folder for each class), or mnist, digits "
-        "[default: what the run was trained on]"
-    )  # fmt: skip
+    add_labelled_data(parser)
     parser.add_argument("--export", action="store_true", help="write features.npz; done if nothing else is asked for")
     parser.add_argument("--fit", action="store_true", help="fit a linear SVM on the training part: classifier.npz")
     parser.add_argument(

@@ -13,6 +13,7 @@ if triton.knobs.runtime.interpret:
 
 from fastdcgan.benchmarks import compile_table  # noqa: E402
 from fastdcgan.benchmarks.compile_table import Case, Compiled  # noqa: E402
+from fastdcgan.benchmarks.regressions import worse  # noqa: E402
 from fastdcgan.benchmarks.shapes import NetShape  # noqa: E402
 
 G2, D2 = NetShape().generator()[2], NetShape().discriminator()[2]
@@ -54,7 +55,7 @@ def test_is_no_worse_than_the_table(case: Case, compiled: dict[Case, Compiled]) 
         pytest.skip(f"the table is of triton {version}, this is {triton.__version__}")
     row = compiled[case]
     assert row.key in table, "the heuristic has a new tile: python -m fastdcgan.benchmarks.compile_table"
-    assert not compile_table.worse(row, table[row.key])
+    assert not worse(row, table[row.key])
 
 
 def test_the_table_is_of_the_tiles_that_are_chosen_and_has_no_faults() -> None:
@@ -72,6 +73,6 @@ def test_faults_and_regressions_are_seen(compiled: dict[Case, Compiled]) -> None
     assert "no wgmma" in compile_table.faults(replace(row, wgmma=0))
     assert "no bulk_copies" in compile_table.faults(replace(row, bulk_copies=0))
     assert any("shared memory" in fault for fault in compile_table.faults(replace(row, shared_memory=240 * 1024)))
-    assert compile_table.worse(replace(row, registers=row.registers + 40), row)
-    assert compile_table.worse(replace(row, instructions=2 * row.instructions), row)
-    assert not compile_table.worse(replace(row, registers=row.registers + 1), row)
+    assert worse(replace(row, registers=row.registers + 40), row)
+    assert worse(replace(row, instructions=2 * row.instructions), row)
+    assert not worse(replace(row, registers=row.registers + 1), row)
