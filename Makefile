@@ -22,9 +22,11 @@ DEPENDENCIES := $(VENV)/.dependencies
 EXTENSIONS := $(VENV)/.extensions
 SOURCES := $(shell find csrc -type f)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-CUDA_TESTS := tests/cuda_on_cpu tests/test_cuda_build.py
+# What takes longest, beside all the rest on a second core: the CUDA build, and what runs kernels as plain programs.
+CUDA_PROGRAMS := tests/test_cuda_build.py \
+	$(patsubst %,tests/cuda_on_cpu/test_%.py,contractions conventions descriptors mutants shim warpgroups)
 # The tests of whatever backend, for backend("cuda") on CPU tensors
-CUDA_ON_CPU := $(addprefix tests/test_,$(addsuffix .py,ops chain derivatives running_stats saved_memory))
+CUDA_ON_CPU := $(patsubst %,tests/test_%.py,ops chain derivatives running_stats saved_memory)
 
 .PHONY: help install demo test mutants lint bench gallery gpu-check clean
 
@@ -60,19 +62,17 @@ $(EXTENSIONS): $(DEPENDENCIES) setup.py $(SOURCES)
 demo: $(EXTENSIONS) ## train a DCGAN on MNIST, show samples and a table: fused versus vanilla PyTorch
 	$(BIN)/fastdcgan demo $(ARGS)
 
-# The CUDA kernels (on a CPU) and the CUDA build take about as long as all the rest: they run beside it, on a second core.
 test: lint $(EXTENSIONS) ## lint, then the tests
 	mkdir -p build
-	( $(PYTEST) $(CUDA_TESTS) $(ARGS) || failed=1; \
-	  if command -v g++ >/dev/null; then \
-	    FASTDCGAN_TEST_CUDA_ON_CPU=1 $(PYTEST) $(CUDA_ON_CPU) -k "cuda- and not opcheck" $(ARGS) || failed=1; \
-	  else \
-	    echo "no g++ here: the CUDA backend is not tested on CPU tensors"; \
-	  fi; \
-	  exit $${failed:-0} ) >build/test-cuda.log 2>&1 & cuda=$$!; \
+	$(PYTEST) $(CUDA_PROGRAMS) $(ARGS) >build/test-cuda.log 2>&1 & cuda=$$!; \
 	trap 'kill $$cuda 2>/dev/null || true' EXIT; \
-	$(PYTEST) tests --ignore tests/triton/interpreter $(CUDA_TESTS:%=--ignore %) $(ARGS) || failed=1; \
+	$(PYTEST) tests --ignore tests/triton/interpreter $(CUDA_PROGRAMS:%=--ignore %) $(ARGS) || failed=1; \
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton/interpreter $(ARGS) || failed=1; \
+	if command -v g++ >/dev/null; then \
+	  FASTDCGAN_TEST_CUDA_ON_CPU=1 $(PYTEST) $(CUDA_ON_CPU) -k "cuda- and not opcheck" $(ARGS) || failed=1; \
+	else \
+	  echo "no g++ here: the CUDA backend is not tested on CPU tensors"; \
+	fi; \
 	echo "Waiting for the tests of the CUDA kernels ..."; \
 	wait $$cuda || failed=1; \
 	cat build/test-cuda.log; \

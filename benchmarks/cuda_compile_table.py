@@ -1,12 +1,15 @@
 """What the CUDA C++ contractions compile to, without a GPU: `python -m fastdcgan.benchmarks.cuda_compile_table`.
 
-Every instantiation in csrc/cuda/contraction_*.cu is compiled for sm_80, sm_90 and sm_100, those in warpgroup_*.cu for
-sm_90a, and what ptxas says of it, and what cuobjdump (the one that Triton ships) shows of its code, goes to
+The extension is built as setup.py builds it by default, in `build/cuda-test` (as `tests/test_cuda_build.py` does; only
+what has changed is compiled). What cuobjdump, the one that Triton ships, says of each contraction in it goes to
 `results/cuda_compile.json` and `.md`:
 
-    registers, spills      of a thread; bytes that spill
+    registers              of a thread
+    stack                  bytes of a thread: what spilled, arrays that are not in registers
     instructions           of machine code
     tensor core            matrix instructions (HMMA; of warpgroups HGMMA)
+    groups                 of warpgroups' products that are under way together; as many as there are products where each
+                           waits for the one before
     loads of matrices      from shared memory for these (LDSM); floats take plain loads, and wgmma reads shared memory
                            itself but for a factor with a prologue
     asynchronous copies    from global to shared memory (LDGSTS; of boxes UTMALDG)
@@ -16,12 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,9 @@ import triton
 from fastdcgan.backends.cuda_tiles import OF_WARPGROUPS, TILES, WarpgroupTile
 from fastdcgan.benchmarks.results import RESULTS
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
-ARCHITECTURES = (80, 90, 100)
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "build" / "cuda-test"
+ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100"}  # that setup.py builds for by default
 TABLE = RESULTS / "cuda_compile.json"
 OPS = ("conv", "conv_transpose", "weight_grad")
 _NAME = re.compile(
@@ -55,9 +59,10 @@ class Compiled:
     tile: int  # of `cuda_tiles.TILES`
     prologue: bool  # whether it has one; kernels but those of warpgroups have all
     registers: int
-    spills: int
+    stack: int
     instructions: int
     tensor_core: int
+    groups: int
     matrix_loads: int
     async_copies: int
 
@@ -68,54 +73,62 @@ class Compiled:
 
 
 def nvcc() -> str | None:
-    return shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
-def sources() -> list[Path]:
-    """The files that have the instantiations."""
-    return sorted((CSRC / "cuda").glob("contraction_*.cu"))
+def build() -> Path:
+    """The extension as setup.py builds it for the default architectures; RuntimeError with what was printed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    environment |= {"FASTDCGAN_EXTENSION": "_cuda", "FASTDCGAN_FORCE_CUDA": "1"}
+    environment["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(max(1, (os.cpu_count() or 1) // 2))
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(WORK / "temp"), "--build-lib"]
+    done = subprocess.run(
+        [*command, str(WORK / "lib")], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    if done.returncode != 0:
+        raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
+    return WORK / "lib" / "fastdcgan" / "_cuda.so"
 
 
-def jobs(architectures: Sequence[int] = ARCHITECTURES) -> list[tuple[Path, int]]:
-    """What is compiled, and for what."""
-    found = [(source, arch) for arch in architectures for source in sources()]
-    return found + [(source, 90) for source in sorted((CSRC / "cuda").glob("warpgroup_*.cu")) if 90 in architectures]
+def dump(library: Path, *options: str) -> Iterator[str]:
+    """The lines that cuobjdump prints of a library."""
+    command = [triton.knobs.nvidia.cuobjdump.path, *options, str(library)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield from process.stdout
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def compile_source(source: Path, arch: int) -> list[Compiled]:
-    """Every contraction in a file; those of warpgroups with the instructions of sm_90a."""
-    feature = "a" if source.name.startswith("warpgroup_") else ""
-    compiler = nvcc()
-    assert compiler is not None, "nvcc compiles them, and it is not on PATH"
-    with tempfile.TemporaryDirectory() as scratch:
-        cubin = Path(scratch) / "kernels.cubin"
-        target = f"-gencode=arch=compute_{arch}{feature},code=sm_{arch}{feature}"
-        command = [compiler, "-std=c++20", "-O3", "-cubin", target, "-Xptxas=-v", f"-I{CSRC}"]
-        done = subprocess.run(
-            [*command, f"-I{CSRC / 'cuda'}", str(source), "-o", str(cubin)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{source.name} doesn't compile for sm_{arch}:\n{done.stderr}"
-        code = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)], capture_output=True, text=True, check=True
-        ).stdout
-    said = done.stdout + done.stderr
-    assert "instructions are serialized" not in said, f"products wait for each other in {source.name}:\n{said}"
-    return list(_kernels(said, code, arch))
+def machine_code(library: Path, arch: int) -> Iterator[tuple[str, list[str]]]:
+    """(name, instructions with their operands) of each kernel for an architecture."""
+    name, code = "", []
+    for line in dump(library, "-sass", "-arch", ARCHITECTURES[arch]):
+        if found := re.match(r"\s*Function : (\S+)", line):
+            if name:
+                yield name, code
+            name, code = found[1], []
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][^;]*);", line):
+            code.append(found[1])
+    if name:
+        yield name, code
 
 
-def _kernels(said: str, code: str, arch: int) -> Sequence[Compiled]:
-    bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL))
+def contractions(library: Path, arch: int, code: Iterable[tuple[str, list[str]]] | None = None) -> list[Compiled]:
+    """Every contraction in a library for an architecture, which `code` may have the machine code of."""
+    usage = "".join(dump(library, "--dump-resource-usage", "-arch", ARCHITECTURES[arch]))
+    resources = {
+        name: (int(registers), int(stack))
+        for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+    }
     found = []
-    for name, facts in re.findall(
-        r"Compiling entry function '(\S+)'[^\n]*\n(.*?)(?=Compiling entry|\Z)", said, re.DOTALL
-    ):
+    for name, instructions in machine_code(library, arch) if code is None else code:
         kind, of_warpgroups = _NAME.search(name), _WARPGROUP_NAME.search(name)
-        if kind is None and of_warpgroups is None:
+        if kind is None and (of_warpgroups is None or arch != 90):  # elsewhere these are empty
             continue
-        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", facts)
-        registers = re.search(r"Used (\d+) registers", facts)
-        assert spills is not None and registers is not None, facts
-        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", bodies[name])
+        names = [instruction.split()[0] for instruction in instructions]
         op, dtype, tile, prologue = _of_warpgroups(of_warpgroups) if of_warpgroups else _of_warps(kind)
         found.append(
             Compiled(
@@ -124,12 +137,12 @@ def _kernels(said: str, code: str, arch: int) -> Sequence[Compiled]:
                 dtype,
                 tile,
                 prologue,
-                int(registers[1]),
-                max(int(spills[1]), int(spills[2])),
-                len(instructions),
-                sum(name.startswith(("HMMA", "HGMMA")) for name in instructions),
-                sum(name.startswith("LDSM") for name in instructions),
-                sum(name.startswith(("LDGSTS", "UTMALDG")) for name in instructions),
+                *resources[name],
+                len(names),
+                sum(name.startswith(("HMMA", "HGMMA")) for name in names),
+                sum(each.startswith("HGMMA") and "gsb0" in each for each in instructions),
+                sum(name.startswith("LDSM") for name in names),
+                sum(name.startswith(("LDGSTS", "UTMALDG")) for name in names),
             )
         )
     return found
@@ -152,11 +165,6 @@ def _of_warpgroups(kind: Any) -> tuple[str, str, int, bool]:
     return OPS[int(kind["op"])], kind["type"][8:12], tile, kind["prologue"] == "1"
 
 
-def compile_all(architectures: Sequence[int] = ARCHITECTURES, workers: int = 2) -> list[Compiled]:
-    with ThreadPoolExecutor(workers) as pool:
-        return [row for rows in pool.map(lambda job: compile_source(*job), jobs(architectures)) for row in rows]
-
-
 def _loads_matrices(compiled: Compiled) -> bool:
     """Whether a factor passes through registers: of warpgroups, one with a prologue; weight_grad's don't."""
     return compiled.tile not in OF_WARPGROUPS or (compiled.prologue and compiled.op != "weight_grad")
@@ -164,11 +172,13 @@ def _loads_matrices(compiled: Compiled) -> bool:
 
 def faults(compiled: Compiled) -> list[str]:
     """What no kernel may be, in words; empty if it is fine."""
-    found = [f"{compiled.spills} bytes of spills"] if compiled.spills else []
+    found = [f"{compiled.stack} bytes of stack"] if compiled.stack else []
     found += [] if compiled.tensor_core else ["no tensor core instruction"]
     found += [] if compiled.async_copies else ["no asynchronous copy"]
     if compiled.dtype in ("bf16", "fp16") and _loads_matrices(compiled) and not compiled.matrix_loads:
         found.append("no load of matrices")
+    if compiled.tile in OF_WARPGROUPS and compiled.groups > compiled.tensor_core // 2:
+        found.append("products that wait for each other")
     return found
 
 
@@ -192,7 +202,7 @@ def write(rows: Sequence[Compiled], path: Path = TABLE) -> None:
     rows = sorted(rows, key=lambda row: (row.arch, row.dtype, row.op, row.tile, row.prologue))
     kernels = ",\n".join(json.dumps(asdict(row)) for row in rows)
     path.write_text(f'{{"nvcc": "{version()}", "kernels": [\n{kernels}\n]}}\n')
-    counts = ("registers", "spills", "instructions", "tensor_core", "matrix_loads", "async_copies")
+    counts = ("registers", "stack", "instructions", "tensor_core", "groups", "matrix_loads", "async_copies")
     lines = [f"# What the CUDA C++ contractions compile to (nvcc {version()})", ""]
     lines += ["Written by `python -m fastdcgan.benchmarks.cuda_compile_table`, which says what the columns mean.", ""]
     for arch in sorted({row.arch for row in rows}):
@@ -213,9 +223,9 @@ def write(rows: Sequence[Compiled], path: Path = TABLE) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=TABLE, help="the JSON file (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="compilations at a time (default: %(default)s)")
     arguments = parser.parse_args()
-    rows = compile_all(workers=arguments.workers)
+    library = build()
+    rows = [row for arch in ARCHITECTURES for row in contractions(library, arch)]
     write(rows, arguments.out)
     bad = {row.key: faults(row) for row in rows if faults(row)}
     for key, reasons in bad.items():

@@ -5,8 +5,6 @@ It needs no GPU and no CUDA build of torch. What was built stays in `build/`, so
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -16,49 +14,33 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-WORK = ROOT / "build" / "cuda-test"
-LIBRARY = WORK / "lib" / "fastdcgan" / "_cuda.so"
+pytest.importorskip("triton")  # whose cuobjdump looks into the library
 
+from fastdcgan.backends.cuda_tiles import OF_SIZE, OF_WARPGROUPS
+from fastdcgan.benchmarks import cuda_compile_table
+from fastdcgan.benchmarks.cuda_compile_table import OPS, faults
+from fastdcgan.benchmarks.regressions import worse
 
-def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+ROOT = cuda_compile_table.ROOT
 
-
-def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit; Triton brings some along."""
-    folders = [os.environ.get("PATH", "")]
-    if (compiler := nvcc()) is not None:
-        folders.append(str(Path(compiler).resolve().parent))
-    if (triton := importlib.util.find_spec("triton")) is not None and triton.origin is not None:
-        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
-    return shutil.which(name, path=os.pathsep.join(folders))
-
-
-pytestmark = pytest.mark.skipif(nvcc() is None, reason="nvcc builds the CUDA extension, and it is not here")
+pytestmark = pytest.mark.skipif(
+    cuda_compile_table.nvcc() is None, reason="nvcc builds the CUDA extension, and it is not here"
+)
 
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The extension as setup.py builds it, for the default architectures."""
-    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
-    environment |= {"FASTDCGAN_EXTENSION": "_cuda", "FASTDCGAN_FORCE_CUDA": "1"}
-    environment["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(max(1, (os.cpu_count() or 1) // 2))
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
-    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(WORK / "temp"), "--build-lib"]
-    done = subprocess.run(
-        [*command, str(WORK / "lib")], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return LIBRARY
+    return cuda_compile_table.build()
+
+
+@pytest.fixture(scope="module")
+def code(library: Path) -> dict[str, list[str]]:
+    """Name -> instructions of each kernel for sm_90a."""
+    return dict(cuda_compile_table.machine_code(library, 90))
 
 
 def dump(library: Path, *options: str) -> str:
-    cuobjdump = tool("cuobjdump")
-    if cuobjdump is None:
-        pytest.skip("cuobjdump looks into the library, and neither the toolkit nor Triton has it here")
-    return subprocess.run([cuobjdump, *options, str(library)], capture_output=True, text=True, check=True).stdout
+    return "".join(cuda_compile_table.dump(library, *options))
 
 
 def test_architectures(library: Path) -> None:
@@ -89,22 +71,33 @@ def test_nothing_is_spilled(library: Path) -> None:
     assert [entry for entry in found if entry[1:] != ("0", "0")] == []
 
 
+def test_contractions_compile_well_and_no_worse_than_the_table(library: Path, code: dict[str, list[str]]) -> None:
+    """Tensor cores, asynchronous copies, no product of a warpgroup that waits for the one before."""
+    compiled = cuda_compile_table.contractions(library, 90, code.items())
+    of_warps = 2 * len(OF_SIZE[2]) + 2 * len(OF_SIZE[4])
+    assert len(compiled) == len(OPS) * (of_warps + 2 * 2 * len(OF_WARPGROUPS))  # two dtypes, a prologue or none
+    assert not {row.key: faults(row) for row in compiled if faults(row)}
+    version, table = cuda_compile_table.read()
+    if version == cuda_compile_table.version():
+        assert not {row.key: worse(row, table[row.key]) for row in compiled if worse(row, table[row.key])}
+
+
 # Instructions of global memory, and the one that waits for the kernels before.
-GLOBAL_MEMORY = re.compile(r"\b(?:LDG|LDGSTS|STG|ATOMG|RED|UTMALDG|LD\.E|ST\.E)\b")
+GLOBAL_MEMORY = re.compile(r"(?:LDG|LDGSTS|STG|ATOMG|RED|UTMALDG|LD\.E|ST\.E)\b")
 WAITING = "ACQBULK"
 
 
-def test_kernels_that_begin_early_wait_before_they_touch_global_memory(library: Path) -> None:
+def test_kernels_that_begin_early_wait_before_they_touch_global_memory(code: dict[str, list[str]]) -> None:
     """Where the machine code has the wait of programmatic dependent launch, no such instruction stands before it: not
     even a load that the compiler may have moved."""
-    code = dump(library, "-sass", "-arch", "sm_90a")
     waiting = 0
-    for name, body in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL):
-        if WAITING in body:
-            waiting += 1
-            assert not GLOBAL_MEMORY.search(body.split(WAITING)[0]), name
-        else:
+    for name, instructions in code.items():
+        wait = next((i for i, each in enumerate(instructions) if each.startswith(WAITING)), None)
+        if wait is None:
             assert "narrow" in name or "combine_weight_grad" in name, name
+        else:
+            waiting += 1
+            assert not any(GLOBAL_MEMORY.match(each) for each in instructions[:wait]), name
     assert waiting > 100
 
 

@@ -25,7 +25,7 @@ MODES: dict[str, list[str]] = {
     "address": ["-fsanitize=address,bounds,signed-integer-overflow,shift", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
-FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 RUN = {
     "ASAN_OPTIONS": "detect_leaks=0",  # after an error a block's stacks stay as they are, with what they allocated
     "TSAN_OPTIONS": "atexit_sleep_ms=0",  # it waits a second for other threads' races, and here are none
