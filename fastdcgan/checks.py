@@ -12,8 +12,17 @@ from fastdcgan.chain import Block, BlockTensors, of_block
 from fastdcgan.geometry import Geometry, Pair
 
 
-def check_chain(blocks: Sequence[Block], stat_groups: int, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
-    """Raise TypeError or ValueError unless the chain can run on `x` [N, C, H, W] with its blocks' tensors."""
+def check_chain(
+    blocks: Sequence[Block],
+    stat_groups: int,
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+    casts_weights: bool = False,
+) -> None:
+    """Raise TypeError or ValueError unless the chain can run on `x` [N, C, H, W] with its blocks' tensors.
+
+    `casts_weights`: whether float32 weights go with any `x`.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
     if x.dim() != 4:
@@ -24,7 +33,7 @@ def check_chain(blocks: Sequence[Block], stat_groups: int, x: Tensor, tensors: S
     for i, block in enumerate(blocks):
         t = of_block(tensors, i)
         where = f"block {i}" if len(blocks) > 1 else "the block"
-        _check_tensors(where, block, t, x)
+        _check_tensors(where, block, t, x, casts_weights)
         channels, size = _check_shapes(where, block, t, channels, size, x)
         norm = block.norm
         if norm is not None and norm.batch_stats and norm.process_group is None and x.shape[0] > 0:
@@ -36,8 +45,8 @@ def check_chain(blocks: Sequence[Block], stat_groups: int, x: Tensor, tensors: S
                 )
 
 
-def _check_tensors(where: str, block: Block, t: BlockTensors, x: Tensor) -> None:
-    if t.weight.dtype != x.dtype:
+def _check_tensors(where: str, block: Block, t: BlockTensors, x: Tensor, casts_weights: bool) -> None:
+    if t.weight.dtype != x.dtype and not (casts_weights and t.weight.dtype == torch.float32):
         raise TypeError(
             f"input and weight must have one dtype, got an input of {x.dtype} and a weight of {t.weight.dtype} "
             f"at {where}: cast the input, or run under torch.autocast"

@@ -43,6 +43,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _casts_weights(backend: str, x: Tensor, tensors: Sequence[BlockTensors]) -> bool:
+    """Whether the backend's contractions get float32 weights under autocast, and cast them: where no gradient needs a
+    cast tensor. What a backend makes of a parameter it may keep from call to call, but not of a tensor of one call."""
+    if not backends.get(backend).casts_weights or x.numel() == 0 or not ops.unwatched(x, *(t.weight for t in tensors)):
+        return False
+    return not torch.is_grad_enabled() or not any(v is not None and v.requires_grad for t in tensors for v in (x, *t))
+
+
 def run_chain(
     blocks: Sequence[Block],
     x: Tensor,
@@ -56,13 +64,16 @@ def run_chain(
     Raises TypeError or ValueError (`checks.check_chain`).
     """
     checks.check_seams(seams)
+    casts_weights = False
     if isinstance(x, Tensor):
         dtype = compute_dtype(x)
         if dtype != x.dtype or _autocast(x):
             x = x.to(dtype)
-            tensors = [t._replace(weight=t.weight.to(dtype)) if t.weight.dtype != torch.float64 else t for t in tensors]
+            casts_weights = _casts_weights(blocks[0].backend, x, tensors)
+            left = (torch.float64, torch.float32) if casts_weights else (torch.float64,)
+            tensors = [t if t.weight.dtype in left else t._replace(weight=t.weight.to(dtype)) for t in tensors]
     flat = [v for t in tensors for v in t]
-    checks.check_chain(blocks, stat_groups, x, flat)
+    checks.check_chain(blocks, stat_groups, x, flat, casts_weights)
     plan = planning.plan(blocks, x, tensors, stat_groups, seams)
     alone = all(b.norm is None or b.norm.process_group is None for b in blocks)
     if x.shape[0] == 0 and alone:  # as PyTorch: an empty output, zero gradients, running statistics as they were

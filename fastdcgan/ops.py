@@ -54,7 +54,7 @@ def _call(function: Callable, *args):
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _eager(*tensors: Tensor) -> bool:
+def unwatched(*tensors: Tensor) -> bool:
     """Whether nobody watches: no compiler, no dispatch mode, no tensor subclass or meta tensor. A primitive then calls
     its backend at once, without the way through the dispatcher."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
@@ -76,9 +76,10 @@ def _geometry(args: tuple) -> Geometry:
 def conv(a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue, backend: str) -> tuple[Tensor, Tensor]:
     """Strided gather: `a` [N, Ci, H, W], weight [Co, Ci/groups, kh, kw] -> [N, Co, H', W'] and the epilogue's vectors.
 
+    The weight has the dtype of `a`, or is float32 where the backend `casts_weights`.
     It is the forward of `Conv2d`, and the gradient of a transposed conv's input (with that conv's own weight).
     """
-    if _eager(a.x, weight):
+    if unwatched(a.x, weight):
         return _call(backends.get(backend).conv, a, weight, geometry, epilogue)
     return torch.ops.fastdcgan.conv(
         *a, weight, geometry.stride, geometry.padding, geometry.dilation, geometry.groups, *epilogue, backend
@@ -92,7 +93,7 @@ def conv_transpose(
 
     It is the forward of `ConvTranspose2d`, and the gradient of a plain conv's input (with that conv's own weight).
     """
-    if _eager(a.x, weight):
+    if unwatched(a.x, weight):
         return _call(backends.get(backend).conv_transpose, a, weight, geometry, output_size, epilogue)
     return torch.ops.fastdcgan.conv_transpose(
         *a,
@@ -112,7 +113,7 @@ def weight_grad(gathered: Operand, linear: Operand, geometry: Geometry, backend:
 
     `gathered` is the side that the taps shift over: the input of a conv, or the output gradient of a transposed conv.
     """
-    if _eager(gathered.x, linear.x):
+    if unwatched(gathered.x, linear.x):
         return _call(backends.get(backend).weight_grad, gathered, linear, geometry)
     g = geometry
     return torch.ops.fastdcgan.weight_grad(
@@ -201,14 +202,14 @@ def norm_act(a: Operand, backend: str) -> Tensor:
 
     [N, C, H, W] in the dtype and memory format of the raw output: `a.x`, or `a.y` where that is given.
     """
-    if _eager(a.x):
+    if unwatched(a.x):
         return _call(backends.get(backend).norm_act, a)
     return torch.ops.fastdcgan.norm_act(*a, backend)
 
 
 def norm_act_reduce(da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float, backend: str) -> Tensor:
     """`sums` of `g = da*act'(s*y + t)`: the reduction of the BN backward, [2 or 1, stat_groups, C]."""
-    if _eager(da, y):
+    if unwatched(da, y):
         return _call(backends.get(backend).norm_act_reduce, da, y, coef, act, slope)
     return torch.ops.fastdcgan.norm_act_reduce(da, y, coef, act, slope, backend)
 
@@ -227,7 +228,7 @@ def coefficients(
     `mean`, `var` are [stat_groups, C]; `weight`, `bias` (BN's) and `shift` (a conv bias that the raw output lacks while
     `mean` has it, i.e. with running statistics) are [C] or None. The coef has the shifted mean, that of the raw output.
     """
-    if _eager(mean, var):
+    if unwatched(mean, var):
         return _call(backends.get(backend).coefficients, mean, var, weight, bias, shift, eps)
     return torch.ops.fastdcgan.coefficients(mean, var, weight, bias, shift, eps, backend)
 
@@ -237,14 +238,14 @@ def grad_coefficients(sums: Tensor, coef: Tensor, count: int, backend: str) -> T
 
     `p = -s*rstd*sum(g*xhat)/M`, `q = -s*sum(g)/M - p*mean`.
     """
-    if _eager(sums, coef):
+    if unwatched(sums, coef):
         return _call(backends.get(backend).grad_coefficients, sums, coef, count)
     return torch.ops.fastdcgan.grad_coefficients(sums, coef, count, backend)
 
 
 def bias_coefficients(bias: Tensor | None, channels: int, like: Tensor, backend: str) -> Tensor:
     """`coef` (1, bias) [2, 1, C] of a block without normalisation, in the `stat_dtype` of `like`."""
-    if _eager(like):
+    if unwatched(like):
         return _call(backends.get(backend).bias_coefficients, like, bias, channels)
     return Backend.bias_coefficients(backends.get(backend), like, bias, channels)
 
@@ -253,7 +254,7 @@ def update_running(
     mean: Tensor, var: Tensor, stats: Tensor, shift: Tensor | None, factor: Tensor | None, momentum: float, backend: str
 ) -> None:
     """Update running statistics [C] in place from `stats`, once per statistics group (`Backend.update_running`)."""
-    if _eager(mean, var, stats):
+    if unwatched(mean, var, stats):
         _call(backends.get(backend).update_running, mean, var, stats, shift, factor, momentum)
         return
     torch.ops.fastdcgan.update_running(mean, var, stats, shift, factor, momentum, backend)
@@ -274,7 +275,7 @@ def normalize(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`act(s*y + t)` and the coef of `y` with the batch's `stats`: `coefficients`, then `norm_act`."""
-    if _eager(y, stats):
+    if unwatched(y, stats):
         return _call(backends.get(backend).normalize, y, stats, weight, bias, eps, act, slope)
     coef = coefficients(stats[0], stats[1], weight, bias, None, eps, backend)
     return norm_act(Operand(y, None, coef, act, slope), backend), coef
@@ -284,7 +285,7 @@ def normalize_backward(
     da: Tensor, y: Tensor, coef: Tensor, count: int, act: str, slope: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`dy` and `sums`: `norm_act_reduce`, `grad_coefficients` over `count` values, then `norm_act`."""
-    if _eager(da, y):
+    if unwatched(da, y):
         return _call(backends.get(backend).normalize_backward, da, y, coef, count, act, slope)
     sums = norm_act_reduce(da, y, coef, act, slope, backend)
     grad_coef = grad_coefficients(sums, coef, count, backend)
@@ -293,7 +294,7 @@ def normalize_backward(
 
 def update_all_running(updates: Sequence[Update], backend: str) -> None:
     """`update_running` for several normalisations, each `Update` with its arguments."""
-    if _eager(*(t for u in updates for t in (u.mean, u.var, u.stats))):
+    if unwatched(*(t for u in updates for t in (u.mean, u.var, u.stats))):
         _call(backends.get(backend).update_all_running, updates[0].mean, updates)
         return
     for u in updates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from collections.abc import Callable
@@ -220,3 +221,131 @@ def test_generating_with_changing_weights() -> None:
                 expected = ours(x)
             assert (found - expected).abs().max() < 1e-5
     assert kept()[0] > 0
+
+
+# --- float32 weights under autocast ----------------------------------------------------------------------------------
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def generator() -> nn.Sequential:
+    """Folded, so that weights are kept: wide, filtered, and image-side layers."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.ConvTranspose2d(10, 64, 4, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+                        nn.ConvTranspose2d(64, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+                        nn.ConvTranspose2d(32, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+                        nn.ConvTranspose2d(32, 3, 4, 2, 1), nn.Tanh())  # fmt: skip
+    return fastdcgan.fuse(fastdcgan.fold_batchnorm(net.eval()).to(memory_format=CHANNELS_LAST))
+
+
+def with_cast_weights(net: nn.Sequential, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Biases stay float32, as autocast leaves them."""
+    net = copy.deepcopy(net)
+    for module in net:
+        if isinstance(module, nn.ConvTranspose2d):
+            module.weight = nn.Parameter(module.weight.detach().to(dtype))
+    with fastdcgan.backend("cpu"), torch.no_grad():
+        return net(x.to(dtype))
+
+
+def generate(net: nn.Sequential, x: Tensor, dtype: torch.dtype) -> Tensor:
+    with fastdcgan.backend("cpu"), torch.no_grad(), torch.autocast("cpu", dtype):
+        return net(x)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 40])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_has_the_bits_of_weights_that_were_cast(dtype: torch.dtype, batch: int) -> None:
+    net = generator()
+    x = torch.randn(batch, 10, 1, 1)
+    expected = with_cast_weights(net, x, dtype)
+    assert expected.dtype == dtype
+    for _ in range(3):
+        assert torch.equal(generate(net, x, dtype), expected)
+    for name, parameter in net.named_parameters():
+        assert parameter.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_keeps_what_it_packs_of_float32_weights(dtype: torch.dtype) -> None:
+    gc.collect()
+    before = kept()[0]
+    net, x = generator(), torch.randn(1, 10, 1, 1)
+    first = generate(net, x, dtype)
+    count = kept()[0]
+    assert count == before + 3  # not the image's, which is packed at every call
+    assert torch.equal(generate(net, x, dtype), first)
+    assert kept()[0] == count
+    for change in (lambda p: p.data.mul_(1.5), lambda p: p.data.neg_()):
+        for parameter in net.parameters():
+            change(parameter)
+        found = generate(net, x, dtype)
+        assert torch.equal(found, with_cast_weights(net, x, dtype)) and not torch.equal(found, first)
+
+
+def test_a_change_that_rounding_hides_is_no_other_result() -> None:
+    conv, x = layer()
+    conv.weight.data.copy_(conv.weight.bfloat16())
+    half = x.bfloat16()
+    before = run(half, conv.weight)
+    conv.weight.data.mul_(1 + 2.0**-12)
+    assert torch.equal(run(half, conv.weight), before)
+    assert torch.equal(before, run(half, conv.weight.bfloat16()))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_weights_are_rounded_as_a_cast_rounds(dtype: torch.dtype) -> None:
+    """Ties, denormal and huge numbers, infinities and NaN, dense or not."""
+    big, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    step = torch.finfo(dtype).eps
+    some = [1 + step / 2, 1 + 1.5 * step, big, big * (1 + step / 4), big * (1 + step), -tiny / 4, tiny * (1 + step / 2)]
+    some += [3.4e38, 1e-45, 0.0, -0.0, torch.inf, -torch.inf, torch.nan]
+    values = torch.tensor(some + torch.randn(1001).tolist(), dtype=torch.float32)
+    weight = values.view(1, -1, 1, 1)
+    x = torch.ones(1, 1, 1, 1, dtype=dtype)
+    numbers = ((1, 1), (0, 0), (1, 1), (1, 1))
+    apart = torch.zeros(*weight.shape, 2)[..., 0].copy_(weight)
+    for given in (weight, apart, weight.requires_grad_()):
+        out = torch.ops.fastdcgan_cpu.conv_transpose(x, given.detach(), *numbers, None, 0, 0.0, 0)[0]
+        torch.testing.assert_close(out.flatten(), values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("given", "tensors", "named"), [("double", "float", "Double"), ("half", "float", "Half"),
+                                                        ("half", "bfloat16", "Half")])  # fmt: skip
+def test_other_weights_are_refused(given: str, tensors: str, named: str) -> None:
+    conv, x = layer()
+    with pytest.raises(TypeError, match=rf"expected a weight of dtype .*Float, got {named}"):
+        run(getattr(x, tensors)(), getattr(conv.weight, given)())
+
+
+@pytest.mark.parametrize("mode", ["grad", "frozen", "inference", "compile"])
+def test_gradients_under_autocast_are_of_float32_weights(mode: str) -> None:
+    """Where something needs a gradient the weights are cast as before; else the result has the same bits."""
+    net, x = generator(), torch.randn(2, 10, 1, 1)
+    expected = generate(net, x, torch.bfloat16)
+    with fastdcgan.backend("cpu"), torch.autocast("cpu", torch.bfloat16):
+        if mode == "frozen":
+            found = net.requires_grad_(False)(x)
+        elif mode == "inference":
+            with torch.inference_mode():
+                found = net(x)
+        elif mode == "compile":
+            with torch.no_grad():
+                found = torch.compile(net, backend="aot_eager")(x)
+        else:
+            found = net(x)
+            found.float().square().sum().backward()
+            assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
+    assert (found.float() - expected.float()).abs().max() < 0.02
+    if mode in ("frozen", "inference"):
+        assert torch.equal(found, expected)
+
+
+def test_weights_of_another_dtype_are_refused_without_autocast() -> None:
+    net, x = generator(), torch.randn(2, 10, 1, 1)
+    with fastdcgan.backend("cpu"), torch.no_grad(), pytest.raises(TypeError, match="must have one dtype"):
+        net(x.bfloat16())
+    wide = net.double()
+    refused = pytest.raises(TypeError, match=r"a weight of torch\.float64")
+    with fastdcgan.backend("cpu"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16), refused:
+        wide(x)

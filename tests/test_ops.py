@@ -256,7 +256,7 @@ def test_several_primitives_in_one_are_what_they_are_made_of(
         one = torch.ones(5, device=DEVICE, dtype=coef.dtype)
         with monkeypatch.context() as patch:
             if watched:
-                patch.setattr(ops, "_eager", lambda *tensors: False)
+                patch.setattr(ops, "unwatched", lambda *tensors: False)
             found_a, found_coef = ops.normalize(y, stats, weight, bias, 1e-3, ACT, SLOPE, backend)
             found_dy, found_sums = ops.normalize_backward(da, y, coef, 24, ACT, SLOPE, backend)
             updates = [Update(*running[1], stats, None, None, 0.1), Update(*running[3], stats, shift, None, 0.2)]
@@ -359,7 +359,7 @@ def opcheck_of(op: str, call: Callable, monkeypatch: pytest.MonkeyPatch, compile
     seen: list[tuple] = []
     overload = getattr(torch.ops.fastdcgan, op).default
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "_eager", lambda *tensors: False)
+        patch.setattr(ops, "unwatched", lambda *tensors: False)
         patch.setattr(torch.ops.fastdcgan, op, lambda *args: seen.append(args) or overload(*args))
         call()
     checks = ["test_schema", "test_faketensor", "test_autograd_registration"]

@@ -1,6 +1,7 @@
 #include "gathered.h"
 #include "kept.h"
 #include "pack.h"
+#include "round_weight.h"
 #include "scatter.h"
 #include "sweep.h"
 #include "tile_contractions.h"
@@ -22,7 +23,7 @@ bool contract(
   }
   static thread_local Scratch scratch;
   const int64_t size = packed_size<FloatProducts>(c);
-  const auto pack = [&](void* to) { pack_weight(c, dtype, weight, static_cast<float*>(to)); };
+  const auto pack = [&](void* to) { pack_weight(c, dtype, Rounded(weight, dtype).get(), static_cast<float*>(to)); };
   const auto kept = kept_weight(c, dtype, weight, FloatProducts::kDepthUnit, size * int64_t{sizeof(float)}, pack);
   float* packed = kept ? static_cast<float*>(kept->data()) : scratch.floats(size);
   if (!kept) pack(packed);

@@ -23,12 +23,14 @@ struct Contraction {
 };
 
 // A weight as it lies: element (k, n, ky, kx) for input channel k and output channel n, by strides. Where its storage is
-// given, it lies in `bytes` from `data` on, and its packed form may be kept (kept.h).
+// given, it lies in `bytes` from `data` on, and its packed form may be kept (kept.h). `wide`, and then its storage is given:
+// its elements are floats, which count as rounded to the dtype of the tensors (round_weight.h).
 struct Weight {
   const void* data;
   int64_t k, n, y, x;
   const c10::Storage* storage = nullptr;
   int64_t bytes = 0;
+  bool wide = false;
 };
 
 // What happens to the sums before they are stored: act(scale*sum + shift) with the scale and the shift of each channel

@@ -55,16 +55,17 @@ void check_winograd(const Contraction& c, bool winograd) {
 // Output and, for groups > 0, its stats. `by_channel`: [channels] for act(sum + t), [2 or more, 1, channels] for
 // act(s*sum + t).
 std::tuple<Tensor, Tensor> contraction(
-    const Tensor& x_, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+    const Tensor& x_, const Tensor& weight_, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
     IntArrayRef size, bool transposed, const optional<Tensor>& by_channel_, int64_t act, double slope, int64_t groups,
     bool winograd) {
   const Tensor x = channels_last(x_, "an input");
   TORCH_CHECK_VALUE(
-      weight.dim() == 4 && weight.size(transposed ? 0 : 1) == x.size(1), "expected a weight for ", x.size(1),
-      " input channels, got one of shape ", weight.sizes());
+      weight_.dim() == 4 && weight_.size(transposed ? 0 : 1) == x.size(1), "expected a weight for ", x.size(1),
+      " input channels, got one of shape ", weight_.sizes());
   TORCH_CHECK_TYPE(
-      weight.scalar_type() == x.scalar_type(), "expected a weight of dtype ", x.scalar_type(), ", got ",
-      weight.scalar_type());
+      weight_.scalar_type() == x.scalar_type() || weight_.scalar_type() == at::kFloat, "expected a weight of dtype ",
+      x.scalar_type(), x.scalar_type() == at::kFloat ? "" : " or Float", ", got ", weight_.scalar_type());
+  const Tensor weight = weight_.is_non_overlapping_and_dense() ? weight_ : weight_.to(x.scalar_type());
   TORCH_CHECK_VALUE(
       groups >= 0 && (groups == 0 || x.size(0) % groups == 0), "a batch of ", x.size(0), " can't have ", groups,
       " statistics groups");
@@ -80,6 +81,7 @@ std::tuple<Tensor, Tensor> contraction(
   if (weight.is_non_overlapping_and_dense()) {
     w.storage = &storage;
     w.bytes = static_cast<int64_t>(weight.nbytes());
+    w.wide = weight.scalar_type() != x.scalar_type();
   }
   Tensor by_channel;
   if (by_channel_.has_value()) {

@@ -10,6 +10,7 @@
 
 #include "finish.h"
 #include "gemm.h"
+#include "round_weight.h"
 #include "widen.h"
 
 namespace fastdcgan::cpu {
@@ -144,7 +145,7 @@ void scatter_with(const Contraction& c, const void* in, const Weight& weight, vo
   const Panels panels(c.taps() * c.out_channels);
   static thread_local Scratch scratch;
   Element* packed = scratch.get<Element>(panels.width * whole_units<Products>(c.in_channels));
-  pack_taps<T, Products>(c, weight, panels, packed);
+  pack_taps<T, Products>(c, Rounded(weight, c10::CppTypeToScalarType<T>::value).get(), panels, packed);
   Scatter<T, Products>(c, static_cast<const T*>(in), packed, static_cast<T*>(out), finish).run();
 }
 

@@ -8,6 +8,7 @@
 #include "kept.h"
 #include "pack.h"
 #include "pairs.h"
+#include "round_weight.h"
 #include "scattered.h"
 #include "tile_pixels.h"
 #include "tiles.h"
@@ -16,6 +17,7 @@ namespace fastdcgan::cpu {
 namespace {
 
 using Element = TileProducts::Element;
+constexpr c10::ScalarType kElement = c10::CppTypeToScalarType<Element>::value;
 
 constexpr int64_t kBlock = 64;  // input channels that are packed together: all taps of them pass through the cache once
 
@@ -70,9 +72,9 @@ bool on_tiles(c10::ScalarType dtype) { return dtype == c10::ScalarType::BFloat16
 void contract_on_tiles(const Contraction& c, const void* in, const Weight& weight, void* out, const Finish& finish) {
   static thread_local Scratch scratch;
   const int64_t size = packed_size<TileProducts>(c);
-  const auto pack_to = [&](void* to) { pack(c, weight, static_cast<Element*>(to)); };
+  const auto pack_to = [&](void* to) { pack(c, Rounded(weight, kElement).get(), static_cast<Element*>(to)); };
   const auto kept = kept_weight(
-      c, c10::ScalarType::BFloat16, weight, TileProducts::kDepthUnit, size * int64_t{sizeof(Element)}, pack_to);
+      c, kElement, weight, TileProducts::kDepthUnit, size * int64_t{sizeof(Element)}, pack_to);
   Element* packed = kept ? static_cast<Element*>(kept->data()) : scratch.get<Element>(size);
   if (!kept) pack_to(packed);
   const Finisher finisher(finish, c.out_channels);

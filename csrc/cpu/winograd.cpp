@@ -9,6 +9,7 @@
 #include "block_stats.h"
 #include "finish.h"
 #include "kept.h"
+#include "round_weight.h"
 #include "sweep.h"
 #include "winograd_tiles.h"
 
@@ -251,7 +252,7 @@ bool winograd_contract(
     Filter<T> filter(c, static_cast<const T*>(in), static_cast<T*>(out), finish, finisher);
     static thread_local Scratch scratch;
     const int64_t size = filter.weight_size();
-    const auto pack = [&](void* to) { filter.pack(weight, static_cast<float*>(to)); };
+    const auto pack = [&](void* to) { filter.pack(Rounded(weight, dtype).get(), static_cast<float*>(to)); };
     std::shared_ptr<const KeptWeight> kept;
     if (filter.has_all_phases())  // which there are otherwise depends on the padding, and kept weights don't
       kept = kept_weight(c, dtype, weight, /*way=*/kPoints, size * int64_t{sizeof(float)}, pack);

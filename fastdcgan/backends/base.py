@@ -104,6 +104,7 @@ class Backend:
 
     name: str
     chooses_seams = False  # whether `seams` may say anything but no
+    casts_weights = False  # whether `conv` and `conv_transpose` take float32 weights with 16-bit activations
     seen: list[str] | None = None  # for `explain`: where each contraction went, if a backend has more than one way
 
     def require(self) -> None:

@@ -91,6 +91,7 @@ class CPUBackend(Backend):
     per-channel vectors are float32."""
 
     name = "cpu"
+    casts_weights = True
 
     def __init__(self) -> None:
         self._slow = extension_name() == "_cpu_default"
@@ -148,18 +149,18 @@ class CPUBackend(Backend):
                 gathered, linear = x.shape, (batch, other.shape[0], *geometry.conv_size(*x.shape[2:]))
             else:
                 gathered, linear = (batch, other.shape[1], *args[3]), x.shape
-        reason = self.cannot(geometry, x, other)
+        reason = self.cannot(geometry, x, other, casts=op != "weight_grad")
         if reason is None and self._tiles and self.on_tiles(x.dtype):
             return self.compared(op, *args), False
         # Most often of generation, where weights stay the same; training with normalisation has other epilogues. What
-        # autocast has cast is another tensor at every call.
+        # was cast for a gradient is another tensor at every call.
         kept = op != "weight_grad" and args[-1].kind in ("bias", "activate") and isinstance(second, torch.nn.Parameter)
         if reason is None and self.filters(op, gathered, linear, geometry, x.dtype, kept):
             return None, True
         return reason or self.slower(op, gathered, linear, x.dtype, kept), False
 
-    def cannot(self, geometry: Geometry, *tensors: Tensor) -> str | None:
-        """Why the kernels of csrc/cpu can't run a contraction, or None if they can."""
+    def cannot(self, geometry: Geometry, *tensors: Tensor, casts: bool = False) -> str | None:
+        """Why the kernels of csrc/cpu can't run a contraction, or None if they can. `casts`: float32 goes with any."""
         if self._slow:
             return "the contractions of csrc/cpu need AVX2"
         if geometry.groups != 1:
@@ -167,7 +168,7 @@ class CPUBackend(Backend):
         if not any(map(says_channels_last, tensors)):  # PyTorch's result would not be channels_last
             return "the contractions of csrc/cpu are channels_last, and these tensors are not"
         for t in tensors:
-            if t.numel() == 0 or t.dtype != tensors[0].dtype:
+            if t.numel() == 0 or not (t.dtype == tensors[0].dtype or (casts and t.dtype == torch.float32)):
                 return f"the contractions of csrc/cpu take elements of one dtype, not {list(t.shape)} of {t.dtype}"
         return None
 
@@ -224,7 +225,7 @@ class CPUBackend(Backend):
         if torch.are_deterministic_algorithms_enabled():
             return None
         calls = {"cpu": functools.partial(getattr(self, f"_{op}"), *args)}
-        calls["pytorch"] = functools.partial(getattr(super(), op), *args)
+        calls["pytorch"] = functools.partial(self._pytorch, op, *args)
         times = measured.cpu_times(KIND, repr((op, *map(_shape, args), torch.get_num_threads())), calls)
         if times["cpu"] * (1 - measured.MARGIN) <= times["pytorch"]:
             return None
@@ -250,10 +251,16 @@ class CPUBackend(Backend):
             self.seen.append("" if reason is None else f"PyTorch's convolution: {reason}")
         return reason is None, filters
 
+    def _pytorch(self, op: str, first: Operand, second: Any, *args: Any) -> Any:
+        """The contraction by way of PyTorch's own."""
+        if op != "weight_grad":
+            second = second.to(_stored(first).dtype)
+        return getattr(super(), op)(first, second, *args)
+
     def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
         own, filters = self._own("conv", a, weight, geometry, epilogue)
         if not own:
-            return super().conv(a, weight, geometry, epilogue)
+            return self._pytorch("conv", a, weight, geometry, epilogue)
         return self._conv(a, weight, geometry, epilogue, filters)
 
     def _conv(
@@ -267,7 +274,7 @@ class CPUBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         own, filters = self._own("conv_transpose", a, weight, geometry, output_size, epilogue)
         if not own:
-            return super().conv_transpose(a, weight, geometry, output_size, epilogue)
+            return self._pytorch("conv_transpose", a, weight, geometry, output_size, epilogue)
         return self._conv_transpose(a, weight, geometry, output_size, epilogue, filters)
 
     def _conv_transpose(
@@ -296,7 +303,7 @@ class CPUBackend(Backend):
     def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
         own, filters = self._own("weight_grad", gathered, linear, geometry)
         if not own:
-            return super().weight_grad(gathered, linear, geometry)
+            return self._pytorch("weight_grad", gathered, linear, geometry)
         return self._weight_grad(gathered, linear, geometry, filters)
 
     def _weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry, filters: bool = False) -> Tensor:
