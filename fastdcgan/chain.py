@@ -193,7 +193,7 @@ def _forward(
             continue
         a = Operand(y, None, coef, block.act, block.slope)
         if from_sign or not deferred:
-            a = Operand(ops.norm_act(a, block.backend))
+            a = Operand(ops.norm_act(a, block.backend, from_sign or not keep_y))
         if from_sign:
             states.append(_State(a.x if keep_y else None, coef, a.x if keep_a else None, None))
             continue
@@ -307,7 +307,7 @@ def _backward(
         need = of_block(needs[1:], i)
         finish = not plan.seams.lazy_grad[i] and (bool(need.weight) or before[i])
         dy, grads[first + 1 : first + 4] = _norm_act_backward(
-            block, plan.stat_groups, states[i], t.bias, need, da, sums, finish
+            block, plan.stat_groups, states[i], t.bias, need, da, sums, finish, i + 1 < len(plan.blocks)
         )
         if need.weight:
             a = Operand(x) if i == 0 else _rebuilt(plan.blocks[i - 1], states[i - 1])
@@ -352,8 +352,12 @@ def _norm_act_backward(
     da: Tensor,
     sums: Tensor | None,
     finish: bool,
+    overwrite: bool,
 ) -> tuple[Operand, list[Tensor | None]]:
-    """dy, computed if `finish`, and the gradients of (bias, bn_weight, bn_bias). With `sums`, `da` is g already."""
+    """dy, computed if `finish`, and the gradients of (bias, bn_weight, bn_bias). With `sums`, `da` is g already.
+
+    With `overwrite` dy may take the place of `da`: a gradient between two blocks, which nobody but the chain has seen.
+    """
     y, coef, norm = state.y, state.coef, block.norm
     if coef is None:
         d_bias = da.sum((0, 2, 3), dtype=stat_dtype(da)) if need.bias else None
@@ -365,7 +369,9 @@ def _norm_act_backward(
     batch_stats = norm is not None and norm.batch_stats
     dy: Operand | None = None
     if sums is None and norm is not None and batch_stats and norm.process_group is None and finish:
-        out, sums = ops.normalize_backward(da, y, coef, _count(y, stat_groups), act, block.slope, block.backend)
+        out, sums = ops.normalize_backward(
+            da, y, coef, _count(y, stat_groups), act, block.slope, block.backend, overwrite
+        )
         dy = Operand(out)
     elif sums is None and (batch_stats or need.bias or need.bn_weight or need.bn_bias):
         sums = ops.norm_act_reduce(da, y, coef, act, block.slope, block.backend)
@@ -391,7 +397,7 @@ def _norm_act_backward(
             grad_coef = ops.grad_coefficients(sums, coef, count, block.backend)
         dy = Operand(da, y, grad_coef, act, block.slope)
         if finish:
-            dy = Operand(ops.norm_act(dy, block.backend))
+            dy = Operand(ops.norm_act(dy, block.backend, overwrite))
     return dy, [d_bias, d_bn_weight, d_bn_bias]
 
 

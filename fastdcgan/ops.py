@@ -197,13 +197,15 @@ _define(
 # --- normalisation and activation ------------------------------------------------------------------------------------
 
 
-def norm_act(a: Operand, backend: str) -> Tensor:
+def norm_act(a: Operand, backend: str, overwrite: bool = False) -> Tensor:
     """The operand computed and stored: activation forward, or `dy` of the backward.
 
-    [N, C, H, W] in the dtype and memory format of the raw output: `a.x`, or `a.y` where that is given.
+    [N, C, H, W] in the dtype and memory format of the raw output: `a.x`, or `a.y` where that is given. With `overwrite`
+    it may take the place of `a.x`, which then nobody else may hold.
     """
     if unwatched(a.x):
-        return _call(backends.get(backend).norm_act, a)
+        runs = backends.get(backend)
+        return _call(runs.norm_act_ if overwrite else runs.norm_act, a)
     return torch.ops.fastdcgan.norm_act(*a, backend)
 
 
@@ -282,11 +284,16 @@ def normalize(
 
 
 def normalize_backward(
-    da: Tensor, y: Tensor, coef: Tensor, count: int, act: str, slope: float, backend: str
+    da: Tensor, y: Tensor, coef: Tensor, count: int, act: str, slope: float, backend: str, overwrite: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`dy` and `sums`: `norm_act_reduce`, `grad_coefficients` over `count` values, then `norm_act`."""
+    """`dy` and `sums`: `norm_act_reduce`, `grad_coefficients` over `count` values, then `norm_act`.
+
+    With `overwrite` dy may take the place of `da`, which then nobody else may hold.
+    """
     if unwatched(da, y):
-        return _call(backends.get(backend).normalize_backward, da, y, coef, count, act, slope)
+        runs = backends.get(backend)
+        function = runs.normalize_backward_ if overwrite else runs.normalize_backward
+        return _call(function, da, y, coef, count, act, slope)
     sums = norm_act_reduce(da, y, coef, act, slope, backend)
     grad_coef = grad_coefficients(sums, coef, count, backend)
     return norm_act(Operand(da, y, grad_coef, act, slope), backend), sums

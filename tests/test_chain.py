@@ -344,6 +344,29 @@ def test_a_second_backward_needs_retain_graph() -> None:
         out.backward()
 
 
+@pytest.mark.parametrize("make", [generator, discriminator], ids=["generator", "discriminator"])
+def test_a_backward_writes_over_nothing_but_its_own(make: Callable[..., nn.Sequential], backend: str) -> None:
+    """Gradients between blocks take each other's place: not the one that comes in, nor anything that was saved."""
+    model = twin(make(width=16).float()).to(memory_format=torch.channels_last)
+    shape = (4, 5, 1, 1) if make is generator else (4, 3, 16, 16)
+    for bias in (False, True):
+        if bias:  # without BatchNorm: a bias and an activation
+            model = twin(nn.Sequential(*(m for m in model if not isinstance(m, nn.BatchNorm2d))))
+            for m in model:
+                if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+                    m.bias = nn.Parameter(numbers(m.out_channels, dtype=torch.float32))
+        x = numbers(*shape, dtype=torch.float32).requires_grad_()
+        out = model(x)
+        saved = out.detach().clone()
+        gradient = channels_last(numbers(*out.shape, dtype=torch.float32))
+        before, inputs = gradient.clone(), [x, *model.parameters()]
+        first = torch.autograd.grad(out, inputs, gradient, retain_graph=True)
+        kept = [g.clone() for g in first]
+        second = torch.autograd.grad(out, inputs, gradient)
+        assert torch.equal(gradient, before) and torch.equal(out, saved)
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, kept, second, strict=True))
+
+
 def test_a_weight_changed_between_forward_and_backward_is_an_error() -> None:
     model, x = twin(block(False, "train", "relu")), numbers(*INPUT).requires_grad_()
     out = model(x).sum()

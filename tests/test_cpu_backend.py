@@ -217,6 +217,45 @@ def test_layouts_mix(cpu: Backend) -> None:
     assert cpu.norm_act(Operand(da, None, coef, "relu")).is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+def test_in_place(cpu: Backend, layout: torch.memory_format, dtype: torch.dtype) -> None:
+    """The same bits as out of place, in the memory of the first tensor."""
+    y, da = (random((4, 19, 12, 11), dtype, layout, seed) for seed in (0, 1))
+    for rows in (2, 4):
+        coef = coefficients(rows, 2, 19)
+        for a in (Operand(y, None, coef, "tanh"), Operand(da, y, coef, "tanh")):
+            given = a._replace(x=a.x.clone())
+            got = cpu.norm_act_(given)
+            assert got is given.x and torch.equal(got, cpu.norm_act(a))
+    given_da = da.clone()
+    (dy, sums), expected = (
+        cpu.normalize_backward_(given_da, y, coef, 264, "relu", 0.0),
+        cpu.normalize_backward(da, y, coef, 264, "relu", 0.0),
+    )
+    assert dy is given_da and torch.equal(dy, expected[0]) and torch.equal(sums, expected[1])
+
+
+def test_in_place_only_where_it_lies_alike(cpu: Backend) -> None:
+    y = random((4, 17, 8, 18), torch.float32, torch.channels_last)
+    da = random((4, 17, 8, 18), torch.float32, torch.contiguous_format, 1)
+    coef = coefficients(4, 1, 17)
+    for y_, da_ in [(y, da), (da, y), (y, da[:, :1].expand_as(y)), (y[..., ::2], da[..., ::2])]:
+        before = da_.clone()
+        a = Operand(da_, y_, coef, "tanh")
+        assert torch.equal(cpu.norm_act_(a), cpu.norm_act(a))
+        got, expected = (f(da_, y_, coef, 576, "tanh", 0.0) for f in (cpu.normalize_backward_, cpu.normalize_backward))
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(da_, before)
+        if not y_.is_contiguous(memory_format=torch.channels_last):
+            forward = Operand(y_[..., ::2], None, coef, "tanh")
+            assert torch.equal(cpu.norm_act_(forward), cpu.norm_act(forward))
+    with pytest.raises(ValueError, match="expected tensors in memory format ChannelsLast"):
+        torch.ops.fastdcgan_cpu.norm_act_backward_(da, y, coef, 0, 0.0)
+    with pytest.raises(ValueError, match="expected tensors in memory format"):
+        torch.ops.fastdcgan_cpu.norm_act_(y[..., ::2], coef, 0, 0.0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 def test_same_bits_whatever_the_threads(cpu: Backend, layout: torch.memory_format) -> None:
     y, da = (random((16, 67, 33, 32), torch.float32, layout, seed) for seed in (0, 1))

@@ -7,6 +7,7 @@
 
 #include "contractions.h"
 #include "kept.h"
+#include "memory.h"
 #include "tile_contractions.h"
 #include "winograd.h"
 
@@ -42,7 +43,7 @@ Axis axis(const Tensor& x, int i, IntArrayRef kernel, IntArrayRef stride, IntArr
 }
 
 Tensor output(const Tensor& like, int64_t batch, int64_t channels, int64_t height, int64_t width) {
-  return at::empty({batch, channels, height, width}, like.options().memory_format(at::MemoryFormat::ChannelsLast));
+  return new_tensor({batch, channels, height, width}, like.scalar_type(), at::MemoryFormat::ChannelsLast);
 }
 
 void check_winograd(const Contraction& c, bool winograd) {

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <vector>
 
+#include "memory.h"
 #include "passes.h"
 
 namespace fastdcgan::cpu {
@@ -58,26 +59,56 @@ void check_activation(bool known, int64_t id) { TORCH_CHECK_VALUE(known, "unknow
 
 Activation activation(int64_t id, double slope) { return {static_cast<int>(id), static_cast<float>(slope)}; }
 
-Tensor norm_act(const Tensor& y_, const Tensor& coef_, int64_t act, double slope) {
-  const Tensor y = dense(y_), coef = checked_coef(coef_, y, true), out = at::empty_like(y);
+// What is overwritten lies in memory as the raw output does.
+void check_place(const Tensor& x, const Tensor& y, const Shape& s) {
+  TORCH_CHECK_VALUE(
+      x.is_contiguous(format_of(s)) && y.is_contiguous(format_of(s)), "expected tensors in memory format ",
+      format_of(s), ", got strides ", x.strides(), " and ", y.strides());
+}
+
+// `out` may be `y`.
+void norm_act_into(const Tensor& out, const Tensor& y, const Tensor& coef_, int64_t act, double slope) {
+  const Tensor coef = checked_coef(coef_, y, true);
   const Shape s = shape_of(y, coef.size(1));
+  check_place(out, y, s);
   check_activation(
       norm_act_pass(s, {y.const_data_ptr(), nullptr, out.data_ptr()}, y.scalar_type(), coef.const_data_ptr<float>(),
                     activation(act, slope)),
       act);
+}
+
+Tensor norm_act(const Tensor& y_, const Tensor& coef, int64_t act, double slope) {
+  const Tensor y = dense(y_), out = new_tensor_like(y);
+  norm_act_into(out, y, coef, act, slope);
   return out;
 }
 
-Tensor norm_act_backward(const Tensor& da_, const Tensor& y_, const Tensor& coef_, int64_t act, double slope) {
-  const Tensor y = dense(y_), coef = checked_coef(coef_, y, true), out = at::empty_like(y);
+void norm_act_(const Tensor& y, const Tensor& coef, int64_t act, double slope) {
+  norm_act_into(y, dense(y), coef, act, slope);
+}
+
+// `out` may be `da`.
+void norm_act_backward_into(
+    const Tensor& out, const Tensor& da_, const Tensor& y, const Tensor& coef_, int64_t act, double slope) {
+  const Tensor coef = checked_coef(coef_, y, true);
   check_grad(da_, y);
   const Shape s = shape_of(y, coef.size(1));
+  check_place(out, y, s);
   const Tensor da = da_.contiguous(format_of(s));
   check_activation(
       norm_act_backward_pass(s, {y.const_data_ptr(), da.const_data_ptr(), out.data_ptr()}, y.scalar_type(),
                              coef.const_data_ptr<float>(), coef.size(0), activation(act, slope)),
       act);
+}
+
+Tensor norm_act_backward(const Tensor& da, const Tensor& y_, const Tensor& coef, int64_t act, double slope) {
+  const Tensor y = dense(y_), out = new_tensor_like(y);
+  norm_act_backward_into(out, da, y, coef, act, slope);
   return out;
+}
+
+void norm_act_backward_(const Tensor& da, const Tensor& y, const Tensor& coef, int64_t act, double slope) {
+  norm_act_backward_into(da, da, dense(y), coef, act, slope);
 }
 
 Tensor norm_act_reduce(const Tensor& da_, const Tensor& y_, const Tensor& coef_, int64_t act, double slope) {
@@ -98,9 +129,7 @@ Tensor grad_stats_(Tensor da, const Tensor& y_, const Tensor& coef_, int64_t act
   const Tensor y = dense(y_), coef = checked_coef(coef_, y, true);
   check_grad(da, y);
   const Shape s = shape_of(y, coef.size(1));
-  TORCH_CHECK_VALUE(
-      da.is_contiguous(format_of(s)), "expected a gradient in memory format ", format_of(s), ", got strides ",
-      da.strides());
+  check_place(da, y, s);
   const Tensor sums = at::empty({coef.size(0) / 2, coef.size(1), coef.size(2)}, coef.options());
   check_activation(
       grad_sums_pass(s, {y.const_data_ptr(), da.const_data_ptr(), da.data_ptr()}, y.scalar_type(),
@@ -249,6 +278,14 @@ std::tuple<Tensor, Tensor> normalize_backward(
   return {norm_act_backward(da, y, grad_coefficients(sums, coef, count), act, slope), sums};
 }
 
+// The same, where dy takes the place of `da`; returns the sums.
+Tensor normalize_backward_(
+    const Tensor& da, const Tensor& y, const Tensor& coef, double count, int64_t act, double slope) {
+  const Tensor sums = norm_act_reduce(da, y, coef, act, slope);
+  norm_act_backward_(da, y, grad_coefficients(sums, coef, count), act, slope);
+  return sums;
+}
+
 // coef (1, bias) [2, 1, channels] of what is not normalised.
 Tensor bias_coefficients(const optional<Tensor>& bias, int64_t channels) {
   const Tensor coef = at::empty({2, 1, channels}, at::TensorOptions(at::kFloat));
@@ -267,12 +304,20 @@ int64_t threads() {
   return seen;
 }
 
+// (blocks, bytes)
+std::tuple<int64_t, int64_t> kept_memory_counts() {
+  const KeptMemory kept = kept_memory();
+  return {kept.blocks, kept.bytes};
+}
+
 }  // namespace
 }  // namespace fastdcgan::cpu
 
 TORCH_LIBRARY(fastdcgan_cpu, m) {
   m.def("norm_act(Tensor y, Tensor coef, int act, float slope) -> Tensor");
   m.def("norm_act_backward(Tensor da, Tensor y, Tensor coef, int act, float slope) -> Tensor");
+  m.def("norm_act_(Tensor(a!) y, Tensor coef, int act, float slope) -> ()");
+  m.def("norm_act_backward_(Tensor(a!) da, Tensor y, Tensor coef, int act, float slope) -> ()");
   m.def("norm_act_reduce(Tensor da, Tensor y, Tensor coef, int act, float slope) -> Tensor");
   m.def("grad_stats_(Tensor(a!) da, Tensor y, Tensor coef, int act, float slope) -> Tensor");
   m.def("batch_stats(Tensor y, int groups) -> Tensor");
@@ -289,13 +334,19 @@ TORCH_LIBRARY(fastdcgan_cpu, m) {
       "-> (Tensor, Tensor)");
   m.def(
       "normalize_backward(Tensor da, Tensor y, Tensor coef, float count, int act, float slope) -> (Tensor, Tensor)");
+  m.def(
+      "normalize_backward_(Tensor(a!) da, Tensor y, Tensor coef, float count, int act, float slope) -> Tensor");
   m.def("bias_coefficients(Tensor? bias, int channels) -> Tensor", fastdcgan::cpu::bias_coefficients);
   m.def("threads() -> int", fastdcgan::cpu::threads);
+  m.def("kept_memory() -> (int, int)", fastdcgan::cpu::kept_memory_counts);
+  m.def("release_memory() -> ()", fastdcgan::cpu::release_memory);
 }
 
 TORCH_LIBRARY_IMPL(fastdcgan_cpu, CPU, m) {
   m.impl("norm_act", fastdcgan::cpu::norm_act);
   m.impl("norm_act_backward", fastdcgan::cpu::norm_act_backward);
+  m.impl("norm_act_", fastdcgan::cpu::norm_act_);
+  m.impl("norm_act_backward_", fastdcgan::cpu::norm_act_backward_);
   m.impl("norm_act_reduce", fastdcgan::cpu::norm_act_reduce);
   m.impl("grad_stats_", fastdcgan::cpu::grad_stats_);
   m.impl("batch_stats", fastdcgan::cpu::batch_stats);
@@ -305,4 +356,5 @@ TORCH_LIBRARY_IMPL(fastdcgan_cpu, CPU, m) {
   m.impl("update_all_running_", fastdcgan::cpu::update_all_running_);
   m.impl("normalize", fastdcgan::cpu::normalize);
   m.impl("normalize_backward", fastdcgan::cpu::normalize_backward);
+  m.impl("normalize_backward_", fastdcgan::cpu::normalize_backward_);
 }

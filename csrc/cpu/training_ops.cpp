@@ -8,6 +8,7 @@
 #include "adam.h"
 #include "images.h"
 #include "losses.h"
+#include "memory.h"
 
 namespace fastdcgan::cpu {
 namespace {
@@ -71,8 +72,8 @@ Tensor images(const Tensor& pixels_, const optional<Tensor>& flip_, at::ScalarTy
       !flip.defined() || (flip.scalar_type() == at::kBool && flip.dim() == 1 && flip.size(0) == pixels.size(0)),
       "expected a mask of ", pixels.size(0), " booleans, got ", flip.sizes(), " of ", flip.dtype());
   const ImageShape s{pixels.size(0), pixels.size(1), pixels.size(2), pixels.size(3)};
-  const Tensor out = at::empty(
-      {s.images, s.channels, s.height, s.width}, pixels.options().dtype(dtype), at::MemoryFormat::ChannelsLast);
+  const Tensor out =
+      new_tensor({s.images, s.channels, s.height, s.width}, dtype, at::MemoryFormat::ChannelsLast);
   images_pass(
       s, pixels.const_data_ptr<uint8_t>(), flip.defined() ? flip.const_data_ptr<bool>() : nullptr, out.data_ptr(), dtype);
   return out;

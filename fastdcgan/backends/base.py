@@ -180,6 +180,18 @@ class Backend:
         for u in updates:
             self.update_running(*u)
 
+    # --- in place, for a backend that gains by it ---
+
+    def norm_act_(self, a: Operand) -> Tensor:
+        """`norm_act`, which may take the place of `a.x`."""
+        return self.norm_act(a)
+
+    def normalize_backward_(
+        self, da: Tensor, y: Tensor, coef: Tensor, count: int, act: str, slope: float
+    ) -> tuple[Tensor, Tensor]:
+        """`normalize_backward`, whose dy may take the place of `da`."""
+        return self.normalize_backward(da, y, coef, count, act, slope)
+
     # --- contractions by way of PyTorch's own ---
 
     def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
@@ -225,7 +237,7 @@ class Backend:
             return acc, self.batch_stats(acc, e.stat_groups)
         assert e.coef is not None
         if e.kind == "activate":
-            return self.norm_act(Operand(acc, None, e.coef, e.act, e.slope)), nothing
+            return self.norm_act_(Operand(acc, None, e.coef, e.act, e.slope)), nothing
         assert e.kind == "grad_stats" and e.y is not None
         return self.grad_stats(acc, e.y, e.coef, e.act, e.slope)
 

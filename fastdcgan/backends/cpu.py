@@ -77,6 +77,14 @@ def _shape(argument: Any) -> Any:
     return argument
 
 
+def _lie_alike(x: Tensor, y: Tensor) -> bool:
+    """Whether `x` lies in memory as the raw output `y` does, with no gaps: a result of the shape of `y` can take its
+    place."""
+    if x.stride() != y.stride() or x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()
+
+
 @functools.cache
 def _has_tiles(namespace: str) -> bool:
     return getattr(torch.ops, namespace).bfloat16_on_tiles()
@@ -320,6 +328,16 @@ class CPUBackend(Backend):
             return torch.ops.fastdcgan_cpu.norm_act(a.x, a.coef, act, a.slope)
         return torch.ops.fastdcgan_cpu.norm_act_backward(a.x, a.y, a.coef, act, a.slope)
 
+    def norm_act_(self, a: Operand) -> Tensor:
+        if not _lie_alike(a.x, _stored(a)):
+            return self.norm_act(a)
+        act = ACTIVATIONS[a.act].id
+        if a.y is None:
+            torch.ops.fastdcgan_cpu.norm_act_(a.x, a.coef, act, a.slope)
+        else:
+            torch.ops.fastdcgan_cpu.norm_act_backward_(a.x, a.y, a.coef, act, a.slope)
+        return a.x
+
     def norm_act_reduce(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> Tensor:
         return torch.ops.fastdcgan_cpu.norm_act_reduce(da, y, coef, ACTIVATIONS[act].id, slope)
 
@@ -362,6 +380,13 @@ class CPUBackend(Backend):
         self, da: Tensor, y: Tensor, coef: Tensor, count: int, act: str, slope: float
     ) -> tuple[Tensor, Tensor]:
         return torch.ops.fastdcgan_cpu.normalize_backward(da, y, coef, count, ACTIVATIONS[act].id, slope)
+
+    def normalize_backward_(
+        self, da: Tensor, y: Tensor, coef: Tensor, count: int, act: str, slope: float
+    ) -> tuple[Tensor, Tensor]:
+        if not _lie_alike(da, y):
+            return self.normalize_backward(da, y, coef, count, act, slope)
+        return da, torch.ops.fastdcgan_cpu.normalize_backward_(da, y, coef, count, ACTIVATIONS[act].id, slope)
 
     def bias_coefficients(self, like: Tensor, bias: Tensor | None, channels: int) -> Tensor:
         return torch.ops.fastdcgan_cpu.bias_coefficients(bias, channels)
