@@ -33,53 +33,30 @@ struct Shift {
 
 // conv and conv_transpose. `C` is a WarpgroupContraction.
 template <class C>
-class PixelBoxes {
+class PixelBoxes : public PixelSteps<C> {
  public:
   using T = typename C::T;
-  struct Step {
-    int y, x, channel;  // taps of the axes, first channel
-  };
+  using typename PixelSteps<C>::Step;
 
-  GPU_INLINE explicit PixelBoxes(const BoxProblem<T>& w)
-      : w_(w), block_(block_place<C>(w.p)), rows_(taps_of<C::kOp>(w.p.rows, block_.phase / phases_x<C>(w.p))),
-        columns_(taps_of<C::kOp>(w.p.columns, block_.phase % phases_x<C>(w.p))) {
-    const Problem<T>& p = w.p;
+  GPU_INLINE explicit PixelBoxes(const BoxProblem<T>& w) : PixelSteps<C>(w.p), w_(w) {
     first_r_ = block_.tile % w.tiles.columns * w.box.columns;
     first_q_ = block_.tile / w.tiles.columns % w.tiles.rows * w.box.rows;
-    first_n_ = block_.group * p.batch + block_.tile / w.tiles.columns / w.tiles.rows * w.box.images;
-    const int blocks = (p.gathered.channels + C::kK - 1) / C::kK, all = rows_.count * columns_.count * blocks;
-    const int share = (all + p.splits - 1) / p.splits, first = min(static_cast<int>(blockIdx.y) * share, all);
-    steps = min(share, all - first);
-    const int tap = first / blocks;
-    start_ = {0, 0, first % blocks * C::kK};
-    if (columns_.count > 0) start_.y = tap / columns_.count, start_.x = tap % columns_.count;
-  }
-
-  int steps;
-
-  GPU_INLINE Step first() const { return start_; }
-  GPU_INLINE void advance(Step& step) const {
-    step.channel += C::kK;
-    if (step.channel < w_.p.gathered.channels) return;
-    step.channel = 0;
-    if (++step.x == columns_.count) step.x = 0, ++step.y;
+    first_n_ = block_.group * w.p.batch + block_.tile / w.tiles.columns / w.tiles.rows * w.box.images;
   }
 
   // Begins the copies of a step, by one thread.
   GPU_INLINE void load(unsigned char* stage, gpu::Mbarrier* full, const Step& step) const {
-    const Problem<T>& p = w_.p;
     const Shift y(rows_.origin + step.y * rows_.step, rows_.stride);
     const Shift x(columns_.origin + step.x * columns_.step, columns_.stride);
-    const int box[] = {step.channel + x.rest * p.gathered.channels, first_r_ + x.steps, y.rest, first_q_ + y.steps,
+    const int box[] = {step.channel + x.rest * p_.gathered.channels, first_r_ + x.steps, y.rest, first_q_ + y.steps,
                        first_n_};
     gpu::copy_box(stage, w_.left, full, box);
     stage += C::kLeftBytes;
-    if (p.gathered.y != nullptr) {
+    if (p_.gathered.y != nullptr) {
       gpu::copy_box(stage, w_.left_y, full, box);
       stage += C::kLeftBytes;
     }
-    const int tap = (rows_.first + step.y * rows_.tap_step) * p.columns.kernel + columns_.first +
-                    step.x * columns_.tap_step;
+    const int tap = this->tap(step);
     if constexpr (C::kOp == Op::conv) {
       gpu::copy_box(stage, w_.right, full, {step.channel, tap, block_.first_channel});
     } else {
@@ -91,19 +68,13 @@ class PixelBoxes {
 
   // Where the results go; by the threads from `thread` on of C::kConsumers.
   GPU_INLINE void find_place(TilePlace<C::kM>& place, int thread) const {
-    const Problem<T>& p = w_.p;
     for (int row = thread; row < C::kM; row += C::kConsumers) {
       int n, q, r;
       locate(row, n, q, r);
-      const bool inside = n < (block_.group + 1) * p.batch && q < rows_.pixels && r < columns_.pixels;
-      const int y = n * p.rows.pixels + q * rows_.apart + rows_.phase;
-      place.pixel[row] = inside ? y * p.columns.pixels + r * columns_.apart + columns_.phase : -1;
+      const bool inside = n < (block_.group + 1) * p_.batch && q < rows_.pixels && r < columns_.pixels;
+      place.pixel[row] = inside ? this->output_pixel(n, q, r) : -1;
     }
-    if (thread == 0) {
-      const int phases = C::kOp == Op::conv ? 1 : p.phases();
-      place.first_channel = block_.first_channel, place.group = block_.group;
-      place.slot = (static_cast<int64_t>(block_.group) * phases + block_.phase) * p.tiles_m + block_.tile;
-    }
+    if (thread == 0) this->set_place(place);
   }
 
   GPU_INLINE int group() const { return block_.group; }
@@ -119,42 +90,36 @@ class PixelBoxes {
   }
   GPU_INLINE bool inside(const Pixel& pixel, const Step& step) const {
     const int y = pixel.y + step.y * rows_.step, x = pixel.x + step.x * columns_.step;
-    return y >= 0 && y < w_.p.rows.size && x >= 0 && x < w_.p.columns.size;
+    return y >= 0 && y < p_.rows.size && x >= 0 && x < p_.columns.size;
   }
 
  private:
+  using PixelSteps<C>::p_, PixelSteps<C>::block_, PixelSteps<C>::rows_, PixelSteps<C>::columns_;
+
   GPU_INLINE void locate(int row, int& n, int& q, int& r) const {
     r = first_r_ + row % w_.box.columns, row /= w_.box.columns;
     q = first_q_ + row % w_.box.rows, n = first_n_ + row / w_.box.rows;
   }
 
   const BoxProblem<T>& w_;
-  const BlockPlace block_;
-  const Taps rows_, columns_;
-  Step start_;
   int first_n_, first_q_, first_r_;
 };
 
 // weight_grad: the depth is walked in boxes of C::kK pixels of the linear operand's grid, which they fill.
 template <class C>
-class ChannelBoxes {
+class ChannelBoxes : public ChannelPlace<C> {
  public:
   using T = typename C::T;
   struct Step {
     int n, q, r;  // first image, row, column
   };
 
-  GPU_INLINE explicit ChannelBoxes(const BoxProblem<T>& w) : w_(w) {
-    const Problem<T>& p = w.p;
-    const int taps = p.rows.kernel * p.columns.kernel, column = blockIdx.x % (p.tiles_n * taps);
-    tap_ = column / p.tiles_n;
-    first_m_ = static_cast<int>(blockIdx.x) / (p.tiles_n * taps) * C::kM;
-    first_n_ = column % p.tiles_n * C::kN;
-    const int all = w.tiles.images * w.tiles.rows * w.tiles.columns;
-    const int share = (all + p.splits - 1) / p.splits, first = min(static_cast<int>(blockIdx.y) * share, all);
-    steps = min(share, all - first);
-    start_ = {first / w.tiles.columns / w.tiles.rows * w.box.images, first / w.tiles.columns % w.tiles.rows * w.box.rows,
-              first % w.tiles.columns * w.box.columns};
+  GPU_INLINE explicit ChannelBoxes(const BoxProblem<T>& w) : ChannelPlace<C>(w.p), w_(w) {
+    const Share share(w.tiles.images * w.tiles.rows * w.tiles.columns, w.p.splits);
+    steps = share.steps;
+    const int line = share.first / w.tiles.columns;
+    start_ = {line / w.tiles.rows * w.box.images, line % w.tiles.rows * w.box.rows,
+              share.first % w.tiles.columns * w.box.columns};
   }
 
   int steps;
@@ -203,14 +168,12 @@ class ChannelBoxes {
   }
 
   GPU_INLINE void find_place(TilePlace<C::kM>& place, int thread) const {
-    const Problem<T>& p = w_.p;
-    for (int row = thread; row < C::kM; row += C::kConsumers)
-      place.pixel[row] =
-          first_m_ + row < p.other.channels ? (first_m_ + row) * (p.rows.kernel * p.columns.kernel) + tap_ : -1;
-    if (thread == 0) place.first_channel = first_n_, place.group = 0, place.slot = 0;
+    ChannelPlace<C>::find_place(place, thread, C::kConsumers);
   }
 
  private:
+  using ChannelPlace<C>::first_m_, ChannelPlace<C>::first_n_, ChannelPlace<C>::shift_y, ChannelPlace<C>::shift_x;
+
   // Panels of 64 pixels and 64 channels each, of kChannels channels; those of the second tensor follow.
   template <int kChannels, class Inside>
   GPU_INLINE void transform(
@@ -230,15 +193,7 @@ class ChannelBoxes {
     }
   }
 
-  GPU_INLINE int shift_y() const {
-    return tap_ / w_.p.columns.kernel * w_.p.rows.dilation - w_.p.rows.padding;
-  }
-  GPU_INLINE int shift_x() const {
-    return tap_ % w_.p.columns.kernel * w_.p.columns.dilation - w_.p.columns.padding;
-  }
-
   const BoxProblem<T>& w_;
-  int tap_, first_m_, first_n_;
   Step start_;
 };
 

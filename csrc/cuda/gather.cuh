@@ -108,19 +108,79 @@ GPU_INLINE int phases_x(const Problem<T>& p) {
   return C::kOp == Op::conv ? 1 : p.columns.stride;
 }
 
-// The tile's loads. `C` is a Contraction.
+// The steps of a part (blockIdx.y) among `all` of a block.
+struct Share {
+  int first, steps;
+  GPU_INLINE Share(int all, int parts) {
+    const int most = (all + parts - 1) / parts;
+    first = min(static_cast<int>(blockIdx.y) * most, all);
+    steps = min(most, all - first);
+  }
+};
+
+// What a block computes, and its steps: C::kK channels of a tap after another.
 template <class C>
-class PixelLoader {
+class PixelSteps {
  public:
   using T = typename C::T;
   struct Step {
     int y, x, channel;  // taps of the axes, first channel
   };
 
-  GPU_INLINE PixelLoader(const Problem<T>& p, TilePlace<C::kM>& place)
-      : p_(p), thread_(threadIdx.x), block_(block_place<C>(p)),
-        rows_(taps_of<C::kOp>(p.rows, block_.phase / phases_x<C>(p))),
+  GPU_INLINE explicit PixelSteps(const Problem<T>& p)
+      : p_(p), block_(block_place<C>(p)), rows_(taps_of<C::kOp>(p.rows, block_.phase / phases_x<C>(p))),
         columns_(taps_of<C::kOp>(p.columns, block_.phase % phases_x<C>(p))) {
+    const int blocks = (p.gathered.channels + C::kK - 1) / C::kK;
+    const Share share(rows_.count * columns_.count * blocks, p.splits);
+    steps = share.steps;
+    const int tap = share.first / blocks;
+    start_ = {0, 0, share.first % blocks * C::kK};
+    if (columns_.count > 0) start_.y = tap / columns_.count, start_.x = tap % columns_.count;
+  }
+
+  int steps;
+
+  GPU_INLINE Step first() const { return start_; }
+  GPU_INLINE void advance(Step& step) const {
+    step.channel += C::kK;
+    if (step.channel < p_.gathered.channels) return;
+    step.channel = 0;
+    if (++step.x == columns_.count) step.x = 0, ++step.y;
+  }
+
+ protected:
+  // The tap of the weight.
+  GPU_INLINE int tap(const Step& step) const {
+    return (rows_.first + step.y * rows_.tap_step) * p_.columns.kernel + columns_.first + step.x * columns_.tap_step;
+  }
+  // Pixel (q, r) of the block's phase of image n, as an output pixel.
+  GPU_INLINE int output_pixel(int n, int q, int r) const {
+    const int y = n * p_.rows.pixels + q * rows_.apart + rows_.phase;
+    return y * p_.columns.pixels + r * columns_.apart + columns_.phase;
+  }
+  // All of the place but its pixels; by one thread.
+  GPU_INLINE void set_place(TilePlace<C::kM>& place) const {
+    const int phases = C::kOp == Op::conv ? 1 : p_.phases();
+    place.first_channel = block_.first_channel, place.group = block_.group;
+    place.slot = (static_cast<int64_t>(block_.group) * phases + block_.phase) * p_.tiles_m + block_.tile;
+  }
+
+  const Problem<T>& p_;
+  const BlockPlace block_;
+  const Taps rows_, columns_;
+
+ private:
+  Step start_;
+};
+
+// The tile's loads. `C` is a Contraction.
+template <class C>
+class PixelLoader : public PixelSteps<C> {
+ public:
+  using T = typename C::T;
+  using typename PixelSteps<C>::Step;
+
+  GPU_INLINE PixelLoader(const Problem<T>& p, TilePlace<C::kM>& place) : PixelSteps<C>(p), thread_(threadIdx.x) {
     const int per_row = columns_.pixels, per_image = rows_.pixels * per_row, count = p.batch * per_image;
     const auto locate = [&](int row, int& n, int& q, int& r) {
       const int index = block_.tile * C::kM + row;
@@ -140,30 +200,9 @@ class PixelLoader {
     for (int row = thread_; row < C::kM; row += C::kThreads) {
       int n = 0, q = 0, r = 0;
       const bool inside = locate(row, n, q, r);
-      const int y = n * p.rows.pixels + q * rows_.apart + rows_.phase;
-      place.pixel[row] = inside ? y * p.columns.pixels + r * columns_.apart + columns_.phase : -1;
+      place.pixel[row] = inside ? this->output_pixel(n, q, r) : -1;
     }
-    const int phases = C::kOp == Op::conv ? 1 : p.phases();
-    if (thread_ == 0) {
-      place.first_channel = block_.first_channel, place.group = block_.group;
-      place.slot = (static_cast<int64_t>(block_.group) * phases + block_.phase) * p.tiles_m + block_.tile;
-    }
-    const int blocks = (p.gathered.channels + C::kK - 1) / C::kK, all = rows_.count * columns_.count * blocks;
-    const int share = (all + p.splits - 1) / p.splits, first = min(static_cast<int>(blockIdx.y) * share, all);
-    steps = min(share, all - first);
-    const int tap = first / blocks;
-    start_ = {0, 0, first % blocks * C::kK};
-    if (columns_.count > 0) start_.y = tap / columns_.count, start_.x = tap % columns_.count;
-  }
-
-  int steps;
-
-  GPU_INLINE Step first() const { return start_; }
-  GPU_INLINE void advance(Step& step) const {
-    step.channel += C::kK;
-    if (step.channel < p_.gathered.channels) return;
-    step.channel = 0;
-    if (++step.x == columns_.count) step.x = 0, ++step.y;
+    if (thread_ == 0) this->set_place(place);
   }
 
   // Begins the copies of a step; returns a bit for each chunk of the left tile that holds pixels.
@@ -186,8 +225,7 @@ class PixelLoader {
     // [Co, taps, C] with a row for each output channel, [C, taps, Co] with a row for each input channel.
     const Operand<T>& w = p_.other;
     constexpr bool kInputs = C::Right::kDepthRows;
-    const int tap = (rows_.first + step.y * rows_.tap_step) * p_.columns.kernel + columns_.first +
-                    step.x * columns_.tap_step;
+    const int tap = this->tap(step);
     const int lines = kInputs ? a.channels : p_.finish.channels, length = kInputs ? p_.finish.channels : a.channels;
     const int first = kInputs ? step.channel : block_.first_channel;
     const int at = (kInputs ? block_.first_channel : step.channel) + right_column();
@@ -226,20 +264,44 @@ class PixelLoader {
   GPU_INLINE int right_column() const { return right_chunk() * kVec<T>; }
   GPU_INLINE int right_row(int i) const { return thread_ / C::Right::kChunks + i * (C::kThreads / C::Right::kChunks); }
 
-  const Problem<T>& p_;
+  using PixelSteps<C>::p_, PixelSteps<C>::block_, PixelSteps<C>::rows_, PixelSteps<C>::columns_;
   const int thread_;
-  const BlockPlace block_;
-  const Taps rows_, columns_;
-  Step start_;
   int y_[kLeft], x_[kLeft], image_[kLeft];
 };
 
 // --- weight_grad -----------------------------------------------------------------------------------------------------
 
-// The left factor is the linear operand, the right one the gathered operand shifted by the block's tap; the depth are
-// the pixels of the linear operand's grid.
+// What a block computes: for channels of the linear operand, the left factor, and channels of the gathered one, the
+// right factor, shifted by a tap. The depth are the pixels of the linear operand's grid.
 template <class C>
-class ChannelLoader {
+class ChannelPlace {
+ public:
+  using T = typename C::T;
+
+  // Where the results go; by `threads` threads.
+  GPU_INLINE void find_place(TilePlace<C::kM>& place, int thread, int threads) const {
+    const int taps = p_.rows.kernel * p_.columns.kernel;
+    for (int row = thread; row < C::kM; row += threads)
+      place.pixel[row] = first_m_ + row < p_.other.channels ? (first_m_ + row) * taps + tap_ : -1;
+    if (thread == 0) place.first_channel = first_n_, place.group = 0, place.slot = 0;
+  }
+
+ protected:
+  GPU_INLINE explicit ChannelPlace(const Problem<T>& p) : p_(p) {
+    const int of_row = p.tiles_n * p.rows.kernel * p.columns.kernel, column = blockIdx.x % of_row;
+    tap_ = column / p.tiles_n;
+    first_m_ = static_cast<int>(blockIdx.x) / of_row * C::kM, first_n_ = column % p.tiles_n * C::kN;
+  }
+
+  GPU_INLINE int shift_y() const { return tap_ / p_.columns.kernel * p_.rows.dilation - p_.rows.padding; }
+  GPU_INLINE int shift_x() const { return tap_ % p_.columns.kernel * p_.columns.dilation - p_.columns.padding; }
+
+  const Problem<T>& p_;
+  int tap_, first_m_, first_n_;
+};
+
+template <class C>
+class ChannelLoader : public ChannelPlace<C> {
  public:
   using T = typename C::T;
   struct Step {
@@ -247,20 +309,13 @@ class ChannelLoader {
   };
 
   GPU_INLINE ChannelLoader(const Problem<T>& p, TilePlace<C::kM>& place)
-      : p_(p), thread_(threadIdx.x), pixels_(p.batch * p.rows.pixels * p.columns.pixels) {
-    const int taps = p.rows.kernel * p.columns.kernel, column = blockIdx.x % (p.tiles_n * taps);
-    const int tap = column / p.tiles_n;
-    first_m_ = static_cast<int>(blockIdx.x) / (p.tiles_n * taps) * C::kM;
-    first_n_ = column % p.tiles_n * C::kN;
-    dy_ = tap / p.columns.kernel * p.rows.dilation - p.rows.padding;
-    dx_ = tap % p.columns.kernel * p.columns.dilation - p.columns.padding;
-    for (int row = thread_; row < C::kM; row += C::kThreads)
-      place.pixel[row] = first_m_ + row < p.other.channels ? (first_m_ + row) * taps + tap : -1;
-    if (thread_ == 0) place.first_channel = first_n_, place.group = 0, place.slot = 0;
-    const int per_group = (pixels_ + C::kK - 1) / C::kK, all = p.groups * per_group;
-    const int share = (all + p.splits - 1) / p.splits, first = min(static_cast<int>(blockIdx.y) * share, all);
-    steps = min(share, all - first);
-    start_ = {first / per_group, first % per_group * C::kK};
+      : ChannelPlace<C>(p), thread_(threadIdx.x), pixels_(p.batch * p.rows.pixels * p.columns.pixels),
+        dy_(this->shift_y()), dx_(this->shift_x()) {
+    this->find_place(place, thread_, C::kThreads);
+    const int per_group = (pixels_ + C::kK - 1) / C::kK;
+    const Share share(p.groups * per_group, p.splits);
+    steps = share.steps;
+    start_ = {share.first / per_group, share.first % per_group * C::kK};
   }
 
   int steps;
@@ -350,9 +405,8 @@ class ChannelLoader {
     return thread_ / Tile::kChunks + i * (C::kThreads / Tile::kChunks);
   }
 
-  const Problem<T>& p_;
-  const int thread_, pixels_;
-  int first_m_, first_n_, dy_, dx_;
+  using ChannelPlace<C>::p_, ChannelPlace<C>::first_m_, ChannelPlace<C>::first_n_;
+  const int thread_, pixels_, dy_, dx_;
   Step start_;
 
  public:
