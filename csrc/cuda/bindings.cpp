@@ -1,16 +1,6 @@
 // torch.ops.fastdcgan_cuda: schemas and registration.
-#include <torch/csrc/stable/library.h>
-
+#include "library.h"
 #include "ops.h"
-
-// A host compiler makes a library for CPU tensors of the same sources: tests/cuda_on_cpu.
-#ifdef FASTDCGAN_CUDA_ON_CPU
-#define FASTDCGAN_NAMESPACE fastdcgan_cuda_on_cpu
-#define FASTDCGAN_DISPATCH_KEY CPU
-#else
-#define FASTDCGAN_NAMESPACE fastdcgan_cuda
-#define FASTDCGAN_DISPATCH_KEY CUDA
-#endif
 
 STABLE_TORCH_LIBRARY(FASTDCGAN_NAMESPACE, m) {
   m.def("norm_act(Tensor y, Tensor coef, int act, float slope) -> Tensor");

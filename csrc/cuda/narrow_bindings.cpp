@@ -1,15 +1,6 @@
 // torch.ops.fastdcgan_cuda, the image-side layers: schemas and registration.
-#include <torch/csrc/stable/library.h>
-
+#include "library.h"
 #include "narrow_ops.h"
-
-#ifdef FASTDCGAN_CUDA_ON_CPU  // as in bindings.cpp
-#define FASTDCGAN_NAMESPACE fastdcgan_cuda_on_cpu
-#define FASTDCGAN_DISPATCH_KEY CPU
-#else
-#define FASTDCGAN_NAMESPACE fastdcgan_cuda
-#define FASTDCGAN_DISPATCH_KEY CUDA
-#endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTDCGAN_NAMESPACE, m) {
   m.def(
