@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from machine import run_capped
+from norm_act_checks import check_elementwise, check_sums, coefficients, random, wide
 from tolerance import assert_as_accurate
 from torch import Tensor
 
@@ -35,49 +36,6 @@ SHAPES = [(1, 1, 1), (3, 1, 1), (3, 33, 31), (17, 7, 5), (17, 16, 17), (64, 4, 4
 @pytest.fixture
 def cpu() -> Backend:
     return backends.get("cpu")
-
-
-def random(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, seed: int = 0) -> Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-    return (1.5 * x + 0.5).to(dtype).contiguous(memory_format=layout)
-
-
-def coefficients(rows: int, groups: int, channels: int) -> Tensor:
-    """(s, t[, mean, rstd]), or a gradient's (s, t[, p, q])."""
-    coef = torch.randn(rows, groups, channels, generator=torch.Generator().manual_seed(rows + groups + channels))
-    coef[-1] = coef[-1].abs() + 0.5
-    return coef
-
-
-def wide(*tensors: Tensor) -> list[Tensor]:
-    return [t.double() for t in tensors]
-
-
-def check_elementwise(cpu: Backend, y: Tensor, da: Tensor, coef: Tensor, act: str, slope: float) -> None:
-    what = f"{act}, {list(coef.shape)} coefficients"
-    y64, da64, coef64 = wide(y, da, coef)
-    for a, a64 in [
-        (Operand(y, None, coef, act, slope), Operand(y64, None, coef64, act, slope)),
-        (Operand(da, y, coef, act, slope), Operand(da64, y64, coef64, act, slope)),
-    ]:
-        got, vanilla = cpu.norm_act(a), REFERENCE.norm_act(a)
-        assert got.stride() == y.stride()
-        assert_as_accurate(got, vanilla, REFERENCE.norm_act(a64), what)
-
-
-def check_sums(cpu: Backend, y: Tensor, da: Tensor, coef: Tensor, act: str, slope: float) -> None:
-    y64, da64, coef64 = wide(y, da, coef)
-    g64, truth = REFERENCE.grad_stats(da64, y64, coef64, act, slope)
-    count = y.shape[0] // coef.shape[1] * y.shape[2] * y.shape[3]
-    # A sum may cancel to nothing: its rounding is relative to its terms.
-    xhat = 1.0 if len(coef) == 2 else float(((y64 * coef64[3].amax() + coef64[2].abs().amax()) ** 2).mean().sqrt())
-    scale = math.sqrt(count) * float(g64.square().mean().sqrt()) * max(1.0, xhat)
-    vanilla = REFERENCE.norm_act_reduce(da.float(), y.float(), coef, act, slope)
-    sums = cpu.norm_act_reduce(da, y, coef, act, slope)
-    assert_as_accurate(sums, vanilla, truth, f"sums of {act}", reduction=count, scale=scale)
-    g, same = cpu.grad_stats(da.clone(), y, coef, act, slope)
-    assert torch.equal(sums, same)
-    assert_as_accurate(g, REFERENCE.grad_stats(da, y, coef, act, slope)[0], g64, f"g of {act}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

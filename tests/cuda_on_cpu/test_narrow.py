@@ -10,7 +10,7 @@ from host_library import ORDERS, HostCUDABackend, set_multiprocessors, set_order
 from host_programs import MODES, assert_passes, needs_compiler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_cpu_backend import coefficients
+from norm_act_checks import coefficients
 from tolerance import assert_as_accurate
 from torch import Tensor, nn
 
