@@ -1,5 +1,6 @@
 #include "gathered.h"
 #include "kept.h"
+#include "narrow.h"
 #include "pack.h"
 #include "round_weight.h"
 #include "scatter.h"
@@ -19,6 +20,10 @@ bool contract(
   }
   if (scattered) {
     scatter(c, dtype, in, weight, out, finish);
+    return true;
+  }
+  if (is_narrow(c)) {
+    narrow_contract(c, dtype, in, weight, out, finish);
     return true;
   }
   static thread_local Scratch scratch;

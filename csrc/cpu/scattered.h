@@ -9,13 +9,15 @@
 #include <vector>
 
 #include "finish.h"
-#include "gemm.h"
+#include "narrow_tile.h"
+#include "overlap.h"
 #include "round_weight.h"
 #include "widen.h"
 
 namespace fastdcgan::cpu {
 
 constexpr int64_t kBandFloats = 1 << 17;  // products of one band
+static_assert(Overlap::kSpill <= kPanel);
 
 // Panels of B, [panel][input channel][column]; a column is (ky, kx, output channel).
 template <class T, class Products>
@@ -46,9 +48,10 @@ class Scatter {
  public:
   Scatter(const Contraction& c, const T* in, const Element* weight, T* out, const Finish& finish)
       : c_(c), in_(in), end_(in + c.batch * c.y.in * c.x.in * c.in_channels), weight_(weight), out_(out),
-        panels_(c.taps() * c.out_channels), finisher_(finish, c.out_channels, c.x.out), starts_{0} {
+        panels_(c.taps() * c.out_channels), overlap_(c, panels_.width), overlaps_(Overlap::covers(c)),
+        finisher_(finish, c.out_channels, c.x.out), starts_{0} {
     for (int64_t o = 0; o < c.y.out; ++o) rows_.push_back(reads(c.y, o, false));
-    for (int64_t o = 0; o < c.x.out; ++o) {
+    for (int64_t o = 0; o < c.x.out && !overlaps_; ++o) {
       for (const Read& r : reads(c.x, o, false)) offsets_.push_back(r.input * panels_.width + r.tap * c.out_channels);
       starts_.push_back(static_cast<int64_t>(offsets_.size()));
     }
@@ -78,28 +81,36 @@ class Scatter {
       }
     static thread_local Scratch scratch;
     const int64_t pixels = std::max<int64_t>(high - low, 0) * c_.x.in;
-    const int64_t row = (c_.x.out * c_.out_channels + kPanel) / kPanel * kPanel;
-    const int64_t size = Products::whole_rows(pixels) * panels_.width;
-    float* products = scratch.floats(size + row + rows_size<Products>());
+    const int64_t row = c_.x.out * c_.out_channels, whole_row = Panels(row).width;
+    const int64_t size = Products::whole_rows(pixels) * panels_.width + kPanel;
+    const int64_t sums_size = (std::max(overlap_.frame(), overlap_.first() + whole_row) + kPanel) / kPanel * kPanel;
+    float* products = scratch.floats(size + sums_size + rows_size<Products>());
     float* sums = products + size;
-    auto* a = reinterpret_cast<Element*>(sums + row);
+    auto* a = reinterpret_cast<Element*>(sums + sums_size);
     const T* from = in_ + (b.n * c_.y.in + low) * c_.x.in * c_.in_channels;
     for (int64_t p = 0; p < pixels; p += Products::kBlockRows) {
       const int64_t some = std::min(Products::kBlockRows, pixels - p);
       multiply_pixels(from + p * c_.in_channels, some, a, products + p * panels_.width);
     }
+    std::vector<const float*> taps;  // that fall on a row of outputs
     for (int64_t o = b.first; o < b.last; ++o) {
-      switch (c_.out_channels) {
-        case 1: add_row<1>(o, low, products, sums); break;
-        case 3: add_row<3>(o, low, products, sums); break;
-        default: add_row<0>(o, low, products, sums);
+      taps.clear();
+      for (const Read& r : rows_[o])
+        taps.push_back(products + (r.input - low) * c_.x.in * panels_.width + r.tap * c_.x.kernel * c_.out_channels);
+      float* outputs = sums;
+      if (overlaps_) {
+        overlap_.add(taps, sums);
+        outputs += overlap_.first();
+      } else {
+        add_row(taps, sums);
       }
-      finisher_.run(sums, 0, Panels(c_.x.out * c_.out_channels).width);
-      narrow(out_ + (b.n * c_.y.out + o) * c_.x.out * c_.out_channels, sums, c_.x.out * c_.out_channels);
+      finisher_.run(outputs, 0, whole_row);
+      narrow(out_ + (b.n * c_.y.out + o) * row, outputs, row);
     }
   }
 
   void multiply_pixels(const T* from, int64_t rows, Element* a, float* products) const {
+    if constexpr (std::is_same_v<T, float>) return multiply_in_place(from, rows, products);
     const int64_t all_depth = whole_units<Products>(c_.in_channels);
     for (int64_t k = 0; k < c_.in_channels; k += kDepth) {
       const int64_t depth = std::min(kDepth, c_.in_channels - k);
@@ -116,17 +127,28 @@ class Scatter {
     }
   }
 
-  // One row of outputs; kChannels 0: any number of them.
-  template <int kChannels>
-  void add_row(int64_t o, int64_t low, const float* products, float* sums) const {
-    const int64_t channels = kChannels ? kChannels : c_.out_channels;
-    std::fill_n(sums, c_.x.out * channels, 0.f);
-    for (const Read& r : rows_[o]) {
-      const float* row = products + (r.input - low) * c_.x.in * panels_.width + r.tap * c_.x.kernel * channels;
+  void multiply_in_place(const float* from, int64_t rows, float* products) const {
+    for (int64_t k = 0; k < c_.in_channels; k += kDepth) {
+      for (int64_t p = 0; p < panels_.count; ++p) {
+        const int64_t vectors = panels_.vectors(p), width = vectors * kWidth;
+        const Piece piece{k, k, std::min(kDepth, c_.in_channels - k)};
+        const float* panel = weight_ + p * kPanel * c_.in_channels;
+        for (int64_t r = 0; r < rows; r += kKernelRows)
+          multiply_narrow(
+              std::min<int64_t>(kKernelRows, rows - r), vectors,
+              {from + r * c_.in_channels, c_.in_channels, 1, panel, width, products + r * panels_.width + p * kPanel,
+               panels_.width, &piece, 1, k > 0});
+      }
+    }
+  }
+
+  // Where the taps of an input are not neighbours among the outputs.
+  void add_row(const std::vector<const float*>& taps, float* sums) const {
+    std::fill_n(sums, c_.x.out * c_.out_channels, 0.f);
+    for (const float* row : taps)
       for (int64_t x = 0; x < c_.x.out; ++x)
         for (int64_t i = starts_[x]; i < starts_[x + 1]; ++i)
-          for (int64_t n = 0; n < channels; ++n) sums[x * channels + n] += row[offsets_[i] + n];
-    }
+          for (int64_t n = 0; n < c_.out_channels; ++n) sums[x * c_.out_channels + n] += row[offsets_[i] + n];
   }
 
   const Contraction& c_;
@@ -134,6 +156,8 @@ class Scatter {
   const Element* weight_;
   T* out_;
   Panels panels_;
+  Overlap overlap_;
+  bool overlaps_;
   Finisher finisher_;
   std::vector<std::vector<Read>> rows_;
   std::vector<int64_t> offsets_, starts_;  // of the products that the outputs of a row read, in a row of inputs

@@ -1,5 +1,6 @@
 #include "weight_grad.h"
 
+#include "narrow.h"
 #include "sweep.h"
 #include "tile_contractions.h"
 
@@ -7,6 +8,7 @@ namespace fastdcgan::cpu {
 
 void weight_grad(const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
   if (on_tiles(dtype)) return weight_grad_on_tiles(c, gathered, linear, out);
+  if (is_narrow(c)) return narrow_weight_grad(c, dtype, gathered, linear, out);
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     WeightGrad<T, FloatPixels<T>>(

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Where PyTorch's own contraction was measured to be as fast or faster (benchmarks/NOTES.md, "CPU: contractions"): on
-# the image side, in float32 where few taps read padding, and where a weight is packed for few rows.
+# Where PyTorch's own contraction was measured to be as fast or faster (benchmarks/NOTES.md, "CPU: contractions"): for
+# few channels that are more than an image's, in float32 where few taps read padding, and where a weight is packed for
+# few rows.
 FEWEST_CHANNELS = 16  # of the side that taps shift over
+MOST_IMAGE_CHANNELS, MOST_IMAGE_DEPTH = 4, 256  # of that side, and of a sum: kernels of their own (csrc/cpu/narrow.h)
+FEWEST_FEATURES = 8  # of the other side of an image, in float32
 MOST_PIXELS = 16  # of the other side, in float32
 # Of 2x2 outputs: below these, minimal filtering loses by transforming the weight; sums are too short for its rounding.
 # A transformed weight may also be kept from call to call (csrc/cpu/kept.h).
@@ -165,7 +168,7 @@ class CPUBackend(Backend):
         kept = op != "weight_grad" and args[-1].kind in ("bias", "activate") and isinstance(second, torch.nn.Parameter)
         if reason is None and self.filters(op, gathered, linear, geometry, x.dtype, kept):
             return None, True
-        return reason or self.slower(op, gathered, linear, x.dtype, kept), False
+        return reason or self.slower(op, gathered, linear, geometry, x.dtype, kept), False
 
     def cannot(self, geometry: Geometry, *tensors: Tensor, casts: bool = False) -> str | None:
         """Why the kernels of csrc/cpu can't run a contraction, or None if they can. `casts`: float32 goes with any."""
@@ -202,7 +205,9 @@ class CPUBackend(Backend):
         g = geometry
         return g.dilation == (1, 1) and max(g.stride) <= 2 and g.kernel == (2 * g.stride[0], 2 * g.stride[1])
 
-    def slower(self, op: str, gathered: Size, linear: Size, dtype: torch.dtype, kept: bool = False) -> str | None:
+    def slower(
+        self, op: str, gathered: Size, linear: Size, geometry: Geometry, dtype: torch.dtype, kept: bool = False
+    ) -> str | None:
         """Why PyTorch's own contraction is as fast or faster, or None if it isn't.
 
         `gathered`, `linear`: sizes [N, C, H, W] of the side that the taps shift over, and of the other; `kept`: whether
@@ -211,10 +216,9 @@ class CPUBackend(Backend):
         pixels, wide = linear[2] * linear[3], dtype == torch.float32
         if self._tiles and dtype == torch.bfloat16:
             return "it multiplies bfloat16 on AMX tiles"
-        narrow = gathered[1] < FEWEST_CHANNELS
-        if narrow and op != "conv_transpose" and dtype != torch.float16:
-            return f"it is faster for {gathered[1]} channels"
-        if narrow or op == "weight_grad":
+        if gathered[1] < FEWEST_CHANNELS:
+            return None if dtype == torch.float16 else self.slower_image(op, gathered, linear, geometry, dtype)
+        if op == "weight_grad":
             return None
         if wide and pixels > MOST_PIXELS:
             return f"it is as fast for {linear[2]}x{linear[3]} pixels in float32"
@@ -225,6 +229,19 @@ class CPUBackend(Backend):
             fewest = 1 if op == "conv" else FEWEST_PROJECTED
         if linear[0] * pixels < fewest:
             return f"it is faster for {linear[0]} times {pixels} pixels"
+        return None
+
+    @staticmethod
+    def slower_image(op: str, gathered: Size, linear: Size, geometry: Geometry, dtype: torch.dtype) -> str | None:
+        """`slower` for few channels of the gathered side."""
+        taps = geometry.kernel[0] * geometry.kernel[1]
+        image = gathered[1] <= MOST_IMAGE_CHANNELS and gathered[1] * taps <= MOST_IMAGE_DEPTH
+        if op != "conv_transpose" and not image:
+            return f"it is faster for {gathered[1]} channels"
+        if image and (taps == 1 or linear[2] * linear[3] == 1):
+            return f"it is faster between {gathered[1]} channels and one pixel"
+        if image and dtype == torch.float32 and linear[1] < FEWEST_FEATURES:
+            return f"it is faster between {gathered[1]} and {linear[1]} channels"
         return None
 
     def compared(self, op: str, *args: Any) -> str | None:
