@@ -176,6 +176,20 @@ def test_layouts_mix(cpu: Backend) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [64, 70])
+def test_large_results(cpu: Backend, channels: int, dtype: torch.dtype) -> None:
+    """From 4 MiB on, what is stored past the caches (rows of whole vectors) is what small tensors get, to the bit."""
+    samples, coef = 40 * 4 // dtype.itemsize, coefficients(4, 2, channels)
+    y = random((samples, channels, 21, 23), dtype, torch.channels_last)
+    assert y.nbytes >= 4 << 20
+    got = cpu.norm_act(Operand(y, None, coef, "leaky_relu", 0.2))
+    assert torch.equal(cpu.norm_act_(Operand(y.clone(), None, coef, "leaky_relu", 0.2)), got)
+    for n in range(samples):
+        part = coef[:, 2 * n // samples][:, None].contiguous()
+        assert torch.equal(cpu.norm_act(Operand(y[n : n + 1], None, part, "leaky_relu", 0.2)), got[n : n + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 def test_in_place(cpu: Backend, layout: torch.memory_format, dtype: torch.dtype) -> None:
     """The same bits as out of place, in the memory of the first tensor."""

@@ -10,7 +10,7 @@ namespace {
 // Sums of d = y - shift and of d^2.
 struct Deviations {
   static constexpr int rows = 1, sums = 2;
-  static constexpr bool stores = false, reads_grad = false;
+  static constexpr bool stores = false, reads_grad = false, streams = false;
   struct Coef {
     V shift;
   };

@@ -24,10 +24,11 @@ struct Memory {
   const void* y;
   const void* da;
   void* out;
+  bool stream = false;  // store past the caches: whole vectors of `out`, each aligned to its size
 
   Memory at(int64_t bytes) const {
     return {static_cast<const char*>(y) + bytes, da ? static_cast<const char*>(da) + bytes : nullptr,
-            out ? static_cast<char*>(out) + bytes : nullptr};
+            out ? static_cast<char*>(out) + bytes : nullptr, stream};
   }
 };
 

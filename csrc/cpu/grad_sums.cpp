@@ -9,7 +9,7 @@ namespace {
 template <class Act, bool kNormalised>
 struct GradSums {
   static constexpr int rows = kNormalised ? 4 : 2, sums = kNormalised ? 2 : 1;
-  static constexpr bool stores = true, reads_grad = true;
+  static constexpr bool stores = true, reads_grad = true, streams = false;
   struct Coef {
     V s, t, mean, rstd;
   };

@@ -5,11 +5,13 @@
 namespace fastdcgan::cpu {
 namespace {
 
+constexpr int64_t kStreamBytes = int64_t{1} << 22;
+
 // act(s*y + t)
 template <class Act>
 struct Forward {
   static constexpr int rows = 2, sums = 0;
-  static constexpr bool stores = true, reads_grad = false;
+  static constexpr bool stores = true, reads_grad = false, streams = true;
   struct Coef {
     V s, t;
   };
@@ -25,7 +27,7 @@ struct Forward {
 template <class Act, bool kNormalised>
 struct Backward {
   static constexpr int rows = kNormalised ? 4 : 2, sums = 0;
-  static constexpr bool stores = true, reads_grad = true;
+  static constexpr bool stores = true, reads_grad = true, streams = false;
   struct Coef {
     V s, t, p, q;
   };
@@ -49,9 +51,18 @@ struct Backward {
   }
 };
 
+// A result that is larger than the caches of a core will be read from beyond them anyway: stored past them, its lines
+// are not read first. Where it lies in whole aligned vectors, and not in the place of `y`.
+bool streams(const Shape& s, const Memory& m, int64_t item_size) {
+  const int64_t row = s.channels * item_size, vectors = kStep * item_size;
+  return s.channels_last && m.out != m.y && s.groups * s.group_size() * item_size >= kStreamBytes &&
+         row % vectors == 0 && reinterpret_cast<uintptr_t>(m.out) % vectors == 0;
+}
+
 }  // namespace
 
 bool norm_act_pass(const Shape& s, Memory m, c10::ScalarType dtype, const float* coef, Activation a) {
+  m.stream = streams(s, m, static_cast<int64_t>(c10::elementSize(dtype)));
   return with_activation<V>(a.id, a.slope, [&](auto act) {
     with_sweep(Forward<decltype(act)>{act}, dtype, [&](const Sweep& sweep) { map(sweep, s, m, coef); });
   });

@@ -5,6 +5,7 @@
 //   sums                                   how many sums it accumulates
 //   stores                                 whether it has a result for each element
 //   reads_grad                             whether it reads a second tensor, `da`
+//   streams                                whether it can store past the caches (`Memory::stream`)
 //   Coef, load(row, column)                its coefficients for one vector of columns
 //   operator()(Coef, y, da, V* sums)       the result for one vector of elements; adds to the sums
 #pragma once
@@ -30,7 +31,7 @@ struct Tensors {
 };
 
 // The first `columns` (whole steps) of `kRows` rows that are `stride` elements apart.
-template <int kRows, class Op, class T>
+template <int kRows, bool kStream = false, class Op, class T>
 inline void sweep_rows(
     const Op& op, Tensors<T> t, const float* const* coef, float* const* sums, int64_t columns, int64_t stride) {
   constexpr int kSums = Op::sums;
@@ -55,7 +56,11 @@ inline void sweep_rows(
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) result.half[h] = op(k[h], y[r].half[h], da[r].half[h], total[h]);
       if constexpr (Op::stores) {
-        if (t.out) write(t.out + r * stride + column, result);
+        if constexpr (kStream) {
+          stream(t.out + r * stride + column, result);
+        } else if (t.out) {
+          write(t.out + r * stride + column, result);
+        }
       }
     }
 #pragma GCC unroll 2
@@ -100,6 +105,13 @@ void sweep(
   for (r = 0; r < rows; ++r) sweep_tail(op, t.at(r * stride + whole), tail_coef, tail_sums, columns - whole);
 }
 
+// `sweep` of whole steps that stores past the caches.
+template <class Op, class T>
+void sweep_streaming(const Op& op, Tensors<T> t, const float* const* coef, int64_t rows, int64_t columns, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) sweep_rows<1, true>(op, t.at(r * stride), coef, nullptr, columns, stride);
+  end_stream();
+}
+
 // The loop of an op over tensors of T, for `map` and `reduce`. Keeps a pointer to `op`.
 template <class Op, class T>
 Sweep make_sweep(const Op& op) {
@@ -107,6 +119,9 @@ Sweep make_sweep(const Op& op) {
   const auto run = [](const void* self, Memory m, const float* const* coef, float* const* sums, int64_t rows,
                       int64_t columns, int64_t stride) {
     const Tensors<T> t{static_cast<const T*>(m.y), static_cast<const T*>(m.da), static_cast<T*>(m.out)};
+    if constexpr (Op::streams) {
+      if (m.stream) return sweep_streaming(*static_cast<const Op*>(self), t, coef, rows, columns, stride);
+    }
     sweep(*static_cast<const Op*>(self), t, coef, sums, rows, columns, stride);
   };
   return {&op, run, Op::rows, Op::sums, kStep, sizeof(T)};

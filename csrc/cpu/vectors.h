@@ -67,5 +67,36 @@ inline void write(T* p, const Lanes& v) {
   }
 }
 
+// The same past the caches, where the vector width has that; `p` is aligned to whole vectors.
+template <class T>
+inline void stream(T* p, const Lanes& v) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  const auto store = [](void* to, auto x) {
+#ifdef CPU_CAPABILITY_AVX512
+    if constexpr (std::is_same_v<decltype(x), V>) _mm512_stream_ps(static_cast<float*>(to), x);
+    else _mm512_stream_si512(static_cast<__m512i*>(to), x);
+#else
+    if constexpr (std::is_same_v<decltype(x), V>) _mm256_stream_ps(static_cast<float*>(to), x);
+    else _mm256_stream_si256(static_cast<__m256i*>(to), x);
+#endif
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    store(p, v.half[0]);
+    store(p + kWidth, v.half[1]);
+  } else {
+    store(p, at::vec::convert_from_float<T>(v.half[0], v.half[1]));
+  }
+#else
+  write(p, v);
+#endif
+}
+
+// Streamed stores are seen by other threads after this.
+inline void end_stream() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace cpu
 }  // namespace fastdcgan
