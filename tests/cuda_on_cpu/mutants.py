@@ -119,9 +119,13 @@ def tested_by(paths: Sequence[Path]) -> dict[Path, list[Program]]:
 
 
 def explanations(path: Path = EXPLAINED) -> dict[tuple[str, str, str], str]:
-    """(file, code before, code after) -> why it changes no result."""
+    """(file, code before, code after) -> why it changes no result. An entry may have several changes of a line."""
     entries = tomllib.loads(path.read_text()).get("survivor", []) if path.exists() else []
-    return {(entry["file"], entry["before"], entry["after"]): entry["why"] for entry in entries}
+    return {
+        (entry["file"], entry["before"], after): entry["why"]
+        for entry in entries
+        for after in ([entry["after"]] if isinstance(entry["after"], str) else entry["after"])
+    }
 
 
 def key(mutant: Mutant) -> tuple[str, str, str]:

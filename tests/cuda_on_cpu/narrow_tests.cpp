@@ -1,5 +1,6 @@
 // The image-side layers against float64, from the definition of a convolution.
 #include <memory>
+#include <optional>
 
 #include "harness.h"
 #include "narrow_conv.cuh"
@@ -19,6 +20,7 @@ struct Case {
   bool image_last = true;              // channels of the narrow tensors lie together
   size_t offset = 0;                   // 1 keeps the wide tensor from being read in vectors
   int groups = 1;
+  bool infinite = false;  // one value of what is read: in the middle of an image, or where no tap comes to
 
   int small_height() const { return (height + 2 * g.padding_y - g.kernel_y) / g.stride_y + 1; }
   int small_width() const { return (width + 2 * g.padding_x - g.kernel_x) / g.stride_x + 1; }
@@ -27,7 +29,7 @@ struct Case {
     return text(batch) + "x" + text(narrow) + "x" + text(height) + "x" + text(width) + " and " + text(wide) +
            " channels, k" + text(g.kernel_y) + text(g.kernel_x) + " s" + text(g.stride_y) + text(g.stride_x) + " p" +
            text(g.padding_y) + text(g.padding_x) + ", prologue " + text(static_cast<int>(prologue)) +
-           (image_last ? "" : ", planes") + (offset ? ", misaligned" : "");
+           (image_last ? "" : ", planes") + (offset ? ", misaligned" : "") + (infinite ? ", an infinite value" : "");
   }
 };
 
@@ -41,12 +43,19 @@ struct Tensor {
   Buffer<float> coef;
   Source<T> source{};
 
-  Tensor(const char* name, int n, int c, int h, int w, bool last_, size_t off, Prologue prologue, int groups_, unsigned seed)
+  // `infinite`: the pixel of image 0 whose channel 0 is, or none.
+  Tensor(const char* name, int n, int c, int h, int w, bool last_, size_t off, Prologue prologue, int groups_, unsigned seed,
+         std::optional<std::pair<int, int>> infinite = std::nullopt)
       : batch(n), channels(c), height(h), width(w), groups(groups_), last(last_), offset(off),
         x(name, size_t(n) * c * h * w + off, test::Flush::end, test::alignment<T>(off)),
         y("y", has_y(prologue) ? x.size() : 0, test::Flush::end, test::alignment<T>(off)),
         coef("coef", prologue == Prologue::none ? 0 : size_t(rows(prologue)) * groups_ * c) {
-    test::fill(x, seed), test::fill(y, seed + 1), test::fill(coef, seed + 2);
+    Buffer<T> finite("finite", x.size());
+    test::fill(finite, seed), test::fill(y, seed + 1), test::fill(coef, seed + 2);
+    for (size_t i = 0; i < x.size(); ++i) x[i] = finite[i];
+    if (infinite)
+      x[off + (infinite->first * w + infinite->second) * (last ? c : 1)] = gpu::from_float<T>(HUGE_VALF);
+    x.read_only();
     source = {x.data() + off, has_y(prologue) ? y.data() + off : nullptr, coef.size() ? coef.data() : nullptr,
               int64_t{c} * h * w, last ? int64_t{w} * c : w, last ? c : 1, last ? 1 : int64_t{h} * w, n, c, h, w,
               rows(prologue), groups, static_cast<int>(ActId::leaky_relu), 0.2f,
@@ -74,7 +83,8 @@ constexpr double kRounding = sizeof(T) == 4 ? 1.2e-7 : std::is_same_v<T, gpu::bf
 template <class T>
 void close(const char* what, size_t i, T got, double want, double size) {
   const double g = gpu::to_float(got);
-  require(std::abs(g - want) <= kRounding<T> * std::abs(want) + 1e-6 * (size + 1),
+  require(std::isfinite(want) || g == want, std::string(what) + "[" + std::to_string(i) + "] is finite");
+  require(!std::isfinite(want) || std::abs(g - want) <= kRounding<T> * std::abs(want) + 1e-6 * (size + 1),
           std::string(what) + "[" + std::to_string(i) + "] is " + std::to_string(g) + ", not " + std::to_string(want));
 }
 
@@ -114,7 +124,8 @@ template <class T>
 std::string conv(const Case& c) {
   const int h = c.small_height(), w = c.small_width();
   const Prologue prologue = static_cast<Prologue>((static_cast<int>(c.prologue) + 1) % 4);
-  Tensor<T> x("x", c.batch, c.narrow, c.height, c.width, c.image_last, 0, prologue, c.groups, 1);
+  const auto infinite = c.infinite ? std::optional(std::pair(c.height / 2, c.width / 2)) : std::nullopt;
+  Tensor<T> x("x", c.batch, c.narrow, c.height, c.width, c.image_last, 0, prologue, c.groups, 1, infinite);
   WeightValues<T> weight(c);
   Epilogues epilogues(c.wide, c.groups);
   const bool vectors = c.wide % gpu::kVec<T> == 0 && c.offset == 0;
@@ -142,7 +153,8 @@ std::string conv(const Case& c) {
 template <class T>
 std::string transpose(const Case& c) {
   const int h = c.small_height(), w = c.small_width();
-  Tensor<T> x("x", c.batch, c.wide, h, w, true, c.offset, c.prologue, c.groups, 1);
+  const auto infinite = c.infinite ? std::optional(std::pair(h / 2, w / 2)) : std::nullopt;
+  Tensor<T> x("x", c.batch, c.wide, h, w, true, c.offset, c.prologue, c.groups, 1, infinite);
   WeightValues<T> weight(c);
   Epilogues epilogues(c.narrow, c.groups);
   const size_t image = size_t(c.narrow) * c.height * c.width;
@@ -190,7 +202,8 @@ template <class T>
 std::string weight_grad(const Case& c) {
   const int h = c.small_height(), w = c.small_width();
   const Prologue prologue = static_cast<Prologue>((static_cast<int>(c.prologue) + 1) % 4);
-  Tensor<T> x("x", c.batch, c.narrow, c.height, c.width, c.image_last, 0, prologue, c.groups, 1);
+  const auto infinite = c.infinite ? std::optional(std::pair(c.height - 1, c.width - 1)) : std::nullopt;
+  Tensor<T> x("x", c.batch, c.narrow, c.height, c.width, c.image_last, 0, prologue, c.groups, 1, infinite);
   Tensor<T> linear("linear", c.batch, c.wide, h, w, true, c.offset, c.prologue, c.groups, 4);
   Buffer<T> dw("dw", size_t(c.wide) * c.narrow * c.g.taps());
   const int64_t steps[4] = {int64_t{c.narrow} * c.g.taps(), c.g.taps(), c.g.kernel_x, 1};
@@ -238,6 +251,11 @@ int main() {
       {1, 2, 8, 3, 3, {1, 1, 1, 1, 0, 0}, Prologue::gradient},
       {1, 3, 9, 20, 6, {2, 3, 2, 2, 3, 1}, Prologue::activate, true, 1},
       {1, 3, 16, 17, 65, {4, 4, 2, 2, 1, 1}, Prologue::bn_backward},
+      {2, 1, 72, 34, 6, {3, 3, 2, 2, 1, 1}, Prologue::gradient, true, 0, 2},
+      {1, 2, 16, 8, 8, {3, 2, 2, 2, 0, 0}, Prologue::bn_backward, true, 0, 1, true},
+      {1, 1, 129, 17, 9, {1, 1, 1, 1, 0, 0}},
+      {1, 4, 12, 5, 67, {5, 5, 2, 2, 2, 2}, Prologue::none, false},
+      {4, 1, 8, 6, 6, {5, 5, 1, 1, 2, 2}, Prologue::activate, true, 0, 2},
   };
   bool ok = true;
   cuda_on_cpu::options.multiprocessors = 1;

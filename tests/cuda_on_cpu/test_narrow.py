@@ -10,7 +10,7 @@ from host_library import ORDERS, HostCUDABackend, set_multiprocessors, set_order
 from host_programs import MODES, assert_passes, needs_compiler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from norm_act_checks import coefficients
+from test_cpu_backend import coefficients
 from tolerance import assert_as_accurate
 from torch import Tensor, nn
 
@@ -159,6 +159,28 @@ def test_one_channel(cuda: Backend, dtype: torch.dtype) -> None:
     check(cuda, "conv", (Operand(x), weight, g, STORE), 16, "conv")
     check(cuda, "conv_transpose", (Operand(dy), weight, g, (8, 8), STORE), 512, "conv_transpose")
     check(cuda, "weight_grad", (Operand(x), Operand(dy), g), 32, "weight gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_is_infinite_reaches_what_it_is_a_term_of(cuda: Backend, dtype: torch.dtype, stride: int) -> None:
+    """And nothing else: neither neighbours nor pixels beyond an edge."""
+    g = Geometry((3, 3), (stride, stride), (0, 0), (1, 1), 1)
+    x, weight = normal(1, 3, 12, 12, seed=1, dtype=dtype), normal(16, 3, 3, 3, seed=2, dtype=dtype)
+    dy = normal(1, 16, *g.conv_size(12, 12), seed=3, dtype=dtype)
+    beyond = x.clone(memory_format=CHANNELS_LAST)
+    beyond[:, :, 11] = beyond[:, :, :, 11] = torch.inf  # a stride of 2 leaves it out
+    x[0, 1, 3, 6] = torch.inf
+    for op, *args in (
+        ("conv", Operand(x), weight, g, STORE),
+        ("weight_grad", Operand(beyond), Operand(dy), g),
+        ("conv_transpose", Operand(dy.masked_fill(dy == dy.max(), torch.inf)), weight, g, (12, 12), STORE),
+    ):
+        got, want = getattr(cuda, op)(*args), getattr(REFERENCE, op)(*map(wide, args))
+        if op != "weight_grad":
+            got, want = got[0], want[0]
+        assert torch.equal(got.isfinite(), want.isfinite()), op
+        assert want.isfinite().any()
 
 
 def test_the_same_bits_in_every_order_of_threads(cuda: Backend) -> None:
