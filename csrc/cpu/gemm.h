@@ -45,11 +45,14 @@ struct Tile {
   const Piece* pieces;
   int64_t count;
   bool add;
+  const float* ahead = nullptr;  // what is multiplied later: one address `ahead_step` further at every step along k
+  int64_t ahead_step = 0;
 };
 
 template <int kRows, int kVectors, int64_t kRowStride>
 void multiply_tile(const Tile& t) {
   Floats sum[kRows][kVectors];
+  const float* ahead = t.ahead ? t.ahead : t.b;
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
@@ -58,6 +61,8 @@ void multiply_tile(const Tile& t) {
     const float* a = t.a + p->a * t.a_step;
     const float* b = t.b + p->b * (kVectors * kWidth);
     for (int64_t k = p->depth; k > 0; --k) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += t.ahead_step;
       Floats row[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * kWidth);

@@ -6,7 +6,6 @@
 #include <array>
 #include <cstring>
 #include <mutex>
-#include <new>
 #include <vector>
 
 namespace fastdcgan::cpu {
@@ -167,10 +166,6 @@ Store& store() {
 }
 
 }  // namespace
-
-KeptWeight::KeptWeight(int64_t bytes) : bytes_(bytes), memory_(::operator new(bytes, std::align_val_t{64})) {}
-
-void KeptWeight::Free::operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
 
 std::shared_ptr<const KeptWeight> kept_weight(
     const Contraction& c, c10::ScalarType dtype, const Weight& w, int64_t way, int64_t bytes,

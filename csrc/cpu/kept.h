@@ -10,21 +10,19 @@
 #include <memory>
 
 #include "contractions.h"
+#include "pages.h"
 
 namespace fastdcgan::cpu {
 
 class KeptWeight {
  public:
-  explicit KeptWeight(int64_t bytes);
+  explicit KeptWeight(int64_t bytes) : bytes_(bytes), memory_(allocate_pages(bytes)) {}
   void* data() const { return memory_.get(); }
   int64_t bytes() const { return bytes_; }
 
  private:
-  struct Free {
-    void operator()(void*) const;
-  };
   int64_t bytes_;
-  std::unique_ptr<void, Free> memory_;
+  Pages memory_;
 };
 
 // The packed form of a weight: one that is kept and still holds, or one that `pack` makes now. Null where keeping it would

@@ -3,10 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <type_traits>
 
+#include "pages.h"
 #include "vectors.h"
 
 namespace fastdcgan::cpu {
@@ -50,7 +49,7 @@ inline void narrow(T* to, const float* from, int64_t n) {
   for (; i < n; ++i) to[i] = static_cast<T>(from[i]);
 }
 
-// Memory on a cache line that only grows: kept by each thread from call to call, because fresh pages cost more than
+// Memory that only grows: kept by each thread from call to call, because fresh pages cost more than
 // most of what is done in them.
 class Scratch {
  public:
@@ -58,10 +57,10 @@ class Scratch {
     if (n > size_) {
       memory_.reset();
       size_ = 0;
-      memory_.reset(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t{64})));
+      memory_ = allocate_pages(n * int64_t{sizeof(float)});
       size_ = n;
     }
-    return memory_.get();
+    return static_cast<float*>(memory_.get());
   }
   template <class T>
   T* get(int64_t n) {
@@ -69,10 +68,7 @@ class Scratch {
   }
 
  private:
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
-  };
-  std::unique_ptr<float, Free> memory_;
+  Pages memory_;
   int64_t size_ = 0;
 };
 

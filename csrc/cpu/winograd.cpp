@@ -18,6 +18,10 @@ namespace {
 
 constexpr int64_t kBlockFloats = 1 << 19;  // inputs and products of a block
 constexpr int64_t kMaxTiles = 8 * kKernelRows;
+// Up to so many tiles are one block that transforms the weight panel by panel, in the second-level cache: that costs less
+// than a transformed weight's way through memory.
+constexpr int64_t kFewTiles = 132;
+constexpr int64_t kFewDepth = kDepth / 2;  // there: so that inputs and panels stay in that cache
 
 // A two-tap contraction of all of `sets`: outputs of one place add up over `terms`.
 struct Term {
@@ -55,62 +59,75 @@ int64_t outputs(const Set& set, int64_t first, int64_t tiles) {
   return rows;
 }
 
+// `channels` in ranges of at most `most`, of about the same size.
+struct Chunks {
+  int64_t channels, count;
+
+  Chunks(int64_t channels, int64_t most) : channels(channels), count((channels + most - 1) / most) {}
+  int64_t begin(int64_t i) const { return channels * i / count; }
+  int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
+};
+
 template <class T>
 class Filter {
  public:
   Filter(const Contraction& c, const T* in, T* out, const Finish& finish, const Finisher& finisher)
       : c_(c), in_(in, c.batch, c.y.in, c.x.in, c.in_channels), out_(out), finish_(finish), finisher_(finisher),
-        panels_(c.out_channels), sets_(sets(c)), terms_(static_cast<int64_t>(sets_[0].terms.size())) {
-    const int64_t most = kDepth / terms_;  // channels that are multiplied between two visits of the sums
-    chunks_ = (c.in_channels + most - 1) / most;
-  }
+        panels_(c.out_channels), sets_(sets(c)), terms_(static_cast<int64_t>(sets_[0].terms.size())),
+        few_(most_tiles() * finish.groups <= kFewTiles),
+        chunks_(c.in_channels, (few_ ? kFewDepth : kDepth) / terms_) {}
 
-  // Of the transformed weight: [set][point][panel][term][input channel][column].
-  int64_t weight_size() const { return static_cast<int64_t>(sets_.size()) * set_size(); }
+  // Whether each block transforms the weight for itself.
+  bool few_tiles() const { return few_; }
+
+  // Of the transformed weight: [set][chunk][point][panel][term][input channel][column].
+  int64_t weight_size() const {
+    return static_cast<int64_t>(sets_.size()) * terms_ * kPoints * panels_.width * c_.in_channels;
+  }
 
   // Unless a transposed contraction has so few outputs that some phase has none.
   bool has_all_phases() const {
     return static_cast<int64_t>(sets_.size()) * terms_ == c_.y.stride * c_.x.stride;
   }
 
-  void pack(const Weight& w, float* to) const {
-    const int64_t blocks = (c_.in_channels + kWidth - 1) / kWidth, all = static_cast<int64_t>(sets_.size()) * terms_;
-    at::parallel_for(0, all * panels_.count * blocks, 4, [&](int64_t begin, int64_t end) {
+  void pack(const Weight& weight, float* to) const {
+    const int64_t all = static_cast<int64_t>(sets_.size()) * chunks_.count * panels_.count;
+    at::parallel_for(0, all, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t k = i % blocks * kWidth, panel = i / blocks % panels_.count, term = i / blocks / panels_.count;
-        pack(w, to, term / terms_, term % terms_, panel, k, std::min(k + kWidth, c_.in_channels));
+        const int64_t panel = i % panels_.count, chunk = i / panels_.count % chunks_.count;
+        const int64_t set = i / panels_.count / chunks_.count;
+pack(set, chunk, panel, to + place(set, chunk, 0, panel), terms_ * chunks_.size(chunk) * panels_.width);
       }
     });
   }
 
-  void run(const float* weight) {
-    weight_ = weight;
+  // `packed`: the transformed weight, or null.
+  void run(const Weight& weight, const float* packed) {
     const std::vector<Block> blocks = this->blocks();
     std::vector<float> partial(finish_.stats ? blocks.size() * 2 * panels_.width : 0);
-    // Where there are fewer blocks than threads, each is cut into ranges of panels.
-    const int64_t many = static_cast<int64_t>(blocks.size()), threads = at::get_num_threads();
-    const int64_t cuts = std::clamp<int64_t>((threads + many - 1) / std::max<int64_t>(many, 1), 1, panels_.count);
-    at::parallel_for(0, many * cuts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t cuts = balanced_cuts(static_cast<int64_t>(blocks.size()), panels_.count);
+    at::parallel_for(0, static_cast<int64_t>(blocks.size()) * cuts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t cut = i % cuts;
         float* moments = finish_.stats ? partial.data() + i / cuts * 2 * panels_.width : nullptr;
-        block(blocks[i / cuts], panels_.count * cut / cuts, panels_.count * (cut + 1) / cuts, moments);
+        block(blocks[i / cuts], weight, packed, panels_.count * cut / cuts, panels_.count * (cut + 1) / cuts, moments);
       }
     });
     if (finish_.stats) combine(blocks, partial.data(), panels_.width, c_.out_channels, finish_);
   }
 
  private:
-  int64_t depth() const { return terms_ * c_.in_channels; }
-  int64_t set_size() const { return kPoints * panels_.width * depth(); }
+  int64_t most_tiles() const {
+    int64_t all = 0;
+    for (const Set& set : sets_) all = std::max(all, c_.batch / finish_.groups * set.tiles());
+    return all;
+  }
 
   std::vector<Block> blocks() const {
     const int64_t fit = kBlockFloats / (kPoints * (kDepthStride + panels_.width)) / kKernelRows * kKernelRows;
-    const int64_t most = std::clamp<int64_t>(fit, kKernelRows, kMaxTiles);
+    const int64_t most = few_ ? kFewTiles : std::clamp<int64_t>(fit, kKernelRows, kMaxTiles);
     std::vector<Block> found;
-    int64_t all = 0;
-    for (const Set& set : sets_) all = std::max(all, c_.batch / finish_.groups * set.tiles());
-    const int64_t count = (all + most - 1) / most;
+    const int64_t all = most_tiles(), count = (all + most - 1) / most;
     const int64_t step = std::min(most, (all / count + kKernelRows - 1) / kKernelRows * kKernelRows);
     for (int64_t g = 0; g < finish_.groups; ++g)
       for (int64_t i = 0; i < all; i += step)
@@ -122,55 +139,69 @@ class Filter {
     return found;
   }
 
-  // Input channels [low, high) of one term and one panel.
-  void pack(const Weight& w, float* to, int64_t set, int64_t term, int64_t panel, int64_t low, int64_t high) const {
-    const Term& t = sets_[set].terms[term];
-    const int64_t width = panels_.vectors(panel) * kWidth, column = panel * kPanel;
-    const int64_t columns = std::min(width, c_.out_channels - column);
-    alignas(64) float taps[4][kWidth * kPanel] = {};
-    for (int i = 0; i < 4; ++i) {
-      const T* from =
-          static_cast<const T*>(w.data) + t.y.taps[i / 2] * w.y + t.x.taps[i % 2] * w.x + column * w.n + low * w.k;
-      for (int64_t n = 0; n < columns; ++n)
-        for (int64_t k = 0; k < high - low; ++k) taps[i][k * width + n] = static_cast<float>(from[n * w.n + k * w.k]);
+  // Where a panel of the transformed weight begins.
+  int64_t place(int64_t set, int64_t chunk, int64_t point, int64_t panel) const {
+    const int64_t rows = terms_ * chunks_.size(chunk);
+    const int64_t before = terms_ * (set * c_.in_channels + chunks_.begin(chunk));
+    return (kPoints * before + point * rows) * panels_.width + panel * rows * kPanel;
+  }
+
+  // One panel of the transformed weight, whose points are `step` apart.
+  void pack(const Weight& w, int64_t set, int64_t chunk, int64_t panel, float* to, int64_t step) const {
+    const int64_t low = chunks_.begin(chunk), size = chunks_.size(chunk), column = panel * kPanel;
+    const int64_t width = panels_.vectors(panel) * kWidth, columns = std::min(width, c_.out_channels - column);
+    for (int64_t f = 0; f < terms_; ++f) {
+      const Term& t = sets_[set].terms[f];
+      const T* taps[4];
+      for (int i = 0; i < 4; ++i)
+        taps[i] = static_cast<const T*>(w.data) + t.y.taps[i / 2] * w.y + t.x.taps[i % 2] * w.x + column * w.n + low * w.k;
+      transform_weights(taps, w.k, size, w.n, columns, width, to + f * size * width, step);
     }
-    const int64_t point = panels_.width * depth();
-    float* row = to + set * set_size() + column * depth() + (term * c_.in_channels + low) * width;
-    for (int64_t i = 0; i < (high - low) * width; i += kWidth)
-      transform_weight(load(taps[0] + i), load(taps[1] + i), load(taps[2] + i), load(taps[3] + i), row + i, point);
   }
 
   // Columns of panels [first, last) of a block.
-  void block(const Block& b, int64_t first, int64_t last, float* partial) const {
+  void block(
+      const Block& b, const Weight& weight, const float* packed, int64_t first, int64_t last, float* partial) const {
     const int64_t begin = first * kPanel, width = std::min(panels_.width, last * kPanel) - begin;
     const int64_t a_point = b.tiles * kDepthStride + kPanel, c_point = b.tiles * width + kPanel;
+    const int64_t b_point = (kFewDepth + 1) * kPanel;  // of a panel that is transformed here
     static thread_local Scratch scratch;
-    float *a = scratch.floats(kPoints * (a_point + c_point)), *sums = a + kPoints * a_point;
+    float* a = scratch.floats(kPoints * (a_point + c_point + (packed ? 0 : b_point)));
+    float *sums = a + kPoints * a_point, *own = sums + kPoints * c_point;
     const Set& set = sets_[b.set];
     const Tiles tiles(b.tiles);
-    const float* weight = weight_ + b.set * set_size();
-    for (int64_t i = 0; i < chunks_; ++i) {
-      const int64_t low = c_.in_channels * i / chunks_, high = c_.in_channels * (i + 1) / chunks_;
-      const int64_t run = (high - low + kStep - 1) / kStep * kStep;
+    for (int64_t i = 0; i < chunks_.count; ++i) {
+      const int64_t low = chunks_.begin(i), size = chunks_.size(i), run = (size + kStep - 1) / kStep * kStep;
       Piece pieces[4];
       for (int64_t f = 0; f < terms_; ++f) {
-        pieces[f] = {f * run, f * c_.in_channels + low, high - low};
+        pieces[f] = {f * run, f * size, size};
         const Term& term = set.terms[f];
         TilePlace place(term.y.tiles(), term.x.tiles(), b.first);
         float* row = a + f * run;
         for (int64_t t = 0; t < b.tiles; ++t, place.next(), row += kDepthStride)
-          transform_input(in_, term.y, term.x, place, low, high, [&](int64_t channel) { return row + channel; }, a_point);
+          transform_input(
+              in_, term.y, term.x, place, low, low + size, [&](int64_t channel) { return row + channel; }, a_point);
       }
-      for (int64_t point = 0; point < kPoints; ++point)
+      // The next panel is fetched meanwhile: `ahead` floats further.
+      const auto multiply_panel = [&](int64_t point, int64_t p, const float* panel, int64_t ahead) {
+        float* c = sums + point * c_point + p * kPanel - begin;
+        const int64_t step = ahead ? kPanel / tiles.count : 0;
+        for (int64_t t = 0; t < tiles.count; ++t)
+          multiply<kDepthStride>(
+              tiles.height(t), panels_.vectors(p),
+              {a + point * a_point + tiles.begin(t) * kDepthStride, 1, panel, c + tiles.begin(t) * width, width, pieces,
+               terms_, i > 0, panel + ahead + t * step * terms_ * size, step});
+      };
+      if (packed) {
+        for (int64_t point = 0; point < kPoints; ++point)
+          for (int64_t p = first; p < last; ++p)
+            multiply_panel(point, p, packed + place(b.set, i, point, p), terms_ * size * kPanel);
+      } else {
         for (int64_t p = first; p < last; ++p) {
-          const float* panel = weight + point * panels_.width * depth() + p * kPanel * depth();
-          float* c = sums + point * c_point + p * kPanel - begin;
-          for (int64_t t = 0; t < tiles.count; ++t)
-            multiply<kDepthStride>(
-                tiles.height(t), panels_.vectors(p),
-                {a + point * a_point + tiles.begin(t) * kDepthStride, 1, panel, c + tiles.begin(t) * width, width, pieces,
-                 terms_, i > 0});
+          pack(weight, b.set, i, p, own, b_point);
+          for (int64_t point = 0; point < kPoints; ++point) multiply_panel(point, p, own + point * b_point, 0);
         }
+      }
     }
     store_outputs(b, set.terms[0], sums, c_point, begin, width, partial);
   }
@@ -213,8 +244,9 @@ class Filter {
   const Finisher& finisher_;
   Panels panels_;
   std::vector<Set> sets_;
-  int64_t terms_, chunks_;
-  const float* weight_ = nullptr;
+  int64_t terms_;
+  bool few_;
+  Chunks chunks_;  // of input channels
 };
 
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b > 0); }
@@ -250,15 +282,21 @@ bool winograd_contract(
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     Filter<T> filter(c, static_cast<const T*>(in), static_cast<T*>(out), finish, finisher);
-    static thread_local Scratch scratch;
     const int64_t size = filter.weight_size();
     const auto pack = [&](void* to) { filter.pack(Rounded(weight, dtype).get(), static_cast<float*>(to)); };
     std::shared_ptr<const KeptWeight> kept;
     if (filter.has_all_phases())  // which there are otherwise depends on the padding, and kept weights don't
       kept = kept_weight(c, dtype, weight, /*way=*/kPoints, size * int64_t{sizeof(float)}, pack);
-    float* packed = kept ? static_cast<float*>(kept->data()) : scratch.floats(size);
-    if (!kept) pack(packed);
-    filter.run(packed);
+    if (kept) {
+      filter.run(weight, static_cast<const float*>(kept->data()));
+    } else if (filter.few_tiles()) {
+      filter.run(Rounded(weight, dtype).get(), nullptr);
+    } else {
+      static thread_local Scratch scratch;
+      float* packed = scratch.floats(size);
+      pack(packed);
+      filter.run(weight, packed);
+    }
   });
   return true;
 }

@@ -42,7 +42,7 @@ class FilterGrad {
     const auto parts = static_cast<int64_t>(parts_.size());
     const int64_t tiles = c_.batch * parts_[0].y.tiles() * parts_[0].x.tiles();
     const int64_t slices = parts >= kEnoughTasks ? 1 : std::clamp<int64_t>(tiles / kSliceTiles, 1, kEnoughTasks / parts);
-    const int64_t threads = at::get_num_threads(), cuts = threads == 1 ? 1 : std::min(parts, 2 * threads);
+    const int64_t cuts = balanced_cuts(slices, parts);  // as few as may be: each transforms the linear side
     static thread_local Scratch scratch;
     float* sums = scratch.floats(slices * parts * part_size());  // [slice, part, point, output channel, column]
     at::parallel_for(0, slices * cuts, 1, [&](int64_t begin, int64_t end) {

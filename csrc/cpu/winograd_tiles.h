@@ -1,6 +1,8 @@
 // The transforms of tiles: vectors along channels.
 #pragma once
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -9,6 +11,15 @@
 #include "winograd.h"
 
 namespace fastdcgan::cpu {
+
+// Into how many parts, at most `most`, each of `tasks` is cut so that no thread waits for more than a tenth of the time.
+inline int64_t balanced_cuts(int64_t tasks, int64_t most) {
+  const int64_t threads = at::get_num_threads();
+  const auto idle = [&](int64_t cuts) { return (threads - tasks * cuts % threads) % threads; };
+  int64_t cuts = 1;
+  while (cuts < most && 10 * idle(cuts) > tasks * cuts + idle(cuts)) ++cuts;
+  return cuts;
+}
 
 // Sample, and tile along each axis.
 struct TilePlace {
@@ -115,6 +126,49 @@ inline void transform_weight(Floats g00, Floats g01, Floats g10, Floats g11, flo
     store(to + i * kSide * step, rows[i][0]);
     store(to + (i * kSide + 1) * step, rows[i][0] + rows[i][1]);
     store(to + (i * kSide + 2) * step, rows[i][1]);
+  }
+}
+
+// Rows of `width` columns for `depth` input channels, of which `columns` are there: element (k, n) of a tap, at
+// k*k_step + n*n_step, as a float.
+template <class T>
+inline void widen_tap(
+    float* to, const T* from, int64_t k_step, int64_t depth, int64_t n_step, int64_t columns, int64_t width) {
+  if (depth == kWidth && k_step == 1 && columns == width) {
+    alignas(64) float wide[kWidth * kWidth];
+    for (int64_t n = 0; n < width; n += kWidth, from += kWidth * n_step) {
+      if constexpr (std::is_same_v<T, float>) {
+        at::vec::transpose_mxn<float, kWidth, kWidth>(from, n_step, to + n, width);
+      } else {
+        for (int64_t i = 0; i < kWidth; ++i)
+          for (int64_t k = 0; k < kWidth; ++k) wide[i * kWidth + k] = static_cast<float>(from[i * n_step + k]);
+        at::vec::transpose_mxn<float, kWidth, kWidth>(wide, kWidth, to + n, width);
+      }
+    }
+  } else if (n_step == 1) {
+    for (int64_t k = 0; k < depth; ++k, from += k_step, to += width) {
+      for (int64_t n = 0; n < columns; ++n) to[n] = static_cast<float>(from[n]);
+      std::fill(to + columns, to + width, 0.f);
+    }
+  } else {
+    for (int64_t k = 0; k < depth; ++k, from += k_step, to += width) {
+      for (int64_t n = 0; n < columns; ++n) to[n] = static_cast<float>(from[n * n_step]);
+      std::fill(to + columns, to + width, 0.f);
+    }
+  }
+}
+
+// A panel [depth, width] of B at each of nine points `step` apart, from the four taps at `from`. Elements as above.
+template <class T>
+inline void transform_weights(
+    const T* const* from, int64_t k_step, int64_t depth, int64_t n_step, int64_t columns, int64_t width, float* to,
+    int64_t step) {
+  alignas(64) float taps[4][kWidth * kPanel];
+  for (int64_t k = 0; k < depth; k += kWidth) {
+    const int64_t rows = std::min<int64_t>(kWidth, depth - k);
+    for (int i = 0; i < 4; ++i) widen_tap(taps[i], from[i] + k * k_step, k_step, rows, n_step, columns, width);
+    for (int64_t i = 0; i < rows * width; i += kWidth)
+      transform_weight(load(taps[0] + i), load(taps[1] + i), load(taps[2] + i), load(taps[3] + i), to + k * width + i, step);
   }
 }
 
