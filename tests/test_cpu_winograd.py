@@ -144,6 +144,19 @@ def test_a_kept_weight_is_that_of_this_call(cpu: CPUBackend) -> None:
             assert torch.allclose(got, expected, atol=1e-3, rtol=1e-4)
 
 
+def test_a_kept_weight_is_for_few_tiles_or_for_many(cpu: CPUBackend) -> None:
+    """Sums over many input channels have another order where tiles are few."""
+    few, many = (Case(batch, 72, (16, 16), 40, K4, torch.float32) for batch in (4, 20))
+    many.weight = few.weight
+    bias = Epilogue("bias", coef=torch.zeros(40))
+    before = torch.ops.fastdcgan_cpu.kept_weights()[0]
+    for case in (few, many, few, many):
+        expected = REFERENCE.conv(Operand(case.x), case.weight, case.g, bias)[0]
+        got = cpu.conv(Operand(case.x), case.weight, case.g, bias)[0]
+        assert torch.allclose(got, expected, atol=1e-3, rtol=1e-4)
+    assert torch.ops.fastdcgan_cpu.kept_weights()[0] == before + 2
+
+
 def test_a_kept_weight_has_all_phases(cpu: CPUBackend) -> None:
     """One output along an axis is of one phase, and the padding says which; the weight is the same."""
     weight = torch.randn(16, 16, 4, 4).contiguous(memory_format=torch.channels_last)

@@ -45,14 +45,14 @@ struct Tile {
   const Piece* pieces;
   int64_t count;
   bool add;
-  const float* ahead = nullptr;  // what is multiplied later: one address `ahead_step` further at every step along k
+  const float* ahead = nullptr;  // where given, what is multiplied later, to be fetched: one address at every step along k
   int64_t ahead_step = 0;
 };
 
-template <int kRows, int kVectors, int64_t kRowStride>
+template <int kRows, int kVectors, int64_t kRowStride, bool kAhead>
 void multiply_tile(const Tile& t) {
   Floats sum[kRows][kVectors];
-  const float* ahead = t.ahead ? t.ahead : t.b;
+  const float* ahead = t.ahead;
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
@@ -61,8 +61,10 @@ void multiply_tile(const Tile& t) {
     const float* a = t.a + p->a * t.a_step;
     const float* b = t.b + p->b * (kVectors * kWidth);
     for (int64_t k = p->depth; k > 0; --k) {
-      __builtin_prefetch(ahead, 0, 2);
-      ahead += t.ahead_step;
+      if constexpr (kAhead) {
+        __builtin_prefetch(ahead, /*for writing=*/0, /*second-level cache=*/2);
+        ahead += t.ahead_step;
+      }
       Floats row[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * kWidth);
@@ -87,10 +89,11 @@ template <int64_t kRowStride>
 void multiply(int64_t rows, int64_t vectors, const Tile& t) {
   using Kernel = void (*)(const Tile&);
   static constexpr auto kernels = []<int... r>(std::integer_sequence<int, r...>) {
-    return std::array<std::array<Kernel, 2>, kKernelRows>{
-        {{multiply_tile<r + 1, 1, kRowStride>, multiply_tile<r + 1, 2, kRowStride>}...}};
+    return std::array<std::array<Kernel, 4>, kKernelRows>{
+        {{multiply_tile<r + 1, 1, kRowStride, false>, multiply_tile<r + 1, 2, kRowStride, false>,
+          multiply_tile<r + 1, 1, kRowStride, true>, multiply_tile<r + 1, 2, kRowStride, true>}...}};
   }(std::make_integer_sequence<int, kKernelRows>{});
-  kernels[rows - 1][vectors - 1](t);
+  kernels[rows - 1][vectors - 1 + (t.ahead ? 2 : 0)](t);
 }
 
 // `rows` cut into as few tiles as there can be, of about the same height.

@@ -59,15 +59,6 @@ int64_t outputs(const Set& set, int64_t first, int64_t tiles) {
   return rows;
 }
 
-// `channels` in ranges of at most `most`, of about the same size.
-struct Chunks {
-  int64_t channels, count;
-
-  Chunks(int64_t channels, int64_t most) : channels(channels), count((channels + most - 1) / most) {}
-  int64_t begin(int64_t i) const { return channels * i / count; }
-  int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
-};
-
 template <class T>
 class Filter {
  public:
@@ -77,8 +68,11 @@ class Filter {
         few_(most_tiles() * finish.groups <= kFewTiles),
         chunks_(c.in_channels, (few_ ? kFewDepth : kDepth) / terms_) {}
 
-  // Whether each block transforms the weight for itself.
+  // Whether each block transforms the weight for itself, unless it is given.
   bool few_tiles() const { return few_; }
+
+  // Sets the order of the transformed weight apart from others.
+  int64_t way() const { return kPoints * (few_ ? kFewDepth : kDepth); }
 
   // Of the transformed weight: [set][chunk][point][panel][term][input channel][column].
   int64_t weight_size() const {
@@ -96,7 +90,7 @@ class Filter {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t panel = i % panels_.count, chunk = i / panels_.count % chunks_.count;
         const int64_t set = i / panels_.count / chunks_.count;
-pack(set, chunk, panel, to + place(set, chunk, 0, panel), terms_ * chunks_.size(chunk) * panels_.width);
+        pack(weight, set, chunk, panel, to + place(set, chunk, 0, panel), terms_ * chunks_.size(chunk) * panels_.width);
       }
     });
   }
@@ -190,7 +184,7 @@ pack(set, chunk, panel, to + place(set, chunk, 0, panel), terms_ * chunks_.size(
           multiply<kDepthStride>(
               tiles.height(t), panels_.vectors(p),
               {a + point * a_point + tiles.begin(t) * kDepthStride, 1, panel, c + tiles.begin(t) * width, width, pieces,
-               terms_, i > 0, panel + ahead + t * step * terms_ * size, step});
+               terms_, i > 0, ahead ? panel + ahead + t * step * terms_ * size : nullptr, step});
       };
       if (packed) {
         for (int64_t point = 0; point < kPoints; ++point)
@@ -286,7 +280,7 @@ bool winograd_contract(
     const auto pack = [&](void* to) { filter.pack(Rounded(weight, dtype).get(), static_cast<float*>(to)); };
     std::shared_ptr<const KeptWeight> kept;
     if (filter.has_all_phases())  // which there are otherwise depends on the padding, and kept weights don't
-      kept = kept_weight(c, dtype, weight, /*way=*/kPoints, size * int64_t{sizeof(float)}, pack);
+      kept = kept_weight(c, dtype, weight, filter.way(), size * int64_t{sizeof(float)}, pack);
     if (kept) {
       filter.run(weight, static_cast<const float*>(kept->data()));
     } else if (filter.few_tiles()) {

@@ -21,6 +21,15 @@ inline int64_t balanced_cuts(int64_t tasks, int64_t most) {
   return cuts;
 }
 
+// `all` of something in ranges of at most `most`, of about the same size.
+struct Chunks {
+  int64_t all, count;
+
+  Chunks(int64_t all, int64_t most) : all(all), count((all + most - 1) / most) {}
+  int64_t begin(int64_t i) const { return all * i / count; }
+  int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
+};
+
 // Sample, and tile along each axis.
 struct TilePlace {
   int64_t n, y, x, y_tiles, x_tiles;
