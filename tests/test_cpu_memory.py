@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +127,27 @@ def test_gradients_do_not_outlive_their_memory() -> None:
     others = [result(1, 8.0) for _ in range(3)]
     assert bool((view == 7.0).all())
     assert len({t.data_ptr() for t in (*others, view)}) == 4
+
+
+def test_large_blocks_are_mappings_of_their_own() -> None:
+    """From 4 MiB on they begin at a huge page, and all is given back."""
+    first, second = result(5, 1.0), result(5, 2.0)
+    if sys.platform == "linux":
+        assert first.data_ptr() % (2 * MIB) == 0 and second.data_ptr() % (2 * MIB) == 0
+    assert bool((first == 1.0).all()) and bool((second == 2.0).all())
+    del first, second
+    assert kept() == (2, 10 * MIB)
+    before = resident()
+    torch.ops.fastdcgan_cpu.release_memory()
+    assert kept() == (0, 0) and before - resident() > 8 * MIB
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        pytest.skip("needs /proc")
+    return int(status.read_text().split()[1]) * PAGE
 
 
 def faults() -> int:

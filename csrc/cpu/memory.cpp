@@ -7,15 +7,47 @@
 #include <c10/util/accumulate.h>
 
 #include <list>
+#include <memory>
 #include <mutex>
 #include <unordered_map>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace fastdcgan::cpu {
 namespace {
 
 constexpr size_t kLeastBytes = size_t{1} << 18;
 constexpr size_t kSlack = 8;     // a block is taken for as little as 8/9 of its size
+constexpr size_t kHugeBytes = size_t{1} << 22;
 constexpr int64_t kIdle = 512;  // blocks that lay free for so many allocations are given back: several steps of training
+
+// Fresh memory. Large blocks are mappings of their own, on huge pages where the system has them.
+c10::DataPtr fresh(size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes >= kHugeBytes) {
+    constexpr size_t page = size_t{1} << 21;
+    struct Mapping {
+      void* first;
+      size_t bytes;
+    };
+    const size_t all = bytes + page;
+    void* first = mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (first != MAP_FAILED) {
+      void* data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(first) + page - 1) / page * page);
+      // Only a hint: without huge pages it is memory like any other.
+      madvise(data, bytes, MADV_HUGEPAGE);
+      const auto unmap = [](void* context) {
+        const std::unique_ptr<Mapping> mapping(static_cast<Mapping*>(context));
+        munmap(mapping->first, mapping->bytes);
+      };
+      return {data, new Mapping{first, all}, unmap, c10::Device(c10::kCPU)};
+    }
+  }
+#endif
+  return c10::GetCPUAllocator()->allocate(bytes);
+}
 
 class Pool final : public c10::Allocator {
  public:
@@ -30,7 +62,7 @@ class Pool final : public c10::Allocator {
       if (i->bytes >= bytes && i->bytes - bytes <= bytes / kSlack && (best == free_.end() || i->bytes <= best->bytes))
         best = i;
     if (best == free_.end()) {
-      taken.push_back({c10::GetCPUAllocator()->allocate(bytes), bytes, 0});
+      taken.push_back({fresh(bytes), bytes, 0});
     } else {
       taken.splice(taken.end(), free_, best);
     }
