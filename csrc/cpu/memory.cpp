@@ -11,9 +11,7 @@
 #include <mutex>
 #include <unordered_map>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "pages.h"
 
 namespace fastdcgan::cpu {
 namespace {
@@ -23,11 +21,12 @@ constexpr size_t kSlack = 8;     // a block is taken for as little as 8/9 of its
 constexpr size_t kHugeBytes = size_t{1} << 22;
 constexpr int64_t kIdle = 512;  // blocks that lay free for so many allocations are given back: several steps of training
 
-// Fresh memory. Large blocks are mappings of their own, on huge pages where the system has them.
+// Fresh memory. Large blocks are on huge pages, as `Pages` are, but take no more than their bytes and go back whole: they
+// are the user's tensors, of any size.
 c10::DataPtr fresh(size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (bytes >= kHugeBytes) {
-    constexpr size_t page = size_t{1} << 21;
+    constexpr auto page = static_cast<size_t>(kHugePage);
     struct Mapping {
       void* first;
       size_t bytes;
