@@ -17,7 +17,8 @@ import fastdcgan
 from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.base import STORE, Backend, Epilogue, Operand, memory_format
-from fastdcgan.backends.cpu import CPUBackend, says_channels_last
+from fastdcgan.backends.cpu import CPUBackend
+from fastdcgan.backends.layout import says_channels_last
 from fastdcgan.backends.reference import ReferenceBackend
 from fastdcgan.geometry import Geometry
 

@@ -53,12 +53,19 @@ void check_winograd(const Contraction& c, bool winograd) {
       ", dilations ", c.y.dilation, " and ", c.x.dilation);
 }
 
+void check_halves(bool halves, bool winograd, c10::ScalarType dtype) {
+  const bool tiles = on_tiles(at::kBFloat16);
+  TORCH_CHECK_VALUE(
+      !halves || (!winograd && dtype == at::kFloat && tiles), "expected tensors of Float, AMX and no minimal filtering for ",
+      "products of halves, got ", dtype, ", ", tiles ? "" : "no ", "AMX, ", winograd ? "" : "no ", "filtering");
+}
+
 // Output and, for groups > 0, its stats. `by_channel`: [channels] for act(sum + t), [2 or more, 1, channels] for
 // act(s*sum + t).
 std::tuple<Tensor, Tensor> contraction(
     const Tensor& x_, const Tensor& weight_, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
     IntArrayRef size, bool transposed, const optional<Tensor>& by_channel_, int64_t act, double slope, int64_t groups,
-    bool winograd) {
+    bool winograd, bool halves) {
   const Tensor x = channels_last(x_, "an input");
   TORCH_CHECK_VALUE(
       weight_.dim() == 4 && weight_.size(transposed ? 0 : 1) == x.size(1), "expected a weight for ", x.size(1),
@@ -66,7 +73,8 @@ std::tuple<Tensor, Tensor> contraction(
   TORCH_CHECK_TYPE(
       weight_.scalar_type() == x.scalar_type() || weight_.scalar_type() == at::kFloat, "expected a weight of dtype ",
       x.scalar_type(), x.scalar_type() == at::kFloat ? "" : " or Float", ", got ", weight_.scalar_type());
-  const Tensor weight = weight_.is_non_overlapping_and_dense() ? weight_ : weight_.to(x.scalar_type());
+  Tensor weight = weight_;
+  if (!weight.is_non_overlapping_and_dense()) weight = halves ? weight.contiguous() : weight.to(x.scalar_type());
   TORCH_CHECK_VALUE(
       groups >= 0 && (groups == 0 || x.size(0) % groups == 0), "a batch of ", x.size(0), " can't have ", groups,
       " statistics groups");
@@ -76,6 +84,7 @@ std::tuple<Tensor, Tensor> contraction(
       x.size(0), x.size(1), channels, axis(x, 0, kernel, stride, padding, dilation, size[0], transposed),
       axis(x, 1, kernel, stride, padding, dilation, size[1], transposed)};
   check_winograd(c, winograd);
+  check_halves(halves, winograd, x.scalar_type());
   Weight w{weight.const_data_ptr(), weight.stride(transposed ? 0 : 1), weight.stride(transposed ? 1 : 0),
            weight.stride(2), weight.stride(3)};
   const c10::Storage storage = weight.storage();
@@ -107,6 +116,7 @@ std::tuple<Tensor, Tensor> contraction(
     finish.stats = stats.data_ptr<float>();
     finish.groups = groups;
   }
+  if (halves && contract_halves(c, x.const_data_ptr(), w, out.data_ptr(), finish)) return {out, stats};
   const bool known = (winograd ? winograd_contract : contract)(
       c, x.scalar_type(), x.const_data_ptr(), w, out.data_ptr(), finish);
   TORCH_CHECK_VALUE(known, "unknown activation id ", act);
@@ -115,19 +125,21 @@ std::tuple<Tensor, Tensor> contraction(
 
 std::tuple<Tensor, Tensor> conv(
     const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t groups, bool winograd) {
-  return contraction(x, weight, stride, padding, dilation, size, false, by_channel, act, slope, groups, winograd);
+    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t groups, bool winograd,
+    bool halves) {
+  return contraction(x, weight, stride, padding, dilation, size, false, by_channel, act, slope, groups, winograd, halves);
 }
 
 std::tuple<Tensor, Tensor> conv_transpose(
     const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t groups, bool winograd) {
-  return contraction(x, weight, stride, padding, dilation, size, true, by_channel, act, slope, groups, winograd);
+    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t groups, bool winograd,
+    bool halves) {
+  return contraction(x, weight, stride, padding, dilation, size, true, by_channel, act, slope, groups, winograd, halves);
 }
 
 Tensor grad_of_weight(
     const Tensor& gathered_, const Tensor& linear_, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
-    IntArrayRef dilation, bool winograd) {
+    IntArrayRef dilation, bool winograd, bool halves) {
   const Tensor gathered = channels_last(gathered_, "an input"), linear = channels_last(linear_, "a gradient");
   TORCH_CHECK_VALUE(
       gathered.size(0) == linear.size(0), "expected one batch size, got ", gathered.size(0), " and ", linear.size(0));
@@ -140,6 +152,8 @@ Tensor grad_of_weight(
       axis(gathered, 1, kernel, stride, padding, dilation, linear.size(3), false)};
   const Tensor out = output(gathered, c.out_channels, c.in_channels, kernel[0], kernel[1]);
   check_winograd(c, winograd);
+  check_halves(halves, winograd, gathered.scalar_type());
+  if (halves && weight_grad_halves(c, gathered.const_data_ptr(), linear.const_data_ptr(), out.data_ptr())) return out;
   (winograd ? winograd_weight_grad : weight_grad)(
       c, gathered.scalar_type(), gathered.const_data_ptr(), linear.const_data_ptr(), out.data_ptr());
   return out;
@@ -159,13 +173,13 @@ bool bfloat16_on_tiles() { return on_tiles(at::kBFloat16); }
 TORCH_LIBRARY_FRAGMENT(FASTDCGAN_CPU_NAMESPACE, m) {
   m.def(
       "conv(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int[2] size, Tensor? by_channel, "
-      "int act, float slope, int groups, bool winograd=False) -> (Tensor, Tensor)");
+      "int act, float slope, int groups, bool winograd=False, bool halves=False) -> (Tensor, Tensor)");
   m.def(
       "conv_transpose(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int[2] size, "
-      "Tensor? by_channel, int act, float slope, int groups, bool winograd=False) -> (Tensor, Tensor)");
+      "Tensor? by_channel, int act, float slope, int groups, bool winograd=False, bool halves=False) -> (Tensor, Tensor)");
   m.def(
       "weight_grad(Tensor gathered, Tensor linear, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
-      "bool winograd=False) -> Tensor");
+      "bool winograd=False, bool halves=False) -> Tensor");
   m.def("kept_weights() -> (int, int)", fastdcgan::cpu::kept);
   m.def("bfloat16_on_tiles() -> bool", fastdcgan::cpu::bfloat16_on_tiles);
 }

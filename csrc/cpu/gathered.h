@@ -5,11 +5,13 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "block_stats.h"
 #include "finish.h"
 #include "gather.h"
+#include "halves.h"
 #include "plan.h"
 
 namespace fastdcgan::cpu {
@@ -22,10 +24,11 @@ class Gather {
   Gather(const Contraction& c, const T* in, const Element* weight, T* out, const Finish& finish, const Finisher& finisher)
       : c_(c), in_{in, c.y.in, c.x.in, c.in_channels, in + c.batch * c.y.in * c.x.in * c.in_channels}, weight_(weight),
         out_(out), finish_(finish), finisher_(finisher), panels_(c.out_channels),
-        depth_(DepthOrder(c.y, c.x, c.in_channels, Products::kDepthUnit).rows()) {}
+        depth_(Products::kHalves * DepthOrder(c.y, c.x, c.in_channels, Products::kDepthUnit).rows()) {}
 
-  void run() {
-    const Plan plan(c_, Products::kDepthUnit);
+  // False if a sum of halves is not finite: then `out` is not the result.
+  bool run() {
+    const Plan plan(c_, Products::kDepthUnit, Products::kHalves);
     const std::vector<Block> blocks = plan.blocks(c_.batch, finish_.groups, Products::kBlockRows);
     std::vector<float> partial(finish_.stats ? blocks.size() * 2 * panels_.width : 0);
     // Where there are fewer blocks than threads, each is cut into ranges of panels.
@@ -40,9 +43,23 @@ class Gather {
       }
     });
     if (finish_.stats) combine(blocks, partial.data(), panels_.width, c_.out_channels, finish_);
+    return finite_;
   }
 
  private:
+  // Columns of one row of A.
+  void fill(Element* row, const RowClass& rows, const Place& place, const Chunk& chunk) const {
+    if constexpr (Products::kHalves == 2) {
+      alignas(64) float wide[kDepth + kSpill];
+      gather_row(wide, in_, rows, place, chunk.parts);
+      std::fill_n(wide + chunk.columns, chunk.filling, 0.f);
+      split(wide, chunk.columns + chunk.filling, row, row + kDepth);
+    } else {
+      gather_row(row, in_, rows, place, chunk.parts);
+      std::fill_n(row + chunk.columns, chunk.filling, Element(0.f));
+    }
+  }
+
   // Columns of panels [first, last) of a block.
   void block(const Block& b, int64_t first, int64_t last, float* partial) const {
     static thread_local Scratch scratch;
@@ -56,11 +73,7 @@ class Gather {
     bool add = false;
     for (const Chunk& chunk : b.group->chunks) {
       Place place(rows, b.first);
-      for (int64_t r = 0; r < b.rows; ++r, place.next(rows)) {
-        Element* row = a + r * Products::kRowStride;
-        gather_row(row, in_, rows, place, chunk.parts);
-        std::fill_n(row + chunk.columns, chunk.filling, Element(0.f));
-      }
+      for (int64_t r = 0; r < b.rows; ++r, place.next(rows)) fill(a + r * Products::kRowStride, rows, place, chunk);
       for (int64_t p = first; p < last; ++p)
         Products::multiply(
             a, b.rows, weight_ + p * kPanel * depth_, panels_.vectors(p), c + p * kPanel - begin, stride, chunk.pieces,
@@ -68,6 +81,9 @@ class Gather {
       add = true;
     }
     if (!add) std::fill_n(c, b.rows * stride, 0.f);
+    if constexpr (Products::kHalves == 2)
+      for (int64_t r = 0; r < b.rows && finite_; ++r)
+        if (!all_finite(c + r * stride, width)) finite_ = false;
     if (partial) {
       const auto sums = [&](int64_t r) { return c + r * stride; };
       moments(sums, b.rows, width, partial + begin, partial + panels_.width + begin);
@@ -90,6 +106,7 @@ class Gather {
   const Finisher& finisher_;
   Panels panels_;
   int64_t depth_;  // rows of the packed weight
+  mutable std::atomic<bool> finite_{true};
 };
 
 }  // namespace fastdcgan::cpu

@@ -121,6 +121,7 @@ struct FloatProducts {
   static constexpr int64_t kBlockRows = 8 * kKernelRows;  // that are gathered together
   static constexpr int64_t kRowStride = kDepthStride;
   static constexpr int64_t kDepthUnit = 1;  // pieces begin and end at multiples of it
+  static constexpr int64_t kHalves = 1;     // 2: operands lie as halves (halves.h)
 
   // What a thread needs while it multiplies.
   struct Session {};

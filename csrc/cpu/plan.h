@@ -28,8 +28,9 @@ struct Block {
 
 class Plan {
  public:
-  // Pieces begin and end at multiples of `unit`: 1, or what a tile takes along k at once.
-  Plan(const Contraction&, int64_t unit);
+  // Pieces begin and end at multiples of `unit`: 1, or what a tile takes along k at once. With two `halves` (halves.h) the
+  // low ones of A lie kDepth columns after the high ones, those of B after all rows.
+  Plan(const Contraction&, int64_t unit, int64_t halves);
 
   // Of at most `most_rows` rows.
   std::vector<Block> blocks(int64_t batch, int64_t stat_groups, int64_t most_rows) const;
@@ -37,7 +38,7 @@ class Plan {
  private:
   Group group(const Contraction&, const RowClass&) const;
 
-  int64_t unit_;
+  int64_t unit_, halves_;
   DepthOrder order_;
   std::vector<AxisClass> y_, x_;
   std::vector<Group> groups_;

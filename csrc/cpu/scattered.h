@@ -6,9 +6,11 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "finish.h"
+#include "halves.h"
 #include "narrow_tile.h"
 #include "overlap.h"
 #include "round_weight.h"
@@ -19,20 +21,26 @@ namespace fastdcgan::cpu {
 constexpr int64_t kBandFloats = 1 << 17;  // products of one band
 static_assert(Overlap::kSpill <= kPanel);
 
-// Panels of B, [panel][input channel][column]; a column is (ky, kx, output channel).
+// Panels of B, [panel][half][input channel][column]; a column is (ky, kx, output channel).
 template <class T, class Products>
 void pack_taps(const Contraction& c, const Weight& w, const Panels& panels, typename Products::Element* to) {
   const int64_t depth = whole_units<Products>(c.in_channels);
-  std::fill_n(to, panels.width * depth, typename Products::Element(0.f));
+  std::fill_n(to, Products::kHalves * panels.width * depth, typename Products::Element(0.f));
   int64_t column = 0;
   for (int64_t ky = 0; ky < c.y.kernel; ++ky)
     for (int64_t kx = 0; kx < c.x.kernel; ++kx)
       for (int64_t n = 0; n < c.out_channels; ++n, ++column) {
         const T* from = static_cast<const T*>(w.data) + ky * w.y + kx * w.x + n * w.n;
         const int64_t panel = column / kPanel, width = panels.vectors(panel) * kWidth;
-        typename Products::Element* at = to + panel * kPanel * depth;
-        for (int64_t k = 0; k < c.in_channels; ++k)
-          at[Products::place(k, column % kPanel, width)] = static_cast<typename Products::Element>(from[k * w.k]);
+        typename Products::Element* at = to + Products::kHalves * panel * kPanel * depth;
+        for (int64_t k = 0; k < c.in_channels; ++k) {
+          const int64_t place = Products::place(k, column % kPanel, width);
+          if constexpr (Products::kHalves == 2) {
+            split(from[k * w.k], at[place], at[width * depth + place]);
+          } else {
+            at[place] = static_cast<typename Products::Element>(from[k * w.k]);
+          }
+        }
       }
 }
 
@@ -57,7 +65,8 @@ class Scatter {
     }
   }
 
-  void run() {
+  // False if a sum of halves is not finite: then `out` is not the result.
+  bool run() {
     const int64_t fit = std::max<int64_t>(1, kBandFloats / (c_.x.in * panels_.width));  // rows of inputs
     const int64_t by_size = (c_.y.in + fit - 1) / fit, threads = at::get_num_threads();
     const int64_t by_threads = (threads + c_.batch - 1) / c_.batch;
@@ -69,6 +78,7 @@ class Scatter {
         band({i / bands, c_.y.out * b / bands, c_.y.out * (b + 1) / bands});
       }
     });
+    return finite_;
   }
 
  private:
@@ -92,6 +102,8 @@ class Scatter {
       const int64_t some = std::min(Products::kBlockRows, pixels - p);
       multiply_pixels(from + p * c_.in_channels, some, a, products + p * panels_.width);
     }
+    if constexpr (Products::kHalves == 2)
+      if (!all_finite(products, pixels * panels_.width)) finite_ = false;
     std::vector<const float*> taps;  // that fall on a row of outputs
     for (int64_t o = b.first; o < b.last; ++o) {
       taps.clear();
@@ -110,20 +122,31 @@ class Scatter {
   }
 
   void multiply_pixels(const T* from, int64_t rows, Element* a, float* products) const {
-    if constexpr (std::is_same_v<T, float>) return multiply_in_place(from, rows, products);
+    if constexpr (std::is_same_v<Element, float> && std::is_same_v<T, float>)
+      return multiply_in_place(from, rows, products);
     const int64_t all_depth = whole_units<Products>(c_.in_channels);
     for (int64_t k = 0; k < c_.in_channels; k += kDepth) {
       const int64_t depth = std::min(kDepth, c_.in_channels - k);
-      const std::vector<Piece> piece{{0, k, whole_units<Products>(depth)}};
+      const int64_t whole = whole_units<Products>(depth);
+      std::vector<Piece> pieces{{0, k, whole}};
+      if constexpr (Products::kHalves == 2) pieces = three_products(pieces, kDepth, all_depth);
       for (int64_t r = 0; r < rows; ++r) {
-        widen(a + r * Products::kRowStride, from + r * c_.in_channels + k, depth, end_);
-        std::fill_n(a + r * Products::kRowStride + depth, piece[0].depth - depth, Element(0.f));
+        Element* row = a + r * Products::kRowStride;
+        if constexpr (Products::kHalves == 2) {
+          alignas(64) float wide[kDepth + kSpill];
+          widen(wide, from + r * c_.in_channels + k, depth, end_);
+          std::fill_n(wide + depth, whole - depth, 0.f);
+          split(wide, whole, row, row + kDepth);
+        } else {
+          widen(row, from + r * c_.in_channels + k, depth, end_);
+          std::fill_n(row + depth, whole - depth, Element(0.f));
+        }
       }
       clear_rows<Products>(a, rows);
       for (int64_t p = 0; p < panels_.count; ++p)
         Products::multiply(
-            a, rows, weight_ + p * kPanel * all_depth, panels_.vectors(p), products + p * kPanel, panels_.width, piece,
-            k > 0);
+            a, rows, weight_ + Products::kHalves * p * kPanel * all_depth, panels_.vectors(p), products + p * kPanel,
+            panels_.width, pieces, k > 0);
     }
   }
 
@@ -160,17 +183,18 @@ class Scatter {
   bool overlaps_;
   Finisher finisher_;
   std::vector<std::vector<Read>> rows_;
+  mutable std::atomic<bool> finite_{true};
   std::vector<int64_t> offsets_, starts_;  // of the products that the outputs of a row read, in a row of inputs
 };
 
 template <class T, class Products>
-void scatter_with(const Contraction& c, const void* in, const Weight& weight, void* out, const Finish& finish) {
+bool scatter_with(const Contraction& c, const void* in, const Weight& weight, void* out, const Finish& finish) {
   using Element = typename Products::Element;
   const Panels panels(c.taps() * c.out_channels);
   static thread_local Scratch scratch;
-  Element* packed = scratch.get<Element>(panels.width * whole_units<Products>(c.in_channels));
+  Element* packed = scratch.get<Element>(Products::kHalves * panels.width * whole_units<Products>(c.in_channels));
   pack_taps<T, Products>(c, Rounded(weight, c10::CppTypeToScalarType<T>::value).get(), panels, packed);
-  Scatter<T, Products>(c, static_cast<const T*>(in), packed, static_cast<T*>(out), finish).run();
+  return Scatter<T, Products>(c, static_cast<const T*>(in), packed, static_cast<T*>(out), finish).run();
 }
 
 }  // namespace fastdcgan::cpu

@@ -9,6 +9,7 @@
 #include "pack.h"
 #include "pairs.h"
 #include "round_weight.h"
+#include "scatter.h"
 #include "scattered.h"
 #include "tile_pixels.h"
 #include "tiles.h"
@@ -20,6 +21,7 @@ using Element = TileProducts::Element;
 constexpr c10::ScalarType kElement = c10::CppTypeToScalarType<Element>::value;
 
 constexpr int64_t kBlock = 64;  // input channels that are packed together: all taps of them pass through the cache once
+constexpr int64_t kGrain = 1 << 15;  // elements of a thread's share, at the least
 
 // Channels [first, last) of one tap for some columns. `to`: of the panel; `row`: of `first` in the packed weight.
 void pack_tap(
@@ -46,12 +48,13 @@ void pack_tap(
       to[TileProducts::place(row + k - first, n, width)] = from[k * w.k + n * w.n];
 }
 
-void pack(const Contraction& c, const Weight& w, Element* to) {
+// Panels of columns, [panel][half][row of DepthOrder][column]: the `half`-th of `halves`.
+void pack(const Contraction& c, const Weight& w, Element* to, int64_t half = 0, int64_t halves = 1) {
   const Panels panels(c.out_channels);
   const DepthOrder order(c.y, c.x, c.in_channels, TileProducts::kDepthUnit);
   const int64_t blocks = (c.in_channels + kBlock - 1) / kBlock, depth = order.rows();
-  if (c.in_channels % TileProducts::kDepthUnit || c.out_channels % kWidth)
-    std::fill_n(to, panels.width * depth, Element(0.f));
+  if (half == 0 && (c.in_channels % TileProducts::kDepthUnit || c.out_channels % kWidth))
+    std::fill_n(to, halves * panels.width * depth, Element(0.f));
   at::parallel_for(0, panels.count * blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t column = i / blocks * kPanel, width = panels.vectors(i / blocks) * kWidth;
@@ -60,9 +63,26 @@ void pack(const Contraction& c, const Weight& w, Element* to) {
         for (int64_t kx = 0; kx < c.x.kernel; ++kx)
           pack_tap(
               static_cast<const Element*>(w.data) + column * w.n + ky * w.y + kx * w.x, w, first, last,
-              std::min(width, c.out_channels - column), width, to + column * depth, order.row(ky, kx) + first);
+              std::min(width, c.out_channels - column), width, to + (halves * column + half * width) * depth,
+              order.row(ky, kx) + first);
     }
   });
+}
+
+// Both halves of a weight of floats.
+void pack_halves(const Contraction& c, const Weight& w, Element* to) {
+  static thread_local Scratch scratch;
+  const int64_t count = w.bytes / int64_t{sizeof(float)};
+  Element *high = scratch.get<Element>(2 * count), *low = high + count;
+  const auto* from = static_cast<const float*>(w.data);
+  at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+    split(from + begin, end - begin, high + begin, low + begin);
+  });
+  Weight half = w;
+  for (int64_t h = 0; h < SplitProducts::kHalves; ++h) {
+    half.data = h == 0 ? high : low;
+    pack(c, half, to, h, SplitProducts::kHalves);
+  }
 }
 
 }  // namespace
@@ -87,8 +107,29 @@ void scatter_on_tiles(const Contraction& c, const void* in, const Weight& weight
 }
 
 void weight_grad_on_tiles(const Contraction& c, const void* gathered, const void* linear, void* out) {
-  WeightGrad<Element, TilePixels>(
+  WeightGrad<Element, TilePixels<Element, TileProducts>>(
       c, static_cast<const Element*>(gathered), static_cast<const Element*>(linear), static_cast<Element*>(out)).run();
+}
+
+bool contract_halves(const Contraction& c, const void* in, const Weight& weight, void* out, const Finish& finish) {
+  const Finisher finisher(finish, c.out_channels);
+  if (!finisher.known()) return false;
+  if (!finish.stats && scatters(c)) return scatter_with<float, SplitProducts>(c, in, weight, out, finish);
+  static thread_local Scratch scratch;
+  const int64_t size = packed_size<SplitProducts>(c);
+  const auto pack_to = [&](void* to) { pack_halves(c, weight, static_cast<Element*>(to)); };
+  const auto kept = kept_weight(
+      c, c10::ScalarType::Float, weight, SplitProducts::kHalves * SplitProducts::kDepthUnit,
+      size * int64_t{sizeof(Element)}, pack_to);
+  Element* packed = kept ? static_cast<Element*>(kept->data()) : scratch.get<Element>(size);
+  if (!kept) pack_to(packed);
+  return Gather<float, SplitProducts>(
+      c, static_cast<const float*>(in), packed, static_cast<float*>(out), finish, finisher).run();
+}
+
+bool weight_grad_halves(const Contraction& c, const void* gathered, const void* linear, void* out) {
+  return WeightGrad<float, TilePixels<float, SplitProducts>>(
+      c, static_cast<const float*>(gathered), static_cast<const float*>(linear), static_cast<float*>(out)).run();
 }
 
 }  // namespace fastdcgan::cpu
@@ -107,6 +148,8 @@ void scatter_on_tiles(const Contraction&, const void*, const Weight&, void*, con
   TORCH_INTERNAL_ASSERT(false);
 }
 void weight_grad_on_tiles(const Contraction&, const void*, const void*, void*) { TORCH_INTERNAL_ASSERT(false); }
+bool contract_halves(const Contraction&, const void*, const Weight&, void*, const Finish&) { return false; }
+bool weight_grad_halves(const Contraction&, const void*, const void*, void*) { return false; }
 
 }  // namespace fastdcgan::cpu
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends import measured
 from fastdcgan.backends.base import Backend, Epilogue, Operand, Unavailable, Update, memory_format
+from fastdcgan.backends.layout import says_channels_last
 from fastdcgan.build_info import build_info, library, why_missing, why_stale
 from fastdcgan.geometry import Geometry, Pair
 
@@ -40,7 +41,7 @@ FEWEST_WIDE_KEPT = 32  # of `conv` in float32 with a packed weight that is kept 
 
 # The namespace of the contractions' operators (csrc/cpu/conv_ops.cpp).
 CONTRACTIONS = "fastdcgan_cpu"
-KIND = "contractions on tiles"  # of what was measured
+KIND, KIND_HALVES = "contractions on tiles", "float32 contractions in halves on tiles"  # of what was measured
 
 Size = Sequence[int]
 
@@ -50,20 +51,6 @@ def extension_name() -> str:
     "avx512" leaves out our AMX tiles."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     return f"_cpu_{capability}" if capability in ("avx2", "avx512") else "_cpu_default"
-
-
-def says_channels_last(x: Tensor) -> bool:
-    """Whether PyTorch's convolution takes the strides of `x` [N, C, H, W] for channels_last, also where one channel or
-    one pixel makes them ambiguous (`is_channels_last_strides_2d`)."""
-    size, stride = x.shape, x.stride()
-    if stride[1] == 0:
-        return False
-    least = 0
-    for d in (1, 3, 2, 0):
-        if size[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
-            return False
-        least = stride[d] * max(size[d], 1)
-    return True
 
 
 def _stored(a: Operand) -> Tensor:
@@ -93,8 +80,23 @@ def _has_tiles(namespace: str) -> bool:
     return getattr(torch.ops, namespace).bfloat16_on_tiles()
 
 
+def _may_be_halves() -> bool:
+    """Whether float32 products may be of less precision: by `torch.set_float32_matmul_precision("high")`, which PyTorch
+    keeps here as "tf32", or "medium": "bf16". (What gets that setting raises where PyTorch's backends differ in it.)"""
+    return torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")  # type: ignore[attr-defined]
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+class Route(NamedTuple):
+    """Which way a contraction goes."""
+
+    pytorch: str | None  # why PyTorch's own runs it, or None
+    filters: bool = False  # by minimal filtering
+    halves: bool = False  # float32 as three products of bfloat16 halves (csrc/cpu/halves.h)
+    beside: str = ""  # what `explain` says of it, where ours runs it
 
 
 class CPUBackend(Backend):
@@ -143,10 +145,9 @@ class CPUBackend(Backend):
         return dtype == torch.bfloat16 and _has_tiles(CONTRACTIONS)
 
     def why_not(self, op: str, *args: Any) -> str | None:
-        return self._choose(op, *args)[0]
+        return self._choose(op, *args).pytorch
 
-    def _choose(self, op: str, *args: Any) -> tuple[str | None, bool]:
-        """Why PyTorch's own contraction runs this call, or None, and whether ours is by minimal filtering."""
+    def _choose(self, op: str, *args: Any) -> Route:
         first, second, geometry = args[:3]
         x = _stored(first)
         gathered: Size
@@ -162,13 +163,17 @@ class CPUBackend(Backend):
                 gathered, linear = (batch, other.shape[1], *args[3]), x.shape
         reason = self.cannot(geometry, x, other, casts=op != "weight_grad")
         if reason is None and self._tiles and self.on_tiles(x.dtype):
-            return self.compared(op, *args), False
+            return Route(self.compared(op, *args))
         # Most often of generation, where weights stay the same; training with normalisation has other epilogues. What
         # was cast for a gradient is another tensor at every call.
         kept = op != "weight_grad" and args[-1].kind in ("bias", "activate") and isinstance(second, torch.nn.Parameter)
         if reason is None and self.filters(op, gathered, linear, geometry, x.dtype, kept):
-            return None, True
-        return reason or self.slower(op, gathered, linear, geometry, x.dtype, kept), False
+            exact = Route(None, filters=True)
+        else:
+            exact = Route(reason or self.slower(op, gathered, linear, geometry, x.dtype, kept))
+        if reason is None and x.dtype == torch.float32 and _has_tiles(CONTRACTIONS) and _may_be_halves():
+            return self.compared_halves(exact, op, *args)
+        return exact
 
     def cannot(self, geometry: Geometry, *tensors: Tensor, casts: bool = False) -> str | None:
         """Why the kernels of csrc/cpu can't run a contraction, or None if they can. `casts`: float32 goes with any."""
@@ -256,6 +261,25 @@ class CPUBackend(Backend):
             return None
         return f"it is faster: {times['pytorch']:.4f} ms, and ours {times['cpu']:.4f} ms, measured here"
 
+    def compared_halves(self, exact: Route, op: str, *args: Any) -> Route:
+        """`exact`, or three products of halves on AMX tiles where those are faster: measured, at first use. Halves
+        where bits should not depend on that."""
+        name = "three products of bfloat16 halves on AMX tiles"
+        if torch.are_deterministic_algorithms_enabled():
+            return Route(None, halves=True, beside=name)
+        calls = {"halves": functools.partial(getattr(self, f"_{op}"), *args, halves=True)}
+        if exact.pytorch is not None:
+            calls["float32"] = functools.partial(self._pytorch, op, *args)
+        else:
+            calls["float32"] = functools.partial(getattr(self, f"_{op}"), *args, filters=exact.filters)
+        key = repr((op, exact[:2], *map(_shape, args), torch.get_num_threads()))
+        times = measured.cpu_times(KIND_HALVES, key, calls)
+        both = f"{times['halves']:.4f} ms, float32 {times['float32']:.4f} ms, measured here"
+        if times["halves"] < (1 - measured.MARGIN) * times["float32"]:  # or they cost precision for nothing
+            return Route(None, halves=True, beside=f"{name}: {both}")
+        beside = f"float32 products; {name} take {both}"
+        return exact._replace(pytorch=exact.pytorch and f"{exact.pytorch}; {name} take {both}", beside=beside)
+
     def turns(self, blocks: Sequence[Block], weights: Sequence[Tensor], x: Tensor) -> bool:
         if self._slow or any(map(says_channels_last, (x, *weights))):
             return False
@@ -269,12 +293,11 @@ class CPUBackend(Backend):
             size = block.output_size(*size)
         return weights[-1].shape[1 if blocks[-1].transposed else 0] < FEWEST_CHANNELS or size == (1, 1)
 
-    def _own(self, op: str, *args: Any) -> tuple[bool, bool]:
-        """Whether a kernel of ours runs this call, and whether by minimal filtering."""
-        reason, filters = self._choose(op, *args)
+    def _route(self, op: str, *args: Any) -> Route:
+        route = self._choose(op, *args)
         if self.seen is not None:
-            self.seen.append("" if reason is None else f"PyTorch's convolution: {reason}")
-        return reason is None, filters
+            self.seen.append(route.beside if route.pytorch is None else f"PyTorch's convolution: {route.pytorch}")
+        return route
 
     def _pytorch(self, op: str, first: Operand, second: Any, *args: Any) -> Any:
         """The contraction by way of PyTorch's own."""
@@ -283,32 +306,53 @@ class CPUBackend(Backend):
         return getattr(super(), op)(first, second, *args)
 
     def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
-        own, filters = self._own("conv", a, weight, geometry, epilogue)
-        if not own:
+        route = self._route("conv", a, weight, geometry, epilogue)
+        if route.pytorch is not None:
             return self._pytorch("conv", a, weight, geometry, epilogue)
-        return self._conv(a, weight, geometry, epilogue, filters)
+        return self._conv(a, weight, geometry, epilogue, route.filters, route.halves)
 
     def _conv(
-        self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue, filters: bool = False
+        self,
+        a: Operand,
+        weight: Tensor,
+        geometry: Geometry,
+        epilogue: Epilogue,
+        filters: bool = False,
+        halves: bool = False,
     ) -> tuple[Tensor, Tensor]:
         size = geometry.conv_size(a.x.shape[2], a.x.shape[3])
-        return self._run(self.contractions.conv, a, weight, geometry, size, epilogue, filters)
+        return self._run(self.contractions.conv, a, weight, geometry, size, epilogue, filters, halves)
 
     def conv_transpose(
         self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
     ) -> tuple[Tensor, Tensor]:
-        own, filters = self._own("conv_transpose", a, weight, geometry, output_size, epilogue)
-        if not own:
+        route = self._route("conv_transpose", a, weight, geometry, output_size, epilogue)
+        if route.pytorch is not None:
             return self._pytorch("conv_transpose", a, weight, geometry, output_size, epilogue)
-        return self._conv_transpose(a, weight, geometry, output_size, epilogue, filters)
+        return self._conv_transpose(a, weight, geometry, output_size, epilogue, route.filters, route.halves)
 
     def _conv_transpose(
-        self, a: Operand, weight: Tensor, geometry: Geometry, size: Pair, epilogue: Epilogue, filters: bool = False
+        self,
+        a: Operand,
+        weight: Tensor,
+        geometry: Geometry,
+        size: Pair,
+        epilogue: Epilogue,
+        filters: bool = False,
+        halves: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        return self._run(self.contractions.conv_transpose, a, weight, geometry, size, epilogue, filters)
+        return self._run(self.contractions.conv_transpose, a, weight, geometry, size, epilogue, filters, halves)
 
     def _run(
-        self, op: Callable, a: Operand, weight: Tensor, geometry: Geometry, size: Pair, e: Epilogue, filters: bool
+        self,
+        op: Callable,
+        a: Operand,
+        weight: Tensor,
+        geometry: Geometry,
+        size: Pair,
+        e: Epilogue,
+        filters: bool,
+        halves: bool,
     ) -> tuple[Tensor, Tensor]:
         fused, act, slope, groups = None, ACTIVATIONS["identity"].id, 0.0, 0
         if e.kind == "stats":
@@ -320,20 +364,22 @@ class CPUBackend(Backend):
             fused, act, slope = e.coef, ACTIVATIONS[e.act].id, e.slope
         g = geometry
         x = self.finished(a)
-        out, stats = op(x, weight, g.stride, g.padding, g.dilation, size, fused, act, slope, groups, filters)
+        out, stats = op(x, weight, g.stride, g.padding, g.dilation, size, fused, act, slope, groups, filters, halves)
         if fused is None and groups == 0:
             return self.apply_epilogue(out, e)
         return out, stats
 
     def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
-        own, filters = self._own("weight_grad", gathered, linear, geometry)
-        if not own:
+        route = self._route("weight_grad", gathered, linear, geometry)
+        if route.pytorch is not None:
             return self._pytorch("weight_grad", gathered, linear, geometry)
-        return self._weight_grad(gathered, linear, geometry, filters)
+        return self._weight_grad(gathered, linear, geometry, route.filters, route.halves)
 
-    def _weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry, filters: bool = False) -> Tensor:
+    def _weight_grad(
+        self, gathered: Operand, linear: Operand, geometry: Geometry, filters: bool = False, halves: bool = False
+    ) -> Tensor:
         x, dy, g = self.finished(gathered), self.finished(linear), geometry
-        dw = self.contractions.weight_grad(x, dy, g.kernel, g.stride, g.padding, g.dilation, filters)
+        dw = self.contractions.weight_grad(x, dy, g.kernel, g.stride, g.padding, g.dilation, filters, halves)
         return dw.contiguous(memory_format=memory_format(x))
 
     # --- normalisation and activation ---

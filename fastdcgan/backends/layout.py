@@ -39,3 +39,17 @@ def flat_epilogue(e: Epilogue, taps: int) -> Epilogue:
     """For an output with `taps` times as many channels: (tap, channel)."""
     coef = None if e.coef is None else e.coef.repeat(*[1] * (e.coef.dim() - 1), taps)
     return e._replace(y=None if e.y is None else flat(e.y), coef=coef)
+
+
+def says_channels_last(x: Tensor) -> bool:
+    """Whether PyTorch's convolution takes the strides of `x` [N, C, H, W] for channels_last, also where one channel or
+    one pixel makes them ambiguous (`is_channels_last_strides_2d`)."""
+    size, stride = x.shape, x.stride()
+    if stride[1] == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if size[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * max(size[d], 1)
+    return True

@@ -16,8 +16,8 @@ sys.path.append(str(HERE.parent / "cuda_on_cpu"))
 from host_programs import ROOT, compiled, compiler  # noqa: E402
 
 BUILD = ROOT / "build" / "amx_emulated"
-SOURCES = ("conv_ops", "contract", "kept", "memory", "pack", "plan", "round_weight", "scatter", "taps")
-SOURCES += ("tile_contractions", "weight_grad", "winograd", "winograd_grad")
+SOURCES = ("conv_ops", "contract", "kept", "memory", "narrow", "narrow_grad", "pack", "plan", "round_weight")
+SOURCES += ("scatter", "taps", "tile_contractions", "weight_grad", "winograd", "winograd_grad")
 # As setup.py has it for processors with AVX-512; symbols that are this library's own.
 WIDTH = ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx2", "-mfma", "-mf16c"]
 WIDTH += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]

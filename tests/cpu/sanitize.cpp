@@ -13,6 +13,7 @@
 #include "../../csrc/cpu/images.h"
 #include "../../csrc/cpu/losses.h"
 #include "../../csrc/cpu/passes.h"
+#include "../../csrc/cpu/tile_contractions.h"
 #include "../../csrc/cpu/winograd.h"
 
 using namespace fastdcgan::cpu;
@@ -90,6 +91,34 @@ std::unique_ptr<T[]> filled(int64_t n) {
   return x;
 }
 
+#ifdef FASTDCGAN_AMX_EMULATED
+// The same as `contractions`, in halves.
+int halves(int64_t batch, int64_t channels, int64_t out, const Axis& y, const Axis& x) {
+  const int64_t gathered = batch * channels * y.in * x.in, linear = batch * out * y.out * x.out;
+  const int64_t weights = channels * out * y.kernel * x.kernel, tap = x.kernel * channels;
+  const auto a = filled<float>(gathered), b = filled<float>(linear), w = filled<float>(weights);
+  const auto stats = std::make_unique<float[]>(3 * out);
+  const auto bytes = static_cast<int64_t>(weights * sizeof(float));
+  const c10::Storage storage(
+      c10::Storage::use_byte_size_t(), bytes, c10::DataPtr(w.get(), c10::DeviceType::CPU), nullptr, false);
+  const Contraction conv{batch, channels, out, y, x};
+  Axis back[2] = {y, x};
+  for (Axis& axis : back) {
+    std::swap(axis.in, axis.out);
+    axis.transposed = true;
+  }
+  const Contraction transposed{batch, out, channels, back[0], back[1]};
+  Finish with_stats, plain;
+  with_stats.stats = stats.get();
+  const Weight weight{w.get(), 1, y.kernel * tap, tap, channels, &storage, bytes};
+  const Weight turned{w.get(), y.kernel * tap, 1, tap, channels, &storage, bytes};
+  int calls = contract_halves(conv, a.get(), weight, b.get(), with_stats);
+  calls += contract_halves(transposed, b.get(), turned, a.get(), plain);
+  calls += weight_grad_halves(conv, a.get(), b.get(), w.get());
+  return calls;
+}
+#endif
+
 // All three contractions of one geometry; weights as they lie in channels_last.
 template <class T>
 int contractions(int64_t batch, int64_t channels, int64_t out, const Axis& y, const Axis& x, c10::ScalarType dtype) {
@@ -152,6 +181,10 @@ int main() {
       for (int64_t channels : {1, 3, 16, 33})
         for (int64_t out : {1, 17, 32}) {
           calls += contractions<c10::BFloat16>(batch, channels, out, y, x, c10::ScalarType::BFloat16);
+#ifdef FASTDCGAN_AMX_EMULATED
+          if (halves(batch, channels, out, y, x) != 3) std::abort();
+          calls += 3;
+#endif
           if (kTilesAlone) continue;
           calls += contractions<float>(batch, channels, out, y, x, c10::ScalarType::Float);
           calls += contractions<c10::Half>(batch, channels, out, y, x, c10::ScalarType::Half);

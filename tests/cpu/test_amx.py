@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import amx_library
@@ -37,19 +37,6 @@ from fastdcgan.geometry import Geometry
 REASON = amx_library.why_not() or (backends.status()["cpu"] if backends.status()["cpu"] != "available" else None)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BF16 = torch.bfloat16
-
-
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-    """Every contraction of the CPU backend that our kernels can run does, on emulated tiles if it is of bfloat16."""
-    found = amx_library.library()
-    monkeypatch.setattr(cpu_backend, "CONTRACTIONS", "fastdcgan_cpu_amx")
-    monkeypatch.setattr(CPUBackend, "slower", lambda *_: None)
-    monkeypatch.setattr(CPUBackend, "compared", lambda *_: None)
-    before = found.amx_emulated_products()
-    yield found
-    assert found.amx_emulated_products() > before
-    assert found.amx_emulated_configured_threads() == 0
 
 
 # --- the emulation ---------------------------------------------------------------------------------------------------
@@ -211,6 +198,18 @@ def test_a_weight_may_lie_as_it_likes(emulated: ctypes.CDLL) -> None:
         apart = torch.zeros(*plain.shape, 2, dtype=BF16)[..., 0].copy_(plain)
         for case.weight in (plain, turned, apart):
             assert all(torch.equal(result, expected[op]) for op, result in case.run(cpu).items())
+
+
+@pytest.mark.parametrize("name", ["wide", "image", "projection", "one sample", "odd"])
+def test_float32_weights_are_rounded(emulated: ctypes.CDLL, name: str) -> None:
+    """As autocast has them: the bits of a weight that was cast."""
+    case, cpu = block(name, BF16), CPUBackend()
+    weight = case.weight + torch.randn_like(case.weight, dtype=torch.float32) * 2.0**-9
+    for op, a, extra in (("conv", case.x, ()), ("conv_transpose", case.dy, (case.size,))):
+        run = getattr(cpu, op)
+        expected = run(Operand(a), weight.to(BF16), case.g, *extra, STORE)[0]
+        assert torch.equal(run(Operand(a), weight, case.g, *extra, STORE)[0], expected)
+        assert not torch.equal(run(Operand(a), case.weight, case.g, *extra, STORE)[0], expected)
 
 
 @pytest.mark.parametrize("name", ["wide", "image", "projection", "one sample"])
