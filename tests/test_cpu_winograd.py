@@ -187,7 +187,7 @@ def test_the_rule() -> None:
     sizes = (8, 16, 32, 32), (8, 32, 16, 16)
     for op in ("conv", "conv_transpose", "weight_grad"):
         assert cpu.filters(op, *sizes, K4, torch.float32)
-        assert cpu.slower(op, *sizes, torch.float32) is None or op != "weight_grad"
+        assert cpu.slower(op, *sizes, K4, torch.float32) is None or op != "weight_grad"
         assert not cpu.filters(op, *sizes, Geometry((3, 3), padding=(1, 1)), torch.float32)
         assert not cpu.filters(op, (8, 3, 32, 32), sizes[1], K4, torch.float32)
         assert not cpu.filters(op, sizes[0], (8, 1, 16, 16), K4, torch.float32)
