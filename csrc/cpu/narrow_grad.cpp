@@ -8,7 +8,7 @@
 namespace fastdcgan::cpu {
 namespace {
 
-constexpr int64_t kBandPixels = 64;      // between two visits of the sums
+constexpr int64_t kBandFloats = 4096;   // of the linear side between two visits of the sums: 16 KiB
 constexpr int64_t kSlicePixels = 4096;  // of one task
 constexpr int64_t kMostSlices = 32;
 
@@ -18,7 +18,7 @@ class NarrowGrad {
  public:
   NarrowGrad(const Contraction& c, const T* gathered, const T* linear, T* out)
       : c_(c), strips_(c, gathered), stretches_(strips_.stretches()), columns_(c.out_channels), linear_(linear),
-        linear_end_(linear + c.batch * c.y.out * c.x.out * c.out_channels), out_(out), bands_(c, kBandPixels) {}
+        linear_end_(linear + c.batch * c.y.out * c.x.out * c.out_channels), out_(out), bands_(c, kBandFloats / columns_.width) {}
 
   void run() const {
     const int64_t rows = c_.taps() * c_.in_channels, size = rows * columns_.width;
