@@ -13,7 +13,6 @@
 
 #include "contraction_tiles.cuh"
 #include "harness.h"
-#include "warpgroup.cuh"
 
 namespace test {
 
@@ -75,11 +74,11 @@ struct Input {
   Input(const char* name, unsigned seed, Prologue prologue, const Case& c, int groups, int64_t images, int pixels,
         int channels)
       : x(name, images * pixels * channels), y("y", prologue == Prologue::bn_backward ? x.size() : 0),
-        coef("coef", prologue == Prologue::none ? 0 : 4 * groups * channels) {
+        coef("coef", coef_rows(prologue, c) * groups * channels) {
     fill(x, seed), fill(y, seed + 1), fill(coef, seed + 2, .2f, .7f);
     operand.x = x.data(), operand.channels = channels, operand.prologue = prologue, operand.groups = groups;
     operand.act = cuda::RuntimeActivation(c.number("act", 0), std::stof(c.word("slope", "0")));
-    operand.affine = c.number("rows", 4) == 4;
+    operand.affine = prologue == Prologue::bn_backward && c.number("rows", 4) == 4;
     if (y.size() > 0) operand.y = y.data();
     if (coef.size() > 0) operand.coef = coef.data();
     value.resize(x.size());
@@ -98,6 +97,11 @@ struct Input {
       value[i] = prologue == Prologue::none ? v : to_float(from_float<T>(static_cast<float>(result)));
     }
   }
+
+  // No more than are used, so that nothing is read beyond them.
+  static int coef_rows(Prologue prologue, const Case& c) {
+    return prologue == Prologue::none ? 0 : prologue == Prologue::activate ? 2 : c.number("rows", 4);
+  }
 };
 
 // The float64 sums of every output, and the sums of the sizes of their terms.
@@ -107,23 +111,12 @@ struct Exact {
   void add(size_t i, double term) { sum[i] += term, size[i] += std::abs(term); }
 };
 
-// A contraction with a tile of either kind.
+// A contraction with a tile; those of warpgroups have one of their own.
 template <Op op, class T, class Math, class Shape>
 struct Runner {
   using C = cuda::Contraction<op, Math, Shape>;
   static int64_t slots(const Problem<T>& p) { return cuda::partial_slots<op>(p, C::kM); }
   static void run(const Problem<T>& p, float* workspace) { cuda::run_contraction<C>(p, workspace, nullptr); }
-};
-
-template <Op op, class T, class Math, int kN, int kBlocks, int kRing>
-struct Runner<op, T, Math, cuda::WarpgroupShape<kN, kBlocks, kRing>> {
-  using Shape = cuda::WarpgroupShape<kN, kBlocks, kRing>;
-  static int64_t slots(const Problem<T>& p) { return cuda::box_slots<op>(p); }
-  static void run(const Problem<T>& p, float* workspace) {
-    if (p.gathered.prologue != Prologue::none || p.other.prologue != Prologue::none)
-      return cuda::run_warpgroups<cuda::WarpgroupContraction<op, T, Shape, true>>(p, workspace, nullptr);
-    cuda::run_warpgroups<cuda::WarpgroupContraction<op, T, Shape, false>>(p, workspace, nullptr);
-  }
 };
 
 template <Op op, class Math, class Shape>
@@ -215,7 +208,7 @@ class ContractionTest {
     constexpr bool kTransposed = op == Op::conv_transpose;
     const int epilogue = c_.one_of("epilogue", {"none", "bias", "activate", "stats", "grad_stats"});
     const Epilogue kind = static_cast<Epilogue>(epilogue);
-    const int rows = c_.number("rows", 4), groups = p_.groups;
+    const int rows = kind == Epilogue::activate ? 2 : c_.number("rows", 4), groups = p_.groups;
     const size_t values = size_t(images_) * out_pixels_ * co_;
     Buffer<T> weight("weight", size_t(co_) * taps_ * ci_), out("out", values);
     Buffer<T> y("e_y", kind == Epilogue::grad_stats ? values : 0);

@@ -7,7 +7,7 @@ import itertools
 PROLOGUES = ("none", "activate", "bn_backward")
 EPILOGUES = ("none", "bias", "activate", "stats", "grad_stats")
 TYPES = ("bf16", "fp16", "tf32", "fp32")
-# The last two: a phase without taps, and phases with one tap more than others.
+# The last two: a phase without taps; every other one without, and phases with one tap more than others.
 GEOMETRIES = (
     "h=4 w=6 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1",
     "h=4 w=4 kh=4 kw=4",
@@ -15,7 +15,7 @@ GEOMETRIES = (
     "h=5 w=5 kh=3 kw=3 dh=2 dw=2 ph=2 pw=2",
     "h=5 w=6 kh=5 kw=5 sh=2 sw=2 ph=2 pw=2 oh=1 ow=1",
     "h=3 w=5 kh=2 kw=1 sh=3 sw=2",
-    "h=5 w=7 kh=3 kw=4 sh=1 sw=3 ph=2 pw=0 dh=1 dw=2",
+    "h=5 w=7 kh=3 kw=4 sh=2 sw=3 ph=2 pw=0 dh=2 dw=2",
 )
 LEAKY = "act=2 slope=0.2"
 
@@ -81,39 +81,25 @@ def statistics_groups() -> list[str]:
 def parts() -> list[str]:
     lines = []
     for splits in (2, 3, 7, 40):  # the last are more than there are steps
-        head = f"splits={splits} type=bf16 n=4 groups=2 {GEOMETRIES[0]} {LEAKY}"
+        head = f"splits={splits} type=bf16 groups=2 {GEOMETRIES[0]} {LEAKY}"
         for epilogue in EPILOGUES:
-            lines.append(f"op=conv {head} ci=72 co=20 left=activate epilogue={epilogue}")
-            lines.append(f"op=conv_transpose {head} ci=12 co=72 epilogue={epilogue}")
-        lines.append(f"op=weight_grad {head} ci=24 co=7 left=activate right=bn_backward")
+            lines.append(f"op=conv {head} n=4 ci=72 co=20 left=activate epilogue={epilogue}")
+            lines.append(f"op=conv_transpose {head} n=4 ci=12 co=72 epilogue={epilogue}")
+        # Three steps to a group.
+        lines.append(f"op=weight_grad {head} n=24 ci=24 co=7 left=activate right=bn_backward")
     return lines
 
 
 def watched() -> list[str]:
-    """For the sanitizers."""
+    """For the sanitizers: one of the contractions in float."""
     return [
-        f"op={op} type=bf16 n=2 {channels} {geometry} {LEAKY} left={left} right={right} epilogue={epilogue} "
+        f"op={op} type={kind} n=2 {channels} {geometry} {LEAKY} left={left} right={right} epilogue={epilogue} "
         f"splits={splits}"
-        for op in ("conv", "conv_transpose", "weight_grad")
+        for op, kind in (("conv", "bf16"), ("conv_transpose", "fp32"), ("weight_grad", "bf16"))
         for channels, geometry, left, right, epilogue, splits in (
             ("ci=40 co=36", GEOMETRIES[0], "bn_backward", "activate", "grad_stats", 1),
             ("ci=7 co=9", GEOMETRIES[6], "activate", "bn_backward", "stats", 1),
             ("ci=48 co=16", GEOMETRIES[4], "none", "none", "stats", 2),
-        )
-    ]
-
-
-def watched_on_warpgroups() -> list[str]:
-    """The same for those on warpgroups."""
-    halved, boxes = GEOMETRIES[0], "h=8 w=4 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1"
-    return [
-        f"type=bf16 {case}"
-        for case in (
-            f"op=conv n=2 ci=64 co=72 {halved} left=bn_backward epilogue=grad_stats {LEAKY}",
-            f"op=conv n=2 ci=64 co=40 {halved} epilogue=stats",
-            f"op=conv_transpose n=2 ci=136 co=72 {halved} left=activate epilogue=stats {LEAKY}",
-            f"op=conv_transpose n=2 ci=136 co=8 {halved} epilogue=bias splits=2",
-            f"op=weight_grad n=4 ci=72 co=40 {boxes} splits=2 left=activate right=bn_backward {LEAKY}",
         )
     ]
 
@@ -125,21 +111,6 @@ def tiles(tile: int) -> list[str]:
     return [f"{head} ci={ci} co={co} {LEAKY} {REST[op]}" for ci, co in ((136, 72), (70, 137))]
 
 
-def tiles_of_warpgroups() -> list[str]:
-    """The tiles that are for warpgroups, each with a contraction that warpgroup_tiles.cpp has for it."""
-    return [
-        f"{case} n=2 h=8 w=8 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1 {LEAKY}"
-        for case in (
-            "tile=7 op=conv type=bf16 ci=128 co=264 left=none epilogue=stats",
-            "tile=7 op=conv type=bf16 ci=64 co=200 left=bn_backward epilogue=grad_stats",
-            "tile=7 op=weight_grad type=bf16 ci=264 co=136 left=bn_backward right=activate",
-            "tile=8 op=conv_transpose type=fp16 ci=136 co=136 left=none epilogue=bias",
-            "tile=8 op=conv_transpose type=fp16 ci=64 co=72 left=bn_backward epilogue=grad_stats",
-            "tile=9 op=conv_transpose type=bf16 ci=72 co=64 left=activate epilogue=stats",
-        )
-    ]
-
-
 REST = {
     "conv": "left=activate epilogue=stats",
     "conv_transpose": "left=bn_backward epilogue=grad_stats",
@@ -147,8 +118,10 @@ REST = {
 }
 
 
-def everything() -> list[str]:
-    """All lines of contraction_types.cpp."""
-    lines = [*geometries("conv"), *geometries("conv_transpose"), *weight_grads(), *statistics_groups(), *parts()]
+def brief() -> list[str]:
+    """A third of the lines of contraction_types.cpp, with every type, geometry, prologue, epilogue and activation."""
+    # Each fourth of what is combined of 3 prologues, 5 epilogues and 7 geometries, or of 11 cases of 4 splits.
+    combined = (geometries("conv"), geometries("conv_transpose"), weight_grads(), parts())
+    lines = [line for lines in combined for line in lines[::4]] + statistics_groups()
     lines += [line for kind in TYPES for line in types(kind)]
     return lines + [line for act in range(8) for line in activations(act)]

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import contraction_lines
+import warpgroup_lines
 from host_programs import BUILD, HERE, MODES, ROOT, compiler, includes, run
 
 CUDA = ROOT / "csrc" / "cuda"
@@ -78,14 +79,15 @@ PROGRAMS = (
     *_each_type("narrow_tests"),
     *_each_type("training_tests"),
     Program("contraction_watched", arguments=tuple(contraction_lines.watched())),
-    Program("contraction_types", arguments=tuple(contraction_lines.everything()), modes=("plain",)),
+    Program("contraction_types", arguments=tuple(contraction_lines.brief()), modes=("plain",)),
     Program(
         "contraction_tiles",
         arguments=tuple(line for tile in range(7) for line in contraction_lines.tiles(tile)),
         modes=("plain",),
     ),
-    Program("warpgroup_watched", arguments=tuple(contraction_lines.watched_on_warpgroups())),
-    Program("warpgroup_tiles", arguments=tuple(contraction_lines.tiles_of_warpgroups()), modes=("plain",)),
+    Program("warpgroup_watched", arguments=tuple(warpgroup_lines.watched())),
+    Program("warpgroup_types", arguments=tuple(warpgroup_lines.everything()), modes=("plain",)),
+    Program("warpgroup_tiles", arguments=tuple(warpgroup_lines.tiles()), modes=("plain",)),
 )
 
 

@@ -1,6 +1,7 @@
 """How much the tests notice: changes the CUDA kernels in one place at a time and counts what makes a test fail.
 
-    python tests/cuda_on_cpu/mutants.py [FILE.cuh ...] [--match TEXT] [--sample N] [--seed S] [--jobs J]
+    python tests/cuda_on_cpu/mutants.py [FILE.cuh ...] [--programs NAME ...] [--match TEXT] [--sample N] [--seed S]
+                                        [--jobs J]
 
 A change is a sign, a bound, a stride, an index, a constant, a condition or a barrier of a kernel file. For each one the
 test programs that include the file run on the CPU: plainly, and where that notices nothing, for races and for accesses
@@ -112,10 +113,10 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
                 yield Mutant(path, number, found.start(), found.end(), found.expand(replacement), switch, line)
 
 
-def tested_by(paths: Sequence[Path]) -> dict[Path, list[Program]]:
-    """The test programs that include each kernel file."""
-    files = {program: set(dependencies(program)) for program in PROGRAMS}
-    return {path: [program for program in PROGRAMS if path.resolve() in files[program]] for path in paths}
+def programs_of(paths: Sequence[Path], names: Container[str] | None = None) -> dict[Path, list[Program]]:
+    """The test programs that include each kernel file; of these `names`, or all."""
+    files = {program: set(dependencies(program)) for program in PROGRAMS if names is None or program.name in names}
+    return {path: [program for program in files if path.resolve() in files[program]] for path in paths}
 
 
 def explanations(path: Path = EXPLAINED) -> dict[tuple[str, str, str], str]:
@@ -149,15 +150,12 @@ class Verdicts:
                 self._known[entry["key"]] = entry["noticed"]
         file.parent.mkdir(parents=True, exist_ok=True)
 
+    def knows(self, mutant: Mutant, program: Program, mode: str) -> bool:
+        return any(name in self._known for name in self._names(mutant, program, mode))
+
     def get(self, mutant: Mutant, program: Program, mode: str, find: Callable[[], str | None]) -> str | None:
         """The verdict, by `find` where it isn't known."""
-        if program not in self._digests:
-            files = dependencies(program)
-            kernels = digest(path for path in files if path.suffix == ".cuh")
-            self._digests[program] = kernels, digest(files, program)
-        kernels, everything = self._digests[program]
-        change = (mutant.path.name, mutant.line, mutant.start, mutant.put)
-        noticed, unnoticed = (_name(kernels, *change), _name(everything, mode, *change))
+        noticed, unnoticed = self._names(mutant, program, mode)
         for name in (noticed, unnoticed):
             if name in self._known:
                 return self._known[name]
@@ -167,6 +165,16 @@ class Verdicts:
         with self._file.open("a") as file:
             file.write(json.dumps({"key": name, "noticed": verdict}) + "\n")
         return verdict
+
+    def _names(self, mutant: Mutant, program: Program, mode: str) -> tuple[str, str]:
+        """Of the verdict, if it is noticed and if it isn't."""
+        if program not in self._digests:
+            files = dependencies(program)
+            kernels = digest(path for path in files if path.suffix == ".cuh")
+            self._digests[program] = kernels, digest(files, program)
+        kernels, everything = self._digests[program]
+        change = (mutant.path.name, mutant.line, mutant.start, mutant.put)
+        return _name(kernels, *change), _name(everything, mode, *change)
 
 
 def _name(*parts: object) -> str:
@@ -212,7 +220,7 @@ class MutationRun:
     def _step(self, program: Program, mode: str, pool: ThreadPoolExecutor, say: Callable[[str], None]) -> None:
         left = [m for m in self.mutants if m not in self.noticed and program in self._tested[m.path]]
         left = [m for m in left if m not in self._explained or (mode, program) == ("plain", self._tested[m.path][0])]
-        if any(self.switches(mutant) for mutant in left):
+        if any(self.switches(mutant) and not self._verdicts.knows(mutant, program, mode) for mutant in left):
             self._builds[program, mode] = Build.of(self._switched, program, mode)
         began = time.monotonic()
         found = 0
@@ -235,14 +243,16 @@ class MutationRun:
 
     def reached(self, mutant: Mutant) -> bool:
         """Whether any test comes to the place of a change, as far as is known."""
-        if not self.switches(mutant):
+        builds = [build for (program, _), build in self._builds.items() if program in self._tested[mutant.path]]
+        if not builds or not self.switches(mutant):
             return True
-        return any(build.reached.get(self._numbers[mutant]) for build in self._builds.values())
+        return any(build.reached.get(self._numbers[mutant]) for build in builds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mutants", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE.cuh", help="kernel files (default: all that a program tests)")
+    parser.add_argument("--programs", nargs="+", metavar="NAME", help="test programs to run (default: all)")
     parser.add_argument("--match", default="", help="only changes whose description contains this text")
     parser.add_argument("--sample", type=int, help="that many changes, drawn at random (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
@@ -251,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
 
     paths = [path for path in sorted(CUDA.glob("*.cuh")) if not args.files or path.name in args.files]
-    tested = tested_by(paths)
+    tested = programs_of(paths, args.programs)
     found = [mutant for path in paths for mutant in mutants_of(path) if args.match in str(mutant)]
     drawn = random.Random(args.seed).sample(found, min(args.sample or len(found), len(found)))
     print(f"{len(drawn)} of {len(found)} changes of {len(paths)} files", flush=True)

@@ -56,7 +56,7 @@ def test_explanations_are_of_changes_that_there_are() -> None:
 @needs_compiler
 def test_every_kernel_file_has_a_program() -> None:
     paths = sorted(mutants.CUDA.glob("*.cuh"))
-    assert paths and all(mutants.tested_by(paths).values())
+    assert paths and all(mutants.programs_of(paths).values())
 
 
 @pytest.fixture
@@ -82,7 +82,8 @@ def run_all(folder: Path, kernel: str, program: str) -> mutants.MutationRun:
     path = folder / "cuda" / "kernel.cuh"
     path.write_text("#pragma once\n" + kernel)
     (folder / "small_tests.cpp").write_text('#include "kernel.cuh"\n' + program)
-    assert mutants.tested_by([path]) == {path: [SMALL]}
+    assert mutants.programs_of([path]) == mutants.programs_of([path], {"small_tests"}) == {path: [SMALL]}
+    assert mutants.programs_of([path], {"others"}) == {path: []}
     done = mutants.MutationRun(list(mutants.mutants_of(path)), {path: [SMALL]}, folder=folder / "build")
     done.run(1, lambda text: None)
     return done
@@ -127,7 +128,7 @@ def test_what_is_known_is_not_found_out_again(project: Path, monkeypatch: pytest
     )
     first = run_all(project, kernel, program)
     monkeypatch.setattr(mutants, "notices_alone", None)
-    monkeypatch.setattr(Build, "notices", None)
+    monkeypatch.setattr(Build, "of", None)
     assert run_all(project, kernel, program).noticed == first.noticed != {}
     with pytest.raises(TypeError):  # of other kernels nothing is known
         run_all(project, kernel + "// another", program)

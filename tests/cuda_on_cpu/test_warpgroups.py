@@ -2,82 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from contraction_lines import EPILOGUES, GEOMETRIES, LEAKY, PROLOGUES, tiles_of_warpgroups, watched_on_warpgroups
+import warpgroup_lines
+from contraction_lines import EPILOGUES, LEAKY, PROLOGUES
 from host_programs import BUILD, FLAGS, HERE, MODES, ROOT, build, compiled, includes, needs_compiler, run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_contractions import RACE, WRONG, check
+from warpgroup_lines import HALVED
 
 pytestmark = needs_compiler
 
-DENSE = ("h=4 w=4 kh=4 kw=4", "h=5 w=4 kh=3 kw=3 ph=1 pw=1", "h=5 w=5 kh=3 kw=3 dh=2 dw=2 ph=2 pw=2")
-HALVED = GEOMETRIES[0]
 
-
-def test_conv_with_every_prologue_and_epilogue() -> None:
-    lines = []
-    for i, (left, epilogue) in enumerate(itertools.product(PROLOGUES, EPILOGUES)):
-        # A stride wants channels in multiples of 64, and an image in multiples of the stride.
-        geometry = (HALVED, *DENSE)[i % 4]
-        channels = "ci=64 co=37" if i % 4 == 0 else ("ci=40 co=24", "ci=72 co=72", "ci=8 co=133")[i % 3]
-        kind = ("bf16", "fp16")[i % 2]
-        lines.append(f"op=conv type={kind} n=3 {channels} {geometry} left={left} epilogue={epilogue} {LEAKY}")
-    check("warpgroup_types", lines)
-
-
-def test_conv_transpose_with_every_prologue_and_epilogue() -> None:
-    lines = []
-    for i, (left, epilogue) in enumerate(itertools.product(PROLOGUES, EPILOGUES)):
-        geometry, channels = GEOMETRIES[i % 7], ("ci=40 co=24", "ci=72 co=72", "ci=8 co=136")[i % 3]
-        kind = ("bf16", "fp16")[i % 2]
-        lines.append(f"op=conv_transpose type={kind} n=3 {channels} {geometry} left={left} epilogue={epilogue} {LEAKY}")
-    check("warpgroup_types", lines)
-
-
-def test_weight_grad() -> None:
-    geometries = (
-        "h=8 w=8 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1", "h=1 w=1", "h=16 w=8 kh=3 kw=3 ph=1 pw=1",
-        "h=4 w=8 kh=3 kw=3 dh=2 dw=2 ph=2 pw=2", "h=12 w=4 kh=3 kw=2 sh=3 sw=2 ph=1 pw=0",
-    )  # fmt: skip
-    lines = [
-        f"op=weight_grad type={kind} n=5 {channels} {geometry} splits={splits}"
-        for geometry, (kind, channels, splits) in itertools.product(
-            geometries, [("bf16", "ci=72 co=136", 1), ("fp16", "ci=8 co=8", 3)]
-        )
-    ]
-    check("warpgroup_types", lines)
-
-
-def test_weight_grad_with_every_prologue() -> None:
-    geometries = (
-        "h=8 w=4 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1",
-        "h=4 w=8 kh=3 kw=3 ph=1 pw=1",
-        "h=1 w=1",
-        "h=4 w=4 kh=2 kw=2 sh=2 sw=2",
-    )
-    lines = []
-    for i, (left, right) in enumerate(itertools.product(PROLOGUES, PROLOGUES)):
-        channels, act = ("ci=72 co=136", "ci=8 co=40")[i % 2], ("act=2", "act=3", "act=1")[i % 3]
-        head = f"op=weight_grad type={('bf16', 'fp16')[i % 2]} n=6 groups={1 + i % 3} splits={1 + i % 2}"
-        lines.append(
-            f"{head} {channels} {geometries[i % 4]} left={left} right={right} {act} slope=0.2 rows={2 + i % 2 * 2}"
-        )
-    check("warpgroup_types", lines)
-
-
-def test_statistics_groups_and_parts() -> None:
-    lines = []
-    for splits, groups in ((1, 3), (2, 1), (40, 2)):  # the last are more than there are steps
-        head = f"type=bf16 n=6 groups={groups} splits={splits} {LEAKY}"
-        for left, epilogue in (("activate", "stats"), ("bn_backward", "grad_stats"), ("none", "bias")):
-            lines.append(f"op=conv {head} ci=64 co=40 {HALVED} left={left} epilogue={epilogue}")
-            lines.append(f"op=conv_transpose {head} ci=72 co=24 {HALVED} left={left} epilogue={epilogue}")
-    check("warpgroup_types", lines)
+@pytest.mark.parametrize(
+    "lines",
+    [
+        warpgroup_lines.convs,
+        warpgroup_lines.conv_transposes,
+        warpgroup_lines.weight_grads,
+        warpgroup_lines.weight_grad_prologues,
+        warpgroup_lines.groups_and_parts,
+    ],
+)
+def test_lines(lines: Callable[[], list[str]]) -> None:
+    check("warpgroup_types", lines())
 
 
 @st.composite
@@ -117,30 +69,18 @@ def test_any_size(case: str) -> None:
     check("warpgroup_types", [case])
 
 
-@pytest.mark.parametrize(
-    ("case", "why"),
-    [
-        ("op=conv ci=12", "whole vectors"),
-        ("op=conv_transpose ci=8 co=12", "whole vectors"),
-        ("op=conv h=5 w=4 sh=2 sw=2 ci=64", "multiple of the stride"),
-        ("op=conv h=4 w=4 sh=2 sw=2 ci=72", "multiple of 64"),
-        ("op=conv left=activate act=3", "registers"),
-        ("op=weight_grad h=3 w=4", "fill no boxes"),
-    ],
-)
-def test_what_has_no_boxes_is_refused(case: str, why: str) -> None:
-    code, output = run(build("warpgroup_types"), f"type=bf16 {case}")
-    assert code != 0 and "no boxes for" in output and why in output
+def test_what_has_no_boxes_is_refused() -> None:
+    check("warpgroup_types", warpgroup_lines.refused())
 
 
-@pytest.mark.parametrize("case", tiles_of_warpgroups())
+@pytest.mark.parametrize("case", warpgroup_lines.tiles())
 def test_the_tiles_of_gpus(case: str) -> None:
     check("warpgroup_tiles", [case])
 
 
 @pytest.mark.parametrize("mode", sorted(set(MODES) - {"plain"}))
 def test_under_a_sanitizer(mode: str) -> None:
-    check("warpgroup_watched", watched_on_warpgroups(), mode)
+    check("warpgroup_watched", warpgroup_lines.watched(), mode)
 
 
 # --- planted bugs ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // Contractions on warpgroups, for copies of its source in which a bug is planted.
-#include "contraction_cases.h"
+#include "warpgroup_cases.h"
 
 using Narrow = fastdcgan::cuda::WarpgroupShape<64, 2, 96 * 1024>;
 

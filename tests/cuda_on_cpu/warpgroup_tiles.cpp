@@ -1,5 +1,5 @@
 // Every tile that is compiled for warpgroups, each with some of the contractions.
-#include "contraction_cases.h"
+#include "warpgroup_cases.h"
 #include "warpgroup_tiles.cuh"
 
 int main(int argc, char** argv) {

@@ -1,5 +1,5 @@
 // The contractions on warpgroups under sanitizers, with the narrowest tile.
-#include "contraction_cases.h"
+#include "warpgroup_cases.h"
 
 using Narrow = fastdcgan::cuda::WarpgroupShape<64, 2, 96 * 1024>;
 
