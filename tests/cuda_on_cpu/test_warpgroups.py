@@ -26,6 +26,7 @@ pytestmark = needs_compiler
         warpgroup_lines.weight_grads,
         warpgroup_lines.weight_grad_prologues,
         warpgroup_lines.groups_and_parts,
+        warpgroup_lines.many_boxes,
     ],
 )
 def test_lines(lines: Callable[[], list[str]]) -> None:

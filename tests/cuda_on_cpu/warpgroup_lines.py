@@ -76,6 +76,14 @@ def groups_and_parts() -> list[str]:
     return lines
 
 
+def many_boxes() -> list[str]:
+    """More boxes than one along rows and along columns."""
+    return [
+        "op=conv type=bf16 n=1 ci=8 co=8 h=3 w=130 kw=3 pw=1 left=activate epilogue=stats " + LEAKY,
+        "op=weight_grad type=bf16 n=2 ci=8 co=8 h=2 w=128 kw=3 pw=1 left=activate right=bn_backward " + LEAKY,
+    ]
+
+
 def refused() -> list[str]:
     """What has no boxes, and why."""
     return [
@@ -123,4 +131,5 @@ def tiles() -> list[str]:
 
 def everything() -> list[str]:
     """All lines of warpgroup_types.cpp."""
-    return [*convs(), *conv_transposes(), *weight_grads(), *weight_grad_prologues(), *groups_and_parts(), *refused()]
+    lines = [*convs(), *conv_transposes(), *weight_grads(), *weight_grad_prologues()]
+    return [*lines, *groups_and_parts(), *many_boxes(), *refused()]
