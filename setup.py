@@ -45,6 +45,8 @@ CAPABILITIES: dict[str, list[str]] = {
 CAPABILITIES["avx512"] = ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx2", "-mfma", "-mf16c"]
 CAPABILITIES["avx512"] += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86 = ("x86_64", "amd64", "i686")
+# What a processor without AVX2 runs of csrc/cpu (backends/cpu.py); the other files are the contractions.
+PASSES = ("adam", "batch_stats", "grad_sums", "images", "losses", "memory", "norm_act", "ops", "training_ops")
 
 
 # --- what to build ---------------------------------------------------------------------------------------------------
@@ -199,12 +201,16 @@ def cpu_extension(name: str) -> Extension:
     # The uninitialised values are those of GCC's own AVX-512 headers.
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     width = CAPABILITIES[name.removeprefix("_cpu_")]
+    files = sources("cpu", ".cpp")
+    if name == "_cpu_default":
+        files = [file for file in files if Path(file).stem in PASSES]
     return CppExtension(
         f"fastdcgan.{name}",
-        sources("cpu", ".cpp"),
+        files,
         depends=headers(),
         extra_compile_args=[
             "-O2",
+            "-g0",  # Python's own flags have -g, which takes g++ 1.4 times as long for what is stripped again
             "-fno-math-errno",
             *openmp_flags(),
             *quiet,
