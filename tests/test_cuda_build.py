@@ -50,13 +50,16 @@ def test_architectures(library: Path) -> None:
     assert set(re.findall(r"PTX file.*\.(sm_\w+)\.ptx", text)) == {"sm_100"}
 
 
+NARROW = ("narrow_conv", "narrow_transpose", "narrow_weight_grad")  # kernels of image-side layers
+
+
 def test_nothing_is_spilled(library: Path) -> None:
     """No kernel has a stack: neither spilled registers nor arrays that the compiler couldn't keep in registers."""
     usage = dump(library, "--dump-resource-usage")
     found = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", usage)
     names = {name for name, *_ in found}
     streaming = ("norm_act", "norm_act_backward", "grad_sums", "batch_stats", "combine", "coefficients")
-    narrow = ("narrow_conv", "narrow_transpose", "narrow_weight_grad", "combine_weight_grad")
+    narrow = (*NARROW, *(f"{name}_tensor" for name in NARROW), "combine_weight_grad")
     for kernel in (
         *streaming,
         *narrow,
@@ -87,18 +90,21 @@ GLOBAL_MEMORY = re.compile(r"(?:LDG|LDGSTS|STG|ATOMG|RED|UTMALDG|LD\.E|ST\.E)\b"
 WAITING = "ACQBULK"
 
 
-def test_kernels_that_begin_early_wait_before_they_touch_global_memory(code: dict[str, list[str]]) -> None:
-    """Where the machine code has the wait of programmatic dependent launch, no such instruction stands before it: not
-    even a load that the compiler may have moved."""
-    waiting = 0
+def test_kernels_begin_early_and_wait_before_they_touch_global_memory(code: dict[str, list[str]]) -> None:
+    """Every kernel has the wait of programmatic dependent launch, and no such instruction stands before it: not even a
+    load that the compiler may have moved."""
+    assert len(code) > 100
     for name, instructions in code.items():
         wait = next((i for i, each in enumerate(instructions) if each.startswith(WAITING)), None)
-        if wait is None:
-            assert "narrow" in name or "combine_weight_grad" in name, name
-        else:
-            waiting += 1
-            assert not any(GLOBAL_MEMORY.match(each) for each in instructions[:wait]), name
-    assert waiting > 100
+        assert wait is not None, name
+        assert not any(GLOBAL_MEMORY.match(each) for each in instructions[:wait]), name
+
+
+def test_image_side_kernels_of_16_bits_multiply_on_tensor_cores(code: dict[str, list[str]]) -> None:
+    for name in NARROW:
+        found = [instructions for kernel, instructions in code.items() if f"{name}_tensor" in kernel]
+        assert found, name
+        assert all(any(each.startswith("HMMA") for each in instructions) for instructions in found), name
 
 
 OPERATORS = """

@@ -42,7 +42,8 @@ struct Operand {
     s.rows = coef.has_value() ? static_cast<int>(coef->size(0)) : 0;
     s.groups = coef.has_value() ? static_cast<int>(coef->size(1)) : 1;
     s.act = act, s.slope = slope;
-    s.vectors = is_channels_last(x) && s.channels % kVec<T> == 0 && gpu::aligned(s.x) && gpu::aligned(s.y);
+    s.vectors = is_channels_last(x) && s.channels % kVec<T> == 0 && gpu::aligned(s.x) && gpu::aligned(s.y) &&
+                gpu::aligned(s.coef);
     return s;
   }
   int size(int dim) const { return static_cast<int>(x.size(dim)); }

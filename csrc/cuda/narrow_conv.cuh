@@ -2,33 +2,23 @@
 // of a generator's last layer (with that layer's weights).
 #pragma once
 
-#include "narrow.cuh"
+#include "narrow_conv_tensor.cuh"
 
 namespace fastdcgan::cuda {
 
 struct NarrowConv {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 256, kResident = 4;
   static constexpr int kChannels = 64;                 // of a block
   static constexpr int kLanes = kChannels / kRun;      // threads side by side along them
   static constexpr int kAbreast = kThreads / kLanes;   // pixels that lie one beside the other
   static constexpr int kPixels = 8;                    // of a thread
-  static constexpr int kTile = kAbreast * kPixels;     // pixels of a block
-  static constexpr int kNarrowest = 8, kWidest = 32;   // columns of a tile
+  static_assert(kAbreast * kPixels == ConvTile::kPixels, "every thread has as many");
   static constexpr int kMostValues = kMostKernel * kMostKernel * kNarrow;
-
-  static constexpr int kBox = most_under(kTile / kNarrowest) * most_under(kNarrowest) * kNarrow;  // of the longest tile
 
   struct Shared {
     float weights[kMostValues][kChannels];
-    float box[kBox];
+    float box[ConvTile::kBox * kNarrow];
   };
-
-  // The columns of a tile that fit an image's best.
-  static int columns(int width) {
-    int best = kNarrowest;
-    while (best < kWidest && best < width) best *= 2;
-    return best;
-  }
 };
 
 // grid (blocks that share the tiles, channels / kChannels rounded up); `out` [N, height, width, channels]
@@ -38,6 +28,7 @@ __global__ void __launch_bounds__(NarrowConv::kThreads)
                 const __grid_constant__ NarrowGeometry g, const __grid_constant__ NarrowEpilogue epilogue,
                 const __grid_constant__ ImageTiles tiles, T* __restrict__ out, int height, int width, int channels,
                 bool vectors) {
+  gpu::await_kernels_before();
   using C = NarrowConv;
   auto& shared = gpu::shared_memory<C::Shared>();
   const int lane = threadIdx.x % C::kLanes, abreast = threadIdx.x / C::kLanes;
@@ -101,14 +92,18 @@ template <class T>
 void launch_narrow_conv(const Source<T>& x, const Weights<T>& weight, const NarrowGeometry& g,
                         const NarrowEpilogue& epilogue, T* out, int height, int width, int channels, bool vectors,
                         gpu::Stream stream) {
-  using C = NarrowConv;
-  const int columns = C::columns(width);
-  const ImageTiles tiles = ImageTiles::over(x.batch, height, width, C::kTile / columns, columns);
+  using C = std::conditional_t<sizeof(T) == 2, NarrowConvTensor, NarrowConv>;
+  const ImageTiles tiles = ConvTile::over(x.batch, height, width);
   const int64_t across = (channels + C::kChannels - 1) / C::kChannels;
-  const int64_t most = (int64_t{gpu::multiprocessors()} * 4 + across - 1) / across;
+  const int64_t most = (int64_t{gpu::multiprocessors()} * C::kResident + across - 1) / across;
   const dim3 grid(static_cast<unsigned>(tiles.count < most ? tiles.count : most), static_cast<unsigned>(across));
-  gpu::launch(narrow_conv<T>, {"narrow_conv", grid, C::kThreads, sizeof(C::Shared), stream}, x, weight, g, epilogue, tiles,
-              out, height, width, channels, vectors);
+  if constexpr (sizeof(T) == 2)
+    gpu::launch_early(narrow_conv_tensor<T>,
+                      {"narrow_conv_tensor", grid, C::kThreads, sizeof(typename C::template Shared<T>), stream}, x,
+                      weight, g, epilogue, tiles, out, height, width, channels, vectors);
+  else
+    gpu::launch_early(narrow_conv<T>, {"narrow_conv", grid, C::kThreads, sizeof(typename C::Shared), stream}, x, weight,
+                      g, epilogue, tiles, out, height, width, channels, vectors);
 }
 
 }  // namespace fastdcgan::cuda

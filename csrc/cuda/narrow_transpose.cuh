@@ -5,7 +5,7 @@
 // phase (fy, fx) see the same taps, so a warp computes pixels of one phase; it shares their channels with other warps.
 #pragma once
 
-#include "narrow.cuh"
+#include "narrow_transpose_tensor.cuh"
 
 namespace fastdcgan::cuda {
 
@@ -33,21 +33,6 @@ struct NarrowTranspose {
   };
 };
 
-// One axis of the input's box under a tile.
-struct TransposeAxis {
-  int stride, padding, taps, box;
-
-  TransposeAxis(int kernel, int stride_, int padding_, int pixels) : stride(stride_), padding(padding_) {
-    taps = (kernel + stride - 1) / stride;
-    box = pixels + taps - 1 + (stride - 1 + padding) / stride - padding / stride;
-  }
-  // The box's first pixel, of a tile that begins at pixel `first` of a phase.
-  GPU_INLINE int begin(int first) const { return first + padding / stride - (taps - 1); }
-  GPU_INLINE int first_tap(int phase) const { return (phase + padding) % stride; }
-  // Where the first tap's pixel is in the box, seen from the tile's pixel.
-  GPU_INLINE int shift(int phase) const { return (phase + padding) / stride - padding / stride + taps - 1; }
-};
-
 // grid (tiles); block: shares of the channels x phases x a warp. `out` has any strides.
 template <class T, int CO>
 __global__ void __launch_bounds__(NarrowTranspose::kMostThreads, 2)
@@ -56,6 +41,7 @@ __global__ void __launch_bounds__(NarrowTranspose::kMostThreads, 2)
                      const __grid_constant__ TransposeAxis axis_x, const __grid_constant__ NarrowEpilogue epilogue,
                      const __grid_constant__ ImageTiles tiles, T* __restrict__ out, int height, int width, int64_t step_n,
                      int64_t step_h, int64_t step_w, int64_t step_c) {
+  gpu::await_kernels_before();
   using C = NarrowTranspose;
   auto& shared = gpu::shared_memory<C::Shared>();
   const int threads = blockDim.x, phases = g.stride_y * g.stride_x, shares = threads / C::kOfPhase / phases;
@@ -69,12 +55,9 @@ __global__ void __launch_bounds__(NarrowTranspose::kMostThreads, 2)
   float sum[C::kPixels][CO] = {};
   for (int first = 0; first < x.channels; first += C::kChannels) {
     __syncthreads();  // all have done with the channels before
-    for (int e = threadIdx.x; e < axis_y.box * axis_x.box * (C::kChannels / kRun); e += threads) {
-      const int pixel = e / (C::kChannels / kRun), c = e % (C::kChannels / kRun) * kRun;
-      float values[kRun];
-      x.run(place.image, top + pixel / axis_x.box, left + pixel % axis_x.box, first + c, values);
-      gpu::write_floats(&shared.tile.box[pixel][c], values);
-    }
+    stage_wide<C::kChannels, C::kPadded>(
+        x, place.image, first, axis_y.box * axis_x.box, threadIdx.x, threads, shared.tile.box[0],
+        [&](int pixel, int& i, int& j) { i = top + pixel / axis_x.box, j = left + pixel % axis_x.box; });
     for (int e = threadIdx.x; e < C::kChannels * g.taps(); e += threads) {
       const int tap = e % g.taps(), c = e / g.taps();
 #pragma unroll
@@ -135,15 +118,26 @@ void launch_narrow_transpose(const Source<T>& x, const Weights<T>& weight, const
                              gpu::Stream stream) {
   using C = NarrowTranspose;
   const auto divided = [](int a, int b) { return (a + b - 1) / b; };
-  const ImageTiles tiles =
-      ImageTiles::over(x.batch, divided(height, g.stride_y), divided(width, g.stride_x), C::kRows, C::kColumns);
-  const TransposeAxis axis_y(g.kernel_y, g.stride_y, g.padding_y, C::kRows);
-  const TransposeAxis axis_x(g.kernel_x, g.stride_x, g.padding_x, C::kColumns);
-  const int phases = g.stride_y * g.stride_x, most = C::kMostThreads / (phases * C::kOfPhase);
-  const int threads = phases * C::kOfPhase * (most < C::kSlices ? most : C::kSlices);
-  gpu::launch(narrow_transpose<T, CO>,
-              {"narrow_transpose", dim3(static_cast<unsigned>(tiles.count)), dim3(threads), sizeof(C::Shared), stream}, x,
-              weight, g, axis_y, axis_x, epilogue, tiles, out, height, width, steps[0], steps[1], steps[2], steps[3]);
+  const int phase_height = divided(height, g.stride_y), phase_width = divided(width, g.stride_x);
+  if constexpr (sizeof(T) == 2) {
+    using Tensor = NarrowTransposeTensor;
+    const Tensor::Plan p(x.batch, phase_height, phase_width, CO, x.channels, g);
+    const int64_t most = int64_t{gpu::multiprocessors()} * Tensor::kResident;
+    const dim3 grid(static_cast<unsigned>(p.tiles.count < most ? p.tiles.count : most));
+    gpu::launch_early(narrow_transpose_tensor<T, CO>,
+                      {"narrow_transpose_tensor", grid, Tensor::kThreads, p.shared_bytes(), stream}, x, weight, g, p,
+                      epilogue, out, height, width, steps[0], steps[1], steps[2], steps[3]);
+  } else {
+    const ImageTiles tiles = ImageTiles::over(x.batch, phase_height, phase_width, C::kRows, C::kColumns);
+    const TransposeAxis axis_y(g.kernel_y, g.stride_y, g.padding_y, C::kRows);
+    const TransposeAxis axis_x(g.kernel_x, g.stride_x, g.padding_x, C::kColumns);
+    const int phases = g.stride_y * g.stride_x, most = C::kMostThreads / (phases * C::kOfPhase);
+    const int threads = phases * C::kOfPhase * (most < C::kSlices ? most : C::kSlices);
+    const dim3 grid(static_cast<unsigned>(tiles.count));
+    gpu::launch_early(narrow_transpose<T, CO>,
+                      {"narrow_transpose", grid, dim3(threads), sizeof(C::Shared), stream}, x, weight, g, axis_y, axis_x, epilogue, tiles, out, height, width, steps[0], steps[1], steps[2],
+                      steps[3]);
+  }
 }
 
 }  // namespace fastdcgan::cuda

@@ -2,12 +2,12 @@
 // kernel adds the blocks' sums up, in order. No atomics: the same bits on every run.
 #pragma once
 
-#include "narrow.cuh"
+#include "narrow_weight_grad_tensor.cuh"
 
 namespace fastdcgan::cuda {
 
 struct NarrowWeightGrad {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 256, kResident = 2;
   static constexpr int kChannels = 64;           // of a block
   static constexpr int kSide = 8;                // of a tile of pixels
   static constexpr int kTile = kSide * kSide;
@@ -23,12 +23,10 @@ struct NarrowWeightGrad {
     Tiles tiles;
     float sums[kChannels][kMostValues];
   };
-  static constexpr int kCombineThreads = 128;
-
   // Channels of a thread: so many that its sums, `run` for each, stay in registers.
   static constexpr int own(int run) { return run <= 12 ? 8 : 4; }
   // Blocks that are meant to be resident: ptxas, left to itself, spills to reach more.
-  static constexpr int resident(int run) { return own(run) * run > 80 ? 1 : 2; }
+  static constexpr int resident(int run) { return own(run) * run >= 80 ? 1 : 2; }
 };
 
 // A thread sums for some channels and one row of the kernel, whose `kernel_x * channels` values (at most kRunSize) lie
@@ -38,6 +36,7 @@ __global__ void __launch_bounds__(NarrowWeightGrad::kThreads, NarrowWeightGrad::
     narrow_weight_grad(const __grid_constant__ Source<T> x, const __grid_constant__ Source<T> linear,
                        const __grid_constant__ NarrowGeometry g, const __grid_constant__ ImageTiles tiles, int64_t share,
                        float* __restrict__ partials) {
+  gpu::await_kernels_before();
   using C = NarrowWeightGrad;
   constexpr int kOwn = C::own(kRunSize), kLanes = C::kChannels / kOwn;
   auto& shared = gpu::shared_memory<C::Shared>();
@@ -51,12 +50,9 @@ __global__ void __launch_bounds__(NarrowWeightGrad::kThreads, NarrowWeightGrad::
   for (int64_t tile = begin; tile < end; ++tile) {
     const TilePlace place(tiles, tile);
     __syncthreads();  // all have done with the tile before
-    for (int e = threadIdx.x; e < C::kTile * (C::kChannels / kRun); e += C::kThreads) {
-      const int pixel = e / (C::kChannels / kRun), c = e % (C::kChannels / kRun) * kRun;
-      float some[kRun];
-      linear.run(place.image, place.top + pixel / C::kSide, place.left + pixel % C::kSide, first + c, some);
-      gpu::write_floats(&shared.tiles.linear[pixel][c], some);
-    }
+    stage_wide<C::kChannels, C::kChannels>(
+        linear, place.image, first, C::kTile, threadIdx.x, C::kThreads, shared.tiles.linear[0],
+        [&](int pixel, int& i, int& j) { i = place.top + pixel / C::kSide, j = place.left + pixel % C::kSide; });
     stage_narrow<C::kThreads>(x, place.image, place.top * g.stride_y - g.padding_y,
                               place.left * g.stride_x - g.padding_x, rows, columns, shared.tiles.box);
     __syncthreads();
@@ -98,47 +94,75 @@ __global__ void __launch_bounds__(NarrowWeightGrad::kThreads, NarrowWeightGrad::
   }
 }
 
+struct CombineWeightGrad {
+  static constexpr int kAbreast = 32, kStrands = 8;  // values of a block; threads that share the parts of each
+  static constexpr int kThreads = kAbreast * kStrands;
+
+  struct Shared {
+    double sums[kStrands][kAbreast];
+  };
+};
+
 // dw [channels, narrow channels, kernel_y, kernel_x] of any strides from `partials` [shares, channels, values].
 template <class T>
-__global__ void __launch_bounds__(NarrowWeightGrad::kCombineThreads)
+__global__ void __launch_bounds__(CombineWeightGrad::kThreads)
     combine_weight_grad(const float* __restrict__ partials, int shares, int channels, int narrow,
                         const __grid_constant__ NarrowGeometry g, T* __restrict__ dw, int64_t step_a, int64_t step_b,
                         int64_t step_y, int64_t step_x) {
+  gpu::await_kernels_before();
+  using C = CombineWeightGrad;
+  auto& shared = gpu::shared_memory<C::Shared>();
+  const int abreast = threadIdx.x % C::kAbreast, strand = threadIdx.x / C::kAbreast;
   const int64_t values = g.taps() * narrow, size = channels * values;
-  const int64_t e = static_cast<int64_t>(blockIdx.x) * NarrowWeightGrad::kCombineThreads + threadIdx.x;
-  if (e >= size) return;
+  const int64_t e = static_cast<int64_t>(blockIdx.x) * C::kAbreast + abreast;
   double total = 0;
+  if (e < size) {
 #pragma unroll 8
-  for (int s = 0; s < shares; ++s) total += partials[s * size + e];
+    for (int s = strand; s < shares; s += C::kStrands) total += partials[s * size + e];
+  }
+  shared.sums[strand][abreast] = total;
+  __syncthreads();
+  if (strand != 0 || e >= size) return;
+#pragma unroll
+  for (int s = 1; s < C::kStrands; ++s) total += shared.sums[s][abreast];
   const int k = static_cast<int>(e % values), ky = k / (g.kernel_x * narrow), kx = k / narrow % g.kernel_x;
   dw[e / values * step_a + k % narrow * step_b + ky * step_y + kx * step_x] =
       gpu::from_float<T>(static_cast<float>(total));
 }
 
 template <class T, class Allocate>
-void narrow_weight_grad_pass(const Source<T>& x, const Source<T>& linear, const NarrowGeometry& g, Allocate allocate, T* dw,
-                             const int64_t (&steps)[4], gpu::Stream stream) {
-  using C = NarrowWeightGrad;
+void narrow_weight_grad_pass(const Source<T>& x, const Source<T>& linear, const NarrowGeometry& g, Allocate allocate,
+                             T* dw, const int64_t (&steps)[4], gpu::Stream stream) {
+  using C = std::conditional_t<sizeof(T) == 2, NarrowWeightGradTensor, NarrowWeightGrad>;
   const ImageTiles tiles = ImageTiles::over(x.batch, linear.height, linear.width, C::kSide, C::kSide);
   const int64_t across = (linear.channels + C::kChannels - 1) / C::kChannels;
-  const int64_t wanted = (int64_t{gpu::multiprocessors()} * 2 + across - 1) / across;
+  const int64_t wanted = (int64_t{gpu::multiprocessors()} * C::kResident + across - 1) / across;
   const int64_t share = (tiles.count + wanted - 1) / wanted, shares = (tiles.count + share - 1) / share;
   const int64_t size = int64_t{linear.channels} * x.channels * g.taps();
   float* partials = allocate(shares * size);
   const dim3 grid(static_cast<unsigned>(shares), static_cast<unsigned>(across));
-  const auto launch = [&](auto run) {
-    gpu::launch(narrow_weight_grad<T, decltype(run)::value>,
-                {"narrow_weight_grad", grid, C::kThreads, sizeof(C::Shared), stream}, x, linear, g, tiles, share, partials);
-  };
-  const int run = g.kernel_x * x.channels;
-  if (run <= 4) launch(std::integral_constant<int, 4>{});
-  else if (run <= 8) launch(std::integral_constant<int, 8>{});
-  else if (run <= 12) launch(std::integral_constant<int, 12>{});
-  else if (run <= 16) launch(std::integral_constant<int, 16>{});
-  else launch(std::integral_constant<int, C::kMostRun>{});
-  const dim3 combine_grid(static_cast<unsigned>((size + C::kCombineThreads - 1) / C::kCombineThreads));
-  gpu::launch(combine_weight_grad<T>, {"combine_weight_grad", combine_grid, C::kCombineThreads, 0, stream}, partials,
-              static_cast<int>(shares), linear.channels, x.channels, g, dw, steps[0], steps[1], steps[2], steps[3]);
+  if constexpr (sizeof(T) == 2) {
+    gpu::launch_early(narrow_weight_grad_tensor<T>,
+                      {"narrow_weight_grad_tensor", grid, C::kThreads, sizeof(typename C::template Shared<T>), stream}, x,
+                      linear, g, tiles, share, partials);
+  } else {
+    const auto launch = [&](auto run) {
+      gpu::launch_early(narrow_weight_grad<T, decltype(run)::value>,
+                        {"narrow_weight_grad", grid, C::kThreads, sizeof(typename C::Shared), stream}, x, linear, g,
+                        tiles, share, partials);
+    };
+    const int run = g.kernel_x * x.channels;
+    if (run <= 4) launch(std::integral_constant<int, 4>{});
+    else if (run <= 8) launch(std::integral_constant<int, 8>{});
+    else if (run <= 12) launch(std::integral_constant<int, 12>{});
+    else if (run <= 16) launch(std::integral_constant<int, 16>{});
+    else launch(std::integral_constant<int, C::kMostRun>{});
+  }
+  using Combine = CombineWeightGrad;
+  const dim3 combine_grid(static_cast<unsigned>((size + Combine::kAbreast - 1) / Combine::kAbreast));
+  gpu::launch_early(combine_weight_grad<T>,
+                    {"combine_weight_grad", combine_grid, Combine::kThreads, sizeof(Combine::Shared), stream}, partials,
+                    static_cast<int>(shares), linear.channels, x.channels, g, dw, steps[0], steps[1], steps[2], steps[3]);
 }
 
 }  // namespace fastdcgan::cuda

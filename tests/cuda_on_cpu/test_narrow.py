@@ -164,7 +164,7 @@ def test_one_channel(cuda: Backend, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_what_is_infinite_reaches_what_it_is_a_term_of(cuda: Backend, dtype: torch.dtype, stride: int) -> None:
-    """And nothing else: neither neighbours nor pixels beyond an edge."""
+    """And nothing else: neither taps or channels that there are for tensor cores alone, nor pixels beyond an edge."""
     g = Geometry((3, 3), (stride, stride), (0, 0), (1, 1), 1)
     x, weight = normal(1, 3, 12, 12, seed=1, dtype=dtype), normal(16, 3, 3, 3, seed=2, dtype=dtype)
     dy = normal(1, 16, *g.conv_size(12, 12), seed=3, dtype=dtype)
