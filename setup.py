@@ -46,7 +46,7 @@ CAPABILITIES["avx512"] = ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", 
 CAPABILITIES["avx512"] += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86 = ("x86_64", "amd64", "i686")
 # What a processor without AVX2 runs of csrc/cpu (backends/cpu.py); the other files are the contractions.
-PASSES = ("adam", "batch_stats", "grad_sums", "images", "losses", "memory", "norm_act", "ops", "training_ops")
+PASSES = ("adam", "batch_stats", "drive", "grad_sums", "images", "losses", "memory", "norm_act", "ops", "training_ops")
 
 
 # --- what to build ---------------------------------------------------------------------------------------------------

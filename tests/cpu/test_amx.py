@@ -330,7 +330,7 @@ def test_a_cap_and_this_processor() -> None:
     code = "from fastdcgan import backends; import torch; backends.get('cpu')\n"
     code += "print(torch.ops.fastdcgan_cpu.bfloat16_on_tiles())"
     flags = Path("/proc/cpuinfo").read_text().split()
-    expected = {None: {"amx_tile", "amx_bf16"} <= set(flags), "avx512": False, "avx2": False, "default": False}
+    expected = {None: {"amx_tile", "amx_bf16"} <= set(flags), "avx512": False, "avx2": False}
     for cap, on_tiles in expected.items():
         environment = os.environ | ({} if cap is None else {"ATEN_CPU_CAPABILITY": cap})
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
