@@ -5,22 +5,40 @@ FASTDCGAN_TEST_DEVICE   the device that the tests run on ("cpu" by default, or "
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from fastdcgan import backends
 
+ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device(os.environ.get("FASTDCGAN_TEST_DEVICE", "cpu"))
 
 
 def backends_here(dtype: torch.dtype = torch.float32) -> list[str]:
     """The names of the backends that run blocks of `dtype` on the test device."""
     return [name for name, reason in backends.reasons(DEVICE.type, dtype).items() if reason is None]
+
+
+def setup_script() -> ModuleType:
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("fastdcgan_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def contraction_sources() -> list[Path]:
+    """Those files of csrc/cpu that contractions need besides their operators and the instructions of AMX."""
+    others = {*setup_script().PASSES, "amx", "conv_ops"}
+    return sorted(path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.stem not in others)
 
 
 def run_capped(file: str, capability: str, tests: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from machine import setup_script
 
 import fastdcgan
 from fastdcgan import build_info, doctor
@@ -24,11 +24,7 @@ CUDA_SOURCES = ["csrc/cuda/ops.cu"]
 
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fastdcgan_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return setup_script()
 
 
 def python(code: str, **environment: str) -> str:

@@ -166,9 +166,18 @@ def test_a_kept_weight_has_all_phases(cpu: CPUBackend) -> None:
         case.check(cpu)
 
 
-@pytest.mark.parametrize("name", FILTERED)
+# Work is cut up in other ways where there are few tiles and many channels.
+WIDE = {"few tiles, 128 to 256": (5, 128, 256), "few tiles, 256 to 512": (3, 256, 512)}
+
+
+@pytest.mark.parametrize("name", [*FILTERED, *WIDE])
 def test_same_bits_whatever_the_threads(cpu: CPUBackend, name: str) -> None:
-    case = block(name, torch.float32)
+    if name in WIDE:
+        batch, inputs, outputs = WIDE[name]
+        case = Case(batch, inputs, (8, 8), outputs, K4, torch.float32)
+    else:
+        case = block(name, torch.float32)
+    case.check(cpu)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 2, 5):

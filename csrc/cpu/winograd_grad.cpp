@@ -148,7 +148,8 @@ class FilterGrad {
       }
   }
 
-  // A: [point][rows of the result][tile][output channel], of tiles first + [low, high).
+  // A: [point][rows of the result][tile][output channel], of tiles first + [low, high). Whole vectors are stored, whose ends
+  // the next tile overwrites; the last one stays within its own rows, since another thread may have written the next.
   void pack_linear(int64_t first, int64_t low, int64_t high, float* a) const {
     const int64_t row_size = c_.out_channels + kSpill + kKernelRows, step = rows_.count * kTileStride;
     static thread_local Scratch scratch;
@@ -161,9 +162,13 @@ class FilterGrad {
       }
       for (int64_t t = 0; t < rows_.count; ++t) {
         const float* row = rows + rows_.begin(t);
+        float last[kPoints * kWidth], *to = a + t * kTileStride + k * kKernelRows;
+        const bool within = k + 1 == high;
         transform_weight(
-            load(row), load(row + row_size), load(row + 2 * row_size), load(row + 3 * row_size),
-            a + t * kTileStride + k * kKernelRows, step);
+            load(row), load(row + row_size), load(row + 2 * row_size), load(row + 3 * row_size), within ? last : to,
+            within ? int64_t{kWidth} : step);
+        for (int64_t point = 0; within && point < kPoints; ++point)
+          std::copy_n(last + point * kWidth, kKernelRows, to + point * step);
       }
     }
   }

@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 
 import torch
+from machine import contraction_sources
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "cuda_on_cpu"))
 from host_programs import ROOT, compiled, compiler  # noqa: E402
 
 BUILD = ROOT / "build" / "amx_emulated"
-SOURCES = ("conv_ops", "contract", "kept", "memory", "narrow", "narrow_grad", "pack", "plan", "round_weight")
-SOURCES += ("scatter", "taps", "tile_contractions", "weight_grad", "winograd", "winograd_grad")
 # As setup.py has it for processors with AVX-512; symbols that are this library's own.
 WIDTH = ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx2", "-mfma", "-mf16c"]
 WIDTH += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -39,7 +38,8 @@ def library() -> ctypes.CDLL:
     """Compile what has changed, register the operators as torch.ops.fastdcgan_cpu_amx."""
     package = Path(torch.__file__).parent
     flags = [*FLAGS, f"-isystem{package / 'include'}", f"-isystem{package / 'include/torch/csrc/api/include'}"]
-    sources = [*(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in SOURCES), HERE / "amx_emulated.cpp"]
+    operators = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("conv_ops", "memory")]
+    sources = [*operators, *contraction_sources(), HERE / "amx_emulated.cpp"]
     objects = [str(compiled(BUILD / f"{path.stem}.o", ["-c", str(path)], flags)) for path in sources]
     linked = compiled(
         BUILD / "operators.so", objects, ["-shared", "-fopenmp"], [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10"]

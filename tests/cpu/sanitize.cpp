@@ -167,6 +167,22 @@ constexpr bool kTilesAlone = true;
 constexpr bool kTilesAlone = false;
 #endif
 
+static int passes() {
+  int calls = run_training<float>(c10::ScalarType::Float) + run_training<c10::BFloat16>(c10::ScalarType::BFloat16) +
+              run_training<c10::Half>(c10::ScalarType::Half);
+  for (int64_t groups : {1, 2})
+    for (int64_t samples : {0, 3})
+      for (int64_t channels : {1, 17, 70})
+        for (int64_t pixels : {1, 15, 275})
+          for (bool channels_last : {false, true}) {
+            const Shape s{groups, samples, channels, pixels, channels_last};
+            calls += run<float>(s, c10::ScalarType::Float);
+            calls += run<c10::BFloat16>(s, c10::ScalarType::BFloat16);
+            calls += run<c10::Half>(s, c10::ScalarType::Half);
+          }
+  return calls;
+}
+
 int main() {
   int calls = 0;
   const auto axis = [](int64_t k, int64_t s, int64_t p, int64_t d, int64_t in) {
@@ -185,25 +201,11 @@ int main() {
           if (halves(batch, channels, out, y, x) != 3) std::abort();
           calls += 3;
 #endif
-          if (kTilesAlone) continue;
-          calls += contractions<float>(batch, channels, out, y, x, c10::ScalarType::Float);
-          calls += contractions<c10::Half>(batch, channels, out, y, x, c10::ScalarType::Half);
-        }
-  if (kTilesAlone) {
-    std::printf("%d calls\n", calls);
-    return 0;
-  }
-  calls += run_training<float>(c10::ScalarType::Float) + run_training<c10::BFloat16>(c10::ScalarType::BFloat16) +
-           run_training<c10::Half>(c10::ScalarType::Half);
-  for (int64_t groups : {1, 2})
-    for (int64_t samples : {0, 3})
-      for (int64_t channels : {1, 17, 70})
-        for (int64_t pixels : {1, 15, 275})
-          for (bool channels_last : {false, true}) {
-            const Shape s{groups, samples, channels, pixels, channels_last};
-            calls += run<float>(s, c10::ScalarType::Float);
-            calls += run<c10::BFloat16>(s, c10::ScalarType::BFloat16);
-            calls += run<c10::Half>(s, c10::ScalarType::Half);
+          if constexpr (!kTilesAlone) {
+            calls += contractions<float>(batch, channels, out, y, x, c10::ScalarType::Float);
+            calls += contractions<c10::Half>(batch, channels, out, y, x, c10::ScalarType::Half);
           }
+        }
+  if constexpr (!kTilesAlone) calls += passes();
   std::printf("%d calls\n", calls);
 }
