@@ -22,8 +22,8 @@ DEPENDENCIES := $(VENV)/.dependencies
 EXTENSIONS := $(VENV)/.extensions
 SOURCES := $(shell find csrc -type f)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-# What takes longest, beside all the rest on a second core: the CUDA build, and what runs kernels as plain programs.
-CUDA_PROGRAMS := tests/test_cuda_build.py \
+# What compiles for minutes, beside all the rest on a second core: the CUDA build, kernels as plain programs.
+COMPILING := tests/test_cpu_backend.py tests/test_cuda_build.py \
 	$(patsubst %,tests/cuda_on_cpu/test_%.py,contractions conventions descriptors mutants shim warpgroups)
 # The tests of whatever backend, for backend("cuda") on CPU tensors
 CUDA_ON_CPU := $(patsubst %,tests/test_%.py,ops chain derivatives running_stats saved_memory)
@@ -64,18 +64,18 @@ demo: $(EXTENSIONS) ## train a DCGAN on MNIST, show samples and a table: fused v
 
 test: lint $(EXTENSIONS) ## lint, then the tests
 	mkdir -p build
-	$(PYTEST) $(CUDA_PROGRAMS) $(ARGS) >build/test-cuda.log 2>&1 & cuda=$$!; \
-	trap 'kill $$cuda 2>/dev/null || true' EXIT; \
-	$(PYTEST) tests --ignore tests/triton/interpreter $(CUDA_PROGRAMS:%=--ignore %) $(ARGS) || failed=1; \
+	$(PYTEST) $(COMPILING) $(ARGS) >build/test-compiling.log 2>&1 & beside=$$!; \
+	trap 'kill $$beside 2>/dev/null || true' EXIT; \
+	$(PYTEST) tests --ignore tests/triton/interpreter $(COMPILING:%=--ignore %) $(ARGS) || failed=1; \
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton/interpreter $(ARGS) || failed=1; \
 	if command -v g++ >/dev/null; then \
 	  FASTDCGAN_TEST_CUDA_ON_CPU=1 $(PYTEST) $(CUDA_ON_CPU) -k "cuda- and not opcheck" $(ARGS) || failed=1; \
 	else \
 	  echo "no g++ here: the CUDA backend is not tested on CPU tensors"; \
 	fi; \
-	echo "Waiting for the tests of the CUDA kernels ..."; \
-	wait $$cuda || failed=1; \
-	cat build/test-cuda.log; \
+	echo "Waiting for the tests that compile ..."; \
+	wait $$beside || failed=1; \
+	cat build/test-compiling.log; \
 	exit $${failed:-0}
 
 mutants: $(EXTENSIONS) ## change the CUDA kernels one place at a time: how many changes do the tests notice?
