@@ -94,6 +94,20 @@ class Case:
         x, dy, area = self.x.shape, self.dy.shape, math.prod(self.g.kernel)
         return {"conv": x[1] * area, "conv_transpose": dy[1] * area, "weight_grad": x[0] * dy[2] * dy[3]}[op]
 
+    def check_threads(self, cpu: CPUBackend) -> list[Tensor]:
+        """The results and the statistics of `conv`, which are the same bits whatever the threads."""
+        threads, results = torch.get_num_threads(), []
+        try:
+            for count in (1, 2, 2, 5):
+                torch.set_num_threads(count)
+                stats = cpu.conv(Operand(self.x), self.weight, self.g, Epilogue("stats"))[1]
+                results.append([*self.run(cpu).values(), stats])
+        finally:
+            torch.set_num_threads(threads)
+        for result in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+        return results[0]
+
     def check(self, cpu: CPUBackend) -> None:
         for tensors in ((self.x, self.weight), (self.dy, self.weight), (self.x, self.dy)):
             if any(map(says_channels_last, tensors)):  # not if all sizes are 1
@@ -247,17 +261,7 @@ def test_denormal_numbers(cpu: CPUBackend) -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_same_bits_whatever_the_threads(cpu: CPUBackend, name: str) -> None:
     case = block(name, torch.float32)
-    e = Epilogue("stats")
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2, 5):
-            torch.set_num_threads(count)
-            stats = cpu.conv(Operand(case.x), case.weight, case.g, e)[1]
-            results.append([*case.run(cpu).values(), stats])
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    case.check_threads(cpu)
 
 
 def test_what_can_not_run_goes_to_pytorch(cpu: CPUBackend) -> None:

@@ -140,16 +140,7 @@ def test_denormal_numbers(cpu: CPUBackend, name: str) -> None:
 def test_same_bits_whatever_the_threads(cpu: CPUBackend, name: str, times: int) -> None:
     batch, channels, size, features, g = IMAGES[name]
     case = Case(times * batch, channels, size, features, g, torch.float32 if times == 1 else torch.bfloat16)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            stats = cpu.conv(Operand(case.x), case.weight, case.g, Epilogue("stats"))[1]
-            results.append([*case.run(cpu).values(), stats])
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    case.check_threads(cpu)
 
 
 def test_avx2() -> None:

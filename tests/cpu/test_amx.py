@@ -214,17 +214,7 @@ def test_float32_weights_are_rounded(emulated: ctypes.CDLL, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["wide", "image", "projection", "one sample"])
 def test_same_bits_whatever_the_threads(emulated: ctypes.CDLL, name: str) -> None:
-    case, cpu = block(name, BF16), CPUBackend()
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            stats = cpu.conv(Operand(case.x), case.weight, case.g, Epilogue("stats"))[1]
-            results.append([*case.run(cpu).values(), stats])
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    block(name, BF16).check_threads(CPUBackend())
 
 
 @pytest.mark.parametrize("name", ["wide", "projection", "one sample"])

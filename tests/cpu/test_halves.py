@@ -226,20 +226,11 @@ def test_statistics_and_activations(halves: Callable[[str], None], groups: int) 
 @pytest.mark.parametrize("name", ["wide", "image", "projection", "one sample"])
 def test_same_bits_whatever_the_threads_and_strides(halves: Callable[[str], None], name: str) -> None:
     case, cpu = block(name, F32), CPUBackend()
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            stats = cpu.conv(Operand(case.x), case.weight, case.g, Epilogue("stats"))[1]
-            results.append([*case.run(cpu).values(), stats])
-    finally:
-        torch.set_num_threads(threads)
+    expected = case.check_threads(cpu)
     plain = case.weight.contiguous(memory_format=torch.contiguous_format)
     apart = torch.zeros(*plain.shape, 2)[..., 0].copy_(plain)
     for case.weight in (plain, apart):
-        results.append([*case.run(cpu).values(), results[0][-1]])
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(case.run(cpu).values(), expected[:-1], strict=True))
 
 
 def test_kept_weights(halves: Callable[[str], None]) -> None:
