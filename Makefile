@@ -21,10 +21,11 @@ PIP := $(BIN)/pip install --disable-pip-version-check $(PIP_ARGS)
 DEPENDENCIES := $(VENV)/.dependencies
 EXTENSIONS := $(VENV)/.extensions
 SOURCES := $(shell find csrc -type f)
+LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # What compiles for minutes, beside all the rest on a second core: the CUDA build, kernels as plain programs.
-COMPILING := tests/test_cpu_backend.py tests/test_cuda_build.py \
-	$(patsubst %,tests/cuda_on_cpu/test_%.py,contractions conventions descriptors mutants shim warpgroups)
+COMPILING := tests/test_cuda_build.py $(patsubst %,tests/cpu/test_%.py,amx halves sanitizers) \
+	$(patsubst %,tests/cuda_on_cpu/test_%.py,conventions mutants shim warpgroups)
 # The tests of whatever backend, for backend("cuda") on CPU tensors
 CUDA_ON_CPU := $(patsubst %,tests/test_%.py,ops chain derivatives running_stats saved_memory)
 
@@ -62,10 +63,11 @@ $(EXTENSIONS): $(DEPENDENCIES) setup.py $(SOURCES)
 demo: $(EXTENSIONS) ## train a DCGAN on MNIST, show samples and a table: fused versus vanilla PyTorch
 	$(BIN)/fastdcgan demo $(ARGS)
 
-test: lint $(EXTENSIONS) ## lint, then the tests
+test: $(EXTENSIONS) ## lint and the tests
 	mkdir -p build
 	$(PYTEST) $(COMPILING) $(ARGS) >build/test-compiling.log 2>&1 & beside=$$!; \
 	trap 'kill $$beside 2>/dev/null || true' EXIT; \
+	$(LINT) || exit 1; \
 	$(PYTEST) tests --ignore tests/triton/interpreter $(COMPILING:%=--ignore %) $(ARGS) || failed=1; \
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton/interpreter $(ARGS) || failed=1; \
 	if command -v g++ >/dev/null; then \
@@ -82,9 +84,7 @@ mutants: $(EXTENSIONS) ## change the CUDA kernels one place at a time: how many 
 	$(BIN)/python tests/cuda_on_cpu/mutants.py $(ARGS)
 
 lint: $(EXTENSIONS) ## ruff and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(LINT)
 
 bench: $(EXTENSIONS) ## a table of blocks and of the training step on this machine
 	$(BIN)/fastdcgan bench $(ARGS)

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from machine import contraction_sources, run_capped
+from machine import run_capped
 from norm_act_checks import check_elementwise, check_sums, coefficients, random, wide
 from tolerance import assert_as_accurate
 from torch import Tensor
@@ -25,8 +20,6 @@ STATUS = backends.status()["cpu"]
 pytestmark = pytest.mark.skipif(STATUS != "available", reason=STATUS)
 
 REFERENCE = ReferenceBackend()
-AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-AVX512 += ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 # (channels, height, width): whole vectors and not, planes of less than a vector and of many
@@ -273,41 +266,6 @@ def test_covers(cpu: Backend) -> None:
     assert all(cpu.covers("cpu", dtype) is None for dtype in DTYPES)
     assert cpu.covers("cpu", torch.float64) == "it takes float32, bfloat16, float16, not float64"
     assert "not 'cuda'" in (cpu.covers("cuda", torch.float32) or "")
-
-
-@pytest.mark.parametrize("tiles", [False, True], ids=["", "on emulated tiles"])
-def test_under_sanitizers(tiles: bool, tmp_path: Path) -> None:
-    """Every pass and contraction on memory of exactly the right size, odd shapes, under AddressSanitizer and UBSan."""
-    compiler = shutil.which("g++")
-    if compiler is None or platform.machine() != "x86_64":
-        pytest.skip("needs g++ on x86-64")
-    root, folder = Path(__file__).parent.parent, Path(torch.__file__).parent
-    include = [f"-isystem{folder / 'include'}", f"-isystem{folder / 'include/torch/csrc/api/include'}"]
-    sources = [
-        root / "tests/cpu/sanitize.cpp",
-        *(p for p in (root / "csrc/cpu").glob("*.cpp") if not p.name.endswith("ops.cpp")),
-    ]
-    width = ["-O0", "-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
-    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        width = ["-O0", "-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]
-    if tiles:
-        if torch.backends.cpu.get_cpu_capability() != "AVX512":
-            pytest.skip("the kernels for AMX need AVX-512")
-        sources = [sources[0], *contraction_sources(), root / "tests/cpu/amx_emulated.cpp"]
-        width = [*AVX512, "-DFASTDCGAN_AMX_EMULATED", f"-I{root / 'tests/cpu'}", "-O1"]
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    library = folder / "lib"
-    link = [f"-L{library}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{library}"]
-    command = [compiler, "-std=c++20", "-w", *width, *sanitize, *include, *map(str, sources), *link, "-o", "run"]
-    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    if "cannot find -lasan" in built.stderr or "cannot find -lubsan" in built.stderr:
-        pytest.skip("g++ has no sanitizers here")
-    assert built.returncode == 0, built.stderr[-3000:]
-    # Leaks are those of the libraries at exit.
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([tmp_path / "run"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[0]) > (400 if tiles else 10_000)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

@@ -33,17 +33,27 @@ def why_not() -> str | None:
     return None
 
 
+def torch_includes() -> list[str]:
+    package = Path(torch.__file__).parent
+    return [f"-isystem{package / 'include'}", f"-isystem{package / 'include/torch/csrc/api/include'}"]
+
+
+def torch_libraries() -> list[str]:
+    folder = Path(torch.__file__).parent / "lib"
+    return [f"-L{folder}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{folder}"]
+
+
+def built(source: Path) -> str:
+    """The object of a file of csrc/cpu or of this folder, compiled where it has changed."""
+    return str(compiled(BUILD / f"{source.stem}.o", ["-c", str(source)], [*FLAGS, *torch_includes()]))
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Compile what has changed, register the operators as torch.ops.fastdcgan_cpu_amx."""
-    package = Path(torch.__file__).parent
-    flags = [*FLAGS, f"-isystem{package / 'include'}", f"-isystem{package / 'include/torch/csrc/api/include'}"]
     operators = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("conv_ops", "memory")]
-    sources = [*operators, *contraction_sources(), HERE / "amx_emulated.cpp"]
-    objects = [str(compiled(BUILD / f"{path.stem}.o", ["-c", str(path)], flags)) for path in sources]
-    linked = compiled(
-        BUILD / "operators.so", objects, ["-shared", "-fopenmp"], [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10"]
-    )
+    objects = [built(path) for path in (*operators, *contraction_sources(), HERE / "amx_emulated.cpp")]
+    linked = compiled(BUILD / "operators.so", objects, ["-shared", "-fopenmp"], torch_libraries())
     torch.ops.load_library(str(linked))
     found = ctypes.CDLL(str(linked))
     found.amx_emulated_products.restype = ctypes.c_int64

@@ -85,11 +85,11 @@ def compiled(target: Path, sources: list[str], flags: list[str], linked: list[st
     return target
 
 
-def run(program: Path, *arguments: str, timeout_s: float = 300) -> tuple[int, str]:
+def run(program: Path, *arguments: str, timeout_s: float = 300, **environment: str) -> tuple[int, str]:
     """(exit code, everything it printed)."""
     done = subprocess.run(
         [str(program), *arguments],
-        env=os.environ | RUN,
+        env=os.environ | RUN | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

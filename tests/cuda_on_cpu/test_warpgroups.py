@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import warpgroup_lines
 from contraction_lines import EPILOGUES, LEAKY, PROLOGUES
-from host_programs import BUILD, FLAGS, HERE, MODES, ROOT, build, compiled, includes, needs_compiler, run
+from host_programs import MODES, needs_compiler
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from planted import Bug, assert_caught
 from test_contractions import RACE, WRONG, check
 from warpgroup_lines import HALVED
 
@@ -88,65 +87,48 @@ def test_under_a_sanitizer(mode: str) -> None:
 
 NONE, ACTIVATE = "left=none epilogue=stats", "left=activate epilogue=stats"
 WEIGHT_GRAD = "op=weight_grad left=activate right=bn_backward"
+FULL = "gpu::mbarrier_wait(&shared.full[at.slot], at.parity);"
+EMPTY = "gpu::mbarrier_wait(&shared.empty[at.slot], at.parity ^ 1);"
+EXPECT = "gpu::mbarrier_arrive_expect(&shared.full[at.slot], bytes);"
+RELEASE = "if (i > 0 && lane == 0) gpu::mbarrier_arrive(&shared.empty[before]);"
+WAIT = "gpu::warpgroup_wait<0>();"
+STEP = "boxes.advance(step);\n            gpu::fence_async();"
 # name -> (case, what is there, what is put there, mode, what is said about it)
-PLANTED = {
-    "no_wait_for_copies": (ACTIVATE, "gpu::mbarrier_wait(&shared.full[at.slot], at.parity);", "", "plain", "deadlock"),
-    "a_stage_too_early": (NONE, "gpu::mbarrier_wait(&shared.empty[at.slot], at.parity ^ 1);", "", "plain", "."),
-    "another_parity": (NONE, "empty[at.slot], at.parity ^ 1", "empty[at.slot], at.parity", "plain", "deadlock"),
+CASES = {
+    "no_wait_for_copies": (ACTIVATE, FULL, "", "plain", "deadlock"),
+    "a_stage_too_early": (NONE, EMPTY, "", "plain", "."),
+    "another_parity": (NONE, EMPTY, EMPTY.replace(" ^ 1", ""), "plain", "deadlock"),
     "no_expected_bytes": (
-        NONE, "mbarrier_arrive_expect(&shared.full[at.slot], bytes)", "mbarrier_arrive(&shared.full[at.slot])", "plain",
-        "nobody waited for",
+        NONE, EXPECT, "gpu::mbarrier_arrive(&shared.full[at.slot]);", "plain", "nobody waited for",
     ),
-    "too_many_bytes": (NONE, "full[at.slot], bytes);", "full[at.slot], bytes + 16);", "plain", "deadlock"),
+    "too_many_bytes": (NONE, EXPECT, EXPECT.replace("bytes", "bytes + 16"), "plain", "deadlock"),
     "released_too_early": (
-        NONE, "i > 0 && lane == 0) gpu::mbarrier_arrive(&shared.empty[before])",
-        "lane == 0) gpu::mbarrier_arrive(&shared.empty[at.slot])", "plain", WRONG,
+        NONE, RELEASE, "if (lane == 0) gpu::mbarrier_arrive(&shared.empty[at.slot]);", "plain", WRONG,
     ),
-    "released_twice": (NONE, "i > 0 && lane == 0", "i > 0 && lane < 2", "plain", "more arrivals|deadlock"),
-    "not_released": (NONE, "i > 0 && lane == 0", "i > 0 && lane == 0 && warpgroup == 0", "plain", "deadlock"),
+    "released_twice": (NONE, RELEASE, RELEASE.replace("lane == 0", "lane < 2"), "plain", "more arrivals|deadlock"),
+    "not_released": (
+        NONE, RELEASE, RELEASE.replace("lane == 0", "lane == 0 && warpgroup == 0"), "plain", "deadlock",
+    ),
     "no_fence": (ACTIVATE, "gpu::warpgroup_fence();", "", "plain", "without wgmma.fence"),
-    "no_wait_for_the_products": (ACTIVATE, "gpu::warpgroup_wait<0>();", "", "plain", "nobody waited for"),
-    "a_wait_too_few": (ACTIVATE, "gpu::warpgroup_wait<0>();", "gpu::warpgroup_wait<1>();", "plain", "."),
+    "no_wait_for_the_products": (ACTIVATE, WAIT, "", "plain", "nobody waited for"),
+    "a_wait_too_few": (ACTIVATE, WAIT, "gpu::warpgroup_wait<1>();", "plain", "."),
     "no_commit": (ACTIVATE, "gpu::warpgroup_commit();", "", "plain", "nobody waited for"),
     "no_fence_of_barriers": (NONE, "gpu::mbarrier_init_done();", "", "plain", "may not see yet"),
     "no_barrier_after_them": (NONE, "__syncthreads();", "", "plain", "not initialised"),
-    "no_barrier_before_the_sums": (NONE, "Consumers<C>::sync();  // the sums", "// the sums", "thread", RACE),
+    "no_barrier_before_the_sums": (NONE, "Consumers<C>::sync();  // the sums", "", "thread", RACE),
     "no_barrier_of_the_warp": (ACTIVATE, "__syncwarp();", "", "thread", RACE),
-    "no_barrier_after_the_prologue": (
-        WEIGHT_GRAD, "Consumers<C>::sync();  // the factors", "// the factors", "thread", RACE,
-    ),
-    "a_prologue_of_another_step": (
-        WEIGHT_GRAD, "boxes.advance(step);\n            gpu::fence", "gpu::fence", "plain", WRONG,
-    ),
+    "no_barrier_after_the_prologue": (WEIGHT_GRAD, "Consumers<C>::sync();  // the factors", "", "thread", RACE),
+    "a_prologue_of_another_step": (WEIGHT_GRAD, STEP, "gpu::fence_async();", "plain", WRONG),
     "a_prologue_of_padding": (ACTIVATE, "there && (h == 0 ? first_inside : second_inside)", "there", "plain", WRONG),
-    "another_step_of_the_depth": (NONE, "16 * 128 : 32, kRightStep", "16 * 128 : 64, kRightStep", "plain", WRONG),
+    "another_step_of_the_depth": (NONE, "k * C::kLeftStep", "k * 64", "plain", WRONG),
 }  # fmt: skip
-
-
-def planted(name: str | None, mode: str) -> Path:
-    """The program with the bug `name` in its kernel, or without any."""
-    if name is None:
-        return build("warpgroup_planted", mode)
-    _, right, wrong, *_ = PLANTED[name]
-    folder = BUILD / "planted" / f"warpgroup_{name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    text = (ROOT / "csrc" / "cuda" / "warpgroup.cuh").read_text()
-    assert right in text, f"warpgroup.cuh has no {right!r} any more"
-    text = text.replace(right, wrong, 1)
-    if not (folder / "warpgroup.cuh").exists() or (folder / "warpgroup.cuh").read_text() != text:
-        (folder / "warpgroup.cuh").write_text(text)
-    unused = ["-Wno-unused-variable", "-Wno-unused-parameter"]
-    flags = [*FLAGS, "-O0", *unused, *MODES[mode], f"-I{folder}", f"-I{HERE}", *includes()]
-    return compiled(folder / f"program-{mode}", [str(HERE / "warpgroup_planted.cpp")], flags)
+PLANTED = {name: Bug("warpgroup.cuh", *bug) for name, (_, *bug) in CASES.items()}
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bugs_are_caught(name: str) -> None:
-    words, *_, mode, said = PLANTED[name]
+    words = CASES[name][0]
     case = f"op=conv type=bf16 n=2 ci=64 co=40 {HALVED} {words} {LEAKY}"
     if words == WEIGHT_GRAD:
         case = f"{words} type=bf16 n=6 groups=3 ci=8 co=8 h=8 w=8 kh=3 kw=3 ph=1 pw=1 {LEAKY}"
-    code, output = run(planted(None, mode), case)
-    assert code == 0, f"said to be wrong where it is right:\n{output}"
-    code, output = run(planted(name, mode), case)
-    assert code != 0 and re.search(said, output), f"{name} was not caught by {mode}:\n{output}"
+    assert_caught("warpgroup_planted", PLANTED, name, case)
