@@ -98,7 +98,7 @@ def table(batch: int) -> Iterator[str]:
 
 def write(path: Path = PLAN) -> None:
     lines = ["# The plan of the CUDA contractions on an H100 (computed, not measured)", ""]
-    lines += ["Written by `python -m fastdcgan.benchmarks.cuda_plan`; NOTES.md says how to read it.", ""]
+    lines += ["Written by `python -m fastdcgan.benchmarks.cuda_plan`; NOTES-GPU.md says how to read it.", ""]
     for batch in BATCHES:
         lines += [f"## Batch {batch}", "", *table(batch), ""]
     path.write_text("\n".join(lines))

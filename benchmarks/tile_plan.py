@@ -131,7 +131,7 @@ def _lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str
 
 def write(path: Path = PLAN) -> None:
     lines = ["# The plan of the Triton contractions on an H100 (computed, not measured)", ""]
-    lines += ["Written by `python -m fastdcgan.benchmarks.tile_plan`; NOTES.md says how to read it.", ""]
+    lines += ["Written by `python -m fastdcgan.benchmarks.tile_plan`; NOTES-GPU.md says how to read it.", ""]
     shape = NetShape()
     lines += ["## Seams", "", *_lines(("net", "deferred", "dy never stored"), seam_rows(shape)), ""]
     for batch in (128, 1024):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Where PyTorch's own contraction was measured to be as fast or faster (benchmarks/NOTES.md, "CPU: contractions"): for
+# Where PyTorch's own contraction was measured to be as fast or faster (benchmarks/NOTES-CPU.md, "Contractions"): for
 # few channels that are more than an image's, in float32 where few taps read padding, and where a weight is packed for
 # few rows.
 FEWEST_CHANNELS = 16  # of the side that taps shift over
