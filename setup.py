@@ -6,7 +6,7 @@ what was not, with the original error, is written to fastdcgan/_build.json, whic
 
 Environment:
     MAX_JOBS               compilations at a time (default: from cores and memory)
-    TORCH_CUDA_ARCH_LIST   GPU architectures (default: DEFAULT_CUDA_ARCHITECTURES)
+    TORCH_CUDA_ARCH_LIST   GPU architectures (default: those of the GPUs here, or DEFAULT_CUDA_ARCHITECTURES)
     FASTDCGAN_FORCE_CUDA   1: build the CUDA extension without looking for a CUDA torch; fail where that fails
     FASTDCGAN_SKIP_CUDA    1: no CUDA extension
     FASTDCGAN_SKIP_CPU     1: no C++ CPU extension
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CHILD = "FASTDCGAN_EXTENSION"  # names the one extension that this process builds
 DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0a 10.0+PTX"
+LEAST_CAPABILITY = (8, 0)
 STABLE_ABI = (2, 11)  # of torch: one library for that version and later ones
 ERROR_LINES = 40
 
@@ -177,6 +178,22 @@ def hint(output: str, jobs: int, architectures: str) -> str | None:
     return None
 
 
+def architectures_for(capabilities: Iterable[tuple[int, int]]) -> str:
+    """TORCH_CUDA_ARCH_LIST for GPUs of these compute capabilities; the default where the kernels run on none."""
+    found = [f"{major}.{minor}" for major, minor in sorted(set(capabilities)) if (major, minor) >= LEAST_CAPABILITY]
+    named = [f"{name}a" if name == "9.0" else name for name in found]  # wgmma and its copies are in sm_90a alone
+    return " ".join(named) or DEFAULT_CUDA_ARCHITECTURES
+
+
+def set_architectures() -> None:
+    """Set TORCH_CUDA_ARCH_LIST where it isn't: code for other GPUs than those here takes minutes to compile."""
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        import torch
+
+        here = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures_for(map(torch.cuda.get_device_capability, here))
+
+
 def architectures_of(flags: list[str]) -> list[str]:
     """nvcc's -gencode flags as TORCH_CUDA_ARCH_LIST has them: "9.0a", "10.0+PTX"."""
     found: dict[str, str] = {}
@@ -245,7 +262,8 @@ def build_one(name: str) -> None:
     home = cuda_home(os.environ)
     if home is not None:
         os.environ["CUDA_HOME"] = home
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    if name == "_cuda":
+        set_architectures()
     from torch.utils.cpp_extension import BuildExtension
 
     setup(
@@ -279,7 +297,7 @@ def cuda_record() -> dict[str, object]:
     """What the CUDA extension was built by and for."""
     from torch.utils import cpp_extension
 
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    set_architectures()
     version = nvcc_version(cuda_home(os.environ) or "")
     return {
         "nvcc": ".".join(map(str, version or ())),
@@ -354,7 +372,9 @@ class BuildExtensions(build_ext):
         print(f"--- fastdcgan.{name}\n{done.stdout}", flush=True)
         if done.returncode == 0:
             return None
-        advice = hint(done.stdout, jobs, environment.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES))
+        if name == "_cuda":
+            set_architectures()
+        advice = hint(done.stdout, jobs, os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
         return "\n".join([*([advice] if advice else []), summary(done.stdout)])
 
     def get_outputs(self) -> list[str]:

@@ -81,6 +81,7 @@ def build() -> Path:
     """The extension as setup.py builds it for the default architectures; RuntimeError with what was printed."""
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
     environment |= {"FASTDCGAN_EXTENSION": "_cuda", "FASTDCGAN_FORCE_CUDA": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # it would be built for the GPUs here
     environment["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(max(1, (os.cpu_count() or 1) // 2))
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(WORK / "temp"), "--build-lib"]

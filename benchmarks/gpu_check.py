@@ -180,7 +180,7 @@ class Check:
         # A dry run shows that the suite starts on this device; `make test` is what runs it there.
         tests = [str(ROOT / "tests" / "test_tolerance.py")] if self.dry else [str(ROOT / "tests")]
         # What needs no GPU takes compilers and minutes; `make test` has it.
-        ignored = [f"--ignore={ROOT / 'tests' / name}" for name in ("cuda_on_cpu", "test_cuda_build.py")]
+        ignored = [f"--ignore={ROOT / 'tests' / name}" for name in ("cpu", "cuda_on_cpu", "test_cuda_build.py")]
         return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *self._parallel(), *ignored, *tests]
 
     def _parallel(self) -> list[str]:

@@ -155,6 +155,23 @@ def test_architectures(build: ModuleType) -> None:
     assert build.architectures_of(flags) == ["8.0", "9.0a", "10.0+PTX"]
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "architectures"),
+    [
+        ([(9, 0), (9, 0)], "9.0a"),
+        ([(8, 9), (8, 0)], "8.0 8.9"),
+        ([(12, 0)], "12.0"),
+        ([(7, 5), (9, 0)], "9.0a"),
+        ([(7, 5)], "8.0 9.0a 10.0+PTX"),
+        ([], "8.0 9.0a 10.0+PTX"),
+    ],
+)
+def test_architectures_of_the_gpus_here(
+    build: ModuleType, capabilities: list[tuple[int, int]], architectures: str
+) -> None:
+    assert build.architectures_for(capabilities) == architectures
+
+
 def test_capabilities_have_their_macros(build: ModuleType) -> None:
     for name, flags in build.CAPABILITIES.items():
         assert f"-DCPU_CAPABILITY={name.upper()}" in flags and f"-DCPU_CAPABILITY_{name.upper()}" in flags
