@@ -239,13 +239,16 @@ def distinct(found: Sequence[Case]) -> list[Case]:
 
 
 def compile_case(case: Case) -> Compiled:
-    """Compile the contraction of `case` and read what became of it."""
-    kernel, programs, arguments, config = launches(case)[0]
+    """Compile the contraction of `case`, and what adds its parts up; read what became of the contraction."""
     triton.runtime.driver.set_active(_Target(case.arch))
-    binary = kernel.warmup(**arguments, grid=(programs,), num_warps=config.num_warps, num_stages=config.num_stages)
+    _, _, arguments, config = launches(case)[0]
+    binary, *others = (
+        kernel.warmup(**given, grid=(programs,), num_warps=tile.num_warps, num_stages=tile.num_stages)
+        for kernel, programs, given, tile in launches(case)
+    )
     ptx: str = binary.asm["ptx"]
     usage = _cuobjdump("--dump-resource-usage", binary.asm["cubin"])
-    code = _cuobjdump("-sass", binary.asm["cubin"])
+    code, *followers = (_cuobjdump("-sass", compiled.asm["cubin"]) for compiled in (binary, *others))
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
     wgmma = len(re.findall(r"wgmma\.mma_async", ptx))
@@ -264,7 +267,7 @@ def compile_case(case: Case) -> Compiled:
             for channels in (case.block.in_channels, case.block.out_channels)
         ),
         registers=int(registers.group(1)),
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        spills=sum(len(re.findall(r"\b(?:STL|LDL)\b", text)) for text in (code, *followers)),
         shared_memory=binary.metadata.shared,
         instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+\S", code, re.MULTILINE)),
         tensor_core=wgmma + len(re.findall(r"tcgen05\.mma|mma\.sync", ptx)),

@@ -60,7 +60,9 @@ def conv_kernel(
     split = m // (groups * tiles_per_group)
     m = m % (groups * tiles_per_group)
     group = m // tiles_per_group
-    rows, corner = tile_rows(m % tiles_per_group, group, batch, out_height, out_width, SOURCE.rows, SINK.box)
+    # Triton 3.6 takes a tuple for a constant only by a name that is declared so.
+    BOX: tl.constexpr = SINK.box
+    rows, corner = tile_rows(m % tiles_per_group, group, batch, out_height, out_width, SOURCE.rows, BOX)
     co = tile_n * SINK.block_c
     size = (height, width, c_in)
     blocks = tl.cdiv(c_in, SOURCE.block_c)

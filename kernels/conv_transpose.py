@@ -78,16 +78,24 @@ def conv_transpose_kernel(
     # Pixels q*stride + f below the output's size: the first phases may have one more than the last.
     grid_height = (out_height - fy + SINK.stride[0] - 1) // SINK.stride[0]
     grid_width = (out_width - fx + SINK.stride[1] - 1) // SINK.stride[1]
-    rows, corner = tile_rows(m % tiles_per_group, group, batch, grid_height, grid_width, SOURCE.rows, SINK.box)
+    # Triton 3.6 takes a tuple for a constant only by a name that is declared so.
+    BOX: tl.constexpr = SINK.box
+    TAPS_Y: tl.constexpr = ROWS.count
+    TAPS_X: tl.constexpr = COLUMNS.count
+    FIRST_Y: tl.constexpr = ROWS.first
+    FIRST_X: tl.constexpr = COLUMNS.first
+    OFFSET_Y: tl.constexpr = ROWS.offset
+    OFFSET_X: tl.constexpr = COLUMNS.offset
+    rows, corner = tile_rows(m % tiles_per_group, group, batch, grid_height, grid_width, SOURCE.rows, BOX)
     co = column % tiles_n * SINK.block_c
     size = (height, width, c_in)
     blocks = tl.cdiv(c_in, SOURCE.block_c)
-    taps_y = entry(ROWS.count, fy)
-    taps_x = entry(COLUMNS.count, fx)
-    ky = entry(ROWS.first, fy)
-    kx = entry(COLUMNS.first, fx)
-    dy = entry(ROWS.offset, fy)
-    dx = entry(COLUMNS.offset, fx)
+    taps_y = entry(TAPS_Y, fy)
+    taps_x = entry(TAPS_X, fx)
+    ky = entry(FIRST_Y, fy)
+    kx = entry(FIRST_X, fx)
+    dy = entry(OFFSET_Y, fy)
+    dx = entry(OFFSET_X, fx)
     ROWS_M: tl.constexpr = SOURCE.rows
     COLUMNS_N: tl.constexpr = SINK.block_c
     acc = tl.zeros((ROWS_M, COLUMNS_N), tl.float32)

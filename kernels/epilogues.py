@@ -119,7 +119,9 @@ def finish_kernel(
     m = tl.program_id(0) // tiles_n
     channel = tl.program_id(0) % tiles_n * SINK.block_c
     group = m // tiles_per_group
-    rows, corner = tile_rows(m % tiles_per_group, group, batch, height, width, SINK.rows, SINK.box)
+    # Triton 3.6 takes a tuple for a constant only by a name that is declared so.
+    BOX: tl.constexpr = SINK.box
+    rows, corner = tile_rows(m % tiles_per_group, group, batch, height, width, SINK.rows, BOX)
     n, q, r, inside = rows
     c = channel + tl.arange(0, SINK.block_c)
     pixel = (n * height + q) * width + r
