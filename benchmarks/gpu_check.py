@@ -181,7 +181,8 @@ class Check:
         tests = [str(ROOT / "tests" / "test_tolerance.py")] if self.dry else [str(ROOT / "tests")]
         # What needs no GPU takes compilers and minutes; `make test` has it.
         ignored = [f"--ignore={ROOT / 'tests' / name}" for name in ("cpu", "cuda_on_cpu", "test_cuda_build.py")]
-        return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *self._parallel(), *ignored, *tests]
+        options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        return [sys.executable, "-m", "pytest", *options, *self._parallel(), *ignored, *tests]
 
     def _parallel(self) -> list[str]:
         """Arguments that spread tests over processes, where pytest-xdist is there and the machine has cores for it."""

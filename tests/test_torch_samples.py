@@ -16,11 +16,13 @@ from tolerance import assert_same_float64
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 
 import fastdcgan
 from fastdcgan import functional
+
+pytest.importorskip("expecttest", reason="torch's own test cases need expecttest")
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
 
 OPS = {(op.name.rpartition(".")[2], op.variant_test_name): op for op in op_db if op.name.startswith("nn.functional.")}
 MODULES = {info.module_cls: info for info in module_db}

@@ -33,7 +33,8 @@ void check_float32(const Tensor& t, const char* what) {
 void adam_(
     at::TensorList weights, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
     at::TensorList copies, at::TensorList steps, double lr, const optional<Tensor>& lr_tensor,
-    double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize, const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf) {
+    double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
+    const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf) {
   for (const at::TensorList& list : {grads, exp_avgs, exp_avg_sqs, copies, steps})
     TORCH_CHECK_VALUE(list.size() == weights.size(), "expected lists of ", weights.size(), ", got one of ", list.size());
   if (found_inf.has_value() && found_inf->item<double>() != 0) return;

@@ -121,7 +121,8 @@ void launch_narrow_transpose(const Source<T>& x, const Weights<T>& weight, const
   const int phase_height = divided(height, g.stride_y), phase_width = divided(width, g.stride_x);
   if constexpr (sizeof(T) == 2) {
     using Tensor = NarrowTransposeTensor;
-    const Tensor::Plan p(x.batch, phase_height, phase_width, CO, x.channels, g);
+    const size_t room = gpu::most_shared_bytes(), wanted = room < Tensor::kMostBytes ? room : Tensor::kMostBytes;
+    const Tensor::Plan p(x.batch, phase_height, phase_width, CO, x.channels, g, wanted);
     const int64_t most = int64_t{gpu::multiprocessors()} * Tensor::kResident;
     const dim3 grid(static_cast<unsigned>(p.tiles.count < most ? p.tiles.count : most));
     gpu::launch_early(narrow_transpose_tensor<T, CO>,
@@ -135,8 +136,8 @@ void launch_narrow_transpose(const Source<T>& x, const Weights<T>& weight, const
     const int threads = phases * C::kOfPhase * (most < C::kSlices ? most : C::kSlices);
     const dim3 grid(static_cast<unsigned>(tiles.count));
     gpu::launch_early(narrow_transpose<T, CO>,
-                      {"narrow_transpose", grid, dim3(threads), sizeof(C::Shared), stream}, x, weight, g, axis_y, axis_x, epilogue, tiles, out, height, width, steps[0], steps[1], steps[2],
-                      steps[3]);
+                      {"narrow_transpose", grid, dim3(threads), sizeof(C::Shared), stream}, x, weight, g, axis_y, axis_x,
+                      epilogue, tiles, out, height, width, steps[0], steps[1], steps[2], steps[3]);
   }
 }
 

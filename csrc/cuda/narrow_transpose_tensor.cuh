@@ -24,15 +24,16 @@ struct NarrowTransposeTensor {
     int pitch;   // of a pixel's
     bool apart;  // pixels are staged apart from the products, to which several parts of the channels add
 
-    // Of images with phases of height x width pixels and `channels` channels, from `wide` channels.
-    Plan(int images, int height, int width, int channels, int wide, const NarrowGeometry& g)
+    // Of images with phases of height x width pixels and `channels` channels, from `wide` channels. The tallest tile that
+    // takes no more than `most` bytes, or one of a single row (as `transpose_bytes` of backends/cuda_narrow.py has it).
+    Plan(int images, int height, int width, int channels, int wide, const NarrowGeometry& g, size_t most)
         : axis_y(g.kernel_y, g.stride_y, g.padding_y, kMostRows), axis_x(g.kernel_x, g.stride_x, g.padding_x, kColumns),
           tiles(ImageTiles::over(images, height, width, kMostRows, kColumns)), blocks((g.taps() * channels + 7) / 8),
           apart(wide > kChannels) {
       // An odd number of blocks: neighbouring pixels fall into other banks. As long as a staged pixel at least.
       const int least = (kStaged / 2 + 7) / 8;
       pitch = ((blocks > least ? blocks : least) | 1) * 8;
-      for (int rows = kMostRows / 2; rows > 0 && shared_bytes() > kMostBytes; rows /= 2) {
+      for (int rows = kMostRows / 2; rows > 0 && shared_bytes() > most; rows /= 2) {
         axis_y = TransposeAxis(g.kernel_y, g.stride_y, g.padding_y, rows);
         tiles = ImageTiles::over(images, height, width, rows, kColumns);
       }

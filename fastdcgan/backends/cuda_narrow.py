@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.backends import cuda_tiles
 from fastdcgan.backends.base import Epilogue, Operand, memory_format
 from fastdcgan.geometry import Geometry, Pair
 
@@ -37,6 +38,19 @@ def _unfit(geometry: Geometry, narrow: int, wide: int, *tensors: Tensor) -> str 
     return None
 
 
+def transpose_bytes(geometry: Geometry, narrow: int, wide: int) -> int:
+    """Bytes of shared memory that a block of `conv_transpose` of 16-bit numbers takes at least: the `Plan` of
+    csrc/cuda/narrow_transpose_tensor.cuh for tiles of 1 x 32 pixels of a phase."""
+    staged, threads, of_warp = 64 + 8, 256, 48
+    boxes = []
+    for pixels, k, s, p in zip((1, 32), geometry.kernel, geometry.stride, geometry.padding, strict=True):
+        boxes.append(pixels + (k + s - 1) // s - 1 + (s - 1 + p) // s - p // s)
+    blocks = (geometry.kernel[0] * geometry.kernel[1] * narrow + 7) // 8
+    pitch = (max(blocks, (staged // 2 + 7) // 8) | 1) * 8
+    apart = threads // 32 * of_warp * staged * 2 if wide > 64 else 0
+    return blocks * 8 * staged * 2 + boxes[0] * boxes[1] * pitch * 4 + apart
+
+
 def why_not_conv(a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
     """None if `conv` takes this call, else the reason."""
     reason = _unfit(geometry, a.x.shape[1], weight.shape[0], a.x, weight)
@@ -52,6 +66,11 @@ def why_not_conv_transpose(
     reason = _unfit(geometry, weight.shape[1], a.x.shape[1], a.x, weight)
     if reason is None and memory_format(a.x) != torch.channels_last:
         return "an input that is contiguous"
+    if reason is None and a.x.element_size() == 2:
+        room = cuda_tiles.device_of(a.x.device).shared_memory
+        needed = transpose_bytes(geometry, weight.shape[1], a.x.shape[1])
+        if needed > room:
+            return f"tiles that need {needed} bytes of shared memory, where a block has {room}"
     return reason
 
 

@@ -5,7 +5,7 @@
 
 A change is a sign, a bound, a stride, an index, a constant, a condition or a barrier of a kernel file. For each one the
 test programs that include the file run on the CPU: plainly, and where that notices nothing, for races and for accesses
-out of bounds. What survives is listed; `survivors.toml` says of which that it changes no result. Verdicts are kept in
+out of bounds. What survives is listed; `survivors/` says of which that it changes no result. Verdicts are kept in
 `build/cuda_on_cpu/mutants`, so that an interrupted run goes on where it was.
 Exits with 1 if any unexplained change survives.
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 from host_programs import BUILD, HERE, MODES
 from mutant_programs import CUDA, PROGRAMS, Build, Program, Switched, dependencies, digest, notices_alone
 
-EXPLAINED = HERE / "survivors.toml"
+EXPLAINED = HERE / "survivors"
 FOLDER = BUILD / "mutants"
 
 # How a change is made at run time (mutant_switch.h). An operator keeps its precedence and its operands.
@@ -119,12 +119,12 @@ def programs_of(paths: Sequence[Path], names: Container[str] | None = None) -> d
     return {path: [program for program in files if path.resolve() in files[program]] for path in paths}
 
 
-def explanations(path: Path = EXPLAINED) -> dict[tuple[str, str, str], str]:
+def explanations(folder: Path = EXPLAINED) -> dict[tuple[str, str, str], str]:
     """(file, code before, code after) -> why it changes no result. An entry may have several changes of a line."""
-    entries = tomllib.loads(path.read_text()).get("survivor", []) if path.exists() else []
     return {
-        (entry["file"], entry["before"], after): entry["why"]
-        for entry in entries
+        (f"{path.stem}.cuh", entry["before"], after): entry["why"]
+        for path in sorted(folder.glob("*.toml"))
+        for entry in tomllib.loads(path.read_text())["survivor"]
         for after in ([entry["after"]] if isinstance(entry["after"], str) else entry["after"])
     }
 

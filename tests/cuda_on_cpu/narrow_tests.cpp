@@ -262,6 +262,7 @@ int main() {
       {1, 1, 129, 17, 9, {1, 1, 1, 1, 0, 0}},
       {1, 4, 12, 5, 67, {5, 5, 2, 2, 2, 2}, Prologue::none, false},
       {4, 1, 8, 6, 6, {5, 5, 1, 1, 2, 2}, Prologue::activate, true, 0, 2},
+      {1, 4, 72, 40, 9, {5, 5, 1, 1, 2, 2}},  // products that leave room for a quarter of the tallest tile
   };
   bool ok = true;
   cuda_on_cpu::options.multiprocessors = 1;
@@ -272,5 +273,8 @@ int main() {
     ok &= all<gpu::fp16>("fp16", c);
 #endif
   }
+  // A GPU whose blocks have less.
+  cuda_on_cpu::options.shared_bytes = 99 << 10;
+  ok &= all<gpu::bf16>("bf16 in 99 KiB", {1, 3, 72, 34, 10, {4, 4, 2, 2, 1, 1}, Prologue::activate});
   return ok ? 0 : 1;
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from host_library import ORDERS, HostCUDABackend, set_multiprocessors, set_order
+from host_library import ORDERS, HostCUDABackend, library, set_multiprocessors, set_order
 from host_programs import MODES, assert_passes, needs_compiler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 import fastdcgan
 from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends import cuda_narrow
+from fastdcgan.backends import cuda_narrow, cuda_tiles
 from fastdcgan.backends.base import STORE, Backend, Epilogue, Operand
 from fastdcgan.backends.reference import ReferenceBackend
 from fastdcgan.geometry import Geometry
@@ -39,6 +41,36 @@ def cuda() -> Backend:
 @pytest.mark.parametrize("mode", MODES)
 def test_kernels(mode: str) -> None:
     assert_passes("narrow_tests", mode)
+
+
+@pytest.mark.parametrize("wide", [64, 65])
+@pytest.mark.parametrize("narrow", [1, 2, 3, 4])
+def test_shared_memory_of_the_lowest_tile(narrow: int, wide: int) -> None:
+    """What decides whether a GPU has room is what the kernel takes."""
+    taken = library().cuda_on_cpu_narrow_transpose_bytes
+    taken.restype = ctypes.c_int64
+    for ky, kx, sy, sx in itertools.product((1, 3, 4, 5), (2, 5), (1, 2), (1, 2)):
+        for padding in ((0, 1), (2, 0)):
+            g = Geometry((ky, kx), (sy, sx), padding)
+            expected = taken(narrow, wide, ky, kx, sy, sx, *padding)
+            assert cuda_narrow.transpose_bytes(g, narrow, wide) == expected
+
+
+def test_a_gpu_with_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dataclasses.replace(cuda_tiles.H100, shared_memory=99 * 1024)
+    monkeypatch.setattr(cuda_tiles, "device_of", lambda device: small)
+    five, four = Geometry((5, 5), (2, 2), (2, 2)), Geometry((4, 4), (2, 2), (1, 1))
+
+    def reason(dtype: torch.dtype, geometry: Geometry, wide: int) -> str | None:
+        x = normal(1, wide, 4, 4, seed=1, dtype=dtype)
+        weight = normal(wide, 3, *geometry.kernel, seed=2, dtype=dtype)
+        return cuda_narrow.why_not_conv_transpose(Operand(x), weight, geometry, (8, 8), STORE)
+
+    assert reason(torch.bfloat16, five, 128) == (
+        f"tiles that need {cuda_narrow.transpose_bytes(five, 3, 128)} bytes of shared memory, where a block has 101376"
+    )
+    assert reason(torch.float32, five, 128) is None and reason(torch.bfloat16, five, 64) is None
+    assert reason(torch.bfloat16, four, 128) is None
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype, last: bool = True, scale: float = 1.0) -> Tensor:

@@ -131,6 +131,18 @@ inline int multiprocessors() {
 #endif
 }
 
+// Bytes of shared memory that a block may have on the current device: 99 KiB on consumers' GPUs, 163 or 227 on others.
+inline size_t most_shared_bytes() {
+#ifdef __CUDACC__
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return static_cast<size_t>(bytes);
+#else
+  return cuda_on_cpu::options.shared_bytes;
+#endif
+}
+
 // Of the current device, 90 for 9.0.
 inline int compute_capability() {
 #ifdef __CUDACC__

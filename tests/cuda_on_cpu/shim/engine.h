@@ -204,7 +204,7 @@ class Engine {
       refuse("a block has " + std::to_string(threads) + " threads: not whole warps up to 1024");
     if (!s.grid.x || !s.grid.y || !s.grid.z || s.grid.x > 0x7FFFFFFF || s.grid.y > 65535 || s.grid.z > 65535)
       refuse("the grid is empty or too large");
-    if (s.shared_bytes > 227 << 10) refuse("too much shared memory");
+    if (s.shared_bytes > options.shared_bytes) refuse("too much shared memory");
   }
 
   void make_threads() {
