@@ -17,6 +17,11 @@ from fastdcgan.geometry import Geometry, Pair, pair
 from fastdcgan.losses import bce_with_logits as bce_with_logits
 from fastdcgan.pixels import normalize_images as normalize_images
 
+# Device types that have autocast; others raise where they are asked whether it is on. Asked for once, since Dynamo of
+# torch 2.11 can't trace the question.
+_KNOWN = ("cpu", "cuda", "xpu", "hpu", "mps", "mtia", "maia", "xla", "ipu", torch._C._get_privateuse1_backend_name())
+_WITH_AUTOCAST = frozenset(kind for kind in _KNOWN if torch.amp.is_autocast_available(kind))
+
 
 class Running(NamedTuple):
     """Running statistics to update after a block in training: `momentum` None means a cumulative average."""
@@ -33,7 +38,7 @@ def block_backend(x: Tensor) -> str:
 
 
 def _autocast(x: Tensor) -> bool:
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return x.device.type in _WITH_AUTOCAST and torch.is_autocast_enabled(x.device.type)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

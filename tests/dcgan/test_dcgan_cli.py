@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from machine import needs_mnist
 from PIL import Image
 
 import fastdcgan
@@ -231,6 +232,7 @@ def test_divergence_exits_with_1(photos: Path, tmp_path: Path, capsys: pytest.Ca
     assert "lower --lr-g and --lr-d" in err
 
 
+@needs_mnist
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Everything of the demo, with few steps and narrow networks; and a second one over the first."""
     monkeypatch.setattr(demo, "WIDTH", 4)
@@ -258,6 +260,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         assert f"{1e3 * step['fused']['median']:.1f}" in (out / "comparison.md").read_text()
 
 
+@needs_mnist
 def test_demo_stops_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

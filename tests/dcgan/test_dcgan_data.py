@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from machine import needs_mnist
 from PIL import Image
 
 from fastdcgan.dcgan import Batches, Images, cache, load_images
@@ -124,6 +125,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").iterdir())
 
 
+@needs_mnist
 def test_mnist_and_digits() -> None:
     mnist = load_images("mnist", 32, 1).array
     assert mnist.shape == (5000, 32, 32, 1)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from machine import needs_mnist
 from PIL import Image
 
 from fastdcgan.dcgan import checkpoint, gallery, inpainting
@@ -34,6 +35,7 @@ def names_on(page: Path) -> list[str]:
     return re.findall(r"!\[[^]]+\]\(([^)]+)\)", page.read_text())
 
 
+@needs_mnist
 def test_gallery(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()

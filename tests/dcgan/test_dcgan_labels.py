@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from machine import needs_mnist
 from PIL import Image
 
 from fastdcgan.dcgan.data import load_images, load_labelled
@@ -50,6 +51,7 @@ def test_folders_without_classes(files: list[str], found: str, tmp_path: Path) -
     assert len(load_images(str(tmp_path / "images"), 16, 1, cache_folder=tmp_path / "cache")) == len(files)
 
 
+@needs_mnist
 def test_mnist_and_digits() -> None:
     mnist = load_labelled("mnist", 32, 1)
     assert mnist.classes == list("0123456789")
