@@ -266,6 +266,13 @@ def test_gpu_check_has_its_parts(tmp_path):
     assert "--dry" not in command
 
 
+def test_gpu_check_runs_the_tests_that_ask_for_the_device():
+    names = {path.relative_to(gpu_check.ROOT / "tests").as_posix() for path in gpu_check.device_tests()}
+    assert {"test_ops.py", "test_chain.py", "test_graphs.py", "test_optim.py"} <= names
+    assert "triton/interpreter/test_contractions.py" in names
+    assert not {name for name in names if name.startswith(("cpu/", "cuda_on_cpu/", "dcgan/", "test_cpu_"))}
+
+
 def test_gpu_check_names_only_peers_that_are_there():
     for cases in (gpu_check.EAGER, gpu_check.COMPILED, gpu_check.BLOCKS, gpu_check.DRY_EAGER, gpu_check.DRY_COMPILED):
         for dtype, *names in cases:
