@@ -25,7 +25,7 @@ LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # What compiles for minutes, beside all the rest on a second core: the CUDA build, kernels as plain programs.
 COMPILING := tests/test_cuda_build.py $(patsubst %,tests/cpu/test_%.py,amx halves sanitizers) \
-	$(patsubst %,tests/cuda_on_cpu/test_%.py,conventions mutants shim warpgroups)
+	$(patsubst %,tests/cuda_on_cpu/test_%.py,contractions conventions mutants shim warpgroups)
 # The tests of whatever backend, for backend("cuda") on CPU tensors
 CUDA_ON_CPU := $(patsubst %,tests/test_%.py,ops chain derivatives running_stats saved_memory)
 
