@@ -185,8 +185,8 @@ class Check:
     def _tests(self) -> Sequence[str]:
         # A dry run shows that the suite starts on this device; `make test` is what runs it there.
         tests = [str(ROOT / "tests" / "test_tolerance.py")] if self.dry else list(map(str, device_tests()))
-        # What fails is named as it does: the end may not be reached.
-        options = ["-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        # What fails is named as it does (-v, over the project's -q): the end may not be reached.
+        options = ["-vv", "-rf", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
         return [sys.executable, "-m", "pytest", *options, *self._parallel(), *tests]
 
     def _parallel(self) -> list[str]:
