@@ -65,7 +65,7 @@ DRY_BLOCKS = (("fp32", "eager-nhwc", "graph", "fused"),)
 
 def device_tests() -> list[Path]:
     """The test files that ask which device to test; the others run on a CPU, and `make test` has them."""
-    asks = re.compile(r"^from (machine import .*\b(DEVICE|backends_here)\b|twins import)", re.MULTILINE)
+    asks = re.compile(r"^from (twins import|machine import (\([^)]*|.*)\b(DEVICE|backends_here)\b)", re.MULTILINE)
     return sorted(path for path in (ROOT / "tests").rglob("test_*.py") if asks.search(path.read_text()))
 
 

@@ -17,10 +17,9 @@ from fastdcgan.geometry import Geometry, Pair, pair
 from fastdcgan.losses import bce_with_logits as bce_with_logits
 from fastdcgan.pixels import normalize_images as normalize_images
 
-# Device types that have autocast; others raise where they are asked whether it is on. Asked for once, since Dynamo of
-# torch 2.11 can't trace the question.
-_KNOWN = ("cpu", "cuda", "xpu", "hpu", "mps", "mtia", "maia", "xla", "ipu", torch._C._get_privateuse1_backend_name())
-_WITH_AUTOCAST = frozenset(kind for kind in _KNOWN if torch.amp.is_autocast_available(kind))
+# Device types without autocast, which raise where they are asked whether it is on. A list, since Dynamo of torch 2.11
+# can't trace torch.amp.is_autocast_available.
+_NO_AUTOCAST = frozenset({"meta", "lazy", "vulkan", "ve", "opengl", "opencl", "ideep", "hip", "fpga"})
 
 
 class Running(NamedTuple):
@@ -38,7 +37,7 @@ def block_backend(x: Tensor) -> str:
 
 
 def _autocast(x: Tensor) -> bool:
-    return x.device.type in _WITH_AUTOCAST and torch.is_autocast_enabled(x.device.type)
+    return x.device.type not in _NO_AUTOCAST and torch.is_autocast_enabled(x.device.type)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

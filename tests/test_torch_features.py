@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fastdcgan
+from fastdcgan import functional
 
 PAIRS = {**MODELS, **VARIANTS}
 
@@ -154,6 +155,12 @@ def test_default_dtype_float64(device: torch.device) -> None:
         )
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_device_types_without_autocast() -> None:
+    with_autocast = ("cpu", "cuda", "xpu", "hpu", "mps", "mtia", "maia", "xla", "ipu", "privateuseone")
+    for kind in (*functional._NO_AUTOCAST, *with_autocast):
+        assert torch.amp.is_autocast_available(kind) == (kind not in functional._NO_AUTOCAST), kind
 
 
 def test_the_meta_device() -> None:

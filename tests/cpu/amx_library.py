@@ -43,16 +43,13 @@ def torch_libraries() -> list[str]:
     return [f"-L{folder}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{folder}"]
 
 
-def built(source: Path) -> str:
-    """The object of a file of csrc/cpu or of this folder, compiled where it has changed."""
-    return str(compiled(BUILD / f"{source.stem}.o", ["-c", str(source)], [*FLAGS, *torch_includes()]))
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
     """Compile what has changed, register the operators as torch.ops.fastdcgan_cpu_amx."""
     operators = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("conv_ops", "memory")]
-    objects = [built(path) for path in (*operators, *contraction_sources(), HERE / "amx_emulated.cpp")]
+    sources = [*operators, *contraction_sources(), HERE / "amx_emulated.cpp"]
+    flags = [*FLAGS, *torch_includes()]
+    objects = [str(compiled(BUILD / f"{path.stem}.o", ["-c", str(path)], flags)) for path in sources]
     linked = compiled(BUILD / "operators.so", objects, ["-shared", "-fopenmp"], torch_libraries())
     torch.ops.load_library(str(linked))
     found = ctypes.CDLL(str(linked))

@@ -262,7 +262,7 @@ int main() {
       {1, 1, 129, 17, 9, {1, 1, 1, 1, 0, 0}},
       {1, 4, 12, 5, 67, {5, 5, 2, 2, 2, 2}, Prologue::none, false},
       {4, 1, 8, 6, 6, {5, 5, 1, 1, 2, 2}, Prologue::activate, true, 0, 2},
-      {1, 4, 72, 40, 9, {5, 5, 1, 1, 2, 2}},  // products that leave room for a quarter of the tallest tile
+      {1, 4, 72, 40, 9, {5, 5, 1, 1, 2, 2}},  // no tile fits what is wanted: the lowest
   };
   bool ok = true;
   cuda_on_cpu::options.multiprocessors = 1;
