@@ -24,10 +24,10 @@ SOURCES := $(shell find csrc -type f)
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # What compiles for minutes, beside all the rest on a second core: the CUDA build, kernels as plain programs.
-COMPILING := tests/test_cuda_build.py $(patsubst %,tests/cpu/test_%.py,amx halves sanitizers) \
+COMPILING := tests/csrc/cuda/test_build.py $(patsubst %,tests/csrc/cpu/test_%.py,amx halves sanitizers) \
 	$(patsubst %,tests/cuda_on_cpu/test_%.py,contractions conventions mutants shim warpgroups)
 # The tests of whatever backend, for backend("cuda") on CPU tensors
-CUDA_ON_CPU := $(patsubst %,tests/test_%.py,ops chain derivatives running_stats saved_memory)
+CUDA_ON_CPU := tests/dispatch/test_primitives.py $(patsubst %,tests/engine/test_%.py,autograd double_backward running_stats saved_memory)
 
 .PHONY: help install demo test mutants lint bench gallery gpu-check clean
 
@@ -68,8 +68,8 @@ test: $(EXTENSIONS) ## lint and the tests
 	$(PYTEST) $(COMPILING) $(ARGS) >build/test-compiling.log 2>&1 & beside=$$!; \
 	trap 'kill $$beside 2>/dev/null || true' EXIT; \
 	$(LINT) || exit 1; \
-	$(PYTEST) tests --ignore tests/triton/interpreter $(COMPILING:%=--ignore %) $(ARGS) || failed=1; \
-	TRITON_INTERPRET=1 $(PYTEST) tests/triton/interpreter $(ARGS) || failed=1; \
+	$(PYTEST) tests --ignore-glob "tests/kernels/test_*" $(COMPILING:%=--ignore %) $(ARGS) || failed=1; \
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_*.py $(ARGS) || failed=1; \
 	if command -v g++ >/dev/null; then \
 	  FASTDCGAN_TEST_CUDA_ON_CPU=1 $(PYTEST) $(CUDA_ON_CPU) -k "cuda- and not opcheck" $(ARGS) || failed=1; \
 	else \
@@ -81,7 +81,7 @@ test: $(EXTENSIONS) ## lint and the tests
 	exit $${failed:-0}
 
 mutants: $(EXTENSIONS) ## change the CUDA kernels one place at a time: how many changes do the tests notice?
-	$(BIN)/python tests/cuda_on_cpu/mutants.py $(ARGS)
+	$(BIN)/python -m tests.cuda_on_cpu.mutants $(ARGS)
 
 lint: $(EXTENSIONS) ## ruff and mypy
 	$(LINT)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from fastdcgan import backends
-from fastdcgan.backends.base import STORE, Backend, Operand
+from fastdcgan.backends.base import Backend
 from fastdcgan.benchmarks import harness
 from fastdcgan.dcgan import Generator
 from fastdcgan.geometry import Geometry
+from fastdcgan.images import normalize_images
 from fastdcgan.optim import FusedAdam
-from fastdcgan.pixels import normalize_images
+from fastdcgan.spec import STORE, Operand
 
 # (channels, height, width) of the normalised layers of a 64x64 DCGAN with 64 features
 LAYERS = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdcgan.backends import measured
 from fastdcgan.benchmarks import plots, profiling, suites, tables
 from fastdcgan.benchmarks.end_to_end import run_end_to_end
 from fastdcgan.benchmarks.harness import Timing
@@ -22,6 +21,7 @@ from fastdcgan.benchmarks.pix2pix import Pix2PixShape
 from fastdcgan.benchmarks.results import Case, Results, environment
 from fastdcgan.benchmarks.runners import StepRunner
 from fastdcgan.benchmarks.shapes import IMAGE_SIZES, Block, NetShape, inputs
+from fastdcgan.dispatch import autotune
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="on a GPU: first search for the best tiles and seams (minutes), and keep them",
+        help="on a GPU: first search for the best tiles and boundaries (minutes), and keep them",
     )
     parser.add_argument("--quick", action="store_true", help="a small net, few blocks, few rounds")
 
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         def show(case: str, text: str) -> None:
             status.update(f"{case}: {text}")
 
-        with measured.tuning() if args.tune else contextlib.nullcontext():
+        with autotune.tuning() if args.tune else contextlib.nullcontext():
             cases = list(_cases(args, device, batches, show))
     results = Results("bench", facts, cases)
 

@@ -27,11 +27,11 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fastdcgan.backends.base import STORE, Epilogue, Operand
 from fastdcgan.benchmarks.results import RESULTS
 from fastdcgan.benchmarks.shapes import Block, NetShape
 from fastdcgan.geometry import Geometry
 from fastdcgan.kernels import conv, conv_transpose, launch, tiles, tuning, weight_grad
+from fastdcgan.spec import STORE, Epilogue, Operand
 
 ARCHITECTURES = (80, 90, 100)
 BATCHES = (128, 1024)

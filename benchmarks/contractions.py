@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fastdcgan import backends
-from fastdcgan.backends.base import STORE, Operand
 from fastdcgan.benchmarks import harness, peers
 from fastdcgan.benchmarks.results import Case, Row
 from fastdcgan.benchmarks.shapes import Block
 from fastdcgan.benchmarks.suites import device_settings
 from fastdcgan.geometry import Geometry
+from fastdcgan.spec import STORE, Operand
 
 LIBRARY = "pytorch"
 PARTS = ("forward", "input gradient", "weight gradient")

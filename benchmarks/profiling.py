@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastdcgan import ops
-from fastdcgan.backends.base import Operand
 from fastdcgan.benchmarks import harness
+from fastdcgan.dispatch import primitives
+from fastdcgan.spec import Operand
 
 _HOST_CALLS = 7
 _PREFIX = "fastdcgan: "
@@ -109,7 +109,7 @@ def _annotated(entries: list[_Entry | None]) -> Iterator[None]:
     """Inside a `with`, call number i of a primitive is a region of the trace, and `entries[i]` says what it was."""
 
     def wrapped(name: str) -> Callable:
-        real = getattr(ops, name)
+        real = getattr(primitives, name)
 
         def call(*args):
             index = len(entries)
@@ -123,7 +123,7 @@ def _annotated(entries: list[_Entry | None]) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for name in _PRIMITIVES:
-            stack.enter_context(mock.patch.object(ops, name, wrapped(name)))
+            stack.enter_context(mock.patch.object(primitives, name, wrapped(name)))
         yield
 
 

@@ -2,7 +2,7 @@
 
 For every contraction of the 64x64 net in bfloat16: multiply-adds, bytes, the time that they take at best, the tile, and
 how much of the tensor cores' time the tile can use; for every pass over memory and every image-side contraction its
-bytes; for every seam what the rule chooses. Computed, not measured: it says where to look first once there are
+bytes; for every boundary what the rule chooses. Computed, not measured: it says where to look first once there are
 measurements, and what no measurement can exceed. Written to `results/triton_plan.md`.
 """
 
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from fastdcgan.backends.seams import seams
+from fastdcgan.backends.boundaries import boundaries
 from fastdcgan.benchmarks.compile_table import Case, cases, launches
 from fastdcgan.benchmarks.results import RESULTS
 from fastdcgan.benchmarks.shapes import NetShape
-from fastdcgan.blocks import FoundChain, block_of, segments
+from fastdcgan.engine.match import FoundChain, block_of, segments
 from fastdcgan.kernels import tiles
 
 PLAN = RESULTS / "triton_plan.md"
@@ -104,20 +104,20 @@ def byte_bound(shape: NetShape, batch: int) -> Iterator[list[str]]:
             yield [name, block.name, f"{moved_bytes / 1e6:.1f}", f"{moved_bytes / BANDWIDTH * 1e6:.1f}"]
 
 
-# --- seams ------------------------------------------------------------------------------------------------------------
+# --- boundaries -------------------------------------------------------------------------------------------------------
 
 
-def seam_rows(shape: NetShape) -> Iterator[list[str]]:
-    """(net, deferred seams, blocks whose dy is never stored) by the rule, in training."""
+def boundary_rows(shape: NetShape) -> Iterator[list[str]]:
+    """(net, deferred boundaries, blocks whose dy is never stored) by the rule, in training."""
     for name, net, described in zip("GD", shape.nets(), (shape.generator(), shape.discriminator()), strict=True):
         (chain,) = segments(net.to(torch.bfloat16))
         assert isinstance(chain, FoundChain)
         plan = [block_of(found, False, "triton") for found in chain.blocks]
         weights = [found.conv.weight for found in chain.blocks]
         image = (described[0].in_size,) * 2
-        chosen = seams(plan, weights, image, [False, *[True] * len(plan)])
+        chosen = boundaries(plan, weights, image, [False, *[True] * len(plan)])
         between = [f"{a.name}-{b.name}" for a, b in itertools.pairwise(described)]
-        deferred = [seam for seam, flag in zip(between, chosen.deferred, strict=True) if flag]
+        deferred = [boundary for boundary, flag in zip(between, chosen.deferred, strict=True) if flag]
         lazy = [block.name for block, flag in zip(described, chosen.lazy_grad, strict=True) if flag]
         yield [name, ", ".join(deferred) or "none", ", ".join(lazy) or "none"]
 
@@ -133,7 +133,7 @@ def write(path: Path = PLAN) -> None:
     lines = ["# The plan of the Triton contractions on an H100 (computed, not measured)", ""]
     lines += ["Written by `python -m fastdcgan.benchmarks.tile_plan`; NOTES-GPU.md says how to read it.", ""]
     shape = NetShape()
-    lines += ["## Seams", "", *_lines(("net", "deferred", "dy never stored"), seam_rows(shape)), ""]
+    lines += ["## Boundaries", "", *_lines(("net", "deferred", "dy never stored"), boundary_rows(shape)), ""]
     for batch in (128, 1024):
         lines += [f"## Batch {batch}", "", *table(batch), ""]
         header = ("bound by bytes", "block", "MB", "floor, us")

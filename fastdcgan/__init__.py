@@ -1,8 +1,10 @@
 """fastdcgan: fused kernels that make the convolutional GAN family train fast, behind drop-in layers."""
 
 from fastdcgan import backends, functional, optim
-from fastdcgan.backends import Unavailable, backend
-from fastdcgan.fusion import explain, fold_batchnorm, fuse, unfuse
+from fastdcgan.backends import backend
+from fastdcgan.explain import explain
+from fastdcgan.folding import fold_batchnorm
+from fastdcgan.fuse import fuse, unfuse
 from fastdcgan.layers import (
     ConvAct2d,
     ConvBNAct2d,
@@ -14,6 +16,7 @@ from fastdcgan.layers import (
     ConvTransposeTanh2d,
     FusedSequential,
 )
+from fastdcgan.spec import Unavailable
 
 __version__ = "0.1.0"
 
@@ -48,7 +51,7 @@ def __getattr__(name: str) -> object:
 
         return getattr(models, name)
     if name == "GANStep":
-        from fastdcgan.graphs import GANStep
+        from fastdcgan.gan_step import GANStep
 
         return GANStep
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

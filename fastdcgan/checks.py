@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.chain import Block, BlockTensors, of_block
 from fastdcgan.geometry import Geometry, Pair
+from fastdcgan.spec import Block, BlockTensors, of_block
 
 
 def check_chain(
@@ -125,10 +125,10 @@ def check_weight(weight: Tensor, groups: int, transposed: bool) -> None:
         raise ValueError(f"groups must divide the weight's {weight.shape[0]} channels, got groups={groups}")
 
 
-def check_seams(seams: str) -> None:
+def check_boundaries(boundaries: str) -> None:
     """Raise ValueError for a choice that the plan does not have."""
-    if seams not in ("auto", "finished", "deferred"):
-        raise ValueError(f"seams must be 'auto', 'finished' or 'deferred', got {seams!r}")
+    if boundaries not in ("auto", "finished", "deferred"):
+        raise ValueError(f"boundaries must be 'auto', 'finished' or 'deferred', got {boundaries!r}")
 
 
 def check_stat_groups(stat_groups: int) -> None:
@@ -137,3 +137,9 @@ def check_stat_groups(stat_groups: int) -> None:
         raise TypeError(f"stat_groups must be an int, got {type(stat_groups).__name__}")
     if stat_groups < 1:
         raise ValueError(f"stat_groups must be at least 1, got {stat_groups}")
+
+
+def check_module(model: object) -> None:
+    """Raise TypeError unless `model` is an `nn.Module`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdcgan import backends, checks, ops, planning
+from fastdcgan import backends, checks
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.base import Update
-from fastdcgan.chain import Block, BlockTensors, Norm, run
+from fastdcgan.dispatch import primitives
+from fastdcgan.engine import planner
+from fastdcgan.engine.autograd import run
 from fastdcgan.geometry import Geometry, Pair, pair
+from fastdcgan.images import normalize_images as normalize_images
 from fastdcgan.losses import bce_with_logits as bce_with_logits
-from fastdcgan.pixels import normalize_images as normalize_images
+from fastdcgan.spec import Block, BlockTensors, Norm, Running, Update
 
 # Device types without autocast, which raise where they are asked whether it is on. A list, since Dynamo of torch 2.11
 # can't trace torch.amp.is_autocast_available.
 _NO_AUTOCAST = frozenset({"meta", "lazy", "vulkan", "ve", "opengl", "opencl", "ideep", "hip", "fpga"})
-
-
-class Running(NamedTuple):
-    """Running statistics to update after a block in training: `momentum` None means a cumulative average."""
-
-    mean: Tensor
-    var: Tensor
-    momentum: float | None
-    num_batches: Tensor | None = None
 
 
 def block_backend(x: Tensor) -> str:
@@ -50,7 +42,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def _casts_weights(backend: str, x: Tensor, tensors: Sequence[BlockTensors]) -> bool:
     """Whether the backend's contractions get float32 weights under autocast, and cast them: where no gradient needs a
     cast tensor. What a backend makes of a parameter it may keep from call to call, but not of a tensor of one call."""
-    if not backends.get(backend).casts_weights or x.numel() == 0 or not ops.unwatched(x, *(t.weight for t in tensors)):
+    if (
+        not backends.get(backend).casts_weights
+        or x.numel() == 0
+        or not primitives.unwatched(x, *(t.weight for t in tensors))
+    ):
         return False
     return not torch.is_grad_enabled() or not any(v is not None and v.requires_grad for t in tensors for v in (x, *t))
 
@@ -61,13 +57,13 @@ def run_chain(
     tensors: Sequence[BlockTensors],
     running: Sequence[Running | None],
     stat_groups: int = 1,
-    seams: str = "auto",
+    boundaries: str = "auto",
 ) -> Tensor:
     """Run a chain on `x` [N, C, H, W] and update `running`; nothing is written if a check fails.
 
     Raises TypeError or ValueError (`checks.check_chain`).
     """
-    checks.check_seams(seams)
+    checks.check_boundaries(boundaries)
     casts_weights = False
     if isinstance(x, Tensor):
         dtype = compute_dtype(x)
@@ -78,10 +74,10 @@ def run_chain(
             tensors = [t if t.weight.dtype in left else t._replace(weight=t.weight.to(dtype)) for t in tensors]
     flat = [v for t in tensors for v in t]
     checks.check_chain(blocks, stat_groups, x, flat, casts_weights)
-    plan = planning.plan(blocks, x, tensors, stat_groups, seams)
+    plan = planner.plan(blocks, x, tensors, stat_groups, boundaries)
     alone = all(b.norm is None or b.norm.process_group is None for b in blocks)
     if x.shape[0] == 0 and alone:  # as PyTorch: an empty output, zero gradients, running statistics as they were
-        from fastdcgan.differentiable import formula
+        from fastdcgan.engine.double_backward import formula
 
         for r in running:
             if r is not None and r.num_batches is not None:
@@ -94,7 +90,7 @@ def run_chain(
         if r is not None and s is not None
     ]
     if updates:
-        ops.update_all_running(updates, blocks[0].backend)
+        primitives.update_all_running(updates, blocks[0].backend)
     return out
 
 

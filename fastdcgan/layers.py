@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdcgan import checks
 from fastdcgan.activations import to_module
-from fastdcgan.blocks import run_sequential
+from fastdcgan.engine.match import run_sequential
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -22,11 +22,11 @@ class FusedSequential(nn.Sequential):
     else is called as `nn.Sequential` calls it, and the parameters, buffers, state_dict keys and hooks are its own.
     `fuse(model)` turns a model's Sequentials into this; `explain(model)` says what runs how.
 
-    `seams`: "auto" lets the plan choose whether a chain keeps finished activations between its blocks ("finished":
+    `boundaries`: "auto" lets the plan choose whether a chain keeps finished activations between its blocks ("finished":
     faster where the backend can't recompute them on load) or only raw outputs ("deferred": less memory).
     """
 
-    seams: str = "auto"
+    boundaries: str = "auto"
 
     def forward(self, input: Tensor, stat_groups: int = 1) -> Tensor:
         """[N, C, H, W] (or what the first module takes) -> the last module's output, in PyTorch's memory format.
@@ -34,7 +34,7 @@ class FusedSequential(nn.Sequential):
         `stat_groups`: batch statistics are taken over each of so many equal parts of the batch, and the running ones
         updated once per part in order, as if the parts had been passed one after another.
         """
-        return run_sequential(self, input, stat_groups, self.seams)
+        return run_sequential(self, input, stat_groups, self.boundaries)
 
     def __getitem__(self, idx: int | slice) -> Any:
         if isinstance(idx, slice):  # a part of a layer is no longer that layer

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdcgan import native
-from fastdcgan.backends.base import stat_dtype
+from fastdcgan.dispatch import training_ops
+from fastdcgan.spec import stat_dtype
 
 
 def bce_with_logits(logits: Tensor, labels: float | Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def bce_with_logits(logits: Tensor, labels: float | Sequence[float]) -> tuple[Te
     each = (float(labels),) if isinstance(labels, int | float) else tuple(map(float, labels))
     if not each or logits.numel() == 0 or logits.numel() % len(each):
         raise ValueError(f"expected logits in {len(each)} equal parts, got {list(logits.shape)}")
-    plain = torch.compiler.is_compiling() or logits.dtype == torch.float64 or native.why_not(logits.device.type)
+    plain = torch.compiler.is_compiling() or logits.dtype == torch.float64 or training_ops.why_not(logits.device.type)
     losses, probabilities = (_formula if plain else _BCE.apply)(logits, each)
     return (losses[0], probabilities[0]) if isinstance(labels, int | float) else (losses, probabilities)
 
@@ -51,7 +51,7 @@ class _BCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, labels: tuple[float, ...]):
         needed = ctx.needs_input_grad[0]
-        losses, probabilities, grad = native.operators(logits.device.type).bce_with_logits(logits, labels, needed)
+        losses, probabilities, grad = training_ops.operators(logits.device.type).bce_with_logits(logits, labels, needed)
         ctx.save_for_backward(logits, grad)
         ctx.labels = labels
         ctx.mark_non_differentiable(probabilities)

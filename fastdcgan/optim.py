@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
-from fastdcgan import native
+from fastdcgan.dispatch import training_ops
 
 _LOW = (torch.bfloat16, torch.float16)
 _GRADS = (torch.float32, *_LOW)
@@ -134,7 +134,7 @@ class FusedAdam(torch.optim.Adam):
         for group in self.param_groups:
             for p in group["params"]:
                 self._prepare(p, group)
-                if p.device.type in native.ADAM_CHUNK and self._why_torch(p, group) is None:
+                if p.device.type in training_ops.ADAM_CHUNK and self._why_torch(p, group) is None:
                     self._counter(p)
 
     def ready(self) -> bool:
@@ -142,7 +142,7 @@ class FusedAdam(torch.optim.Adam):
         return all(
             bool(self.state[p])
             and (
-                p.device.type not in native.ADAM_CHUNK
+                p.device.type not in training_ops.ADAM_CHUNK
                 or self._why_torch(p, group) is not None
                 or self._current(p) is not None
             )
@@ -220,7 +220,7 @@ class FusedAdam(torch.optim.Adam):
             return "the kernel has no amsgrad"
         if not _dense(p):
             return f"the kernel takes tensors without gaps, not strides {p.stride()}"
-        return native.why_not(p.device.type)
+        return training_ops.why_not(p.device.type)
 
     def _by_kernel(
         self, params: list[Tensor], group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -230,9 +230,9 @@ class FusedAdam(torch.optim.Adam):
         states = [self.state[p] for p in params]
         nothing = torch.empty(0, device=device)
         low = [p.dtype in _LOW for p in params]
-        lr, by_chunk = group["lr"], device.type in native.ADAM_CHUNK
+        lr, by_chunk = group["lr"], device.type in training_ops.ADAM_CHUNK
         steps = [self._counter(p) if by_chunk else state["step"] for p, state in zip(params, states, strict=True)]
-        native.operators(device.type).adam_(
+        training_ops.operators(device.type).adam_(
             [state["master"] if is_low else p for p, state, is_low in zip(params, states, low, strict=True)],
             grads,
             [state["exp_avg"] for state in states],
@@ -268,7 +268,7 @@ class FusedAdam(torch.optim.Adam):
                 raise RuntimeError(
                     "FusedAdam: state was made or changed since the last step: prepare() before capturing"
                 )
-            chunk = native.ADAM_CHUNK[p.device.type]
+            chunk = training_ops.ADAM_CHUNK[p.device.type]
             chunks = self.state[p]["step"].detach().reshape(1).repeat(max(1, -(-p.numel() // chunk)))
             self.state[p]["step"] = step = chunks[0]
             counter = self._counters[p] = _Counter(chunks, step, step._version)

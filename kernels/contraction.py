@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.base import Epilogue, Operand
-from fastdcgan.backends.layout import nhwc
 from fastdcgan.geometry import Pair
 from fastdcgan.kernels import launch, tiles, tuning
 from fastdcgan.kernels.epilogues import Sink, finish_kernel
 from fastdcgan.kernels.partials import combine_stats, combine_sums
 from fastdcgan.kernels.prologues import Source
+from fastdcgan.spec import Epilogue, Operand, nhwc
 
 # The tile and launch options of `finish_kernel`. With 32 rows it spills on sm_80 (float32, grad_stats; Triton 3.7.1).
 ADD_PARTS = tiles.TileConfig(16, 64, 16, num_warps=4, num_stages=1)

@@ -11,14 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdcgan.backends.base import STORE, Epilogue, Operand
-from fastdcgan.backends.layout import flat, flat_epilogue, in_format_of_torch
 from fastdcgan.geometry import Geometry, Pair, phases
 from fastdcgan.kernels.contraction import Gather, combined, contract, flat_partials
 from fastdcgan.kernels.epilogues import finish_tile
 from fastdcgan.kernels.launch import dot, tile_of_program
 from fastdcgan.kernels.prologues import load_tile, tile_rows
 from fastdcgan.kernels.tiles import TileConfig
+from fastdcgan.spec import STORE, Epilogue, Operand, flat, flat_epilogue, in_format_of_torch
 
 
 @triton.jit

@@ -29,24 +29,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.base import STORE, Epilogue, Operand, memory_format
-from fastdcgan.backends.layout import in_format_of_torch, nhwc
 from fastdcgan.geometry import Geometry, Pair
 from fastdcgan.kernels import launch
 from fastdcgan.kernels.activations import activation, activation_derivative
 from fastdcgan.kernels.contraction import Loaded, combined, epilogue_rows
 from fastdcgan.kernels.epilogues import Sink, finish_tile
 from fastdcgan.kernels.launch import dot
-from fastdcgan.kernels.narrow_transpose import (
-    NARROW,
-    NarrowConfig,
-    conv_transpose,
-    covers_conv_transpose,
-    unfit,
-)
+from fastdcgan.kernels.narrow_transpose import NARROW, NarrowConfig, conv_transpose, covers_conv_transpose, unfit
 from fastdcgan.kernels.partials import combine_sums
 from fastdcgan.kernels.prologues import load_tile, tile_rows
 from fastdcgan.kernels.streaming import dense, like
+from fastdcgan.spec import STORE, Epilogue, Operand, in_format_of_torch, memory_format, nhwc
 
 __all__ = [
     "NarrowConfig",

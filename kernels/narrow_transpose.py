@@ -10,14 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.base import STORE, Epilogue, Operand
-from fastdcgan.backends.layout import in_format_of_torch
 from fastdcgan.geometry import Geometry, Pair
 from fastdcgan.kernels import launch
 from fastdcgan.kernels.activations import activation
 from fastdcgan.kernels.contraction import Loaded, combined
 from fastdcgan.kernels.launch import dot
 from fastdcgan.kernels.prologues import load_tile
+from fastdcgan.spec import STORE, Epilogue, Operand, in_format_of_torch
 
 NARROW = 4  # channels at most
 _MAX_COLUMNS = 256  # taps x phases x channels

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.base import Operand
 from fastdcgan.kernels.activations import activation, activation_derivative
 from fastdcgan.kernels.partials import chan_reduce, combine_stats, combine_sums
 from fastdcgan.kernels.streaming import (
@@ -31,6 +30,7 @@ from fastdcgan.kernels.streaming import (
     reduce_config,
     walk_of,
 )
+from fastdcgan.spec import Operand
 
 # --- stage one: tiles of rows x columns -------------------------------------------------------------------------------
 

@@ -8,14 +8,14 @@ from dataclasses import asdict
 import torch
 import triton
 
-from fastdcgan.backends import measured
+from fastdcgan.dispatch import autotune
 from fastdcgan.kernels.tiles import Problem, TileConfig, device_of, heuristic, shortlist
 
 KIND = "tiles"
 
 
-def _choices() -> measured.Choices[TileConfig]:
-    return measured.Choices(KIND, lambda entry: TileConfig(**entry), asdict)
+def _choices() -> autotune.Choices[TileConfig]:
+    return autotune.Choices(KIND, lambda entry: TileConfig(**entry), asdict)
 
 
 _chosen = _choices()
@@ -34,7 +34,7 @@ def choose(problem: Problem, device: torch.device, attempt: Callable[[TileConfig
 
 def fastest(configs: list[TileConfig], attempt: Callable[[TileConfig], object], device: torch.device) -> TileConfig:
     """The config with the least time. One that the device has no room for is left out; RuntimeError if all are."""
-    return measured.fastest(configs, attempt, device, (triton.runtime.errors.OutOfResources,))
+    return autotune.fastest(configs, attempt, device, (triton.runtime.errors.OutOfResources,))
 
 
 def problem_key(problem: Problem) -> str:

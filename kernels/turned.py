@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastdcgan.backends.base import STORE, Epilogue, Operand, memory_format
 from fastdcgan.geometry import Geometry, Pair
 from fastdcgan.kernels import narrow, narrow_transpose
+from fastdcgan.spec import STORE, Epilogue, Operand, memory_format
 
 
 def turn(geometry: Geometry) -> Geometry | None:

@@ -12,14 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdcgan.backends.base import Operand, memory_format
-from fastdcgan.backends.layout import flat_operand
 from fastdcgan.geometry import Geometry
 from fastdcgan.kernels import launch, tiles, tuning
 from fastdcgan.kernels.contraction import ADD_PARTS, Loaded
 from fastdcgan.kernels.launch import dot, tile_of_program
 from fastdcgan.kernels.prologues import load_tile, tile_rows
 from fastdcgan.kernels.tiles import TileConfig, ceil_div
+from fastdcgan.spec import Operand, flat_operand, memory_format
 
 
 @triton.jit

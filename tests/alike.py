@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-from tolerance import assert_as_accurate, assert_same_float64
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastdcgan
+from tests.tolerance import assert_as_accurate, assert_same_float64
 
 
 @contextlib.contextmanager

@@ -8,17 +8,16 @@ HYPOTHESIS_PROFILE      "fixed" (the default: the same examples on every run) or
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from machine import DEVICE, backends_here
 
 import fastdcgan
-from fastdcgan import backends, native
+from fastdcgan import backends
+from fastdcgan.dispatch import training_ops
+from tests.machine import DEVICE, backends_here
 
 SLOW_CALLS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
@@ -33,14 +32,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     if os.environ.get("FASTDCGAN_TEST_CUDA_ON_CPU"):
-        sys.path.append(str(Path(__file__).parent / "cuda_on_cpu"))
-        from host_library import HostCUDABackend
+        from tests.cuda_on_cpu.host_library import HostCUDABackend
 
         loaded = HostCUDABackend()
         loaded.require()
         backends._loaded["cuda"] = loaded
-        native.NAMESPACES["cpu"] = "fastdcgan_cuda_on_cpu"
-        native.ADAM_CHUNK["cpu"] = native.ADAM_CHUNK["cuda"]
+        training_ops.NAMESPACES["cpu"] = "fastdcgan_cuda_on_cpu"
+        training_ops.ADAM_CHUNK["cpu"] = training_ops.ADAM_CHUNK["cuda"]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

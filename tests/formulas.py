@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdcgan.activations import to_module
-from fastdcgan.backends.base import Epilogue, Operand
 from fastdcgan.geometry import Geometry, Pair
+from fastdcgan.spec import Epilogue, Operand
 
 
 def taps(g: Geometry) -> list[tuple[int, int]]:

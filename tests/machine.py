@@ -17,7 +17,7 @@ import torch
 
 from fastdcgan import backends
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device(os.environ.get("FASTDCGAN_TEST_DEVICE", "cpu"))
 
 # The package that has the handwritten digits is an extra.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from tolerance import assert_as_accurate
 from torch import Tensor
 
-from fastdcgan.backends.base import Backend, Operand
+from fastdcgan.backends.base import Backend
 from fastdcgan.backends.reference import ReferenceBackend
+from fastdcgan.spec import Operand
+from tests.tolerance import assert_as_accurate
 
 REFERENCE = ReferenceBackend()
 

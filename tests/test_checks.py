@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import block, discriminator, numbers, twin
 
 import fastdcgan
 from fastdcgan import functional
 from fastdcgan.backends import NAMES
+from tests.twins import block, discriminator, numbers, twin
 
 Call = Callable[[], Any]
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from alike import build, draw, one_thread
-from models import IMAGE, MODELS, VARIANTS, Generator, UNet, resnet_generator
 from torch import nn
 
 import fastdcgan
-from fastdcgan.fusion import Explanation, Row
+from fastdcgan.explain import Explanation, Row
+from tests.alike import build, draw, one_thread
+from tests.models import IMAGE, MODELS, VARIANTS, Generator, UNet, resnet_generator
 
 PAIRS = {**MODELS, **VARIANTS}
 
@@ -180,7 +180,7 @@ def test_an_input_that_fails_leaves_no_trace(device: torch.device) -> None:
     with pytest.raises(RuntimeError):
         fastdcgan.explain(model, draw(IMAGE, torch.float32, device))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert fastdcgan.blocks.recorder is None
+    assert fastdcgan.engine.match.recorder is None
 
 
 def test_the_backend_asked_for_is_named(backend: str, device: torch.device) -> None:

@@ -9,8 +9,14 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from alike import assert_alike, build, draw, one_thread, results
-from models import (
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastdcgan
+from fastdcgan import FusedSequential
+from fastdcgan.dispatch import primitives
+from tests.alike import assert_alike, build, draw, one_thread, results
+from tests.models import (
     IMAGE,
     MODELS,
     VARIANTS,
@@ -22,11 +28,6 @@ from models import (
     dcgan_weights,
     resnet_generator,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-import fastdcgan
-from fastdcgan import FusedSequential, ops
 
 PAIRS = {**MODELS, **VARIANTS}
 
@@ -179,8 +180,8 @@ def test_gradient_penalty(norm: type[nn.Module], device: torch.device) -> None:
 
 def test_no_weight_gradients_of_a_frozen_discriminator(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     calls: list[int] = []
-    original = ops.weight_grad
-    monkeypatch.setattr(ops, "weight_grad", lambda *args: calls.append(1) or original(*args))
+    original = primitives.weight_grad
+    monkeypatch.setattr(primitives, "weight_grad", lambda *args: calls.append(1) or original(*args))
     discriminator = fastdcgan.fuse(Discriminator(pixels=32)).to(device)
     x = draw((2, 3, 32, 32), torch.float32, device).requires_grad_()
     discriminator(x).sum().backward()

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from machine import DEVICE
 from torch import Tensor
 
 import fastdcgan
 from fastdcgan.functional import normalize_images
+from tests.machine import DEVICE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

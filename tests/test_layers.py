@@ -1,4 +1,4 @@
-"""The drop-in layers and `FusedSequential`: arguments, names, PyTorch's results, statistics groups, seams."""
+"""The drop-in layers and `FusedSequential`: arguments, names, PyTorch's results, statistics groups, boundaries."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from alike import assert_alike, assert_fuses_right, build, draw, one_thread, results
-from models import IMAGE, VARIANTS, Discriminator, UNet
 from torch import nn
 from torch.nn import functional as F
 
 import fastdcgan
 from fastdcgan import FusedSequential
 from fastdcgan.activations import ACTIVATIONS
+from tests.alike import assert_alike, assert_fuses_right, build, draw, one_thread, results
+from tests.models import IMAGE, VARIANTS, Discriminator, UNet
 
 # layer, its arguments, the modules it stands for
 LAYERS: dict[str, tuple[type[nn.Module], tuple, dict[str, Any], tuple[type[nn.Module], dict[str, Any]]]] = {
@@ -239,7 +239,7 @@ def test_bad_statistics_groups(value: Any) -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-# --- seams -----------------------------------------------------------------------------------------------------------
+# --- boundaries -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -247,19 +247,19 @@ def test_bad_statistics_groups(value: Any) -> None:
 )
 @pytest.mark.parametrize("stat_groups", [1, 2])
 @pytest.mark.parametrize("train", [True, False])
-def test_seams_change_nothing(name: str, stat_groups: int, train: bool, device: torch.device) -> None:
+def test_boundaries_change_nothing(name: str, stat_groups: int, train: bool, device: torch.device) -> None:
     found = []
-    for seams in ("finished", "deferred", "auto"):
+    for boundaries in ("finished", "deferred", "auto"):
         model = fastdcgan.fuse(build(VARIANTS[name][0], torch.float64, device)).train(train)
-        model.seams = seams
+        model.boundaries = boundaries
         found.append(results(Grouped(model, stat_groups), draw(IMAGE, torch.float64, device)))
     assert_alike(found[0], found[1])
     assert_alike(found[0], found[2])
 
 
-@pytest.mark.parametrize("seams", ["lazy", None, 1])
-def test_an_unknown_seam(seams: Any) -> None:
+@pytest.mark.parametrize("boundaries", ["lazy", None, 1])
+def test_an_unknown_boundary(boundaries: Any) -> None:
     model = fastdcgan.fuse(VARIANTS["two blocks"][0]())
-    model.seams = seams
-    with pytest.raises(ValueError, match="seams must be 'auto', 'finished' or 'deferred', got"):
+    model.boundaries = boundaries
+    with pytest.raises(ValueError, match="boundaries must be 'auto', 'finished' or 'deferred', got"):
         model(torch.randn(IMAGE))

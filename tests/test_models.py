@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from alike import assert_fuses_right
-from models import MODELS, VARIANTS
+
+from tests.alike import assert_fuses_right
+from tests.models import MODELS, VARIANTS
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])

@@ -13,15 +13,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from machine import DEVICE
-from tolerance import assert_as_accurate
 from torch import Tensor, nn
 
 import fastdcgan
-from fastdcgan import native
+from fastdcgan.dispatch import training_ops
 from fastdcgan.optim import FusedAdam
+from tests.machine import DEVICE
+from tests.tolerance import assert_as_accurate
 
-NATIVE = native.why_not(DEVICE.type)
+NATIVE = training_ops.why_not(DEVICE.type)
 needs_kernel = pytest.mark.skipif(NATIVE is not None, reason=str(NATIVE))
 # A scalar, parts of a vector, channels_last, and more than one chunk of any kernel.
 SHAPES = [(), (1,), (17,), (64, 3, 4, 4), (3, 5, 3, 3), (70_001,)]
@@ -427,7 +427,7 @@ def test_the_operator_checks_its_lists() -> None:
         }
         tensors = {**tensors, "copies": [torch.empty(0)], "steps": [torch.zeros(1, device=DEVICE)], **changes}
         scalars = (0.1, None, 0.9, 0.99, 1e-8, 0.0, False, False, None, None)
-        native.operators(DEVICE.type).adam_(*tensors.values(), *scalars)
+        training_ops.operators(DEVICE.type).adam_(*tensors.values(), *scalars)
 
     call()
     for changes, error, message in [

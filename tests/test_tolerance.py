@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import allowance, assert_as_accurate, assert_same_float64, verdict
 from torch import Tensor
 from torch.nn import functional as F
+
+from tests.tolerance import allowance, assert_as_accurate, assert_same_float64, verdict
 
 N, CI, CO, SIZE = 4, 16, 24, 8
 FAN_IN = CI * 16

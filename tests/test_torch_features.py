@@ -12,14 +12,14 @@ import warnings
 
 import pytest
 import torch
-from alike import assert_alike, build, draw, one_thread, results
-from models import IMAGE, MODELS, VARIANTS, Discriminator
-from tolerance import assert_as_accurate
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fastdcgan
 from fastdcgan import functional
+from tests.alike import assert_alike, build, draw, one_thread, results
+from tests.models import IMAGE, MODELS, VARIANTS, Discriminator
+from tests.tolerance import assert_as_accurate
 
 PAIRS = {**MODELS, **VARIANTS}
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from machine import DEVICE
-from tolerance import assert_same_float64
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 import fastdcgan
 from fastdcgan import functional
+from tests.machine import DEVICE
+from tests.tolerance import assert_same_float64
 
 pytest.importorskip("expecttest", reason="torch's own test cases need expecttest")
 from torch.testing._internal.common_methods_invocations import op_db

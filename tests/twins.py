@@ -7,12 +7,12 @@ import itertools
 from typing import Any
 
 import torch
-from machine import DEVICE
-from tolerance import assert_as_accurate, assert_same_float64
 from torch import Tensor, nn
 
 import fastdcgan
 from fastdcgan.activations import to_module
+from tests.machine import DEVICE
+from tests.tolerance import assert_as_accurate, assert_same_float64
 
 Outcome = dict[str, Tensor | None]
 

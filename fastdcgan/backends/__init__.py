@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 import torch
 
-from fastdcgan.backends.base import Backend, Unavailable, memory_format
+from fastdcgan.backends.base import Backend
+from fastdcgan.spec import Unavailable, memory_format
 
 __all__ = ["Backend", "Unavailable", "backend", "get", "memory_format", "reasons", "requested", "select", "status"]
 
@@ -44,7 +45,7 @@ def get(name: str) -> Backend:
 
 def _load(name: str) -> Backend:
     if name == "auto":
-        from fastdcgan.backends.auto import AutoBackend
+        from fastdcgan.dispatch.router import AutoBackend
 
         return AutoBackend([get(own) for own in _GPU if _why_not(own) is None])
     if name in _CLASSES:

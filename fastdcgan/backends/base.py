@@ -16,86 +16,16 @@ covers the `i`-th of `stat_groups` equal parts of the batch:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastdcgan.geometry import Geometry, Pair
+from fastdcgan.spec import Boundaries, Epilogue, Operand, Update, memory_format, stat_dtype
 
 if TYPE_CHECKING:
-    from fastdcgan.chain import Block
-
-
-class Operand(NamedTuple):
-    """A tensor, or one that is a per-channel map of tensors and is computed while it is loaded.
-
-    coef None         x
-    y None            act(s*x + t)                          `coef` (s, t, ...): the block before, not yet activated
-    y given           s*act'(s*y + t)*x + p*y + q           `coef` is a grad_coef: the gradient of a raw output
-    """
-
-    x: Tensor
-    y: Tensor | None = None
-    coef: Tensor | None = None
-    act: str = "identity"
-    slope: float = 0.0
-
-
-class Epilogue(NamedTuple):
-    """What happens to the accumulator `acc` before it is stored.
-
-    none          store acc
-    bias          store acc + coef                          `coef` [C]
-    activate      store act(s*acc + t)                      `coef` (s, t, ...)
-    stats         store acc; return stats
-    grad_stats    store g = acc*act'(s*y + t); return sums  `coef` (s, t, mean, rstd) or (s, t), and `y`
-    """
-
-    kind: str = "none"
-    y: Tensor | None = None
-    coef: Tensor | None = None
-    act: str = "identity"
-    slope: float = 0.0
-    stat_groups: int = 1
-
-
-STORE = Epilogue()
-
-
-class Update(NamedTuple):
-    """The arguments of `Backend.update_running`."""
-
-    mean: Tensor
-    var: Tensor
-    stats: Tensor
-    shift: Tensor | None
-    factor: Tensor | None
-    momentum: float
-
-
-class Seams(NamedTuple):
-    """The choices of a chain's plan that change speed and memory, but no result beyond rounding."""
-
-    deferred: tuple[bool, ...]  # per seam: pass (y, coef) on, not the finished a
-    epilogue_sums: tuple[bool, ...]  # per seam: grad_stats is the epilogue of the contraction that gives da
-    lazy_grad: tuple[bool, ...]  # per block: dy is computed where it is loaded, and never stored
-
-
-def stat_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which statistics, coefficients and activations of `x` are computed."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-class Unavailable(RuntimeError):
-    """A backend that was asked for can't run here. The message has the reason and the names that can."""
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """`channels_last` for a tensor that PyTorch would call so (strides decide; ambiguous ones count as contiguous)."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
+    from fastdcgan.spec import Block
 
 
 class Backend:
@@ -103,7 +33,7 @@ class Backend:
     epilogue as passes of their own (`norm_act`, `batch_stats`, `grad_stats`), so a backend may own as few as those."""
 
     name: str
-    chooses_seams = False  # whether `seams` may say anything but no
+    chooses_boundaries = False  # whether `boundaries` may say anything but no
     casts_weights = False  # whether `conv` and `conv_transpose` take float32 weights with 16-bit activations
     seen: list[str] | None = None  # for `explain`: where each contraction went, if a backend has more than one way
 
@@ -114,13 +44,15 @@ class Backend:
         """None if blocks of this device and dtype run here, else the reason."""
         raise NotImplementedError
 
-    def seams(self, blocks: Sequence[Block], weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Seams:
+    def boundaries(
+        self, blocks: Sequence[Block], weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]
+    ) -> Boundaries:
         """What a chain does where nothing was measured: `blocks` on an input image of `size`, with these weights.
 
         `needs`: whether the input, and then each of the weights, needs a gradient.
         """
         n = len(blocks)
-        return Seams((False,) * (n - 1), (False,) * (n - 1), (False,) * n)
+        return Boundaries((False,) * (n - 1), (False,) * (n - 1), (False,) * n)
 
     def turns(self, blocks: Sequence[Block], weights: Sequence[Tensor], x: Tensor) -> bool:
         """Whether a chain whose tensors are contiguous is faster with `x` turned to channels_last, its output back."""

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends import measured
-from fastdcgan.backends.base import Backend, Epilogue, Operand, Unavailable, Update, memory_format
-from fastdcgan.backends.layout import says_channels_last
+from fastdcgan.backends.base import Backend
 from fastdcgan.build_info import build_info, library, why_missing, why_stale
+from fastdcgan.dispatch import autotune
 from fastdcgan.geometry import Geometry, Pair
+from fastdcgan.spec import Epilogue, Operand, Unavailable, Update, memory_format, says_channels_last
 
 if TYPE_CHECKING:
-    from fastdcgan.chain import Block
+    from fastdcgan.spec import Block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -256,8 +256,8 @@ class CPUBackend(Backend):
             return None
         calls = {"cpu": functools.partial(getattr(self, f"_{op}"), *args)}
         calls["pytorch"] = functools.partial(self._pytorch, op, *args)
-        times = measured.cpu_times(KIND, repr((op, *map(_shape, args), torch.get_num_threads())), calls)
-        if times["cpu"] * (1 - measured.MARGIN) <= times["pytorch"]:
+        times = autotune.cpu_times(KIND, repr((op, *map(_shape, args), torch.get_num_threads())), calls)
+        if times["cpu"] * (1 - autotune.MARGIN) <= times["pytorch"]:
             return None
         return f"it is faster: {times['pytorch']:.4f} ms, and ours {times['cpu']:.4f} ms, measured here"
 
@@ -273,9 +273,9 @@ class CPUBackend(Backend):
         else:
             calls["float32"] = functools.partial(getattr(self, f"_{op}"), *args, filters=exact.filters)
         key = repr((op, exact[:2], *map(_shape, args), torch.get_num_threads()))
-        times = measured.cpu_times(KIND_HALVES, key, calls)
+        times = autotune.cpu_times(KIND_HALVES, key, calls)
         both = f"{times['halves']:.4f} ms, float32 {times['float32']:.4f} ms, measured here"
-        if times["halves"] < (1 - measured.MARGIN) * times["float32"]:  # or they cost precision for nothing
+        if times["halves"] < (1 - autotune.MARGIN) * times["float32"]:  # or they cost precision for nothing
             return Route(None, halves=True, beside=f"{name}: {both}")
         beside = f"float32 products; {name} take {both}"
         return exact._replace(pytorch=exact.pytorch and f"{exact.pytorch}; {name} take {both}", beside=beside)

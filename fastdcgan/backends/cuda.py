@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends import cuda_contractions, cuda_narrow
-from fastdcgan.backends.base import STORE, Backend, Epilogue, Operand, Seams, Unavailable
-from fastdcgan.backends.seams import seams as seams_by_rule
+from fastdcgan.backends.base import Backend
+from fastdcgan.backends.boundaries import boundaries as boundaries_by_rule
 from fastdcgan.build_info import build_info, library, why_missing, why_stale
 from fastdcgan.geometry import Geometry, Pair
+from fastdcgan.spec import STORE, Boundaries, Epilogue, Operand, Unavailable
 
 EXTENSION = "_cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +50,7 @@ class CUDABackend(Backend):
 
     name = "cuda"
     device_type = "cuda"
-    chooses_seams = True
+    chooses_boundaries = True
 
     @property
     def ops(self) -> Any:
@@ -91,8 +92,8 @@ class CUDABackend(Backend):
                     )
         return None
 
-    def seams(self, blocks: Sequence, weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Seams:
-        return seams_by_rule(blocks, weights, size, needs)
+    def boundaries(self, blocks: Sequence, weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Boundaries:
+        return boundaries_by_rule(blocks, weights, size, needs)
 
     # --- contractions ---
 

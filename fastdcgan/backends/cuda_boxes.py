@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastdcgan.backends.base import Operand
 from fastdcgan.geometry import Geometry
+from fastdcgan.spec import Operand
 
 ROWS, DEPTH = 128, 64  # pixels of a tile, and of a step of weight_grad's depth
 _VECTOR = 8  # 16-bit numbers in 16 bytes

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends import cuda_boxes, cuda_tiles, measured
-from fastdcgan.backends.base import Epilogue, Operand, memory_format
-from fastdcgan.backends.layout import flat, flat_epilogue, flat_operand, in_format_of_torch
+from fastdcgan.backends import cuda_boxes, cuda_tiles
+from fastdcgan.dispatch import autotune
 from fastdcgan.geometry import Geometry, Pair, pair
+from fastdcgan.spec import Epilogue, Operand, flat, flat_epilogue, flat_operand, in_format_of_torch, memory_format
 
 MOST_PIXELS = 2**30  # of a tensor, as `kMostPixels` in csrc/cuda/contractions.cu
 _MOST_GEOMETRY = 2**20
@@ -22,8 +22,8 @@ KIND = "cuda tiles"
 _EPILOGUES = {"none": 0, "bias": 1, "activate": 2, "stats": 3, "grad_stats": 4}  # `Epilogue` in csrc/cuda/finish.cuh
 
 
-def _choices() -> measured.Choices[cuda_tiles.Choice]:
-    return measured.Choices(KIND, lambda entry: cuda_tiles.Choice(**entry), asdict)
+def _choices() -> autotune.Choices[cuda_tiles.Choice]:
+    return autotune.Choices(KIND, lambda entry: cuda_tiles.Choice(**entry), asdict)
 
 
 _chosen = _choices()
@@ -43,7 +43,7 @@ def _choose(
         lambda: f"{op} {problem} | {details}",
         device,
         lambda: cuda_tiles.choose(problem, on),
-        lambda: measured.fastest(cuda_tiles.shortlist(problem, on), attempt, device),
+        lambda: autotune.fastest(cuda_tiles.shortlist(problem, on), attempt, device),
     )
 
 

@@ -13,8 +13,8 @@ from torch._prims_common import suggest_memory_format
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends import cuda_tiles
-from fastdcgan.backends.base import Epilogue, Operand, memory_format
 from fastdcgan.geometry import Geometry, Pair
+from fastdcgan.spec import Epilogue, Operand, memory_format
 
 NARROW = 4  # channels at most, as in csrc/cuda/narrow.cuh; likewise the next two
 MOST_KERNEL = 5

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.base import Backend, Operand, stat_dtype
+from fastdcgan.backends.base import Backend
+from fastdcgan.spec import Operand, stat_dtype
 
 
 def per_sample(row: Tensor, x: Tensor) -> Tensor:

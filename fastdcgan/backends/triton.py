@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdcgan.backends.base import Backend, Epilogue, Operand, Seams, Unavailable
-from fastdcgan.backends.seams import seams as seams_by_rule
+from fastdcgan.backends.base import Backend
+from fastdcgan.backends.boundaries import boundaries as boundaries_by_rule
 from fastdcgan.geometry import Geometry, Pair
+from fastdcgan.spec import Boundaries, Epilogue, Operand, Unavailable
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST = (3, 6)  # of Triton
@@ -35,7 +36,7 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
-    chooses_seams = True
+    chooses_boundaries = True
 
     def require(self) -> None:
         asked = os.environ.get("TRITON_INTERPRET")
@@ -67,8 +68,8 @@ class TritonBackend(Backend):
                 return f"it needs compute capability 8.0 or later, not {capability[0]}.{capability[1]}"
         return None
 
-    def seams(self, blocks: Sequence, weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Seams:
-        return seams_by_rule(blocks, weights, size, needs)
+    def boundaries(self, blocks: Sequence, weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Boundaries:
+        return boundaries_by_rule(blocks, weights, size, needs)
 
     def _own(self, op: str, *args: Any) -> bool:
         """Whether a kernel of ours runs this call."""

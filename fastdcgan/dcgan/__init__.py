@@ -12,7 +12,7 @@ from fastdcgan.dcgan.projection import encode
 from fastdcgan.dcgan.sampling import sample
 from fastdcgan.dcgan.trained import Trained, load_generator, load_trained
 from fastdcgan.dcgan.training import Outcome, Trainer
-from fastdcgan.steps import GradientPenalty, StepMetrics, train_step
+from fastdcgan.train_step import GradientPenalty, StepMetrics, train_step
 
 __all__ = [
     "IMAGE_SIZES",

@@ -30,9 +30,9 @@ from fastdcgan.dcgan.images import to_pixels
 from fastdcgan.dcgan.models import Discriminator, Generator, placed
 from fastdcgan.dcgan.sampling import sample
 from fastdcgan.dcgan.trained import Trained
-from fastdcgan.graphs import GANStep
+from fastdcgan.gan_step import GANStep
+from fastdcgan.images import normalize_images
 from fastdcgan.optim import FusedAdam
-from fastdcgan.pixels import normalize_images
 
 ALONE, PER_CLASS, PSEUDO = "labels alone", "with a DCGAN per class", "with images of the run's G, labelled by its D"
 REAL, SVM = "with real images, labelled by the run's D", "linear SVM on the run's D"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdcgan.dcgan.models import IMAGE_SIZES, PROJECTIONS
-from fastdcgan.steps import PENALTIES
+from fastdcgan.train_step import PENALTIES
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Image size, channels and flips of the sets that installed packages ship, and of a folder, unless given.

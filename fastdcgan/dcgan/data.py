@@ -18,7 +18,7 @@ from fastdcgan.dcgan import cache
 from fastdcgan.dcgan.console import say, track
 from fastdcgan.dcgan.files import replacing
 from fastdcgan.dcgan.sources import Source, open_source
-from fastdcgan.pixels import normalize_images
+from fastdcgan.images import normalize_images
 
 _NAMED_IN_FULL = 10
 _RESIDENT_SHARE = 0.25  # of a GPU's free memory

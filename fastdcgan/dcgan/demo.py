@@ -25,7 +25,7 @@ from fastdcgan.dcgan.data import load_images
 from fastdcgan.dcgan.files import replacing
 from fastdcgan.dcgan.models import Discriminator, Generator, placed
 from fastdcgan.dcgan.training import DTYPES, Outcome, Trainer
-from fastdcgan.graphs import GANStep
+from fastdcgan.gan_step import GANStep
 from fastdcgan.optim import FusedAdam
 
 # Wide enough for digits, narrow enough for many steps in the time that there is.

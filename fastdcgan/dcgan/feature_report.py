@@ -22,7 +22,7 @@ from fastdcgan.dcgan.patches import PatchKMeans
 from fastdcgan.dcgan.projection import InverseProjection
 from fastdcgan.dcgan.sources import NoClasses
 from fastdcgan.dcgan.trained import Trained
-from fastdcgan.pixels import normalize_images
+from fastdcgan.images import normalize_images
 
 _TEST_EVERY = 5  # images, where the run held none out
 _CALIBRATION = 500  # images that a random network's BatchNorm sees

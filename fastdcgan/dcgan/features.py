@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fastdcgan.dcgan.console import track
 from fastdcgan.dcgan.models import Discriminator, Generator
-from fastdcgan.pixels import normalize_images
+from fastdcgan.images import normalize_images
 
 GRID = 4  # the paper's
 _BATCH = 128

@@ -23,7 +23,7 @@ from fastdcgan.dcgan.files import replacing
 from fastdcgan.dcgan.images import grid
 from fastdcgan.dcgan.trained import Trained, load_trained
 from fastdcgan.dcgan.training import Trainer
-from fastdcgan.pixels import normalize_images
+from fastdcgan.images import normalize_images
 
 MOST_BYTES = 300_000  # of a picture
 _SIDE = 64  # pixels: smaller images are enlarged to it

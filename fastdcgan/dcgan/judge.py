@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from fastdcgan.dcgan.console import Bar, say
 from fastdcgan.dcgan.files import replacing
 from fastdcgan.dcgan.models import placed
+from fastdcgan.images import normalize_images
 from fastdcgan.layers import ConvBNLeakyReLU2d, FusedSequential
-from fastdcgan.pixels import normalize_images
 
 _FORMAT, _VERSION = "fastdcgan-classifier", "1"
 FEATURES = 64

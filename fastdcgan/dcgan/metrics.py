@@ -12,7 +12,7 @@ import torch
 
 from fastdcgan.dcgan.distributed import Processes
 from fastdcgan.dcgan.files import replacing
-from fastdcgan.steps import StepMetrics
+from fastdcgan.train_step import StepMetrics
 
 COLUMNS = ("step", "epoch", *StepMetrics._fields, "images_per_second")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdcgan.dcgan.optional import needs
-from fastdcgan.pixels import normalize_images
+from fastdcgan.images import normalize_images
 
 _SAMPLES = 50_000  # patches that k-means sees
 _IMAGES = 500  # that features are standardised by

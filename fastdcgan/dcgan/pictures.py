@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdcgan.dcgan.images import to_image, to_pixels
 from fastdcgan.dcgan.sources import as_rgb_or_grey
-from fastdcgan.pixels import normalize_images
+from fastdcgan.images import normalize_images
 
 
 def load_picture(path: str | Path, channels: int, side: int, *, square: bool = False) -> Tensor:

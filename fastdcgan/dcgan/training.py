@@ -30,9 +30,9 @@ from fastdcgan.dcgan.console import Bar, say
 from fastdcgan.dcgan.data import Batches, Images, load_images, send
 from fastdcgan.dcgan.metrics import ADVICE_NOT_FINITE, Diverged, MetricsLog, Watch
 from fastdcgan.dcgan.models import Discriminator, Generator, placed
-from fastdcgan.graphs import GANStep
+from fastdcgan.gan_step import GANStep
 from fastdcgan.optim import FusedAdam
-from fastdcgan.steps import GradientPenalty, StepMetrics, unwrapped
+from fastdcgan.train_step import GradientPenalty, StepMetrics, unwrapped
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from host_programs import BUILD, HERE, ROOT, compiled, includes
 
 from fastdcgan.backends.cuda import CUDABackend
+from tests.cuda_on_cpu.host_programs import BUILD, HERE, ROOT, compiled, includes
 
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w", "-DFASTDCGAN_CUDA_ON_CPU"]

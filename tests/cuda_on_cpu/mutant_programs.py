@@ -18,9 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
 
-import contraction_lines
-import warpgroup_lines
-from host_programs import BUILD, HERE, MODES, ROOT, compiler, includes, run
+from tests.cuda_on_cpu import contraction_lines, warpgroup_lines
+from tests.cuda_on_cpu.host_programs import BUILD, HERE, MODES, ROOT, compiler, includes, run
 
 CUDA = ROOT / "csrc" / "cuda"
 SWITCH = HERE / "mutant_switch.h"

@@ -1,6 +1,6 @@
 """How much the tests notice: changes the CUDA kernels in one place at a time and counts what makes a test fail.
 
-    python tests/cuda_on_cpu/mutants.py [FILE.cuh ...] [--programs NAME ...] [--match TEXT] [--sample N] [--seed S]
+    python -m tests.cuda_on_cpu.mutants [FILE.cuh ...] [--programs NAME ...] [--match TEXT] [--sample N] [--seed S]
                                         [--jobs J]
 
 A change is a sign, a bound, a stride, an index, a constant, a condition or a barrier of a kernel file. For each one the
@@ -26,8 +26,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from host_programs import BUILD, HERE, MODES
-from mutant_programs import CUDA, PROGRAMS, Build, Program, Switched, dependencies, digest, notices_alone
+from tests.cuda_on_cpu.host_programs import BUILD, HERE, MODES
+from tests.cuda_on_cpu.mutant_programs import (
+    CUDA,
+    PROGRAMS,
+    Build,
+    Program,
+    Switched,
+    dependencies,
+    digest,
+    notices_alone,
+)
 
 EXPLAINED = HERE / "survivors"
 FOLDER = BUILD / "mutants"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from host_programs import BUILD, FLAGS, HERE, MODES, ROOT, compiled, includes, run
+from tests.cuda_on_cpu.host_programs import BUILD, FLAGS, HERE, MODES, ROOT, compiled, includes, run
 
 
 class Bug(NamedTuple):

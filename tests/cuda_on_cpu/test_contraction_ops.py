@@ -7,20 +7,21 @@ import math
 
 import pytest
 import torch
-from host_library import ORDERS, HostCUDABackend, set_order
-from host_programs import needs_compiler
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from norm_act_checks import coefficients
-from tolerance import assert_as_accurate
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends import cuda_contractions, cuda_tiles
-from fastdcgan.backends.base import STORE, Backend, Epilogue, Operand
+from fastdcgan.backends.base import Backend
 from fastdcgan.backends.cuda_tiles import Choice, Device, Problem
 from fastdcgan.backends.reference import ReferenceBackend
 from fastdcgan.geometry import Geometry
+from fastdcgan.spec import STORE, Epilogue, Operand
+from tests.cuda_on_cpu.host_library import ORDERS, HostCUDABackend, set_order
+from tests.cuda_on_cpu.host_programs import needs_compiler
+from tests.norm_act_checks import coefficients
+from tests.tolerance import assert_as_accurate
 
 pytestmark = needs_compiler
 

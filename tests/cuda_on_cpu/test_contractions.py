@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contraction_lines
 import pytest
-from contraction_lines import EPILOGUES, GEOMETRIES, PROLOGUES, TYPES
-from host_programs import MODES, build, needs_compiler, run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from planted import Bug, assert_caught
+
+from tests.cuda_on_cpu import contraction_lines
+from tests.cuda_on_cpu.contraction_lines import EPILOGUES, GEOMETRIES, PROLOGUES, TYPES
+from tests.cuda_on_cpu.host_programs import MODES, build, needs_compiler, run
+from tests.cuda_on_cpu.planted import Bug, assert_caught
 
 pytestmark = needs_compiler
 

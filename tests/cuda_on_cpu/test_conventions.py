@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from host_programs import ROOT
+
+from tests.cuda_on_cpu.host_programs import ROOT
 
 CUDA = ROOT / "csrc" / "cuda"
 WRAPPERS = CUDA / "device"

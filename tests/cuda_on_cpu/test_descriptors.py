@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 import pytest
-from host_programs import build, needs_compiler, run
+
+from tests.cuda_on_cpu.host_programs import build, needs_compiler, run
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import host_programs
-import mutant_programs
-import mutants
 import pytest
-from host_programs import needs_compiler
-from mutant_programs import Build, Program, Switched
+
+from tests.cuda_on_cpu import host_programs, mutant_programs, mutants
+from tests.cuda_on_cpu.host_programs import needs_compiler
+from tests.cuda_on_cpu.mutant_programs import Build, Program, Switched
 
 KERNEL = """\
 // a + b in a comment

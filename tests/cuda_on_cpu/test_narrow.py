@@ -8,21 +8,22 @@ import itertools
 
 import pytest
 import torch
-from host_library import ORDERS, HostCUDABackend, library, set_multiprocessors, set_order
-from host_programs import MODES, assert_passes, needs_compiler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_cpu_backend import coefficients
-from tolerance import assert_as_accurate
 from torch import Tensor, nn
 
 import fastdcgan
 from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends import cuda_narrow, cuda_tiles
-from fastdcgan.backends.base import STORE, Backend, Epilogue, Operand
+from fastdcgan.backends.base import Backend
 from fastdcgan.backends.reference import ReferenceBackend
 from fastdcgan.geometry import Geometry
+from fastdcgan.spec import STORE, Epilogue, Operand
+from tests.backends.test_cpu import coefficients
+from tests.cuda_on_cpu.host_library import ORDERS, HostCUDABackend, library, set_multiprocessors, set_order
+from tests.cuda_on_cpu.host_programs import MODES, assert_passes, needs_compiler
+from tests.tolerance import assert_as_accurate
 
 pytestmark = needs_compiler
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from host_programs import MODES, assert_passes, build, needs_compiler, run
+
+from tests.cuda_on_cpu.host_programs import MODES, assert_passes, build, needs_compiler, run
 
 pytestmark = needs_compiler
 

@@ -6,17 +6,18 @@ import math
 
 import pytest
 import torch
-from host_library import ORDERS, HostCUDABackend, set_multiprocessors, set_order
-from host_programs import MODES, assert_passes, needs_compiler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from norm_act_checks import check_elementwise, check_sums, coefficients, random
-from tolerance import assert_as_accurate
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.base import Backend, Operand
+from fastdcgan.backends.base import Backend
 from fastdcgan.backends.reference import ReferenceBackend
+from fastdcgan.spec import Operand
+from tests.cuda_on_cpu.host_library import ORDERS, HostCUDABackend, set_multiprocessors, set_order
+from tests.cuda_on_cpu.host_programs import MODES, assert_passes, needs_compiler
+from tests.norm_act_checks import check_elementwise, check_sums, coefficients, random
+from tests.tolerance import assert_as_accurate
 
 pytestmark = needs_compiler
 

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from host_library import ORDERS, library, set_order
-from host_programs import MODES, ROOT, assert_passes, needs_compiler
 
-from fastdcgan import native
+from fastdcgan.dispatch import training_ops
+from tests.cuda_on_cpu.host_library import ORDERS, library, set_order
+from tests.cuda_on_cpu.host_programs import MODES, ROOT, assert_passes, needs_compiler
 
 pytestmark = needs_compiler
 
@@ -39,7 +39,7 @@ def test_the_public_functions_on_these_kernels() -> None:
 
 def test_a_chunk_is_as_long_as_python_thinks() -> None:
     library()
-    chunk = native.ADAM_CHUNK["cuda"]
+    chunk = training_ops.ADAM_CHUNK["cuda"]
     for size, counters in ((chunk, 1), (chunk + 1, 2)):
         state = [[torch.zeros(size)] for _ in range(4)]
         scalars = (0.1, None, 0.9, 0.99, 1e-8, 0.0, False, False, None, None)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import warpgroup_lines
-from contraction_lines import EPILOGUES, LEAKY, PROLOGUES
-from host_programs import MODES, needs_compiler
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from planted import Bug, assert_caught
-from test_contractions import RACE, WRONG, check
-from warpgroup_lines import HALVED
+
+from tests.cuda_on_cpu import warpgroup_lines
+from tests.cuda_on_cpu.contraction_lines import EPILOGUES, LEAKY, PROLOGUES
+from tests.cuda_on_cpu.host_programs import MODES, needs_compiler
+from tests.cuda_on_cpu.planted import Bug, assert_caught
+from tests.cuda_on_cpu.test_contractions import RACE, WRONG, check
+from tests.cuda_on_cpu.warpgroup_lines import HALVED
 
 pytestmark = needs_compiler
 

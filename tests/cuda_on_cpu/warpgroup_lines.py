@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from contraction_lines import EPILOGUES, GEOMETRIES, LEAKY, PROLOGUES
+from tests.cuda_on_cpu.contraction_lines import EPILOGUES, GEOMETRIES, LEAKY, PROLOGUES
 
 HALVED = GEOMETRIES[0]
 DENSE = ("h=4 w=4 kh=4 kw=4", "h=5 w=4 kh=3 kw=3 ph=1 pw=1", "h=5 w=5 kh=3 kw=3 dh=2 dw=2 ph=2 pw=2")

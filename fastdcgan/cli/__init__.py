@@ -1,0 +1,82 @@
+"""The command line: `fastdcgan COMMAND`, also as `python -m fastdcgan`. `COMMANDS` lists them.
+
+Exit codes: 0 done; 1 failed; 2 was given what it can't take (options, a checkpoint, a folder, a place to write to);
+130 stopped by Ctrl-C. Errors are one line; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from fastdcgan import __version__
+from fastdcgan.cli.options import INTERRUPTED
+
+# Command -> (module with its options and itself, what it does)
+COMMANDS = {
+    "demo": ("fastdcgan.cli.demo", "Train on MNIST for about three minutes, and compare with plain PyTorch."),
+    "train": ("fastdcgan.cli.train", "Train a DCGAN on a folder of images, or go on with a run."),
+    "sample": ("fastdcgan.cli.sample", "Make images with a trained generator."),
+    "interpolate": ("fastdcgan.cli.interpolate", "Walk between images of a generator, or calculate with them."),
+    "inpaint": ("fastdcgan.cli.inpaint", "Fill in what is missing of images: semantic inpainting."),
+    "features": ("fastdcgan.cli.features", "Features of a trained network, classifiers on them, a comparison."),
+    "evaluate": ("fastdcgan.cli.evaluate", "Fréchet distance, precision and recall of a run's checkpoints."),
+    "style": ("fastdcgan.cli.style", "Show one picture in the manner of another."),
+    "bench": ("fastdcgan.benchmarks.cli", "Time blocks and the training step against PyTorch."),
+    "doctor": ("fastdcgan.cli.doctor", "Show what was built, what can run here, and why the rest can't."),
+}
+# What a file or folder that the user named can raise. Other OSErrors (a full disk) are failures.
+_WRONG_PLACE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = _parser(argv).parse_args(argv)
+    try:
+        return args.command(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        else:
+            expected = isinstance(error, ValueError | RuntimeError | OSError)
+            print(f"error: {error if expected else f'{type(error).__name__}: {error}'}", file=sys.stderr)
+            if not expected:
+                print("Run it with --debug to see where.", file=sys.stderr)
+        return 2 if _is_usage(error) else 1
+
+
+def _is_usage(error: Exception) -> bool:
+    if isinstance(error, (ValueError, *_WRONG_PLACE)):
+        return True
+    # An error of the DCGAN's can only come from where it was imported.
+    checkpoint = sys.modules.get("fastdcgan.dcgan.checkpoint")
+    return checkpoint is not None and isinstance(error, checkpoint.CheckpointError)
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastdcgan", description="Fast training of convolutional GANs.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, formatter_class=_HelpFormatter)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if argv[:1] == [name]:  # only the module of the command that runs is imported
+            implementation = importlib.import_module(module)
+            implementation.add_arguments(command)
+            command.set_defaults(command=implementation.run)
+    return parser
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Ends every help text with the option's default, unless the text says it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        silent = default is None or default is argparse.SUPPRESS or default is False
+        return text if silent or "default" in text else f"{text} [default: %(default)s]"

@@ -1,0 +1,47 @@
+"""`fastdcgan evaluate`"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastdcgan.cli.options import add_checkpoint, add_labelled_data, at_least, folder_to_fill
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
+    add_labelled_data(parser)
+    parser.add_argument("--all", action="store_true", help="all checkpoints of the run, not the newest alone")
+    parser.add_argument("--count", type=int, default=1000, help="how many images to generate")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the generator")
+    parser.add_argument("--fid", action="store_true", help="Inception's FID too (needs torch-fidelity and its weights)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--out", type=Path, help="folder for the results [default: evaluation, in the run's folder]")
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastdcgan.dcgan import checkpoint, distributed, evaluation, feature_report, trained
+
+    at_least("--count", args.count, 10)
+    device = distributed.choose_device(args.device)
+    if args.fid:
+        evaluation.check_fid()
+    newest = trained.load_trained(args.checkpoint, device, args.ema)
+    place = newest.path.parent.parent if newest.path.parent.name == "checkpoints" else newest.path.parent
+    paths = checkpoint.all_of(place) if args.all else [newest.path]
+    if not paths:
+        raise checkpoint.CheckpointError(f"{place} has no checkpoints")
+    data = args.data or newest.config.data
+    split = feature_report.load_split(data, newest.config)
+    out = args.out or place / "evaluation"
+    folder_to_fill(out)
+    yardstick = evaluation.Yardstick.make(split, out, device)
+    found = evaluation.evaluate(paths, yardstick, count=args.count, seed=args.seed, ema=args.ema, fid=args.fid)
+    real = evaluation.real_images(split, yardstick, args.count, args.seed, fid=args.fid)
+    evaluation.write(found, real, yardstick, out, data=data, count=args.count, seed=args.seed, ema=args.ema)
+    print(
+        f"{args.count} generated images against {split.test.sum()} held-out ones, in the feature space of a classifier "
+        f"that gets {100 * yardstick.accuracy:.1f}% of these right.\n\n{evaluation.to_markdown(found, real)}"
+    )
+    print(out)
+    return 0

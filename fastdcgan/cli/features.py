@@ -1,0 +1,75 @@
+"""`fastdcgan features`"""
+
+from __future__ import annotations
+
+import argparse
+
+from fastdcgan.cli.options import add_checkpoint, add_labelled_data, add_out, at_least, folder_to_fill
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
+    add_labelled_data(parser)
+    parser.add_argument("--export", action="store_true", help="write features.npz; done if nothing else is asked for")
+    parser.add_argument("--fit", action="store_true", help="fit a linear SVM on the training part: classifier.npz")
+    parser.add_argument(
+        "--eval", action="store_true", help="compare with a random network, raw pixels and k-means: accuracy.md, .json"
+    )
+    parser.add_argument(
+        "--augment", action="store_true", help="does a classifier with few labels gain by generated images? "
+        "augmentation.md, .json"
+    )  # fmt: skip
+    parser.add_argument(
+        "--layers", help="names with commas, of the discriminator; or of the generator as generator.NAME, or z, by "
+        "searching for each image's z [default: all of the discriminator's but the logit]"
+    )  # fmt: skip
+    parser.add_argument("--pool", type=int, default=4, help="max-pool maps to this side, 0 for not at all")
+    parser.add_argument("--search-steps", type=int, default=200, help="of the search for an image's z")
+    parser.add_argument(
+        "--labels", type=int, nargs="+", default=[10, 100, 1000], help="numbers of labels to compare at"
+    )
+    parser.add_argument("--per-class", type=int, default=10, help="labels of each class for --augment")
+    parser.add_argument("--draws", type=int, default=5, help="sets of labels to draw for each number")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws, the random network and k-means")
+    add_out(parser, "features", "folder for the results")
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastdcgan.dcgan import augmentation, distributed, feature_report, trained
+
+    at_least("--pool", args.pool, 0)
+    at_least("--draws", args.draws, 1)
+    at_least("--search-steps", args.search_steps, 1)
+    at_least("--labels", min(args.labels), 1)
+    device = distributed.choose_device(args.device)
+    nets = trained.load_trained(args.checkpoint, device)
+    data = args.data or nets.config.data
+    layers, pool = args.layers.split(",") if args.layers else None, args.pool or None
+    extractor = feature_report.extractor_of(nets, layers, pool, args.search_steps)
+    settings = augmentation.Settings(args.per_class, args.draws, seed=args.seed)
+    if args.fit or args.eval or args.augment:
+        split = feature_report.load_split(data, nets.config)
+    folder_to_fill(args.out)
+    if args.export or not (args.fit or args.eval or args.augment):
+        feature_report.export(extractor, data, nets.config, device, args.out / "features.npz")
+    if args.fit:
+        svm, accuracy = feature_report.fit(extractor, split, device, args.out / "classifier.npz", args.seed)
+        print(f"{100 * accuracy:.1f}% of {split.test.sum()} test images right, with C = {svm.c:g}")
+    if args.eval:
+        scores = feature_report.compare(
+            extractor,
+            nets,
+            split,
+            device,
+            layers=layers,
+            pool=pool,
+            counts=args.labels,
+            draws=args.draws,
+            seed=args.seed,
+        )
+        print(feature_report.write_comparison(scores, nets, data, split, args.out))
+    if args.augment:
+        accuracies = augmentation.experiment(nets, split, settings, device)
+        print(augmentation.write(accuracies, split, settings, nets, args.out))
+    print(args.out)
+    return 0

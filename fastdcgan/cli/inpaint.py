@@ -1,0 +1,116 @@
+"""`fastdcgan inpaint`"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdcgan.cli.options import add_checkpoint, add_out, at_least
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastdcgan.dcgan.trained import Trained
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
+    parser.add_argument(
+        "images",
+        nargs="?",
+        metavar="IMAGES",
+        help="a folder of images, or a built-in set [default: what the run held out of its data (train --holdout), or "
+        "else all of it]",
+    )
+    parser.add_argument(
+        "--mask",
+        default="centre",
+        help="what is missing: centre, random, top, bottom, left, right, or an image file of the size of the images, "
+        "white where something is missing",
+    )
+    parser.add_argument("--share", type=float, help="how much is missing [default: centre 0.25, random 0.8, else 0.5]")
+    parser.add_argument("--count", type=int, default=12, help="how many images, evenly chosen")
+    parser.add_argument("--steps", type=int, default=300, help="of each search")
+    parser.add_argument("--restarts", type=int, default=4, help="searches for each image; the best one is kept")
+    parser.add_argument("--prior", type=float, default=0.003, help="weight of the prior loss")
+    parser.add_argument("--seed", type=int, default=0, help="of random masks, and of where the searches begin")
+    parser.add_argument("--ema", action="store_true", help="with the run's moving average of the generator")
+    parser.add_argument("--cache", type=Path, help="folder of decoded images [default: as train has it]")
+    parser.add_argument(
+        "--separate", type=Path, metavar="FOLDER", help="also a file of each filled image, in a new folder"
+    )
+    add_out(parser, "inpainted.png", "picture: originals, what is known of them, and filled in")
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastdcgan.dcgan import distributed, inpainting, masks, trained
+    from fastdcgan.dcgan.console import Bar, say
+    from fastdcgan.dcgan.files import new_folder, replacing
+    from fastdcgan.dcgan.images import save_numbered, to_pixels
+
+    at_least("--count", args.count, 1)
+    at_least("--steps", args.steps, 1)
+    at_least("--restarts", args.restarts, 1)
+    if args.out.suffix != ".png":
+        raise ValueError(f"--out is {args.out}: expected the name of a file .png")
+    run = trained.load_trained(args.checkpoint, distributed.choose_device(args.device), args.ema)
+    size = run.config.image_size
+    known = masks.make(args.mask, size, args.count, share=args.share, seed=args.seed)
+    images, mean = _images(run, args)
+    known = known[: len(images)]
+    with (
+        replacing(args.out) as picture,
+        new_folder(args.separate) if args.separate else nullcontext() as folder,
+    ):
+        with Bar("inpainting", args.steps) as bar:
+            result = inpainting.inpaint(
+                run.generator,
+                run.discriminator,
+                images,
+                known,
+                steps=args.steps,
+                restarts=args.restarts,
+                prior=args.prior,
+                seed=args.seed,
+                progress=bar.update,
+            )
+        inpainting.sheet(images, known, result.images).save(picture, format="PNG")
+        if folder is not None:
+            save_numbered([to_pixels(result.images)], len(images), folder)
+    lines = {"filled in": result.images, "mean of the image's known pixels": inpainting.mean_of_known(images, known)}
+    if mean is not None:
+        lines["mean of the images trained on"] = mean
+    say(f"PSNR over the missing pixels of {len(images)} images of {size}x{size}, mask {args.mask}:")
+    for title, filling in lines.items():
+        filled = inpainting.fill_with(images, known, filling)
+        say(f"  {title:<34}{inpainting.psnr(filled, images, ~known).mean():6.2f} dB")
+    print(args.out)
+    return 0
+
+
+def _images(run: Trained, args: argparse.Namespace) -> tuple[Tensor, Tensor | None]:
+    """The images to fill in [N, C, H, W], and the mean of those that the run was trained on, where they are of its own
+    data."""
+    import numpy as np
+    import torch
+
+    from fastdcgan.dcgan.console import say
+    from fastdcgan.dcgan.data import held_out, load_images
+    from fastdcgan.images import normalize_images
+
+    config = run.config
+    data = args.images or config.data
+    array = load_images(data, config.image_size, config.channels, cache_folder=args.cache or config.cache or None).array
+    numbers, mean = np.arange(len(array)), None
+    if args.images is None:
+        unseen = held_out(len(array), config.holdout)
+        mean = torch.from_numpy(array.mean(0, where=~unseen[:, None, None, None], dtype=np.float64))
+        mean = mean.permute(2, 0, 1)[None].div(127.5).sub(1).float()
+        if config.holdout:
+            numbers = np.flatnonzero(unseen)
+        else:
+            say(f"The run was trained on all of {data}: these are images that it has seen.")
+    chosen = numbers[np.linspace(0, len(numbers) - 1, min(args.count, len(numbers))).round().astype(int)]
+    return normalize_images(torch.from_numpy(array[chosen])), mean

@@ -1,0 +1,78 @@
+"""`fastdcgan sample`"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastdcgan.cli.options import add_device, at_least
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest one"
+    )
+    which.add_argument(
+        "--per-class",
+        nargs="+",
+        metavar="NAME=CHECKPOINT",
+        help="a generator for each class instead: --count images of each go into the folder OUT/NAME",
+    )
+    parser.add_argument("--count", type=int, default=64, help="how many images")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise they are made from")
+    parser.add_argument("--truncation", type=float, metavar="T", help="redraw noise beyond +-T: fewer odd images")
+    parser.add_argument("--ema", action="store_true", help="with the run's moving average of the generator")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="a grid (.png), an array (.npy, .npz), or a new folder [default: samples.png, or the folder samples]",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--separate", action="store_true", help="a file for each image in the folder OUT")
+    form.add_argument(
+        "--as-folder", action="store_true", help="a class of an ImageFolder-like set: files in OUT/NAME-OF-THE-DATA"
+    )
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastdcgan.dcgan import distributed, sampling, trained
+
+    at_least("--count", args.count, 1)
+    device = distributed.choose_device(args.device)
+    how = {"seed": args.seed, "truncation": args.truncation}
+    in_folder = args.per_class or args.separate or args.as_folder
+    out = args.out or Path("samples" if in_folder else "samples.png")
+    if args.per_class:
+        places = _places(args.per_class)
+        generators = {name: trained.load_generator(place, device, args.ema) for name, place in places.items()}
+        sampling.write_classes(generators, args.count, out, **how)
+        print(out)
+        return 0
+    if not in_folder and out.suffix not in (".png", ".npy", ".npz"):
+        raise ValueError(f"--out is {out}: expected a file .png, .npy or .npz, or a folder with --separate")
+    run = trained.load_trained(args.checkpoint, device, args.ema)
+    if args.as_folder:
+        out /= Path(run.config.data).name
+    if in_folder:
+        sampling.write_files(run.generator, args.count, out, **how)
+    elif out.suffix == ".png":
+        sampling.write_grid(run.generator, args.count, out, **how)
+    else:
+        sampling.write_array(run.generator, args.count, out, **how)
+    print(out)
+    return 0
+
+
+def _places(pairs: list[str]) -> dict[str, str]:
+    """NAME=CHECKPOINT, ... -> the checkpoint of each class."""
+    places: dict[str, str] = {}
+    for pair in pairs:
+        name, sign, place = pair.partition("=")
+        if not (name and sign and place):
+            raise ValueError(f"--per-class has {pair!r}: expected NAME=CHECKPOINT")
+        if name in places:
+            raise ValueError(f"--per-class names {name} twice: expected one checkpoint for each class")
+        places[name] = place
+    return places

@@ -1,0 +1,54 @@
+"""`fastdcgan train`"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Sequence
+
+from fastdcgan.cli.options import INTERRUPTED
+from fastdcgan.dcgan.config import TrainConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run's newest checkpoint, or with this file")
+    types = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        text, choices = field.metadata["help"], field.metadata.get("choices")
+        # Absent from the result unless given: a resumed run keeps its own settings.
+        extra: dict = {"help": text, "default": argparse.SUPPRESS}
+        flag = "--" + field.name.replace("_", "-")
+        if field.name == "data":
+            parser.add_argument("data", nargs="?", metavar="DATA", **extra)
+        elif types[field.name] in (bool, bool | None):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **extra)
+        else:
+            if "[default" not in text:
+                extra["help"] = f"{text} [default: {field.default}]"
+            extra |= {"type": types[field.name], "choices": choices, "metavar": _metavar(choices, field)}
+            parser.add_argument(flag, **extra)
+
+
+def _metavar(choices: Sequence | None, field: dataclasses.Field) -> str:
+    if choices:
+        return "{" + ",".join(map(str, choices)) + "}"
+    return {"out": "FOLDER", "cache": "FOLDER", "device": "DEVICE"}.get(field.name, "N")
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastdcgan.dcgan import distributed
+    from fastdcgan.dcgan.training import Trainer
+
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
+    try:
+        trainer = Trainer.resume(args.resume, **given) if args.resume else Trainer(TrainConfig(**given))
+        outcome = trainer.run()
+        if trainer.processes.main:
+            if outcome.reason == "interrupted":
+                print(f"Stopped at step {outcome.step}. Go on with: fastdcgan train --resume {outcome.out}")
+            else:
+                print(f"Done at step {outcome.step}. Samples, metrics and checkpoints are in {outcome.out}")
+    finally:
+        distributed.leave()
+    return INTERRUPTED if outcome.reason == "interrupted" else 0

@@ -1,0 +1,363 @@
+"""A chain of blocks: its plan, its forward and its backward, in one autograd node.
+
+Only the raw outputs `y` and a few vectors per channel are saved:
+
+    y = conv(x; w);  s = gamma*r;  t = beta - mu*s;  a = act(s*y + t)
+    g = da*act'(s*y + t);  dbeta = sum(g);  dgamma = sum(g*xhat);  dy = s*g + p*y + q
+    dx = the adjoint contraction of dy;  dw = weight_grad of (x, dy)
+
+Between two blocks goes either the finished `a`, or the pair (`y`, `coef`) that stands for it: a deferred fusion
+boundary. In front of a normalisation, a bias of the convolution is not added to `y`: it shifts `t`, and with batch
+statistics it cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.dispatch import primitives
+from fastdcgan.engine import sync
+from fastdcgan.spec import (
+    PER_BLOCK,
+    STORE,
+    Block,
+    BlockTensors,
+    Epilogue,
+    Operand,
+    Plan,
+    memory_format,
+    of_block,
+    stat_dtype,
+)
+
+
+class _State(NamedTuple):
+    """What the backward of one block needs beside the chain's inputs."""
+
+    y: Tensor | None  # raw output, or what stands for it
+    coef: Tensor | None  # (s, t[, mean, rstd]); None where a = y
+    a: Tensor | None  # finished output, where the next block's weight gradient reads it
+    total: Tensor | None  # number of values over all processes (synchronised statistics)
+
+
+def run(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+    """Run the chain on `x` [N, C, H, W] with `tensors` (the blocks' `BlockTensors`, one after another).
+
+    Returns the output and, per block, its `stats` [3, stat_groups, C] where it used the batch's own, else None.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        if torch.compiler.is_compiling():
+            tensors = _distinct(tensors)
+        out, *found = _Chain.apply(plan, x, *tensors)
+    else:
+        out, found, _ = _forward(plan, x, tensors, saving=None)
+    waiting = iter(found)
+    return out, [next(waiting) if b.norm is not None and b.norm.batch_stats else None for b in plan.blocks]
+
+
+def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Views in place of repetitions (a convolution used twice): the compiler takes a tensor but once."""
+    found: list[Tensor | None] = []
+    for t in tensors:
+        found.append(t if t is None or not any(t is other for other in found) else t.view_as(t))
+    return found
+
+
+def wanted(plan: Plan, needs: Sequence[bool]) -> list[bool]:
+    """Per block and one more: does anything before it (`x`, or a parameter of an earlier block) need a gradient?"""
+    flags = [bool(needs[0])]
+    for i in range(len(plan.blocks)):
+        flags.append(flags[-1] or any(of_block(needs[1:], i)))
+    return flags
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def _contract(block: Block, a: Operand, weight: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+    if block.transposed:
+        size = block.output_size(a.x.shape[2], a.x.shape[3])
+        return primitives.conv_transpose(a, weight, block.geometry, size, epilogue, block.backend)
+    return primitives.conv(a, weight, block.geometry, epilogue, block.backend)
+
+
+def _known_coefficients(block: Block, t: BlockTensors, x: Tensor) -> Tensor:
+    """The coef of a block that needs no statistics of the batch."""
+    if block.norm is not None:
+        assert t.running_mean is not None and t.running_var is not None
+        mean, var = t.running_mean[None], t.running_var[None]
+        return primitives.coefficients(mean, var, t.bn_weight, t.bn_bias, t.bias, block.norm.eps, block.backend)
+    channels = t.weight.shape[1] * block.geometry.groups if block.transposed else t.weight.shape[0]
+    return primitives.bias_coefficients(t.bias, channels, x, block.backend)
+
+
+def _forward(
+    plan: Plan, x: Tensor, tensors: Sequence[Tensor | None], saving: Sequence[bool] | None
+) -> tuple[Tensor, list[Tensor], list[_State]]:
+    """`saving`: which of (x, *tensors) need gradients, or None if nothing does. Returns output, stats, states."""
+    n = len(plan.blocks)
+    before = [False] * (n + 1) if saving is None else wanted(plan, saving)
+    turned = plan.turned and memory_format(x) != torch.channels_last
+    a, found, states = Operand(_channels_last(x) if turned else _entry(x, tensors)), [], []
+    for i, block in enumerate(plan.blocks):
+        t = of_block(tensors, i)
+        last = i + 1 == n
+        deferred = not last and plan.boundaries.deferred[i]
+        keep_a = saving is not None and not last and bool(saving[1 + (i + 1) * PER_BLOCK])  # the next dw reads it
+        keep_y = before[i + 1] or (keep_a and deferred)
+        # act'(z) is then act'(a): a takes the place of y, which nothing else reads. Not where the caller gets a and may
+        # write to it, except for ReLU, whose output PyTorch keeps as well.
+        from_sign = block.norm is None and ACTIVATIONS[block.act].keeps_sign(block.slope)
+        from_sign = from_sign and (not last or block.act == "relu")
+        epilogue, coef, total = STORE, None, None
+        if block.norm is not None and block.norm.batch_stats:
+            epilogue = Epilogue("stats", stat_groups=plan.stat_groups)
+        elif block.norm is None and (block.act == "identity" or (keep_y and not (from_sign and t.bias is None))):
+            # The accumulator takes the bias, before it is rounded: so y, which is z, has the right sign.
+            if t.bias is not None:
+                epilogue = Epilogue("bias", coef=t.bias)
+            if block.act != "identity":
+                coef = _known_coefficients(block, t._replace(bias=None), x)
+        else:
+            coef = _known_coefficients(block, t, x)
+            if not keep_y or from_sign:  # no backward reads y: store a at once
+                epilogue = Epilogue("activate", None, coef, block.act, block.slope)
+        y, stats = _contract(block, a, t.weight, epilogue)
+        if block.norm is not None and block.norm.batch_stats:
+            if block.norm.process_group is not None:
+                stats, total = sync.combine(stats, _count(y, plan.stat_groups), block.norm.process_group)
+            found.append(stats)
+            if not deferred:
+                out, coef = primitives.normalize(
+                    y, stats, t.bn_weight, t.bn_bias, block.norm.eps, block.act, block.slope, block.backend
+                )
+                a = Operand(out)
+                states.append(_State(y if keep_y else None, coef, out if keep_a else None, total))
+                continue
+            coef = primitives.coefficients(
+                stats[0], stats[1], t.bn_weight, t.bn_bias, None, block.norm.eps, block.backend
+            )
+
+        if coef is None or epilogue.kind == "activate":
+            a = Operand(y)
+            kept = y if epilogue.kind == "activate" and before[i + 1] else None
+            states.append(_State(kept, None if kept is None else coef, y if keep_a else None, None))
+            continue
+        a = Operand(y, None, coef, block.act, block.slope)
+        if from_sign or not deferred:
+            a = Operand(primitives.norm_act(a, block.backend, from_sign or not keep_y))
+        if from_sign:
+            states.append(_State(a.x if keep_y else None, coef, a.x if keep_a else None, None))
+            continue
+        states.append(_State(y if keep_y else None, coef, a.x if keep_a and not deferred else None, total))
+    return a.x.contiguous() if turned else a.x, found, states
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """`x` in channels_last, and with its strides where they are ambiguous."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, channels, height, width = x.shape
+    return x.as_strided(x.shape, (height * width * channels, 1, width * channels, channels))
+
+
+def _entry(x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+    """`x`, said to be channels_last where it has one channel and the second block's weight is channels_last.
+
+    One channel is both formats at once. PyTorch would call it contiguous, the first output too, and the second
+    convolution would have to turn that round.
+    """
+    if len(tensors) == PER_BLOCK or x.shape[1] != 1 or not x.is_contiguous():
+        return x
+    weight = tensors[PER_BLOCK]
+    assert weight is not None
+    if memory_format(weight) != torch.channels_last:
+        return x
+    return _channels_last(x)
+
+
+def _count(y: Tensor, stat_groups: int) -> int:
+    """M: the number of values that share one statistic."""
+    return y.shape[0] // stat_groups * y.shape[2] * y.shape[3]
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+class _Chain(torch.autograd.Function):
+    """(plan, x, *tensors) -> (output, *stats)."""
+
+    @staticmethod
+    def forward(ctx, plan: Plan, x: Tensor, *tensors: Tensor | None):
+        out, found, states = _forward(plan, x, tensors, saving=ctx.needs_input_grad[1:])
+        ctx.plan = plan
+        ctx.given = [x is not None for x in (x, *tensors)]
+        inputs = list(tensors)
+        for i, block in enumerate(plan.blocks):
+            if block.norm is not None and block.norm.batch_stats:
+                # This very call goes on to update the running statistics, and does not read them.
+                inputs[i * PER_BLOCK + 4] = inputs[i * PER_BLOCK + 5] = None
+        ctx.save_for_backward(x, *inputs, *(t for state in states for t in state))
+        ctx.mark_non_differentiable(*found)
+        ctx.set_materialize_grads(False)
+        return (out, *found)
+
+    @staticmethod
+    def backward(ctx, da: Tensor | None, *unused):
+        plan, saved = ctx.plan, ctx.saved_tensors
+        if da is None:
+            return (None,) * (2 + len(plan.blocks) * PER_BLOCK)
+        split = 1 + len(plan.blocks) * PER_BLOCK
+        inputs, flat = saved[:split], saved[split:]
+        needs = requested(ctx, ctx.needs_input_grad[1:], ctx.given)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            from fastdcgan.engine.double_backward import gradients
+
+            return (None, *gradients(plan, inputs, needs, da))
+        states = [_State(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
+        return (None, *_backward(plan, inputs[0], inputs[1:], states, needs, da))
+
+
+def requested(ctx, needs: Sequence[bool], given: Sequence[bool]) -> list[bool]:
+    """Which gradients this very backward is asked for: `torch.autograd.grad(out, x)` wants no weight's.
+
+    `given` says which of the inputs that `needs` speaks of are tensors.
+    """
+    wants = list(needs)
+    if torch.compiler.is_compiling():
+        return wants
+    nodes = iter(ctx.next_functions)  # one for each input that is a tensor
+    for i in range(len(wants)):
+        node = next(nodes)[0] if given[i] else None
+        if wants[i] and node is not None:
+            try:  # noqa: SIM105  contextlib.suppress costs more than what it surrounds
+                wants[i] = torch._C._will_engine_execute_node(node)
+            except RuntimeError:  # it refuses to answer for a leaf that autograd.grad asks for: that is wanted
+                pass
+    return wants
+
+
+def _backward(
+    plan: Plan,
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+    states: Sequence[_State],
+    needs: Sequence[bool],
+    da: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of (x, *tensors), None where `needs` says so."""
+    grads: list[Tensor | None] = [None] * len(needs)
+    before = wanted(plan, needs)
+    sizes = [(x.shape[2], x.shape[3])]
+    for block in plan.blocks:
+        sizes.append(block.output_size(*sizes[-1]))
+    sums: Tensor | None = None  # given: `da` is already g, and these are its sums (a deferred boundary)
+    for i in reversed(range(len(plan.blocks))):
+        if not before[i + 1]:
+            break
+        block, first = plan.blocks[i], 1 + i * PER_BLOCK
+        t = of_block(tensors, i)
+        need = of_block(needs[1:], i)
+        finish = not plan.boundaries.lazy_grad[i] and (bool(need.weight) or before[i])
+        dy, grads[first + 1 : first + 4] = _norm_act_backward(
+            block, plan.stat_groups, states[i], t.bias, need, da, sums, finish, i + 1 < len(plan.blocks)
+        )
+        if need.weight:
+            a = Operand(x) if i == 0 else _rebuilt(plan.blocks[i - 1], states[i - 1])
+            gathered, linear = (dy, a) if block.transposed else (a, dy)
+            grads[first] = primitives.weight_grad(gathered, linear, block.geometry, block.backend)
+        if before[i]:
+            epilogue = _boundary_epilogue(plan, i, states)
+            if block.transposed:
+                da, found = primitives.conv(dy, t.weight, block.geometry, epilogue, block.backend)
+            else:
+                da, found = primitives.conv_transpose(dy, t.weight, block.geometry, sizes[i], epilogue, block.backend)
+            sums = found if epilogue.kind == "grad_stats" else None
+    if before[0]:
+        grads[0] = da
+    return grads
+
+
+def _rebuilt(block: Block, state: _State) -> Operand:
+    """The output of `block`: as it was kept, or computed on load from its raw output."""
+    if state.a is not None:
+        return Operand(state.a)
+    assert state.y is not None
+    return Operand(state.y, None, state.coef, block.act, block.slope)
+
+
+def _boundary_epilogue(plan: Plan, i: int, states: Sequence[_State]) -> Epilogue:
+    """What the gradient contraction of block `i` does to its accumulator, the `da` of block `i - 1`."""
+    if i == 0 or not plan.boundaries.epilogue_sums[i - 1]:
+        return STORE
+    block, state = plan.blocks[i - 1], states[i - 1]
+    if state.coef is None:
+        return STORE
+    return Epilogue("grad_stats", state.y, state.coef, block.act, block.slope, state.coef.shape[1])
+
+
+def _norm_act_backward(
+    block: Block,
+    stat_groups: int,
+    state: _State,
+    bias: Tensor | None,
+    need: BlockTensors,
+    da: Tensor,
+    sums: Tensor | None,
+    finish: bool,
+    overwrite: bool,
+) -> tuple[Operand, list[Tensor | None]]:
+    """dy, computed if `finish`, and the gradients of (bias, bn_weight, bn_bias). With `sums`, `da` is g already.
+
+    With `overwrite` dy may take the place of `da`: a gradient between two blocks, which nobody but the chain has seen.
+    """
+    y, coef, norm = state.y, state.coef, block.norm
+    if coef is None:
+        d_bias = da.sum((0, 2, 3), dtype=stat_dtype(da)) if need.bias else None
+        return Operand(da), [d_bias, None, None]
+    if norm is None and sums is not None:  # s = 1
+        return Operand(da), [_over_groups(sums[0]) if need.bias else None, None, None]
+    assert y is not None
+    act = block.act if sums is None else "identity"
+    batch_stats = norm is not None and norm.batch_stats
+    dy: Operand | None = None
+    if sums is None and norm is not None and batch_stats and norm.process_group is None and finish:
+        out, sums = primitives.normalize_backward(
+            da, y, coef, _count(y, stat_groups), act, block.slope, block.backend, overwrite
+        )
+        dy = Operand(out)
+    elif sums is None and (batch_stats or need.bias or need.bn_weight or need.bn_bias):
+        sums = primitives.norm_act_reduce(da, y, coef, act, block.slope, block.backend)
+    d_bias = d_bn_weight = d_bn_bias = None
+    if need.bias:
+        assert bias is not None and sums is not None
+        # With batch statistics the mean takes every constant out.
+        d_bias = torch.zeros_like(bias) if batch_stats else _over_groups(sums[0] * coef[0])
+    if need.bn_weight:
+        assert sums is not None
+        d_bn_weight = _over_groups(sums[1])
+    if need.bn_bias:
+        assert sums is not None
+        d_bn_bias = _over_groups(sums[0])
+    if dy is None:
+        grad_coef = coef[:2]
+        if norm is not None and batch_stats:
+            assert sums is not None
+            count = _count(y, stat_groups)
+            if norm.process_group is not None:
+                assert state.total is not None
+                sums = sync.mean_sums(sums, count, state.total, norm.process_group)
+            grad_coef = primitives.grad_coefficients(sums, coef, count, block.backend)
+        dy = Operand(da, y, grad_coef, act, block.slope)
+        if finish:
+            dy = Operand(primitives.norm_act(dy, block.backend, overwrite))
+    return dy, [d_bias, d_bn_weight, d_bn_bias]
+
+
+def _over_groups(row: Tensor) -> Tensor:
+    """[stat_groups, C] -> [C]."""
+    return row[0] if row.shape[0] == 1 else row.sum(0)

@@ -1,0 +1,115 @@
+"""The chain in differentiable formulas, for gradients of gradients (`create_graph=True`, e.g. WGAN-GP).
+
+The three contractions are each other's adjoints, so they are closed under differentiation: a
+gradient of any order is a call of the same three. Normalisation and activation are plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.dispatch import primitives
+from fastdcgan.engine.autograd import requested
+from fastdcgan.geometry import Geometry, Pair
+from fastdcgan.spec import STORE, Operand, Plan, of_block, stat_dtype
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, geometry: Geometry, backend: str):
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.backend = geometry, backend
+        return primitives.conv(Operand(x), weight, geometry, STORE, backend)[0]
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (x, weight), g, backend = ctx.saved_tensors, ctx.geometry, ctx.backend
+        need = requested(ctx, ctx.needs_input_grad[:2], (True, True))
+        dx = _ConvTranspose.apply(dy, weight, g, (x.shape[2], x.shape[3]), backend) if need[0] else None
+        dw = _WeightGrad.apply(x, dy, g, backend) if need[1] else None
+        return dx, dw, None, None
+
+
+class _ConvTranspose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, geometry: Geometry, output_size: Pair, backend: str):
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.backend = geometry, backend
+        return primitives.conv_transpose(Operand(x), weight, geometry, output_size, STORE, backend)[0]
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (x, weight), g, backend = ctx.saved_tensors, ctx.geometry, ctx.backend
+        need = requested(ctx, ctx.needs_input_grad[:2], (True, True))
+        dx = _Conv.apply(dy, weight, g, backend) if need[0] else None
+        dw = _WeightGrad.apply(dy, x, g, backend) if need[1] else None
+        return dx, dw, None, None, None
+
+
+class _WeightGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gathered: Tensor, linear: Tensor, geometry: Geometry, backend: str):
+        ctx.save_for_backward(gathered, linear)
+        ctx.geometry, ctx.backend = geometry, backend
+        return primitives.weight_grad(Operand(gathered), Operand(linear), geometry, backend)
+
+    @staticmethod
+    def backward(ctx, dw: Tensor):
+        (gathered, linear), g, backend = ctx.saved_tensors, ctx.geometry, ctx.backend
+        need = requested(ctx, ctx.needs_input_grad[:2], (True, True))
+        d_gathered = d_linear = None
+        if need[0]:
+            d_gathered = _ConvTranspose.apply(linear, dw, g, (gathered.shape[2], gathered.shape[3]), backend)
+        if need[1]:
+            d_linear = _Conv.apply(gathered, dw, g, backend)
+        return d_gathered, d_linear, None, None
+
+
+def formula(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+    """The chain's output as a differentiable function, to any order, of `x` and `tensors`."""
+    for i, block in enumerate(plan.blocks):
+        t = of_block(tensors, i)
+        if block.transposed:
+            size = block.output_size(x.shape[2], x.shape[3])
+            y = _ConvTranspose.apply(x, t.weight, block.geometry, size, block.backend)
+        else:
+            y = _Conv.apply(x, t.weight, block.geometry, block.backend)
+        z = y.to(stat_dtype(y))
+        if t.bias is not None:
+            z = z + t.bias.to(z.dtype)[:, None, None]
+        if block.norm is not None and z.shape[0] == 0:  # nothing to normalise; weight and bias get zero gradients
+            z = z * _vector(t.bn_weight, z, 1.0) + _vector(t.bn_bias, z, 0.0)
+        elif block.norm is not None:
+            groups = plan.stat_groups if block.norm.batch_stats else 1
+            z = z.reshape(groups, -1, *z.shape[1:])
+            if block.norm.batch_stats:
+                if block.norm.process_group is not None:
+                    raise RuntimeError("create_graph=True is not supported through SyncBatchNorm: use nn.BatchNorm2d")
+                var, mean = torch.var_mean(z, dim=(1, 3, 4), correction=0, keepdim=True)
+            else:
+                assert t.running_mean is not None and t.running_var is not None
+                mean, var = (v.to(z.dtype)[:, None, None] for v in (t.running_mean, t.running_var))
+            z = ((z - mean) * torch.rsqrt(var + block.norm.eps)).flatten(0, 1)
+            z = z * _vector(t.bn_weight, z, 1.0) + _vector(t.bn_bias, z, 0.0)
+        x = ACTIVATIONS[block.act].forward(z, block.slope).to(y.dtype)
+    return x
+
+
+def _vector(v: Tensor | None, z: Tensor, default: float) -> Tensor | float:
+    return default if v is None else v.to(z.dtype)[:, None, None]
+
+
+def gradients(plan: Plan, inputs: Sequence[Tensor | None], needs: Sequence[bool], da: Tensor) -> list[Tensor | None]:
+    """Gradients of (x, *tensors) that are themselves differentiable with respect to `inputs` and `da`."""
+    with torch.enable_grad():
+        # Views, so that differentiation stops here even where one input is a function of another.
+        views = [t.view_as(t) if need and t is not None else t for t, need in zip(inputs, needs, strict=True)]
+        assert views[0] is not None
+        out = formula(plan, views[0], views[1:])
+        asked = [v for v, need in zip(views, needs, strict=True) if need and v is not None]
+        found = iter(torch.autograd.grad(out, asked, da, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]

@@ -1,0 +1,405 @@
+"""Finding blocks among the modules of an `nn.Sequential`, and running them as chains.
+
+A block is a 2-d convolution, plain or transposed, then optionally a BatchNorm2d and an activation. A module counts only
+if calling it would do just what PyTorch's own class does: with hooks, a forward of its own or parameters that are not
+initialised yet it is called as it is, outside any chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from fastdcgan import backends, checks
+from fastdcgan.activations import from_module
+from fastdcgan.functional import block_backend, compute_dtype, run_chain
+from fastdcgan.geometry import Geometry, pair
+from fastdcgan.spec import Block, BlockTensors, Norm, Running
+
+_CONVS = (nn.Conv2d, nn.ConvTranspose2d)
+_WEIGHT_HOOKS = (WeightNorm, SpectralNorm)  # they only set `weight`: a chain calls them itself
+
+
+def why_alone(module: nn.Module) -> str | None:
+    """Why a module can't be part of a block though its type could, or None if it can."""
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "its parameters are not initialised yet"
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or module._forward_pre_hooks:
+        hooks = [h for h in module._forward_pre_hooks.values() if not isinstance(h, _WEIGHT_HOOKS)]
+        if hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return "it has hooks, which must see its own input and output"
+    if _own_forward(type(module)):
+        return f"{type(module).__name__} has a forward of its own"
+    if isinstance(module, nn.ConvTranspose2d):
+        for extra, stride in zip(module.output_padding, module.stride, strict=True):
+            if extra >= stride:
+                return f"its output_padding {module.output_padding} reaches its stride {module.stride}"
+    return None
+
+
+_OWN_FORWARD: dict[tuple, bool] = {}  # of a class as it is: asked for every module at every call
+
+
+def _own_forward(kind: type[nn.Module]) -> bool:
+    if torch.compiler.is_compiling():  # which would guard on the cache
+        return _has_own_forward(kind)
+    key = (kind, kind.forward, getattr(kind, "_conv_forward", None))
+    found = _OWN_FORWARD.get(key)
+    if found is None:
+        found = _OWN_FORWARD[key] = _has_own_forward(kind)
+    return found
+
+
+def _has_own_forward(kind: type[nn.Module]) -> bool:
+    """Whether a class computes something else than PyTorch's own that it derives from."""
+    if issubclass(kind, nn.Conv2d):
+        return kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
+    for known, forward in (
+        (nn.ConvTranspose2d, nn.ConvTranspose2d.forward),
+        (nn.SyncBatchNorm, nn.SyncBatchNorm.forward),
+        (nn.BatchNorm2d, _BatchNorm.forward),
+    ):
+        if issubclass(kind, known):
+            return kind.forward is not forward
+    return False
+
+
+def is_plain_sequential(module: nn.Module) -> bool:
+    """A Sequential that does nothing but call its children in order: transparent to a chain."""
+    if not isinstance(module, nn.Sequential) or why_alone(module) is not None:
+        return False
+    from fastdcgan.layers import FusedSequential
+
+    return type(module).forward in (nn.Sequential.forward, FusedSequential.forward)
+
+
+@dataclass
+class FoundBlock:
+    """The modules of one block and their names below the Sequential."""
+
+    conv: nn.Conv2d | nn.ConvTranspose2d
+    name: str
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm | None = None
+    act: nn.Module | None = None
+
+    @property
+    def pattern(self) -> str:
+        return " + ".join(type(m).__name__.removeprefix("Parametrized") for m in self.modules())
+
+    def modules(self) -> list[nn.Module]:
+        return [m for m in (self.conv, self.norm, self.act) if m is not None]
+
+
+@dataclass
+class FoundChain:
+    """Blocks that feed each other; `pad` (`F.pad`'s list, mode) comes before the first."""
+
+    blocks: list[FoundBlock]
+    pad: tuple[list[int], str] | None = None
+
+
+@dataclass
+class Alone:
+    """A module that is called as it is, and why (None: it is no convolution, normalisation or activation)."""
+
+    module: nn.Module
+    name: str
+    why: str | None = None
+
+
+def leaves(
+    sequential: nn.Sequential, prefix: str = "", transparent: Callable[[nn.Module], bool] = is_plain_sequential
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a Sequential calls, in order, with nested Sequentials opened where they are transparent."""
+    for name, module in sequential._modules.items():
+        assert module is not None
+        if transparent(module):
+            yield from leaves(module, f"{prefix}{name}.", transparent)  # type: ignore[arg-type]
+        else:
+            yield prefix + name, module
+
+
+def segments(
+    sequential: nn.Sequential, transparent: Callable[[nn.Module], bool] = is_plain_sequential
+) -> list[FoundChain | Alone]:
+    """Split the modules of a Sequential into chains and modules that are called as they are."""
+    modules = list(leaves(sequential, "", transparent))
+    found: list[FoundChain | Alone] = []
+    i = 0
+    while i < len(modules):
+        name, module = modules[i]
+        if not isinstance(module, _CONVS):
+            found.append(Alone(module, name, _why_not_in_block(module)))
+            i += 1
+            continue
+        why = why_alone(module)
+        if why is not None:
+            found.append(Alone(module, name, why))
+            i += 1
+            continue
+        block, i = _block_at(modules, i)
+        pad = _pad_of(block.conv)
+        if found and isinstance(found[-1], FoundChain) and pad is None:
+            found[-1].blocks.append(block)
+        else:
+            found.append(FoundChain([block], pad))
+    return [_or_alone(part) for part in found]
+
+
+def _block_at(modules: list[tuple[str, nn.Module]], i: int) -> tuple[FoundBlock, int]:
+    """The block that starts with the convolution at `i`, and the index behind it."""
+    name, conv = modules[i]
+    assert isinstance(conv, _CONVS)
+    block, end = FoundBlock(conv, name), i + 1
+    while end < len(modules):
+        module = modules[end][1]
+        if type(module) is nn.Identity and why_alone(module) is None:
+            end += 1
+        elif (
+            isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
+            and block.norm is None
+            and module.num_features == conv.out_channels
+            and why_alone(module) is None
+        ):
+            block.norm = module
+            end += 1
+        elif from_module(module) is not None and why_alone(module) is None:
+            block.act = module
+            return block, end + 1
+        else:
+            break
+    return block, end
+
+
+def _or_alone(part: FoundChain | Alone) -> FoundChain | Alone:
+    """A convolution with nothing to fuse to it is faster as it is."""
+    if isinstance(part, FoundChain) and len(part.blocks) == 1 and part.pad is None:
+        block = part.blocks[0]
+        if block.norm is None and block.act is None:
+            return Alone(block.conv, block.name, "no BatchNorm2d, activation or other block next to it")
+    return part
+
+
+def _why_not_in_block(module: nn.Module) -> str | None:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return f"{type(module).__name__}: blocks are of 2-d convolutions"
+    if isinstance(module, (_BatchNorm, nn.modules.instancenorm._InstanceNorm)) or from_module(module) is not None:
+        why = why_alone(module)
+        if why is not None:
+            return why
+        if isinstance(module, nn.BatchNorm2d):
+            return "no convolution with its number of channels that it can be fused to comes before it"
+        if isinstance(module, nn.Module) and from_module(module) is not None:
+            return "no convolution or BatchNorm2d that it can be fused to comes before it"
+        return f"{type(module).__name__} is not fused: BatchNorm2d and SyncBatchNorm are"
+    return None
+
+
+def _pad_of(conv: nn.Conv2d | nn.ConvTranspose2d) -> tuple[list[int], str] | None:
+    """`F.pad` arguments for a padding that the contractions don't have: not of zeros, or not symmetric."""
+    if conv.padding_mode != "zeros":
+        return list(conv._reversed_padding_repeated_twice), conv.padding_mode
+    if conv.padding == "same":
+        left_right = conv._reversed_padding_repeated_twice
+        if left_right[0] != left_right[1] or left_right[2] != left_right[3]:
+            return list(left_right), "constant"
+    return None
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """What `explain` saw of one block that ran."""
+
+    conv: nn.Module
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    backend: str
+    route: str  # which of its ways the backend took, or ""
+
+
+@dataclass
+class Recorder:
+    """Collects `Record`s while `explain` runs a model."""
+
+    records: list[Record] = field(default_factory=list)
+
+    def run(self, chain: FoundChain, backend: str, x: Tensor, call: Callable[[], Tensor]) -> Tensor:
+        runs = backends.get(backend)
+        runs.seen = []
+        try:
+            out = call()
+            routes = [*runs.seen, *[""] * len(chain.blocks)]
+            for found, route in zip(chain.blocks, routes, strict=False):
+                self.records.append(Record(found.conv, tuple(x.shape), compute_dtype(x), backend, route))
+        finally:
+            runs.seen = None
+        return out
+
+
+recorder: Recorder | None = None
+
+
+def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, boundaries: str) -> Any:
+    """`nn.Sequential.forward` with every chain in it run as one."""
+    if isinstance(stat_groups, torch.fx.Proxy):
+        stat_groups = 1  # torch.fx traces the root module's default as an input
+    checks.check_stat_groups(stat_groups)
+    if _needs_every_module(x):
+        for module in sequential:
+            x = _call_alone(module, x, stat_groups)
+        return x
+    for part in segments(sequential):
+        x = (
+            _call_alone(part.module, x, stat_groups)
+            if isinstance(part, Alone)
+            else _call_chain(part, x, stat_groups, boundaries)
+        )
+    return x
+
+
+def _needs_every_module(x: Any) -> bool:
+    """Whether the call is followed module by module: by global hooks, by tracers, by transforms that know PyTorch's own
+    functions but no chain (torch.func, forward-mode differentiation); or is of complex numbers, which none takes."""
+    if isinstance(x, Tensor) and x.is_complex():
+        return True
+    if torch.compiler.is_compiling():
+        return _has_any_global_hook()
+    return (
+        _has_any_global_hook()
+        or torch.jit.is_tracing()
+        or isinstance(x, torch.fx.Proxy)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _call_alone(module: nn.Module, x: Any, stat_groups: int) -> Any:
+    from fastdcgan.layers import FusedSequential
+
+    if stat_groups == 1:
+        return module(x)
+    if isinstance(module, FusedSequential):
+        return module(x, stat_groups=stat_groups)
+    if any(isinstance(m, _BatchNorm) and m.training for m in module.modules()):
+        if x.shape[0] % stat_groups:
+            raise ValueError(f"stat_groups={stat_groups} must divide the batch size, got a batch of {x.shape[0]}")
+        return torch.cat([module(part) for part in x.chunk(stat_groups)])
+    return module(x)
+
+
+def _call_chain(chain: FoundChain, x: Tensor, stat_groups: int, boundaries: str) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
+    unbatched = x.dim() == 3 and all(b.norm is None for b in chain.blocks)
+    if unbatched:
+        x = x[None]
+    if chain.pad is not None:
+        x = F.pad(x, chain.pad[0], chain.pad[1])
+    backend = block_backend(x)
+    blocks, tensors, running = [], [], []
+    for found in chain.blocks:
+        blocks.append(block_of(found, chain.pad is not None and found is chain.blocks[0], backend))
+        tensors.append(_tensors(found))
+        running.append(_running(found.norm))
+    if recorder is not None and not torch.compiler.is_compiling():
+        out = recorder.run(chain, backend, x, lambda: run_chain(blocks, x, tensors, running, stat_groups, boundaries))
+    else:
+        out = run_chain(blocks, x, tensors, running, stat_groups, boundaries)
+    return out[0] if unbatched else out
+
+
+def block_of(found: FoundBlock, padded: bool, backend: str) -> Block:
+    """The block as a chain takes it; `padded`: its padding is applied before the chain."""
+    conv, norm = found.conv, found.norm
+    normalised: tuple[float, bool] | None = None
+    group = None
+    if norm is not None:
+        batch_stats = norm.training or (norm.running_mean is None and norm.running_var is None)
+        normalised = (norm.eps, batch_stats)
+        group = _process_group(norm) if batch_stats else None
+    act, slope = ("identity", 0.0) if found.act is None else from_module(found.act)  # type: ignore[misc]
+    numbers = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.output_padding)
+    transposed = isinstance(conv, nn.ConvTranspose2d)
+    key = (numbers, transposed, padded, normalised, act, slope, backend)
+    if group is not None or torch.compiler.is_compiling() or not _hashable(numbers):  # a compiler guards on the table
+        return _block(conv, numbers, transposed, padded, normalised, group, act, slope, backend)
+    known = _BLOCKS.get(key)
+    if known is None:
+        known = _BLOCKS[key] = _block(conv, numbers, transposed, padded, normalised, group, act, slope, backend)
+    return known
+
+
+def _hashable(numbers: tuple) -> bool:
+    return list not in map(type, numbers)  # as someone may have set them
+
+
+_BLOCKS: dict[tuple, Block] = {}  # of modules as they are: asked for every block at every call
+
+
+def _block(
+    conv: nn.Conv2d | nn.ConvTranspose2d,
+    numbers: tuple,
+    transposed: bool,
+    padded: bool,
+    normalised: tuple[float, bool] | None,
+    group: Any,
+    act: str,
+    slope: float,
+    backend: str,
+) -> Block:
+    kernel, stride, padding, dilation, groups, output_padding = numbers
+    if padded or padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        around = conv._reversed_padding_repeated_twice
+        padding = (around[2], around[0])
+    geometry = Geometry(pair(kernel), pair(stride), pair(padding), pair(dilation), groups)
+    norm = None if normalised is None else Norm(*normalised, group)
+    return Block(transposed, geometry, pair(output_padding), norm, act, slope, backend)
+
+
+def _process_group(norm: nn.Module) -> Any:
+    """The processes that share statistics with this one, or None (`nn.SyncBatchNorm.forward`)."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _tensors(found: FoundBlock) -> BlockTensors:
+    conv, norm = found.conv, found.norm
+    for hook in conv._forward_pre_hooks.values():  # weight_norm and spectral_norm of the old style set `weight`
+        hook(conv, ())
+    if norm is None:
+        return BlockTensors(conv.weight, conv.bias)
+    return BlockTensors(conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+
+
+def _running(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> Running | None:
+    if norm is None or not norm.training or not norm.track_running_stats:
+        return None
+    if norm.running_mean is None or norm.running_var is None:
+        return None
+    momentum = norm.momentum
+    if momentum is None and norm.num_batches_tracked is None:
+        momentum = 0.0
+    return Running(norm.running_mean, norm.running_var, momentum, norm.num_batches_tracked)

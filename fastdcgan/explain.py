@@ -1,0 +1,147 @@
+"""`explain`: what of a model runs fused, on which backend and why; and what does not, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastdcgan import backends
+from fastdcgan.checks import check_module
+from fastdcgan.engine import match
+from fastdcgan.engine.match import Alone, FoundChain, segments
+from fastdcgan.layers import FusedSequential
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block, or one module that is not part of any."""
+
+    name: str
+    pattern: str
+    fused: bool
+    backend: str | None
+    why: str
+
+
+class Explanation(list[Row]):
+    """The rows of `explain`; `str()` is a table."""
+
+    def __str__(self) -> str:
+        head = ("module", "pattern", "runs", "why")
+        rows = [(r.name, r.pattern, f"fused on {r.backend}" if r.fused else "as it is", r.why) for r in self]
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in [head, *rows]
+        ]
+        fused = sum(r.fused for r in self)
+        return "\n".join([*lines, f"{fused} of {len(self)} fused"])
+
+
+def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
+    """Per block of `model`: its modules, the backend that runs it, and why; and what is not fused, and why not.
+
+    With an input `x` the model is run once without gradients, and the backends are those that did run; buffers are put
+    back afterwards. Without, they are those that its parameters' device and dtype would get.
+    Raises TypeError if `model` is no `nn.Module`, and what running it raises.
+    """
+    check_module(model)
+    ran = {} if x is None else _observe(model, x)
+    rows, seen = Explanation(), set[int]()
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Sequential) or id(module) in seen:
+            continue
+        if "forward" in module.__dict__ or type(module).forward not in (nn.Sequential.forward, FusedSequential.forward):
+            continue
+        fused = isinstance(module, FusedSequential)
+        transparent = match.is_plain_sequential if fused else _is_plain_unfused
+        seen.update(id(m) for m in _opened(module, transparent))
+        for part in segments(module, transparent):
+            seen.update(id(m) for m in _modules_of(part) if not isinstance(m, nn.Sequential))
+            rows.extend(_rows(part, f"{path}." if path else "", fused, ran, x is not None))
+    for path, module in model.named_modules():
+        if id(module) not in seen and _belongs_to_a_block(module):
+            why = "called by code of its own, not by an nn.Sequential: put it into one, or use a drop-in layer"
+            rows.append(Row(path or "(model)", type(module).__name__, False, None, why))
+    return rows
+
+
+def _observe(model: nn.Module, x: Tensor) -> dict[int, match.Record]:
+    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    match.recorder = match.Recorder()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            model(x)
+        return {id(record.conv): record for record in match.recorder.records}
+    finally:
+        match.recorder = None
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in state:
+                    buffer.copy_(state[name])
+
+
+def _is_plain_unfused(module: nn.Module) -> bool:
+    return not isinstance(module, FusedSequential) and match.is_plain_sequential(module)
+
+
+def _opened(sequential: nn.Module, transparent: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """The nested Sequentials whose modules `leaves` lists as this one's."""
+    for child in sequential.children():
+        if transparent(child):
+            yield child
+            yield from _opened(child, transparent)
+
+
+def _modules_of(part: FoundChain | Alone) -> list[nn.Module]:
+    return [part.module] if isinstance(part, Alone) else [m for block in part.blocks for m in block.modules()]
+
+
+def _belongs_to_a_block(module: nn.Module) -> bool:
+    kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
+    return isinstance(module, kinds)
+
+
+def _rows(
+    part: FoundChain | Alone, prefix: str, fused: bool, ran: dict[int, match.Record], observed: bool
+) -> list[Row]:
+    if isinstance(part, Alone):
+        if part.why is None:
+            return []
+        return [Row(prefix + part.name, type(part.module).__name__, False, None, part.why)]
+    rows = []
+    for block in part.blocks:
+        name = prefix + block.name
+        if not fused:
+            rows.append(Row(name, block.pattern, False, None, "in a plain nn.Sequential: call fastdcgan.fuse(model)"))
+            continue
+        record = ran.get(id(block.conv))
+        if observed and record is None:
+            rows.append(Row(name, block.pattern, False, None, "was not reached by this input"))
+            continue
+        stored = next(block.conv.parameters())  # reading `weight` would run a parametrization
+        device, dtype = stored.device.type, stored.dtype if record is None else record.dtype
+        name_of = record.backend if record else backends.select(backends.requested(), device, dtype)
+        why = _why_backend(name_of, device, dtype)
+        if record:
+            why = f"input {list(record.shape)}; {why}" + (f"; {record.route}" if record.route else "")
+        rows.append(Row(name, block.pattern, True, name_of, why))
+    return rows
+
+
+def _why_backend(name: str, device: str, dtype: torch.dtype) -> str:
+    if backends.requested() != "auto":
+        return "asked for by name"
+    if name == "auto":  # on a GPU
+        return "first choice"
+    before = []
+    for other, reason in backends.reasons(device, dtype).items():
+        if other == name:
+            break
+        before.append(f"not {other}: {reason}")
+    return "; ".join(before) or "first choice"

@@ -1,0 +1,346 @@
+"""A whole training step of a GAN as one object: captured as one CUDA graph on a GPU, run eagerly anywhere else.
+
+What a step does is written in `steps.py`; here is what a graph needs around it. A graph replays the very kernels
+that were captured, on the very memory: so inputs are copied to fixed places, learning rates are tensors, and whatever
+the warm-up runs changed is put back before the capture, which itself computes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from fastdcgan.train_step import GANLoss, GradientPenalty, StepMetrics, train_step, unwrapped
+
+_WARM_UPS = 3  # of autotuners, cuDNN's search and lazily made state
+OTHER_SHAPES = ("eager", "capture")
+# What these make at their first step begins as zeros, so that zeroing it undoes a warm-up.
+_START_AT_ZERO = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.Adadelta,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+)
+
+
+class GANStep:
+    """One step of training: D on real and on generated images, D's optimiser, G through the new D, G's optimiser.
+
+        step = fastdcgan.GANStep(G, D, opt_g, opt_d, noise=(100,), dtype=torch.bfloat16)
+        for real in batches:
+            metrics = step(real)              # scalars on the device: loss_d, loss_g, d_real, d_fake, ...
+
+    Goodfellow et al., "Generative Adversarial Nets" (2014), algorithm 1, with the non-saturating loss of G. Equal to
+    the plain loop: real and generated images go through a D whose `forward` takes `stat_groups` as one batch with
+    statistics of their own, the images are generated once, no gradient is computed that nothing needs.
+
+    On a GPU the step is one CUDA graph. The first call of a shape warms up, puts back everything that this changed
+    (weights, buffers, optimisers, scaler, random generators), and captures. Learning rates may change between
+    calls, by a scheduler or by hand; when weights have moved in memory or other settings have changed, it is
+    captured anew.
+
+    Args:
+        generator, discriminator: any two modules, z -> images [N, C, H, W] and images -> one logit each, fused or not.
+        optimizer_g, optimizer_d: to be captured they must be capturable: `fastdcgan.optim.FusedAdam(...,
+            capturable=True)`, or PyTorch's with `capturable=True` where they have that.
+        noise: the shape of one z, drawn on the device by `rng` (default: PyTorch's own generator), say (100,) or
+            (100, 1, 1); without it each call needs `z`.
+        loss, real_label, penalty, dtype, scaler, accumulate: of `dcgan.train_step`.
+        ema: decay of a moving average of G's weights in `self.ema`, a copy of G in eval mode; 0 for none.
+        graph: whether to capture; None where that is possible: on a GPU, without DistributedDataParallel.
+        other_shapes: what becomes of batches of another shape than the first, such as a last short one: they run
+            "eager", or are captured too ("capture").
+        compile: run both networks through torch.compile.
+        rng: the generator of the noise, on the device.
+
+    Raises ValueError or TypeError for arguments that don't fit.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        optimizer_g: Optimizer,
+        optimizer_d: Optimizer,
+        *,
+        noise: Sequence[int] | None = None,
+        loss: GANLoss | None = None,
+        real_label: float = 0.9,
+        penalty: GradientPenalty | None = None,
+        dtype: torch.dtype | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        accumulate: int = 1,
+        ema: float = 0.0,
+        graph: bool | None = None,
+        other_shapes: str = "eager",
+        compile: bool = False,
+        rng: torch.Generator | None = None,
+    ) -> None:
+        for name, net in (("generator", generator), ("discriminator", discriminator)):
+            if not isinstance(net, nn.Module):
+                raise TypeError(f"{name} must be an nn.Module, got {type(net).__name__}")
+        if not 0 <= ema < 1:
+            raise ValueError(f"ema is a decay of at least 0 and below 1, got {ema}")
+        if other_shapes not in OTHER_SHAPES:
+            raise ValueError(f"other_shapes is {other_shapes!r}: expected one of {', '.join(OTHER_SHAPES)}")
+        self.generator, self.discriminator = generator, discriminator
+        self.optimizer_g, self.optimizer_d = optimizer_g, optimizer_d
+        self.noise, self.rng, self.other_shapes = noise, rng, other_shapes
+        self.device = next(generator.parameters()).device
+        self.graph = self._capturable() if graph is None else graph
+        if self.graph:
+            self._check_capture()
+        self.decay = ema
+        self.ema: nn.Module | None = None
+        if ema:
+            self.ema = copy.deepcopy(unwrapped(generator)).eval().requires_grad_(False)
+        self._scaler = scaler
+        self._settings: dict[str, Any] = {
+            "loss": loss,
+            "real_label": real_label,
+            "penalty": penalty,
+            "dtype": dtype,
+            "scaler": scaler,
+            "accumulate": accumulate,
+        }
+        self._g: Any = torch.compile(generator) if compile else generator
+        self._d: Any = torch.compile(discriminator) if compile else discriminator
+        self._rates: dict[int, list[Tensor]] = {}
+        self._captured: dict[Hashable, _Captured] = {}
+        self._fingerprint: Hashable = None
+
+    def __call__(self, real: Tensor, z: Tensor | None = None) -> StepMetrics:
+        """A step on `real` [N, C, H, W] and `z` [N, ...], drawn if not given. Nothing here waits for the device.
+
+        Raises ValueError if there is neither `z` nor `noise`, TypeError for images that are no floating-point tensor.
+        """
+        if not isinstance(real, Tensor) or not real.is_floating_point():
+            raise TypeError(
+                f"expected real images as a floating-point tensor, got {getattr(real, 'dtype', type(real))}"
+            )
+        if z is None and self.noise is None:
+            raise ValueError("no z given: pass it, or give GANStep the shape of one, as in noise=(100,)")
+        if not self.graph:
+            return self._run(real, z)
+        self._settle_rates()
+        if self._state_of_things() != self._fingerprint:
+            self._captured.clear()
+        key = (real.shape, real.dtype, real.stride(), None if z is None else (z.shape, z.dtype))
+        captured = self._captured.get(key)
+        if captured is None:
+            if self._captured and self.other_shapes == "eager":
+                return self._run(real, z)
+            captured = self._captured[key] = self._capture(real, z)
+            self._fingerprint = self._state_of_things()
+        return captured(real, z)
+
+    # --- eager ---
+
+    def _run(self, real: Tensor, z: Tensor | None) -> StepMetrics:
+        if z is None:
+            assert self.noise is not None
+            z = torch.randn((real.shape[0], *self.noise), device=self.device, generator=self.rng)
+        metrics = train_step(self._g, self._d, self.optimizer_g, self.optimizer_d, real, z, **self._settings)
+        if self.ema is not None:
+            self._average(self.ema)
+        return metrics
+
+    @torch.no_grad()
+    def _average(self, ema: nn.Module) -> None:
+        source = unwrapped(self.generator)
+        torch._foreach_lerp_(list(ema.parameters()), list(source.parameters()), 1 - self.decay)
+        for mean, buffer in zip(ema.buffers(), source.buffers(), strict=True):
+            mean.copy_(buffer)
+
+    # --- captured ---
+
+    def _capturable(self) -> bool:
+        nets = (self.generator, self.discriminator)
+        return self.device.type == "cuda" and not any(isinstance(net, DistributedDataParallel) for net in nets)
+
+    def _check_capture(self) -> None:
+        if self.device.type != "cuda":
+            raise ValueError(f"graph=True needs networks on a GPU, these are on {self.device}: leave it out")
+        if not self._capturable():
+            raise ValueError("graph=True does not go with DistributedDataParallel: leave it out")
+        check_optimizers(self.optimizer_g, self.optimizer_d)
+
+    def _state_of_things(self) -> Hashable:
+        """What a captured graph has taken for granted: another one means that it would compute something else."""
+        nets, optimizers = (self.generator, self.discriminator), (self.optimizer_g, self.optimizer_d)
+        tensors = tuple((t.data_ptr(), t.requires_grad) for net in nets for t in (*net.parameters(), *net.buffers()))
+        states = tuple(
+            value.data_ptr()
+            for o in optimizers
+            for state in o.state.values()
+            for value in state.values()
+            if _tensor(value)
+        )
+        groups = tuple(
+            tuple((name, value) for name, value in group.items() if name not in ("params", "lr", "initial_lr"))
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+        )
+        ready = tuple(o.ready() for o in optimizers if hasattr(o, "ready"))
+        return tensors, states, ready, repr(groups), tuple(m.training for net in nets for m in net.modules())
+
+    def _settle_rates(self) -> None:
+        """Learning rates as tensors on the device that stay the same objects, whoever sets them."""
+        for optimizer in (self.optimizer_g, self.optimizer_d):
+            rates = self._rates.setdefault(id(optimizer), [])
+            for i, group in enumerate(optimizer.param_groups):
+                if i == len(rates):
+                    rates.append(torch.as_tensor(group["lr"], dtype=torch.float32).to(self.device, copy=True))
+                elif group["lr"] is not rates[i]:
+                    rates[i].fill_(group["lr"])
+                group["lr"] = rates[i]
+
+    def _capture(self, real: Tensor, z: Tensor | None) -> _Captured:
+        real, z = real.clone(), None if z is None else z.clone()
+        self.warm_up(real, z)
+        return _Captured(*record(lambda: torch.stack(self._run(real, z)), self.device, self.rng), real, z)
+
+    def warm_up(self, real: Tensor, z: Tensor | None = None) -> None:
+        """Run the step a few times, and put back everything that this changed.
+
+        Raises ValueError, before anything runs, where that can't be done.
+        """
+        optimizers = (self.optimizer_g, self.optimizer_d)
+        check_first_state(optimizers)
+        modules = [unwrapped(net) for net in (self.generator, self.discriminator)]
+        snapshot = Snapshot(
+            [*modules, *([self.ema] if self.ema is not None else [])], optimizers, self._scaler, self.rng
+        )
+        if self.device.type == "cuda":
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    self._run(real, z)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+        else:
+            for _ in range(_WARM_UPS):
+                self._run(real, z)
+        snapshot.restore()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A step that was captured: its graph, and the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    metrics: Tensor  # [6]
+    real: Tensor
+    z: Tensor | None
+
+    def __call__(self, real: Tensor, z: Tensor | None) -> StepMetrics:
+        self.real.copy_(real, non_blocking=True)
+        if self.z is not None:
+            assert z is not None
+            self.z.copy_(z, non_blocking=True)
+        self.graph.replay()
+        return StepMetrics(*self.metrics.clone().unbind())  # the next replay writes over it
+
+
+def record(
+    function: Callable[[], Tensor], device: torch.device, rng: torch.Generator | None
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Capture what `function` does on the GPU, without doing it, and the memory of its result."""
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        if rng is not None:
+            graph.register_generator_state(rng)
+        with torch.cuda.graph(graph):
+            return graph, function()
+
+
+# --- putting back what a warm-up changed ------------------------------------------------------------------------------
+
+
+class Snapshot:
+    """Copies of all that a training step changes; `restore` puts them back in place, where graphs read and write."""
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        optimizers: Sequence[Optimizer],
+        scaler: torch.amp.GradScaler | None = None,
+        rng: torch.Generator | None = None,
+    ) -> None:
+        tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+        self._tensors = [(t, t.detach().clone()) for t in tensors.values()]
+        self._optimizers = optimizers
+        self._states = [
+            {
+                (p, name): value.clone()
+                for p, state in o.state.items()
+                for name, value in state.items()
+                if _tensor(value)
+            }
+            for o in optimizers
+        ]
+        self._scaler, self._rng = scaler, rng
+        self._scale = None if scaler is None else scaler.state_dict()
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._own = None if rng is None else rng.get_state()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """State of an optimiser that was not there is set to zero (`check_first_state`)."""
+        for tensor, before in self._tensors:
+            tensor.copy_(before)
+        for optimizer, known in zip(self._optimizers, self._states, strict=True):
+            for p, state in optimizer.state.items():
+                for name, value in state.items():
+                    if name == "master" and (p, name) not in known:  # FusedAdam's float32 copy of a weight
+                        value.copy_(p)
+                    elif _tensor(value):
+                        value.copy_(known[p, name]) if (p, name) in known else value.zero_()
+            if hasattr(optimizer, "prepare"):
+                optimizer.prepare()
+        if self._scaler is not None and self._scale is not None:
+            self._scaler.load_state_dict(self._scale)
+        torch.set_rng_state(self._cpu)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        if self._rng is not None and self._own is not None:
+            self._rng.set_state(self._own)
+
+
+def _tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def check_optimizers(*optimizers: Optimizer) -> None:
+    """Raise ValueError for an optimiser whose step can't be captured in a CUDA graph."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if not group.get("capturable", isinstance(optimizer, torch.optim.SGD)):
+                name = type(optimizer).__name__
+                raise ValueError(
+                    f"{name} can't be captured in a CUDA graph as it is: expected {name}(..., capturable=True) where "
+                    f"it has that, or fastdcgan.optim.FusedAdam(..., capturable=True); or GANStep(..., graph=False)"
+                )
+
+
+def check_first_state(optimizers: Sequence[Optimizer]) -> None:
+    """Raise ValueError for an optimiser whose first step makes state that nobody could put back."""
+    for optimizer in optimizers:
+        plain = type(optimizer) is torch.optim.SGD and all(not g["momentum"] for g in optimizer.param_groups)
+        if not optimizer.state and not plain and not isinstance(optimizer, _START_AT_ZERO):
+            raise ValueError(
+                f"{type(optimizer).__name__} makes its state at its first step, and a warm-up must not leave a trace: "
+                f"make it before, by one step of an eager GANStep(..., graph=False)"
+            )

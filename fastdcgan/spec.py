@@ -1,0 +1,214 @@
+"""The types that everything above carries: operands and epilogues of contractions, blocks, plans; and memory layout.
+
+The contractions take their activations as an `Operand` (a tensor, or one that is computed on load: the prologue) and
+may do more to the accumulator than store it (the `Epilogue`). docs/how-it-works.md has the formulas: `y` is the raw
+convolution output, `z = s*y + t` the pre-activation, `xhat = (y - mean)*rstd`, `g = da*act'(z)`.
+
+Per-channel vectors are float32 (float64 for float64 tensors) of shape `[rows, stat_groups, C]`; statistics group `i`
+covers the `i`-th of `stat_groups` equal parts of the batch:
+
+    stats       (mean, biased variance, unbiased variance)
+    coef        (s, t, mean, rstd)   or (s, t) where nothing is normalised
+    grad_coef   (s, t, p, q)         or (s, t) where p = q = 0
+    sums        (sum(g), sum(g*xhat)) or (sum(g),) for a coef of two rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from fastdcgan.geometry import Geometry, Pair
+
+
+class Unavailable(RuntimeError):
+    """A backend that was asked for can't run here. The message has the reason and the names that can."""
+
+
+# --- contractions ---
+
+
+class Operand(NamedTuple):
+    """A tensor, or one that is a per-channel map of tensors and is computed while it is loaded.
+
+    coef None         x
+    y None            act(s*x + t)                          `coef` (s, t, ...): the block before, not yet activated
+    y given           s*act'(s*y + t)*x + p*y + q           `coef` is a grad_coef: the gradient of a raw output
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    coef: Tensor | None = None
+    act: str = "identity"
+    slope: float = 0.0
+
+
+class Epilogue(NamedTuple):
+    """What happens to the accumulator `acc` before it is stored.
+
+    none          store acc
+    bias          store acc + coef                          `coef` [C]
+    activate      store act(s*acc + t)                      `coef` (s, t, ...)
+    stats         store acc; return stats
+    grad_stats    store g = acc*act'(s*y + t); return sums  `coef` (s, t, mean, rstd) or (s, t), and `y`
+    """
+
+    kind: str = "none"
+    y: Tensor | None = None
+    coef: Tensor | None = None
+    act: str = "identity"
+    slope: float = 0.0
+    stat_groups: int = 1
+
+
+STORE = Epilogue()
+
+
+class Update(NamedTuple):
+    """The arguments of `Backend.update_running`."""
+
+    mean: Tensor
+    var: Tensor
+    stats: Tensor
+    shift: Tensor | None
+    factor: Tensor | None
+    momentum: float
+
+
+class Boundaries(NamedTuple):
+    """The choices of a chain's plan that change speed and memory, but no result beyond rounding."""
+
+    deferred: tuple[bool, ...]  # per boundary: pass (y, coef) on, not the finished a
+    epilogue_sums: tuple[bool, ...]  # per boundary: grad_stats is the epilogue of the contraction that gives da
+    lazy_grad: tuple[bool, ...]  # per block: dy is computed where it is loaded, and never stored
+
+
+def stat_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which statistics, coefficients and activations of `x` are computed."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# --- blocks and chains ---
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch normalisation: of the batch's own statistics, or of running ones."""
+
+    eps: float
+    batch_stats: bool
+    process_group: Any = None  # statistics are shared over it (SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class Block:
+    """convolution [+ BatchNorm] [+ activation], and the backend that runs it."""
+
+    transposed: bool
+    geometry: Geometry
+    output_padding: Pair
+    norm: Norm | None
+    act: str
+    slope: float
+    backend: str
+
+    def output_size(self, height: int, width: int) -> Pair:
+        if self.transposed:
+            return self.geometry.conv_transpose_size(height, width, self.output_padding)
+        return self.geometry.conv_size(height, width)
+
+
+class BlockTensors(NamedTuple):
+    """What a block reads: convolution weight and bias, BN's weight and bias, running mean and variance."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    bn_weight: Tensor | None = None
+    bn_bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+
+
+PER_BLOCK = len(BlockTensors._fields)
+
+
+def of_block(values: Sequence[Any], i: int) -> BlockTensors:
+    """The values of block `i` in a sequence that has `PER_BLOCK` of them for each block."""
+    return BlockTensors(*values[i * PER_BLOCK : (i + 1) * PER_BLOCK])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a chain does."""
+
+    blocks: tuple[Block, ...]
+    stat_groups: int
+    boundaries: Boundaries
+    turned: bool = False  # channels_last between its ends, whatever comes in
+
+
+class Running(NamedTuple):
+    """Running statistics to update after a block in training: `momentum` None means a cumulative average."""
+
+    mean: Tensor
+    var: Tensor
+    momentum: float | None
+    num_batches: Tensor | None = None
+
+
+# --- memory layout ---
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """`channels_last` for a tensor that PyTorch would call so (strides decide; ambiguous ones count as contiguous)."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """`x` [N, C, H, W] with its memory in the order N, H, W, C, without gaps; a copy only if it isn't so already."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def in_format_of_torch(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`out` in the memory format that PyTorch's convolution of `x` and `weight` has; `torch.compile` relies on it."""
+    formats = [suggest_memory_format(x)] + ([suggest_memory_format(weight)] if x.is_cuda else [])
+    return out if torch.channels_last in formats else out.contiguous()
+
+
+def flat(x: Tensor) -> Tensor:
+    """[N, C, H, W] as [N, H*W*C, 1, 1]; a view where `x` is NHWC in memory."""
+    return nhwc(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 1, 1)
+
+
+def flat_operand(a: Operand) -> Operand:
+    taps = a.x.shape[2] * a.x.shape[3]
+    return a._replace(
+        x=flat(a.x), y=None if a.y is None else flat(a.y), coef=None if a.coef is None else a.coef.repeat(1, 1, taps)
+    )
+
+
+def flat_epilogue(e: Epilogue, taps: int) -> Epilogue:
+    """For an output with `taps` times as many channels: (tap, channel)."""
+    coef = None if e.coef is None else e.coef.repeat(*[1] * (e.coef.dim() - 1), taps)
+    return e._replace(y=None if e.y is None else flat(e.y), coef=coef)
+
+
+def says_channels_last(x: Tensor) -> bool:
+    """Whether PyTorch's convolution takes the strides of `x` [N, C, H, W] for channels_last, also where one channel or
+    one pixel makes them ambiguous (`is_channels_last_strides_2d`)."""
+    size, stride = x.shape, x.stride()
+    if stride[1] == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if size[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * max(size[d], 1)
+    return True

@@ -1,0 +1,145 @@
+"""Which backend runs: `fastdcgan.backend()`, FASTDCGAN_BACKEND, `fastdcgan.backends()`, and what can't run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fastdcgan
+from fastdcgan import Unavailable, backends
+from fastdcgan.backends.base import Backend
+from tests.alike import draw
+from tests.models import IMAGE, VARIANTS
+
+NAMES = ("triton", "cuda", "cpu", "reference")
+
+
+def runs_on(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    model = fastdcgan.fuse(VARIANTS["two blocks"][0]()).to(device, dtype)
+    return fastdcgan.explain(model, draw(IMAGE, dtype, device))[0].backend
+
+
+def test_status_has_every_name_and_a_reason() -> None:
+    found = fastdcgan.backends()
+    assert tuple(found) == NAMES
+    assert found["reference"] == "available"
+    for name, status in found.items():
+        assert status == "available" or repr(name) in status
+    assert found == fastdcgan.backends()
+
+
+def test_the_context_nests_and_survives_errors(device: torch.device) -> None:
+    before = backends.requested()
+    with fastdcgan.backend("reference"):
+        assert backends.requested() == "reference"
+        with fastdcgan.backend("auto"):
+            assert backends.requested() == "auto"
+        with pytest.raises(KeyError), fastdcgan.backend("auto"):
+            raise KeyError("inside")
+        assert backends.requested() == "reference"
+        assert runs_on(device) == "reference"
+    assert backends.requested() == before
+
+
+@pytest.mark.parametrize("name", ["cudnn", "", "CPU", "Auto"])
+def test_an_unknown_name(name: str) -> None:
+    before = backends.requested()
+    with pytest.raises(
+        ValueError, match=f"unknown backend {name!r}: expected 'auto' or one of 'triton', 'cuda', 'cpu'"
+    ):
+        fastdcgan.backend(name).__enter__()
+    assert backends.requested() == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_runs_or_says_why_not(name: str, device: torch.device) -> None:
+    reason = backends.reasons(device.type, torch.float32)[name]
+    before = backends.requested()
+    if fastdcgan.backends()[name] != "available":
+        with pytest.raises(Unavailable, match=f"backend {name!r} .*") as error:
+            fastdcgan.backend(name).__enter__()
+        assert "reference" in str(error.value)  # a name that can
+    elif reason is None:
+        with fastdcgan.backend(name):
+            assert runs_on(device) == name
+    else:
+        with (
+            fastdcgan.backend(name),
+            pytest.raises(Unavailable, match=f"can't run this block.*{device.type}.*reference"),
+        ):
+            runs_on(device)
+    assert backends.requested() == before
+
+
+class Broken(Backend):
+    name = "cpu"
+
+    def require(self) -> None:
+        raise Unavailable("backend 'cpu' can't load a library: undefined symbol")
+
+
+def test_auto_goes_down_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_loaded", {})
+    monkeypatch.setattr(backends, "_selected", {})
+    load = backends._load
+    monkeypatch.setattr(backends, "_load", lambda name: Broken() if name == "cpu" else load(name))
+    with fastdcgan.backend("auto"):
+        model = fastdcgan.fuse(VARIANTS["two blocks"][0]())
+        rows = fastdcgan.explain(model, torch.randn(IMAGE))
+        assert all(row.backend == "reference" for row in rows)
+        assert all("not cpu: backend 'cpu' can't load a library: undefined symbol" in row.why for row in rows)
+    with pytest.raises(Unavailable, match="undefined symbol"):
+        fastdcgan.backend("cpu").__enter__()
+    assert "undefined symbol" in fastdcgan.backends()["cpu"]
+
+
+def test_a_dtype_that_a_backend_does_not_take(device: torch.device) -> None:
+    with fastdcgan.backend("auto"):
+        assert runs_on(device, torch.float64) == "reference"
+    for name, reason in backends.reasons(device.type, torch.float64).items():
+        if reason is not None and fastdcgan.backends()[name] == "available":
+            with fastdcgan.backend(name), pytest.raises(Unavailable, match=r"float64.*those that can: reference"):
+                runs_on(device, torch.float64)
+
+
+def test_the_choice_holds_for_all_threads() -> None:
+    seen: list[str] = []
+    with fastdcgan.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.requested()))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("reference", "reference reference"),
+        ("cudnn", "ValueError unknown backend 'cudnn': expected 'auto' or one of"),
+        ("triton", "Unavailable backend 'triton'"),
+    ],
+)
+def test_the_environment_variable(value: str, expected: str) -> None:
+    if value == "triton" and fastdcgan.backends()["triton"] == "available":
+        pytest.skip("triton runs here")
+    program = """
+import torch, fastdcgan
+model = fastdcgan.ConvBNLeakyReLU2d(3, 4, 3)  # importing and building ask for no backend
+try:
+    row, = fastdcgan.explain(model, torch.randn(2, 3, 5, 5))
+    with fastdcgan.backend("auto"):
+        pass
+    print(row.backend, fastdcgan.backends.requested())
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    environment = {**os.environ, "FASTDCGAN_BACKEND": value}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.startswith(expected), done.stdout

@@ -1,0 +1,78 @@
+"""Profiling: every primitive of a step is found, with FLOPs and bytes that can be checked by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdcgan.benchmarks import floors, profiling
+from fastdcgan.benchmarks.peers import PEERS
+from fastdcgan.benchmarks.profiling import Rates
+from fastdcgan.benchmarks.runners import StepRunner
+from fastdcgan.benchmarks.shapes import NetShape, inputs
+from fastdcgan.dispatch import primitives
+from fastdcgan.geometry import Geometry
+from fastdcgan.spec import STORE, Epilogue, Operand
+
+CPU = torch.device("cpu")
+TINY = NetShape(16, ngf=8, ndf=8)
+K4 = Geometry((4, 4), (2, 2), (1, 1))
+
+
+def runner() -> StepRunner:
+    torch.manual_seed(0)
+    return StepRunner(PEERS["train"], TINY.nets(), [inputs(TINY, 4)], CPU, torch.float32, graph=False)
+
+
+def test_costs_by_hand() -> None:
+    x, w, y = torch.zeros(2, 3, 8, 8), torch.zeros(5, 3, 4, 4), torch.zeros(2, 5, 4, 4)
+    cost = profiling._cost("conv", (Operand(x), w, K4, STORE, "reference"), (y, None))
+    assert cost == profiling._Cost(2 * 2 * 16 * 5 * 3 * 16, 4 * (2 * 3 * 64 + 5 * 3 * 16 + 2 * 5 * 16))
+    epilogue = Epilogue("grad_stats", x)
+    cost = profiling._cost("conv_transpose", (Operand(y, y), w, K4, (8, 8), epilogue, "reference"), (x, None))
+    assert cost == profiling._Cost(2 * 2 * 16 * 5 * 3 * 16, 4 * (2 * 2 * 5 * 16 + 5 * 3 * 16 + 2 * 2 * 3 * 64))
+    cost = profiling._cost("weight_grad", (Operand(x), Operand(y), K4, "reference"), w)
+    assert cost == profiling._Cost(2 * 2 * 16 * 5 * 3 * 16, 4 * (2 * 3 * 64 + 2 * 5 * 16 + 5 * 3 * 16))
+    assert profiling._cost("norm_act", (Operand(y, y), "reference"), y).bytes == 3 * y.nbytes
+
+
+def test_a_trace_has_every_primitive(tmp_path: Path) -> None:
+    step, path = runner(), tmp_path / "folder" / "trace.json"
+    real = primitives.conv
+    shares = profiling.trace(step, CPU, path, Rates(1e12, 1e12))
+    assert primitives.conv is real
+    *each, rest = shares
+    assert rest.what == "everything else, and gaps" and rest.ms > 0
+    assert all(share.ms > 0 and share.floor_ms > 0 and share.calls >= 1 for share in each)
+    assert [share.ms for share in each] == sorted((share.ms for share in each), reverse=True)
+    names = {share.what.split(" ")[0] for share in each}
+    assert names >= {"conv", "conv_transpose", "weight_grad", "norm_act"}
+    # G backwards and forwards, D three times forwards (two of them as one batch), as `floors` counts them.
+    contractions = sum(
+        share.calls for share in each if share.what.split(" ")[0] in ("conv", "conv_transpose", "weight_grad")
+    )
+    g, d = len(TINY.generator()), len(TINY.discriminator())
+    assert contractions == (g + (g - 1) + g) + (d + (d - 1) + d) + (d + d)
+    assert "traceEvents" in json.loads(path.read_text())
+
+
+def test_floors_of_a_trace_are_those_that_are_counted() -> None:
+    shares = profiling.trace(runner(), CPU, None, Rates(1.0, 1e30), calls=1)
+    assert sum(share.floor_ms for share in shares) == pytest.approx(1e3 * floors.step_flops(TINY, 4))
+
+
+def test_ceilings_are_plausible() -> None:
+    rates = profiling.ceilings(CPU, torch.float32, 64, 2**16, 1e-3)
+    assert 1e6 < rates.flops_per_s < 1e15
+    assert 1e6 < rates.bytes_per_s < 1e15
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_and_host_time_of_a_gpu() -> None:
+    x, device = torch.ones(1024, device="cuda"), torch.device("cuda")
+    assert profiling.kernels(lambda: x + x, device) == 1
+    assert profiling.kernels(lambda: (x + x) * x, device) == 2
+    assert 0 < profiling.host_ms(lambda: x + x, device) < 1e3

@@ -1,0 +1,362 @@
+"""bfloat16 on AMX tiles: the kernels on an emulation of the instructions, and the instructions of the built library."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fastdcgan
+from fastdcgan import backends
+from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.backends import cpu as cpu_backend
+from fastdcgan.backends.cpu import CPUBackend
+from fastdcgan.build_info import library
+from fastdcgan.dispatch import autotune
+from fastdcgan.geometry import Geometry
+from fastdcgan.spec import STORE, Epilogue, Operand
+from tests.csrc.cpu import amx_library
+from tests.csrc.cpu.test_contractions import BLOCKS, K4, REFERENCE, Case, block
+from tests.engine import test_autograd as test_chain
+from tests.tolerance import assert_as_accurate
+
+REASON = amx_library.why_not() or (backends.status()["cpu"] if backends.status()["cpu"] != "available" else None)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+BF16 = torch.bfloat16
+
+
+# --- the emulation ---------------------------------------------------------------------------------------------------
+
+
+def config(rows: Sequence[int] = (16, 16, 16), row_bytes: Sequence[int] = (64, 64, 64), palette: int = 1) -> bytearray:
+    """The 64 bytes that LDTILECFG reads, for the sum, A and B."""
+    found = bytearray(64)
+    found[0] = palette
+    for i, size in enumerate(row_bytes):
+        found[16 + 2 * i : 18 + 2 * i] = size.to_bytes(2, "little")
+    for i, count in enumerate(rows):
+        found[48 + i] = count
+    return found
+
+
+def product(settings_: bytearray | None, a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> str:
+    """One product of tiles [16, 32] of bfloat16, added to `total` [16, 16] in place; what went wrong, or ""."""
+    message = ctypes.create_string_buffer(200)
+    given_ = None if settings_ is None else np.zeros(128, np.uint8)
+    if given_ is not None and settings_ is not None:
+        given_ = given_[(-given_.ctypes.data) % 64 :][:64]
+        given_[:] = np.frombuffer(settings_, np.uint8)
+    pointers = [None if x is None else ctypes.c_void_p(x) for x in (None if given_ is None else given_.ctypes.data,)]
+    pointers += [ctypes.c_void_p(x.data_ptr()) for x in (a, b, total)]
+    failed = amx_library.library().amx_emulated_product(*pointers, message)
+    assert bool(failed) == bool(message.value)
+    return message.value.decode()
+
+
+def tiles(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    return torch.randn(16, 32).to(BF16), torch.randn(16, 32).to(BF16), torch.randn(16, 16)
+
+
+def test_a_product_of_tiles() -> None:
+    a, b, total = tiles()
+    # Row k of B has rows 2k and 2k + 1 of the matrix, column by column.
+    matrix = b.view(16, 16, 2).permute(0, 2, 1).reshape(32, 16)
+    expected = total.double() + a.double() @ matrix.double()
+    assert product(config(), a, b, total) == ""
+    assert (total.double() - expected).abs().max() < 1e-5
+    assert total.abs().max() > 1
+
+
+def test_a_product_of_smaller_tiles_leaves_the_rest() -> None:
+    a, b, total = tiles()
+    before = total.clone()
+    expected = total[:3, :5].double() + a[:3, :14].double() @ (
+        b[:7, :10].view(7, 5, 2).permute(0, 2, 1).reshape(14, 5).double()
+    )
+    assert product(config((3, 3, 7), (20, 28, 20)), a, b, total) == ""
+    assert (total[:3, :5].double() - expected).abs().max() < 1e-5
+    total[:3, :5] = before[:3, :5]
+    assert torch.equal(total, before)
+
+
+def test_denormal_numbers_are_zeros() -> None:
+    tiny, small = 2.0**-130, 2.0**-70
+    for a_value, b_value, sum_value in ((tiny, 2.0**100, 0.0), (small, small, 0.0), (0.0, 0.0, tiny)):
+        a, b, total = (torch.zeros(16, 32, dtype=BF16), torch.zeros(16, 32, dtype=BF16), torch.zeros(16, 16))
+        a[:, 0], b[0, :], total[:] = a_value, b_value, sum_value
+        assert product(config(), a, b, total) == ""
+        assert not total.any()
+
+
+def test_the_even_and_the_odd_products_are_summed_apart() -> None:
+    """2**30 + 1 - 2**30: the one survives if it is of the other parity, and not if it is of the same."""
+    for column, expected in ((1, 1.0), (2, 0.0)):
+        a, b, total = torch.zeros(16, 32, dtype=BF16), torch.ones(16, 32, dtype=BF16), torch.zeros(16, 16)
+        a[:, 0], a[:, column], a[:, 4] = 2.0**30, 1.0, -(2.0**30)
+        assert product(config(), a, b, total) == ""
+        assert (total == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("settings_", "expected"),
+    [
+        (None, "this thread has configured none"),
+        (config(palette=2), "no palette 2"),
+        (config(palette=0), "this thread has configured none"),
+        (config((17, 16, 16)), "tile 0 can't have 17 rows of 64 bytes"),
+        (config((16, 16, 16), (64, 68, 64)), "tile 1 can't have 16 rows of 68 bytes"),
+        (config((16, 16, 0)), "tile 2 can't have 0 rows of 64 bytes"),
+        (config((16, 16), (64, 64)), "tile 2 has no shape"),
+        (config((16,) * 9, (64,) * 9), "there is no tile 8"),
+        (config((16, 8, 16)), "do not fit"),
+        (config((16, 16, 8)), "do not fit"),
+        (config((16, 16, 16), (32, 64, 64)), "do not fit"),
+        (config()[:1] + b"\0\1" + config()[3:], "a reserved byte"),
+    ],
+)  # fmt: skip
+def test_what_the_processor_refuses(settings_: bytearray | None, expected: str) -> None:
+    assert expected in product(settings_, *tiles())
+
+
+# --- the contractions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(emulated: ctypes.CDLL, name: str) -> None:
+    block(name, BF16).check(CPUBackend())
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_drawn_geometries(emulated: ctypes.CDLL, data: st.DataObject) -> None:
+    def pair(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
+        return st.tuples(st.integers(low, high), st.integers(low, high))
+
+    g = Geometry(data.draw(pair(1, 5)), data.draw(pair(1, 4)), data.draw(pair(0, 4)), data.draw(pair(1, 3)))
+    size = data.draw(pair(1, 9))
+    assume(min(g.conv_size(*size)) >= 1)
+    # PyTorch 2.13's own crashes on some where taps read nothing but padding.
+    assume(all(p <= d * (k - 1) for p, d, k in zip(g.padding, g.dilation, g.kernel, strict=True)))
+    channels = st.one_of(st.integers(1, 40), st.sampled_from([64, 96, 270]))
+    Case(data.draw(st.integers(1, 5)), data.draw(channels), size, data.draw(channels), g, BF16).check(CPUBackend())
+
+
+@pytest.mark.parametrize(("out", "channels"), [(64, 3), (64, 64)])
+def test_more_rows_than_fit_a_block(emulated: ctypes.CDLL, out: int, channels: int) -> None:
+    Case(5, channels, (32, 32), out, K4, BF16).check(CPUBackend())
+
+
+@pytest.mark.parametrize("act", ["relu", "tanh"])
+def test_activated_outputs(emulated: ctypes.CDLL, act: str) -> None:
+    for name in ("wide", "image"):
+        case = block(name, BF16)
+        for op, a, channels in (("conv", case.x, case.dy.shape[1]), ("conv_transpose", case.dy, case.x.shape[1])):
+            coef = torch.randn(4, 1, channels, generator=torch.Generator().manual_seed(4)) * 0.1
+            extra = (case.size,) if op == "conv_transpose" else ()
+            results = []
+            for on, wide in ((CPUBackend(), False), (REFERENCE, False), (REFERENCE, True)):
+                a_, weight, coef_ = (t.double() if wide else t for t in (a, case.weight, coef))
+                e = Epilogue("activate", None, coef_, act, ACTIVATIONS[act].default_slope)
+                results.append(getattr(on, op)(Operand(a_), weight, case.g, *extra, e)[0])
+            assert_as_accurate(*results, f"{op} of {name} with {act}", reduction=case.terms(op), scale=1.0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_statistics(emulated: ctypes.CDLL, groups: int) -> None:
+    case, cpu = Case(4, 24, (16, 16), 50, K4, BF16), CPUBackend()
+    for op, a, extra in (("conv", case.x, ()), ("conv_transpose", case.dy, (case.size,))):
+        e = Epilogue("stats", stat_groups=groups)
+        out, stats = getattr(cpu, op)(Operand(a), case.weight, case.g, *extra, e)
+        assert torch.equal(out, getattr(cpu, op)(Operand(a), case.weight, case.g, *extra, STORE)[0])
+        truth = getattr(REFERENCE, op)(Operand(a.double()), case.weight.double(), case.g, *extra, e)[1]
+        scale = float(truth[1].mean().sqrt())
+        assert (stats[0] - truth[0]).abs().max() < 1e-5 * scale
+        assert (stats[1:] - truth[1:]).abs().max() < 1e-5 * scale**2
+
+
+def test_a_weight_may_lie_as_it_likes(emulated: ctypes.CDLL) -> None:
+    for name in ("wide", "wide, few pixels", "image", "logit", "projection", "odd"):
+        case, cpu = block(name, BF16), CPUBackend()
+        expected = case.run(cpu)
+        plain = case.weight.contiguous(memory_format=torch.contiguous_format)
+        turned = plain.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+        apart = torch.zeros(*plain.shape, 2, dtype=BF16)[..., 0].copy_(plain)
+        for case.weight in (plain, turned, apart):
+            assert all(torch.equal(result, expected[op]) for op, result in case.run(cpu).items())
+
+
+@pytest.mark.parametrize("name", ["wide", "image", "projection", "one sample", "odd"])
+def test_float32_weights_are_rounded(emulated: ctypes.CDLL, name: str) -> None:
+    """As autocast has them: the bits of a weight that was cast."""
+    case, cpu = block(name, BF16), CPUBackend()
+    weight = case.weight + torch.randn_like(case.weight, dtype=torch.float32) * 2.0**-9
+    for op, a, extra in (("conv", case.x, ()), ("conv_transpose", case.dy, (case.size,))):
+        run = getattr(cpu, op)
+        expected = run(Operand(a), weight.to(BF16), case.g, *extra, STORE)[0]
+        assert torch.equal(run(Operand(a), weight, case.g, *extra, STORE)[0], expected)
+        assert not torch.equal(run(Operand(a), case.weight, case.g, *extra, STORE)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["wide", "image", "projection", "one sample"])
+def test_same_bits_whatever_the_threads(emulated: ctypes.CDLL, name: str) -> None:
+    block(name, BF16).check_threads(CPUBackend())
+
+
+@pytest.mark.parametrize("name", ["wide", "projection", "one sample"])
+def test_what_is_not_finite_stays_where_it_is(emulated: ctypes.CDLL, name: str) -> None:
+    case = block(name, BF16)
+    case.x[-1, 1, 2, 3] = math.nan
+    height, width = case.dy.shape[2:]
+    case.dy[0, 0, height // 2, width // 2] = math.inf
+    got, expected = case.run(CPUBackend()), case.run(REFERENCE, wide=True)
+    for op in got:
+        assert torch.equal(got[op].isnan(), expected[op].isnan()), op
+        assert torch.equal(got[op].isinf(), expected[op].isinf()), op
+
+
+# --- chains ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [test_chain.generator, test_chain.discriminator])
+def test_networks(emulated: ctypes.CDLL, make: type) -> None:
+    with fastdcgan.backend("cpu"):
+        test_chain.test_network_is_as_accurate_as_vanilla(make, BF16, "cpu")
+
+
+@pytest.mark.parametrize(("transposed", "norm"), test_chain.KINDS)
+def test_chains_of_one(emulated: ctypes.CDLL, transposed: bool, norm: str | None) -> None:
+    with fastdcgan.backend("cpu"):
+        test_chain.test_block_is_as_accurate_as_vanilla(transposed, norm, "leaky_relu", BF16, "cpu")
+
+
+def test_a_contiguous_net_is_turned(emulated: ctypes.CDLL) -> None:
+    net = nn.Sequential(nn.ConvTranspose2d(10, 64, 4, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+                        nn.ConvTranspose2d(64, 3, 4, 2, 1), nn.Tanh())  # fmt: skip
+    ours, x = fastdcgan.fuse(copy.deepcopy(net)).to(BF16), torch.randn(8, 10, 1, 1).to(BF16)
+    with fastdcgan.backend("cpu"):
+        found = ours(x)
+    assert found.is_contiguous()
+    truth = net.double()(x.double())
+    assert (found - truth).norm() < 0.02 * truth.norm()
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def both_on_tiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CPUBackend:
+    """A processor on which PyTorch has AMX too, and where nothing was measured."""
+    amx_library.library()
+    monkeypatch.setattr(cpu_backend, "CONTRACTIONS", "fastdcgan_cpu_amx")
+    monkeypatch.setenv("FASTDCGAN_MEASURED", str(tmp_path / "measured.json"))
+    monkeypatch.setattr(autotune, "_files", {})
+    monkeypatch.setattr(autotune, "_in_process", {})
+    backends.get("cpu")
+    found = CPUBackend()
+    monkeypatch.setattr(found, "_tiles", True)
+    return found
+
+
+def test_the_faster_one_is_measured_once(both_on_tiles: CPUBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, case = both_on_tiles, block("wide", BF16)
+    found = []
+    milliseconds = autotune._cpu_milliseconds
+
+    def times(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+        assert set(milliseconds(calls)) == {"cpu", "pytorch"}
+        found.append({"cpu": 1.0, "pytorch": 2.0} if len(found) != 1 else {"cpu": 2.0, "pytorch": 1.0})
+        return found[-1]
+
+    monkeypatch.setattr(autotune, "_cpu_milliseconds", times)
+    runs = [
+        ("conv", Operand(case.x), case.weight, case.g, STORE),
+        ("weight_grad", Operand(case.x), Operand(case.dy), K4),
+    ]
+    for _ in range(2):
+        assert cpu.why_not(*runs[0]) is None
+        assert "1.0000 ms, and ours 2.0000 ms" in (cpu.why_not(*runs[1]) or "")
+        assert len(found) == 2
+        monkeypatch.setattr(autotune, "_in_process", {})  # then they are in the file
+        monkeypatch.setattr(autotune, "_files", {})
+    case.run(cpu)
+    assert len(found) == 3  # conv_transpose
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert cpu.why_not(*runs[1]) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert cpu.why_not("conv", Operand(case.x.float()), case.weight.float(), K4, STORE) is not None
+    assert len(found) == 3
+
+
+def test_a_folder_that_can_not_be_written_is_no_error(
+    both_on_tiles: CPUBackend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTDCGAN_MEASURED", str(tmp_path / "file" / "measured.json"))
+    case = block("logit", BF16)
+    with pytest.warns(UserWarning, match="are ignored"):
+        both_on_tiles.why_not("conv", Operand(case.x), case.weight, case.g, STORE)
+    assert len(autotune._in_process) == 1
+
+
+def test_a_cap_and_this_processor() -> None:
+    """The built library: tiles where Linux lists them among the processor's flags, and not under the cap."""
+    code = "from fastdcgan import backends; import torch; backends.get('cpu')\n"
+    code += "print(torch.ops.fastdcgan_cpu.bfloat16_on_tiles())"
+    flags = Path("/proc/cpuinfo").read_text().split()
+    expected = {None: {"amx_tile", "amx_bf16"} <= set(flags), "avx512": False, "avx2": False}
+    for cap, on_tiles in expected.items():
+        environment = os.environ | ({} if cap is None else {"ATEN_CPU_CAPABILITY": cap})
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == [str(on_tiles)], (cap, done.stderr)
+
+
+# --- the instructions of the library that was built ------------------------------------------------------------------
+
+
+def loops(disassembly: str) -> list[list[str]]:
+    """The instructions of each innermost loop: from the target of a jump backwards up to that jump."""
+    lines = re.findall(r"^ *([0-9a-f]+):\t(.+?) *$", disassembly, re.MULTILINE)
+    place = {address: i for i, (address, _) in enumerate(lines)}
+    found: list[list[str]] = []
+    for i, (_, instruction) in enumerate(lines):
+        jump = re.match(r"j\w+ +([0-9a-f]+)", instruction)
+        if jump and place.get(jump[1], i + 1) <= i:
+            body = [text for _, text in lines[place[jump[1]] : i + 1]]
+            if not any(re.match(r"j", text) for text in body[:-1]):
+                found.append(body)
+    return found
+
+
+def test_inner_loops_of_the_library() -> None:
+    """Tiles are loaded and multiplied there, and nothing else is: no sum is stored, no register goes to the stack."""
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("needs objdump")
+    command = [objdump, "-d", "--no-show-raw-insn", str(library("_cpu_avx512"))]
+    disassembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = ("ldtilecfg", "tilerelease", "tileloadd", "tilestored", "tilezero", "tdpbf16ps")
+    assert all(f"{name} " in disassembly or f"{name}\n" in disassembly for name in names)
+    inner = [body for body in loops(disassembly) if any("tdpbf16ps" in line for line in body)]
+    counts = {tuple(sum(name in line for line in body) for name in ("tdpbf16ps", "tileloadd")) for body in inner}
+    assert counts == {(4, 4), (2, 3), (1, 2)}  # 2x2 tiles, 1x2 and 2x1, 1x1
+    for body in inner:
+        assert not any(re.search(r"tilestored|tilezero|%rsp|%zmm|call", line) for line in body), body
+    # Nothing but the strips multiplies tiles.
+    assert disassembly.count("tdpbf16ps") == sum("tdpbf16ps" in line for body in inner for line in body)

@@ -1,0 +1,391 @@
+"""The contractions of csrc/cpu against float64, for this processor and for older ones."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fastdcgan
+from fastdcgan import backends
+from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.backends.base import Backend
+from fastdcgan.backends.cpu import CPUBackend
+from fastdcgan.backends.reference import ReferenceBackend
+from fastdcgan.geometry import Geometry
+from fastdcgan.spec import STORE, Epilogue, Operand, memory_format, says_channels_last
+from tests.machine import run_capped
+from tests.tolerance import assert_as_accurate
+
+STATUS = backends.status()["cpu"]
+if STATUS == "available" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+    STATUS = "the contractions of csrc/cpu need AVX2"
+pytestmark = pytest.mark.skipif(STATUS != "available", reason=STATUS)
+
+REFERENCE = ReferenceBackend()
+CHANNELS_LAST = torch.channels_last
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+K4 = Geometry((4, 4), (2, 2), (1, 1))
+# (batch, channels and size of the gathered side, channels of the linear side, geometry): every kind of block of a DCGAN
+# (projection, wide, image side, logit), with whole panels of channels and without
+BLOCKS = {
+    "wide": (3, 64, 8, 96, K4),
+    "wide, few pixels": (5, 48, 4, 65, K4),
+    "deep": (2, 300, 4, 40, K4),
+    "image": (2, 3, 16, 64, K4),
+    "grayscale": (3, 1, 12, 17, K4),
+    "projection": (5, 128, 4, 100, Geometry((4, 4))),
+    "logit": (7, 96, 4, 1, Geometry((4, 4))),
+    "one sample": (1, 64, 8, 32, K4),
+    "3x3": (2, 32, 9, 33, Geometry((3, 3), padding=(1, 1))),
+    "odd": (2, 5, 11, 7, Geometry((5, 2), (3, 1), (2, 3), (1, 2))),
+}
+
+
+class Kernels(CPUBackend):
+    """Never PyTorch's own contraction where a kernel of csrc/cpu can run; none by minimal filtering."""
+
+    def filters(self, *args: object) -> bool:
+        return False
+
+    def slower(self, *_: object) -> str | None:  # type: ignore[override]
+        return None
+
+    def compared(self, *_: object) -> str | None:  # type: ignore[override]
+        return None
+
+
+@pytest.fixture
+def cpu() -> CPUBackend:
+    backends.get("cpu")
+    return Kernels()
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """channels_last in its strides also where there is one channel."""
+    n, channels, height, width = shape
+    x = torch.randn(n, height, width, channels, generator=torch.Generator().manual_seed(seed))
+    return x.to(dtype).permute(0, 3, 1, 2)
+
+
+class Case:
+    """The tensors of a convolution: `x` the gathered side, `dy` the linear one."""
+
+    def __init__(self, batch: int, channels: int, size: tuple[int, int], out: int, g: Geometry, dtype: torch.dtype):
+        self.g, self.size = g, size
+        self.x = random((batch, channels, *size), dtype, 1)
+        self.weight = random((out, channels, *g.kernel), dtype, 2)
+        self.dy = random((batch, out, *g.conv_size(*size)), dtype, 3)
+
+    def run(self, on: Backend, wide: bool = False) -> dict[str, Tensor]:
+        x, weight, dy = (t.double() if wide else t for t in (self.x, self.weight, self.dy))
+        return {
+            "conv": on.conv(Operand(x), weight, self.g, STORE)[0],
+            "conv_transpose": on.conv_transpose(Operand(dy), weight, self.g, self.size, STORE)[0],
+            "weight_grad": on.weight_grad(Operand(x), Operand(dy), self.g),
+        }
+
+    def terms(self, op: str) -> int:
+        x, dy, area = self.x.shape, self.dy.shape, math.prod(self.g.kernel)
+        return {"conv": x[1] * area, "conv_transpose": dy[1] * area, "weight_grad": x[0] * dy[2] * dy[3]}[op]
+
+    def check_threads(self, cpu: CPUBackend) -> list[Tensor]:
+        """The results and the statistics of `conv`, which are the same bits whatever the threads."""
+        threads, results = torch.get_num_threads(), []
+        try:
+            for count in (1, 2, 2, 5):
+                torch.set_num_threads(count)
+                stats = cpu.conv(Operand(self.x), self.weight, self.g, Epilogue("stats"))[1]
+                results.append([*self.run(cpu).values(), stats])
+        finally:
+            torch.set_num_threads(threads)
+        for result in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+        return results[0]
+
+    def check(self, cpu: CPUBackend) -> None:
+        for tensors in ((self.x, self.weight), (self.dy, self.weight), (self.x, self.dy)):
+            if any(map(says_channels_last, tensors)):  # not if all sizes are 1
+                assert cpu.cannot(self.g, *tensors) is None
+        got, vanilla, truth = self.run(cpu), self.run(REFERENCE), self.run(REFERENCE, wide=True)
+        for op, result in got.items():
+            terms = self.terms(op)
+            # All taps of a tiny image may read padding, or the sum may cancel.
+            scale = float(truth[op].square().mean().sqrt()) or math.sqrt(terms)
+            assert_as_accurate(result, vanilla[op], truth[op], op, reduction=terms, scale=scale)
+            if op != "weight_grad":
+                assert result.is_contiguous(memory_format=CHANNELS_LAST)
+            elif not self.x.is_contiguous():
+                assert memory_format(result) == memory_format(vanilla[op])
+
+
+def block(name: str, dtype: torch.dtype) -> Case:
+    batch, channels, size, out, g = BLOCKS[name]
+    return Case(batch, channels, (size, size), out, g, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(cpu: CPUBackend, name: str, dtype: torch.dtype) -> None:
+    block(name, dtype).check(cpu)
+
+
+@settings(max_examples=120)
+@given(data=st.data())
+def test_drawn_geometries(data: st.DataObject) -> None:
+    def pair(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
+        return st.tuples(st.integers(low, high), st.integers(low, high))
+
+    cpu = Kernels()
+    g = Geometry(data.draw(pair(1, 5)), data.draw(pair(1, 4)), data.draw(pair(0, 4)), data.draw(pair(1, 3)))
+    size = data.draw(pair(1, 9))
+    assume(min(g.conv_size(*size)) >= 1)
+    channels = st.one_of(st.integers(1, 40), st.sampled_from([64, 96, 270]))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    Case(data.draw(st.integers(1, 5)), data.draw(channels), size, data.draw(channels), g, dtype).check(cpu)
+
+
+def test_many_pixels_are_divided_among_tasks(cpu: CPUBackend) -> None:
+    Case(9, 3, (64, 64), 16, K4, torch.float32).check(cpu)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activated_outputs(cpu: CPUBackend, act: str) -> None:
+    slope = ACTIVATIONS[act].default_slope
+    for name in ("wide", "image"):
+        for dtype in DTYPES:
+            case = block(name, dtype)
+            for op, a, channels in (("conv", case.x, case.dy.shape[1]), ("conv_transpose", case.dy, case.x.shape[1])):
+                coef = torch.randn(4, 1, channels, generator=torch.Generator().manual_seed(4)) * 0.1
+                extra = (case.size,) if op == "conv_transpose" else ()
+                results = []
+                for on, wide in ((cpu, False), (REFERENCE, False), (REFERENCE, True)):
+                    a_, weight, coef_ = (t.double() if wide else t for t in (a, case.weight, coef))
+                    e = Epilogue("activate", None, coef_, act, slope)
+                    results.append(getattr(on, op)(Operand(a_), weight, case.g, *extra, e)[0])
+                assert_as_accurate(*results, f"{op} of {name} with {act}", reduction=case.terms(op), scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias(cpu: CPUBackend, dtype: torch.dtype) -> None:
+    for name in ("wide", "image"):
+        case = block(name, dtype)
+        bias = torch.randn(case.dy.shape[1]).to(dtype)
+        got, vanilla, truth = (
+            on.conv(Operand(t(case.x)), t(case.weight), case.g, Epilogue("bias", coef=t(bias)))[0]
+            for on, t in ((cpu, lambda t: t), (REFERENCE, lambda t: t), (REFERENCE, Tensor.double))
+        )
+        assert_as_accurate(got, vanilla, truth, f"{name} with a bias", reduction=case.terms("conv"))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics(cpu: CPUBackend, dtype: torch.dtype, groups: int) -> None:
+    check_statistics(cpu, dtype, groups, ((4, 4), (2, 16), (32, 8)))
+
+
+def check_statistics(cpu: Kernels, dtype: torch.dtype, groups: int, shapes: tuple[tuple[int, int], ...]) -> None:
+    """The epilogue "stats" of 24 -> 50 channels; `shapes`: batches, and the sides of their images."""
+    for batch, size in shapes:
+        case = Case(batch, 24, (size, size), 50, K4, dtype)
+        for op, a in (("conv", case.x), ("conv_transpose", case.dy)):
+            extra = (case.size,) if op == "conv_transpose" else ()
+            (out, got), (_, vanilla), (_, truth) = (
+                getattr(on, op)(Operand(t(a)), t(case.weight), case.g, *extra, Epilogue("stats", stat_groups=groups))
+                for on, t in ((cpu, lambda t: t), (REFERENCE, lambda t: t), (REFERENCE, Tensor.double))
+            )
+            assert torch.equal(out, getattr(cpu, op)(Operand(a), case.weight, case.g, *extra, STORE)[0])
+            for row, name in enumerate(["mean", "biased variance", "unbiased variance"]):
+                scale = float(truth[1].mean().sqrt())
+                assert_as_accurate(
+                    got[row], vanilla[row].float(), truth[row], f"{name} of {op}", reduction=case.terms(op), scale=scale
+                )
+
+
+def test_statistics_of_a_large_mean(cpu: CPUBackend) -> None:
+    """A mean of a thousand deviations."""
+    x = 1000 + torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    weight = torch.ones(20, 1, 1, 1).contiguous(memory_format=CHANNELS_LAST)
+    x = x.as_strided(x.shape, (32 * 32, 1, 32, 1))
+    _, stats = cpu.conv(Operand(x), weight, Geometry((1, 1)), Epilogue("stats"))
+    truth = REFERENCE.batch_stats(x.double(), 1)
+    assert ((stats[:, 0].double() - truth[:, 0]) / truth[:, 0]).abs().max() < 5e-6
+
+
+def test_a_weight_may_lie_as_it_likes(cpu: CPUBackend) -> None:
+    for name in ("wide, few pixels", "image", "logit"):
+        case = block(name, torch.float32)
+        expected = case.run(cpu)
+        plain = case.weight.contiguous(memory_format=torch.contiguous_format)
+        turned = plain.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+        apart = torch.zeros(*plain.shape, 2)[..., 0].copy_(plain)
+        for case.weight in (plain, turned, apart):
+            assert all(torch.equal(result, expected[op]) for op, result in case.run(cpu).items())
+
+
+def test_inputs_of_other_strides(cpu: CPUBackend) -> None:
+    case = block("wide", torch.float32)
+    expected = case.run(cpu)
+    batch, channels, height, width = case.x.shape
+    case.x = torch.zeros(batch, height, width, 2 * channels)[..., ::2].permute(0, 3, 1, 2).copy_(case.x)
+    assert all(torch.equal(result, expected[op]) for op, result in case.run(cpu).items())
+    case.x = case.x.contiguous()  # the weight says channels_last
+    assert torch.equal(case.run(cpu)["conv"], expected["conv"])
+
+
+@pytest.mark.parametrize("name", ["wide", "image", "projection", "one sample"])
+def test_what_is_not_finite_stays_where_it_is(cpu: CPUBackend, name: str) -> None:
+    case = block(name, torch.float32)
+    case.x[-1, 1, 2, 3] = math.nan
+    height, width = case.dy.shape[2:]
+    case.dy[0, 0, height // 2, width // 2] = math.inf  # no tap reads padding there: PyTorch multiplies that with zeros
+    got, expected = case.run(cpu), case.run(REFERENCE, wide=True)
+    for op in got:
+        assert torch.equal(got[op].isnan(), expected[op].isnan()), op
+        assert torch.equal(got[op].isinf(), expected[op].isinf()), op
+
+
+def test_denormal_numbers(cpu: CPUBackend) -> None:
+    case = block("image", torch.float32)
+    case.x *= 1e-39
+    case.weight.copy_(case.weight.sign())
+    for got, truth in zip(case.run(cpu).values(), case.run(REFERENCE, wide=True).values(), strict=True):
+        assert (got.double() - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_same_bits_whatever_the_threads(cpu: CPUBackend, name: str) -> None:
+    case = block(name, torch.float32)
+    case.check_threads(cpu)
+
+
+def test_what_can_not_run_goes_to_pytorch(cpu: CPUBackend) -> None:
+    x, weight = random((2, 4, 8, 8), torch.float32, 1), torch.zeros(6, 4, 4, 4)
+    assert cpu.cannot(K4, x, weight) is None
+    assert "no groups, and here are 2" in (cpu.cannot(Geometry((4, 4), groups=2), x, weight) or "")
+    assert "channels_last" in (cpu.cannot(K4, x.contiguous(), weight) or "")
+    assert "channels_last" in (cpu.cannot(K4, x[:0], weight) or "")
+    assert "torch.float16" in (cpu.cannot(K4, x, weight.half()) or "")
+    assert cpu.why_not("conv", Operand(x), weight, K4, STORE) is None
+    empty, stats = cpu.conv(Operand(x[:0]), weight, K4, Epilogue("stats"))
+    assert empty.shape == (0, 6, 4, 4) and torch.equal(stats, torch.zeros(3, 1, 6))
+
+
+def test_what_is_faster_in_pytorch_goes_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = backends.get("cpu")
+    assert isinstance(cpu, CPUBackend)
+    monkeypatch.setattr(cpu, "_tiles", False)
+    small, large = Case(32, 32, (8, 8), 8, K4, torch.float32), Case(1, 32, (32, 32), 8, K4, torch.float32)
+    half, bf16 = Case(2, 32, (32, 32), 8, K4, torch.half), Case(2, 32, (32, 32), 8, K4, torch.bfloat16)
+    for case, expected in [
+        (block("wide", torch.float32), "faster for 3 times 16 pixels"),
+        (block("projection", torch.float32), None),
+        (block("logit", torch.float32), None),
+        (block("image", torch.float32), None),
+        (block("image", torch.bfloat16), None),
+        (Case(2, 8, (16, 16), 64, K4, torch.bfloat16), "faster for 8 channels"),
+        (Case(2, 3, (16, 16), 64, Geometry((10, 10)), torch.float32), "faster for 3 channels"),
+        (Case(2, 3, (16, 16), 64, Geometry((1, 1)), torch.float32), "between 3 channels and one pixel"),
+        (Case(2, 3, (4, 4), 64, Geometry((4, 4)), torch.bfloat16), "between 3 channels and one pixel"),
+        (Case(2, 3, (16, 16), 7, K4, torch.float32), "between 3 and 7 channels"),
+        (Case(2, 3, (16, 16), 7, K4, torch.bfloat16), None),
+        (Case(2, 3, (16, 16), 7, Geometry((1, 1)), torch.float16), None),
+        (small, None),
+        (large, "as fast for 16x16 pixels"),
+        (Case(2, 32, (32, 32), 16, K4, torch.float32), None),
+        (half, None),
+        (bf16, None),
+    ]:
+        why = cpu.why_not("conv", Operand(case.x), case.weight, case.g, STORE)
+        assert why is None if expected is None else expected in (why or ""), why
+    assert cpu.why_not("weight_grad", Operand(large.x), Operand(large.dy), K4) is None
+    # Packing is most of the work for few pixels, and is done once where weights stay as they are.
+    wide = block("wide", torch.float32)
+    generating = Epilogue("bias", coef=torch.zeros(64))
+    why = cpu.why_not("conv_transpose", Operand(wide.dy), wide.weight, K4, wide.size, STORE)
+    assert "3 times 16 pixels" in (why or "")
+    cast = cpu.why_not("conv_transpose", Operand(wide.dy), wide.weight, K4, wide.size, generating)
+    assert "3 times 16 pixels" in (cast or "")  # of autocast, say, which casts it at every call
+    wide.weight = nn.Parameter(wide.weight)
+    assert cpu.why_not("conv_transpose", Operand(wide.dy), wide.weight, K4, wide.size, generating) is None
+    why = cpu.why_not("conv", Operand(wide.x[:1]), wide.weight, K4, generating)
+    assert "1 times 16 pixels" in (why or "")
+    image = block("image", torch.float32)
+    assert cpu.why_not("conv_transpose", Operand(image.dy), image.weight, K4, image.size, STORE) is None
+    monkeypatch.setattr(cpu, "_tiles", True)
+    assert "AMX" in (cpu.why_not("conv", Operand(bf16.x), bf16.weight, K4, STORE) or "")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 1, 1, 1), (0, 3, 4, 4)], ids=str)
+def test_channels_last_is_what_pytorch_takes_for_it(shape: tuple[int, ...]) -> None:
+    plain = torch.empty(shape)
+    for x in (plain, plain.to(memory_format=CHANNELS_LAST), plain.contiguous(memory_format=CHANNELS_LAST)):
+        # empty_like keeps the strides of a dense tensor; a permuted sum asks for the suggested format.
+        if x.numel():
+            weight = torch.empty(2, shape[1], 1, 1)
+            out = torch.nn.functional.conv2d(x, weight)
+            if out.shape[2] * out.shape[3] > 1:
+                assert says_channels_last(x) == (not out.is_contiguous())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CHANNELS_LAST], ids=["contiguous", "channels_last"])
+def test_whole_nets_are_turned(layout: torch.memory_format) -> None:
+    """Contiguous images and weights: channels_last in between, and the output is contiguous as PyTorch's is."""
+    net = nn.Sequential(
+        nn.ConvTranspose2d(10, 64, 4, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.ConvTranspose2d(64, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.ConvTranspose2d(32, 3, 4, 2, 1), nn.Tanh(),
+        nn.Conv2d(3, 32, 4, 2, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(32, 64, 4, 2, 1, bias=False), nn.BatchNorm2d(64), nn.LeakyReLU(0.2),
+        nn.Conv2d(64, 1, 4),
+    ).to(memory_format=layout)  # fmt: skip
+    for first, last, shape in [(0, 8, (32, 10, 1, 1)), (8, 14, (32, 3, 16, 16))]:
+        vanilla = net[first:last]
+        wide, ours = copy.deepcopy(vanilla).double(), fastdcgan.fuse(copy.deepcopy(vanilla))
+        x = torch.randn(shape).contiguous(memory_format=layout)
+        results = []
+        for model in (ours, vanilla, wide):
+            source = x.detach().clone().to(next(model.parameters()).dtype).requires_grad_()
+            out = model(source)
+            out.square().sum().backward()
+            results.append([out, source.grad, *(p.grad for p in model.parameters())])
+        got, expected = results[0][0], results[1][0]
+        assert memory_format(got) == memory_format(expected)
+        for i, (mine, theirs, truth) in enumerate(zip(*results, strict=True)):
+            assert_as_accurate(mine, theirs, truth, f"result {i}", reduction=32 * 16 * 16)
+        assert "PyTorch's convolution" not in fastdcgan.explain(ours, x)[1].why
+
+
+def test_bad_calls(cpu: CPUBackend) -> None:
+    op = torch.ops.fastdcgan_cpu
+    x, weight = torch.zeros(2, 4, 8, 8), torch.zeros(6, 4, 4, 4)
+    numbers = ((2, 2), (1, 1), (1, 1), (4, 4))
+    with pytest.raises(ValueError, match="4 input channels"):
+        op.conv(x, weight[:, :3], *numbers, None, 0, 0.0, 0)
+    with pytest.raises(TypeError, match="dtype Float, got Half"):
+        op.conv(x, weight.half(), *numbers, None, 0, 0.0, 0)
+    with pytest.raises(TypeError, match="got Double"):
+        op.conv(x.double(), weight.double(), *numbers, None, 0, 0.0, 0)
+    with pytest.raises(ValueError, match="can't have 3 statistics groups"):
+        op.conv(x, weight, *numbers, None, 0, 0.0, 3)
+    with pytest.raises(ValueError, match=r"expected a bias \[6\]"):
+        op.conv(x, weight, *numbers, torch.zeros(5), 0, 0.0, 0)
+    with pytest.raises(ValueError, match="unknown activation id 99"):
+        op.conv(x, weight, *numbers, None, 99, 0.0, 0)
+    with pytest.raises(ValueError, match="make no output"):
+        op.conv(x, weight, (0, 2), (1, 1), (1, 1), (4, 4), None, 0, 0.0, 0)
+    with pytest.raises(ValueError, match="with elements"):
+        op.conv(x[:0], weight, *numbers, None, 0, 0.0, 0)
+    with pytest.raises(ValueError, match="one batch size, got 2 and 1"):
+        op.weight_grad(x, torch.zeros(1, 6, 4, 4), (4, 4), (2, 2), (1, 1), (1, 1))
+
+
+def test_avx2() -> None:
+    """The same tests on the library for an older processor."""
+    tests = "test_blocks or test_drawn or test_statistics or test_activated or test_same_bits or test_what_is_not"
+    run_capped(__file__, "avx2", tests)

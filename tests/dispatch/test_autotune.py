@@ -1,0 +1,102 @@
+"""The file of measurements, and when anything is measured."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdcgan.dispatch import autotune
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    found = tmp_path / "folder" / "measured.json"
+    monkeypatch.setenv("FASTDCGAN_MEASURED", str(found))
+    monkeypatch.setattr(autotune, "_files", {})
+    return found
+
+
+def test_entries_survive_and_are_of_one_gpu_and_kind(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    autotune.remember("tiles", "a GPU", "problem", {"block_m": 64})
+    autotune.remember("tiles", "a GPU", "other", [1, 2])
+    autotune.remember("routes", "another", "problem", 3)
+    monkeypatch.setattr(autotune, "_files", {})  # a new process
+    assert autotune.lookup("tiles", "a GPU", "problem") == {"block_m": 64}
+    assert autotune.lookup("tiles", "a GPU", "other") == [1, 2]
+    assert autotune.lookup("routes", "another", "problem") == 3
+    assert autotune.lookup("routes", "a GPU", "problem") is None
+    assert autotune.lookup("tiles", "another", "problem") is None
+    assert json.loads(file.read_text())["version"] == autotune.VERSION
+    assert [found.name for found in file.parent.iterdir()] == ["measured.json"]
+
+
+def test_two_processes_keep_what_both_measured(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert autotune.lookup("tiles", "a GPU", "first") is None  # and remembers that the file is empty
+    content = {"format": autotune.FORMAT, "version": autotune.VERSION, "gpus": {"a GPU": {"tiles": {"first": 1}}}}
+    file.parent.mkdir()
+    file.write_text(json.dumps(content))
+    autotune.remember("tiles", "a GPU", "second", 2)
+    assert json.loads(file.read_text())["gpus"] == {"a GPU": {"tiles": {"first": 1, "second": 2}}}
+
+
+def test_the_key_names_what_generates_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = autotune.gpu_key.__wrapped__(torch.device("cpu"))
+    assert "cpu" in key and f"torch {torch.__version__}" in key and "triton " in key and "fastdcgan " in key
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    assert autotune.gpu_key.__wrapped__(torch.device("cpu")) != key
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"format": "something-else", "version": 1}',
+        '{"format": "fastdcgan-measured", "version": 0, "gpus": {}}',
+        '{"format": "fastdcgan-measured", "version": 1, "gpus": {"gpu": {"tiles": 3}}}',
+        '{"format": "fastdcgan-measured", "version": 1, "gpus": {"gpu": 3}}',
+        '{"format": "fastdcgan-measured", "version": 1}',
+    ],
+)
+def test_a_foreign_file_is_ignored_with_one_warning_and_kept(file: Path, content: str) -> None:
+    file.parent.mkdir()
+    file.write_text(content)
+    with pytest.warns(UserWarning, match=r"measured\.json are ignored"):
+        assert autotune.lookup("tiles", "gpu", "key") is None
+    assert file.read_text() == content
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert autotune.lookup("tiles", "gpu", "key") is None
+
+
+def test_when_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    flags = torch.backends.cudnn.flags
+    with flags(benchmark=False):
+        assert not autotune.may_compare(CUDA) and not autotune.may_search(CUDA)
+        with autotune.tuning():
+            assert autotune.may_compare(CUDA) and autotune.may_search(CUDA)
+            assert not autotune.may_compare(torch.device("cpu")) and not autotune.may_search(torch.device("cpu"))
+            capturing = True
+            assert not autotune.may_compare(CUDA) and not autotune.may_search(CUDA)
+            capturing = False
+        assert not autotune.may_search(CUDA)
+    with flags(benchmark=True):
+        assert autotune.may_compare(CUDA) and not autotune.may_search(CUDA)
+    with flags(benchmark=True, deterministic=True):
+        assert not autotune.may_compare(CUDA)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_milliseconds_tell_a_large_copy_from_a_small_one() -> None:
+    small, large = (torch.empty(n, dtype=torch.uint8, device="cuda") for n in (2**20, 2**28))
+    times = autotune.milliseconds({"small": small.clone, "large": large.clone}, CUDA)
+    assert 0 < times["small"] < times["large"]

@@ -1,0 +1,151 @@
+"""`fold_batchnorm`: a copy for inference with the norms inside the convolutions."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+import fastdcgan
+from tests.alike import build, draw, one_thread
+from tests.models import IMAGE, MODELS, VARIANTS, Generator
+from tests.tolerance import assert_as_accurate
+
+PAIRS = {**MODELS, **VARIANTS}
+# Those in which some norm stays, and why it has to.
+NORMS_LEFT = {
+    "norm before conv": 1,  # comes before any convolution
+    "norm of another width": 1,  # pixels are shuffled in between
+    "activation before norm": 1,
+    "two norms": 1,  # only the first is next to the convolution
+    "1d": 1,
+    "3d": 1,
+    "no running statistics": 1,  # normalises with the batch's own, in eval too
+    "shared conv": 2,  # one convolution under two norms
+    "subclass with a forward": 1,  # what it does with its modules is its own
+    "indexing": 0,
+}
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+@one_thread()
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "vanilla"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_folded_is_eval(name: str, fused: bool, device: torch.device) -> None:
+    factory, shape = PAIRS[name]
+    found: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+    for dtype in (torch.float64, torch.float32):
+        model = build(factory, dtype, device)
+        x = draw(shape, dtype, device)
+        model(x.clone())  # in training mode: weight norm and spectral norm leave a computed weight behind
+        if fused:
+            fastdcgan.fuse(model)
+        before = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        keys, kinds = list(before), [type(m) for m in model.modules()]
+
+        folded = fastdcgan.fold_batchnorm(model)
+
+        assert model.training
+        assert not folded.training
+        assert list(model.state_dict()) == keys
+        assert [type(m) for m in model.modules()] == kinds
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        mine = {p.data_ptr() for p in [*folded.parameters(), *folded.buffers()] if p.numel()}
+        assert not mine & {p.data_ptr() for p in [*model.parameters(), *model.buffers()]}
+        assert norms(folded) == NORMS_LEFT.get(name, 0)
+        with torch.no_grad():
+            found[dtype] = folded(x.clone()), model.eval()(x.clone())
+            again = fastdcgan.fold_batchnorm(folded)(x.clone())
+        assert name == "two norms" or torch.equal(again, found[dtype][0])
+    exact, truth = found[torch.float64]
+    torch.testing.assert_close(exact, truth, rtol=1e-10, atol=1e-11)
+    assert_as_accurate(*found[torch.float32], truth, name, reduction=1000)
+
+
+def test_what_becomes_of_the_model(device: torch.device) -> None:
+    model = fastdcgan.fuse(build(Generator, torch.float32, device))
+    folded = fastdcgan.fold_batchnorm(model)
+    assert isinstance(folded.main, fastdcgan.FusedSequential)
+    assert [type(m) for m in folded.main][:3] == [nn.ConvTranspose2d, nn.Identity, nn.ReLU]
+    assert list(folded.state_dict())[:3] == ["main.0.weight", "main.0.bias", "main.3.weight"]
+    rows = fastdcgan.explain(folded)
+    assert len(rows) == 5
+    assert all(row.fused for row in rows)
+    assert rows[0].pattern == "ConvTranspose2d + ReLU"
+
+
+@pytest.mark.parametrize("name", ["weight norm", "weight norm, old style", "spectral norm", "spectral norm, old style"])
+def test_norms_of_weights_are_baked(name: str, device: torch.device) -> None:
+    folded = fastdcgan.fold_batchnorm(build(VARIANTS[name][0], torch.float64, device))
+    for module in folded.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            assert not parametrize.is_parametrized(module)
+            assert not module._forward_pre_hooks
+            assert sorted(module._parameters) == ["bias", "weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_are_folded_in_float32(dtype: torch.dtype, device: torch.device) -> None:
+    model = build(VARIANTS["two blocks"][0], dtype, device).eval()
+    folded = fastdcgan.fold_batchnorm(model)
+    assert all(p.dtype == dtype for p in folded.parameters())
+    conv, norm = model[0], model[1]
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    exact = conv.weight.double() * scale[:, None, None, None]
+    # One rounding to the dtype, of a value computed in float32.
+    half_ulp = torch.finfo(dtype).eps / 2 * 1.001
+    assert bool(((folded[0].weight.double() - exact).abs() <= half_ulp * exact.abs() + torch.finfo(dtype).tiny).all())
+
+
+def test_channels_last_and_requires_grad_stay(device: torch.device) -> None:
+    model = build(Generator, torch.float32, device).to(memory_format=torch.channels_last).requires_grad_(False)
+    folded = fastdcgan.fold_batchnorm(model)
+    assert folded.main[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert all(p.requires_grad for p in fastdcgan.fold_batchnorm(model.requires_grad_(True)).parameters())
+
+
+def test_modules_with_hooks_are_left(device: torch.device) -> None:
+    model = build(VARIANTS["two blocks"][0], torch.float64, device).eval()
+    seen: list[int] = []
+    model[1].register_forward_hook(lambda *args: seen.append(1))
+    folded = fastdcgan.fold_batchnorm(model)
+    assert isinstance(folded[1], nn.BatchNorm2d)
+    assert isinstance(folded[4], nn.Identity)
+    x = draw(IMAGE, torch.float64, device)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-12)
+    assert len(seen) == 2
+
+
+def test_a_convolution_that_is_used_elsewhere_is_left(device: torch.device) -> None:
+    class Reuses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+            self.again = self.body[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.again(self.body(x))
+
+    model = build(Reuses, torch.float64, device).eval()
+    folded = fastdcgan.fold_batchnorm(model)
+    assert norms(folded) == 1
+    x = draw(IMAGE, torch.float64, device)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_copy_of_a_folded_model_is_whole(device: torch.device) -> None:
+    model = build(Generator, torch.float64, device).eval()
+    folded = fastdcgan.fold_batchnorm(model)
+    other = fastdcgan.fold_batchnorm(build(Generator, torch.float64, device, seed=9))
+    other.load_state_dict(folded.state_dict())
+    x = draw((2, 100, 1, 1), torch.float64, device)
+    assert torch.equal(copy.deepcopy(folded)(x), folded(x))
+    assert torch.equal(other(x), folded(x))
