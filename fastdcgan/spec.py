@@ -15,7 +15,7 @@ covers the `i`-th of `stat_groups` equal parts of the batch:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,6 +67,37 @@ class Epilogue(NamedTuple):
 
 
 STORE = Epilogue()
+
+
+class Call(NamedTuple):
+    """One call of a contraction.
+
+    op                     a         b                        size                 returns
+    conv, conv_transpose   operand   weight (a tensor)        of the output        output, the epilogue's vectors
+    weight_grad            gathered  linear (an Operand)      of the kernel        the weight's gradient
+    """
+
+    op: str
+    a: Operand
+    b: Any
+    geometry: Geometry
+    size: Pair
+    epilogue: Epilogue = STORE
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One way to run a contraction, which a backend offers to the router (`dispatch/router.py`).
+
+    `why_not(call)` is None where it can run, else the reason. `run(call, tile)` runs it; tile None is the choice of the
+    algorithm's own rule. `tiles(call)` are those that tuning compares: instances of the frozen dataclass `tile_type`.
+    """
+
+    name: str
+    why_not: Callable[[Call], str | None]
+    run: Callable[[Call, Any], Any]
+    tiles: Callable[[Call], Sequence[Any]] | None = None
+    tile_type: type | None = None
 
 
 class Update(NamedTuple):
