@@ -176,8 +176,8 @@ def test_any_size(
 
 
 @pytest.mark.parametrize("op", ["conv", "conv_transpose", "weight_grad"])
-def test_tiles_of_warpgroups(cuda: Backend, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU that has them: what boxes can be cut of runs on them, with the rule's parts."""
+def test_sm90_tiles(cuda: Backend, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that has them: what TMA can copy runs on them, with the rule's parts."""
     asked = []
 
     def choose(problem: Problem, device: Device) -> Choice:

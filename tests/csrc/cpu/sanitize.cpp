@@ -108,13 +108,13 @@ int halves(int64_t batch, int64_t channels, int64_t out, const Axis& y, const Ax
     axis.transposed = true;
   }
   const Contraction transposed{batch, out, channels, back[0], back[1]};
-  Finish with_stats, plain;
+  Epilogue with_stats, plain;
   with_stats.stats = stats.get();
   const Weight weight{w.get(), 1, y.kernel * tap, tap, channels, &storage, bytes};
   const Weight turned{w.get(), y.kernel * tap, 1, tap, channels, &storage, bytes};
-  int calls = contract_halves(conv, a.get(), weight, b.get(), with_stats);
-  calls += contract_halves(transposed, b.get(), turned, a.get(), plain);
-  calls += weight_grad_halves(conv, a.get(), b.get(), w.get());
+  int calls = split_bf16_contract(conv, a.get(), weight, b.get(), with_stats);
+  calls += split_bf16_contract(transposed, b.get(), turned, a.get(), plain);
+  calls += split_bf16_weight_grad(conv, a.get(), b.get(), w.get());
   return calls;
 }
 #endif
@@ -131,26 +131,26 @@ int contractions(int64_t batch, int64_t channels, int64_t out, const Axis& y, co
   const c10::Storage storage(
       c10::Storage::use_byte_size_t(), bytes, c10::DataPtr(w.get(), c10::DeviceType::CPU), nullptr, false);
   const Weight weight{w.get(), 1, y.kernel * tap, tap, channels, &storage, bytes};
-  Finish with_stats, activated{coef.get(), coef.get() + out, {3, 0.f}};
+  Epilogue with_stats, activated{coef.get(), coef.get() + out, {3, 0.f}};
   with_stats.stats = stats.get();
-  with_stats.groups = batch % 2 ? 1 : 2;
+  with_stats.stat_groups = batch % 2 ? 1 : 2;
   int calls = 0;
-  for (const Finish& finish : {with_stats, activated}) {
-    calls += contract(conv, dtype, a.get(), weight, b.get(), finish);
-    if (winograd_covers(conv)) calls += winograd_contract(conv, dtype, a.get(), weight, b.get(), finish);
+  for (const Epilogue& epilogue : {with_stats, activated}) {
+    calls += contract(conv, dtype, a.get(), weight, b.get(), epilogue);
+    if (can_winograd(conv)) calls += winograd_contract(conv, dtype, a.get(), weight, b.get(), epilogue);
   }
   Axis back[2] = {y, x};
   for (Axis& axis : back) {
     std::swap(axis.in, axis.out);
     axis.transposed = true;
   }
-  const Finish finish{coef.get(), coef.get() + channels, {2, .2f}};
+  const Epilogue epilogue{coef.get(), coef.get() + channels, {2, .2f}};
   const Weight turned{w.get(), y.kernel * tap, 1, tap, channels};
   const Contraction transposed{batch, out, channels, back[0], back[1]};
-  calls += contract(transposed, dtype, b.get(), turned, a.get(), finish);
+  calls += contract(transposed, dtype, b.get(), turned, a.get(), epilogue);
   weight_grad(conv, dtype, a.get(), b.get(), w.get());
-  if (winograd_covers(conv)) {
-    calls += winograd_contract(transposed, dtype, b.get(), turned, a.get(), finish);
+  if (can_winograd(conv)) {
+    calls += winograd_contract(transposed, dtype, b.get(), turned, a.get(), epilogue);
     winograd_weight_grad(conv, dtype, a.get(), b.get(), w.get());
     ++calls;
   }

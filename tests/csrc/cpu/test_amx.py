@@ -321,10 +321,10 @@ def test_a_cap_and_this_processor() -> None:
     code += "print(torch.ops.fastdcgan_cpu.bfloat16_on_tiles())"
     flags = Path("/proc/cpuinfo").read_text().split()
     expected = {None: {"amx_tile", "amx_bf16"} <= set(flags), "avx512": False, "avx2": False}
-    for cap, on_tiles in expected.items():
+    for cap, runs_on_amx in expected.items():
         environment = os.environ | ({} if cap is None else {"ATEN_CPU_CAPABILITY": cap})
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert done.stdout.split() == [str(on_tiles)], (cap, done.stderr)
+        assert done.stdout.split() == [str(runs_on_amx)], (cap, done.stderr)
 
 
 # --- the instructions of the library that was built ------------------------------------------------------------------

@@ -42,7 +42,7 @@ def result(mib: float, value: float = 1.0) -> Tensor:
 
 
 def kept() -> tuple[int, int]:
-    return torch.ops.fastdcgan_cpu.kept_memory()
+    return torch.ops.fastdcgan_cpu.cached_memory()
 
 
 def test_memory_is_used_again() -> None:

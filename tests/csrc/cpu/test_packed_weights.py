@@ -24,7 +24,7 @@ CHANNELS_LAST = torch.channels_last
 
 
 def kept() -> tuple[int, int]:
-    return torch.ops.fastdcgan_cpu.kept_weights()
+    return torch.ops.fastdcgan_cpu.packed_weights()
 
 
 def run(x: Tensor, weight: Tensor) -> Tensor:

@@ -159,12 +159,12 @@ def test_a_kept_weight_is_for_few_tiles_or_for_many(cpu: CPUBackend) -> None:
     few, many = (Case(batch, 72, (16, 16), 40, K4, torch.float32) for batch in (4, 20))
     many.weight = few.weight
     bias = Epilogue("bias", coef=torch.zeros(40))
-    before = torch.ops.fastdcgan_cpu.kept_weights()[0]
+    before = torch.ops.fastdcgan_cpu.packed_weights()[0]
     for case in (few, many, few, many):
         expected = REFERENCE.conv(Operand(case.x), case.weight, case.g, bias)[0]
         got = cpu.conv(Operand(case.x), case.weight, case.g, bias)[0]
         assert torch.allclose(got, expected, atol=1e-3, rtol=1e-4)
-    assert torch.ops.fastdcgan_cpu.kept_weights()[0] == before + 2
+    assert torch.ops.fastdcgan_cpu.packed_weights()[0] == before + 2
 
 
 def test_a_kept_weight_has_all_phases(cpu: CPUBackend) -> None:

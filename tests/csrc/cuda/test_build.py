@@ -50,7 +50,7 @@ def test_architectures(library: Path) -> None:
     assert set(re.findall(r"PTX file.*\.(sm_\w+)\.ptx", text)) == {"sm_100"}
 
 
-NARROW = ("narrow_conv", "narrow_transpose", "narrow_weight_grad")  # kernels of image-side layers
+IMAGE_SIDE = ("image_side_conv", "image_side_transpose", "image_side_weight_grad")  # kernels of image-side layers
 
 
 def test_nothing_is_spilled(library: Path) -> None:
@@ -59,13 +59,13 @@ def test_nothing_is_spilled(library: Path) -> None:
     found = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", usage)
     names = {name for name, *_ in found}
     streaming = ("norm_act", "norm_act_backward", "grad_sums", "batch_stats", "combine", "coefficients")
-    narrow = (*NARROW, *(f"{name}_tensor" for name in NARROW), "combine_weight_grad")
+    narrow = (*IMAGE_SIDE, *(f"{name}_tensor" for name in IMAGE_SIDE), "combine_weight_grad")
     for kernel in (
         *streaming,
         *narrow,
         "contraction",
-        "warpgroup_contraction",
-        "finish_parts",
+        "sm90_contraction",
+        "reduce_splits",
         "adam",
         "bce",
         "images",
@@ -101,7 +101,7 @@ def test_kernels_begin_early_and_wait_before_they_touch_global_memory(code: dict
 
 
 def test_image_side_kernels_of_16_bits_multiply_on_tensor_cores(code: dict[str, list[str]]) -> None:
-    for name in NARROW:
+    for name in IMAGE_SIDE:
         found = [instructions for kernel, instructions in code.items() if f"{name}_tensor" in kernel]
         assert found, name
         assert all(any(each.startswith("HMMA") for each in instructions) for instructions in found), name

@@ -1,4 +1,4 @@
-// The streaming kernels against float64: layouts, ragged sizes, groups, addresses that allow no vectors.
+// Elementwise passes and reductions against float64: layouts, ragged sizes, groups, addresses that allow no vectors.
 #include <memory>
 #include <type_traits>
 
@@ -154,18 +154,18 @@ std::string statistics(const Case& c) {
   return test::bytes(stats);
 }
 
-// --- the walk --------------------------------------------------------------------------------------------------------
+// --- the pass --------------------------------------------------------------------------------------------------------
 
-// What a walk through bf16 tensors is on a device with 100 multiprocessors and 4 blocks on each.
-struct WalkCase {
+// What a pass through bf16 tensors is on a device with 100 multiprocessors and 4 blocks on each.
+struct PassCase {
   Shape shape;
   bool aligned;
   int vector, fold, width;
   unsigned items, x, y, z;
 };
 
-std::string walks() {
-  const WalkCase cases[] = {
+std::string passes() {
+  const PassCase cases[] = {
       // The device is as full with 64 channels as with 512, with one group as with two.
       {{1, 128, 64, 1024, true}, true, 8, 1, 8, 131072, 1, 400, 1},
       {{1, 128, 512, 16, true}, true, 8, 1, 32, 2048, 2, 200, 1},
@@ -191,12 +191,12 @@ std::string walks() {
   };
   cuda_on_cpu::options.multiprocessors = 100;
   alignas(16) static char memory[32];
-  for (const WalkCase& c : cases) {
+  for (const PassCase& c : cases) {
     const void* at = memory + (c.aligned ? 0 : 2);
-    const Walk w = make_walk<gpu::bf16>(c.shape, 4, memory, at);
+    const Pass w = make_pass<gpu::bf16>(c.shape, 4, memory, at);
     const bool same = w.vector == c.vector && w.fold == c.fold && w.width == c.width && w.items == c.items &&
                       w.grid.x == c.x && w.grid.y == c.y && w.grid.z == c.z;
-    require(same, "the walk through " + Case{c.shape, 0, 100}.name() + ": vector " + std::to_string(w.vector) +
+    require(same, "the pass through " + Case{c.shape, 0, 100}.name() + ": vector " + std::to_string(w.vector) +
                       ", fold " + std::to_string(w.fold) + ", width " + std::to_string(w.width) + ", items " +
                       std::to_string(w.items) + ", grid " + std::to_string(w.grid.x) + "x" +
                       std::to_string(w.grid.y) + "x" + std::to_string(w.grid.z));
@@ -315,7 +315,7 @@ int main() {
       {{1, 3, 5, 4, false}, 0, 1},
       {{1, 2, 2, 24, false}, 1, 1},
   };
-  bool ok = test::run("walks", walks);
+  bool ok = test::run("passes", passes);
   ok &= test::run("activations", activations);
   for (const Case& c : cases) {
     ok &= all<gpu::bf16>("bf16", c);

@@ -29,7 +29,7 @@ REASON = amx_library.why_not() or (backends.status()["cpu"] if backends.status()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 F32 = torch.float32
 UNIT, LEAST = 2.0**-24, 2.0**-126
-# Of each product: what two halves leave of a float, and the product of the low halves (csrc/cpu/halves.h).
+# Of each product: what two halves leave of a float, and the product of the low halves (csrc/cpu/split_bf16.h).
 LEFT_OUT = 2.0**-15
 
 
@@ -236,7 +236,7 @@ def test_same_bits_whatever_the_threads_and_strides(halves: Callable[[str], None
 def test_kept_weights(halves: Callable[[str], None]) -> None:
     """The packed halves are others than the packed floats of the same weight, and change with it."""
     case, cpu = block("one sample", F32), CPUBackend()
-    kept = torch.ops.fastdcgan_cpu_amx.kept_weights
+    kept = torch.ops.fastdcgan_cpu_amx.packed_weights
     before = kept()[0]
     results = []
     for _ in range(2):

@@ -41,14 +41,14 @@ def cuda() -> Backend:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_kernels(mode: str) -> None:
-    assert_passes("narrow_tests", mode)
+    assert_passes("image_side_tests", mode)
 
 
 @pytest.mark.parametrize("wide", [64, 65])
 @pytest.mark.parametrize("narrow", [1, 2, 3, 4])
 def test_shared_memory_of_the_lowest_tile(narrow: int, wide: int) -> None:
     """What decides whether a GPU has room is what the kernel takes."""
-    taken = library().cuda_on_cpu_narrow_transpose_bytes
+    taken = library().cuda_on_cpu_image_side_transpose_bytes
     taken.restype = ctypes.c_int64
     for ky, kx, sy, sx in itertools.product((1, 3, 4, 5), (2, 5), (1, 2), (1, 2)):
         for padding in ((0, 1), (2, 0)):
@@ -273,7 +273,7 @@ def test_wrong_arguments_are_refused(cuda: Backend) -> None:
     x, weight = normal(2, 3, 8, 8, seed=1, dtype=torch.float32), normal(8, 3, 3, 3, seed=2, dtype=torch.float32)
 
     def call(x: Tensor = x, weight: Tensor = weight, stride=(1, 1), padding=(1, 1), kind: int = 0, coef=None) -> Tensor:
-        return ops.narrow_conv(x, None, None, 0, 0.0, weight, stride, padding, kind, coef, 0, 0.0)
+        return ops.image_side_conv(x, None, None, 0, 0.0, weight, stride, padding, kind, coef, 0, 0.0)
 
     assert call().shape == (2, 8, 8, 8)
     for message, arguments in {
