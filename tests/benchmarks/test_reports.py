@@ -17,7 +17,7 @@ from fastdcgan.benchmarks.harness import Summary, Timing
 from fastdcgan.benchmarks.peers import PEERS
 from fastdcgan.benchmarks.results import Case, Results, Row
 from fastdcgan.benchmarks.shapes import Block, NetShape
-from tests.broken_peers import change_fused, scale_a_weight
+from tests.benchmarks.broken_peers import change_fused, scale_a_weight
 
 CPU = torch.device("cpu")
 TINY = NetShape(16, ngf=8, ndf=8)
