@@ -130,7 +130,7 @@ class _Structure:
         self.parts = [_Chain(p) if isinstance(p, FoundChain) else p for p in segments(sequential)]
         self._opened: list[tuple[dict, list]] = []
         self._modules: list[tuple] = []
-        self._forwards: dict[type, Any] = {}
+        self._forwards: dict[Any, Any] = {}
         self._watch(sequential)
 
     def _watch(self, sequential: nn.Module) -> None:
@@ -142,7 +142,7 @@ class _Structure:
             get = operator.itemgetter(*names)
             state = tuple(map(_copied, get(child.__dict__)))
             self._modules.append((child, type(child), child.__dict__, len(child.__dict__), get, state))
-            self._forwards[type(child)] = type(child).forward  # type: ignore[attr-defined]
+            self._forwards[type(child)] = type(child).forward
             if isinstance(child, nn.Sequential):
                 self._watch(child)
 
