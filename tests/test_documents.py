@@ -25,7 +25,8 @@ IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for named, text in fenced if named == language]
 
 
 def commands() -> Iterator[str]:
