@@ -22,7 +22,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
 
-    def covers(self, device_type: str, dtype: torch.dtype) -> str | None:
+    def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         return None
 
     def norm_act(self, a: Operand) -> Tensor:

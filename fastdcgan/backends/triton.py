@@ -54,7 +54,7 @@ class TritonBackend(Backend):
         if not torch.cuda.is_available() and not interpreted():
             raise Unavailable(f"backend 'triton' needs a CUDA GPU, or TRITON_INTERPRET=1, not {asked!r}; {_OTHERS}")
 
-    def covers(self, device_type: str, dtype: torch.dtype) -> str | None:
+    def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         runs_on = "cpu" if interpreted() else "cuda"
         if device_type != runs_on:
             return f"it runs on the device type {runs_on!r}, not {device_type!r}"
