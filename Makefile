@@ -51,8 +51,8 @@ $(DEPENDENCIES): constraints.txt pyproject.toml
 	fi
 	$(BIN)/python -c 'import itertools, tomllib; \
 	  project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  extras = project["optional-dependencies"].values(); \
-	  print(*project["dependencies"], *itertools.chain(*extras), sep="\n")' >$(VENV)/requirements.txt
+	  extras = itertools.chain(*project["optional-dependencies"].values()); \
+	  print(*project["dependencies"], *(x for x in extras if not x.startswith("fastdcgan")), sep="\n")' >$(VENV)/requirements.txt
 	$(PIP) --constraint $(VENV)/constraints.txt --requirement $(VENV)/requirements.txt
 	touch $@
 
