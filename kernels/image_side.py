@@ -2,21 +2,21 @@
 
 The first layer of a 64x64 DCGAN at batch 128 (3 -> 64 channels, k4 s2 p1, bfloat16) reads 3.1 MB, writes 16.8 MB and
 does 0.4 G multiply-adds. At an H100's 3 TB/s the bytes take 6.6 us; the plain cores would need 14 us for the products,
-the tensor cores 1 us, even with a part of them idle. So all three kernels use `tl.dot`, and put the narrow channels
-where padding costs least:
+the tensor cores 1 us, even with a part of them idle. So all three kernels use `tl.dot`, and put the few channels of the
+image where padding costs least:
 
-- `conv` and `weight_grad` gather whole patches of the narrow tensor, kh*kw*c values a pixel (48 of 64 columns used for
-  k4 and 3 channels, where a dot for each tap would use 3 of 16). The patches overlap, and so come from the first-level
-  cache; the wide tensor is touched once, in 16-byte accesses.
-- `conv_transpose` (`narrow_transpose.py`) reads each pixel of the wide tensor once, and again only those that
-  neighbouring tiles share, computes the products of all taps in one dot (48 of 64 columns again), and then shifts and
-  adds them up, along the rows and along the columns, by about one shuffle a product each. Gathering pixels for every
-  tap, as the general kernel does, would read each of them nine times, for 12 columns of 16.
+- `conv` and `weight_grad` load whole patches of the image, kh*kw*c values a pixel (48 of 64 columns are used for k4 and
+  3 channels, where a dot for each tap would use 3 of 16). The patches overlap, and so come from the first-level cache;
+  the wide tensor is touched once, in 16-byte accesses.
+- `conv_transpose` (`image_side_transpose.py`) reads each pixel of the wide tensor once, and again only those that
+  neighbouring tiles share. It computes the products of all taps in one dot (48 of 64 columns again), and then shifts
+  and adds them up, along the rows and along the columns, by about one shuffle for each product. Loading the pixels for
+  every tap, as the general kernel does, would read each of them nine times, for 12 columns of 16.
 
 In float32 bytes and products double, with TF32 or three TF32 products on the tensor cores (`launch.dot_precision`).
 
-The wide side and the epilogues are those of the other contractions (`prologues.py`, `epilogues.py`); reductions are
-partials merged in a fixed order (`partials.py`).
+The wide tensors' prologues and the epilogues are those of the other contractions (`prologues.py`, `epilogues.py`);
+reductions are partials merged in a fixed order (`partials.py`).
 """
 
 from __future__ import annotations
@@ -30,36 +30,25 @@ from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.geometry import Geometry, Pair
-from fastdcgan.kernels import launch
+from fastdcgan.kernels import contraction, launch
 from fastdcgan.kernels.activations import activation, activation_derivative
-from fastdcgan.kernels.contraction import Loaded, combined, epilogue_rows
-from fastdcgan.kernels.epilogues import Sink, finish_tile
+from fastdcgan.kernels.elementwise import dense, like
+from fastdcgan.kernels.epilogues import EpilogueTile, apply_epilogue, epilogue_rows
+from fastdcgan.kernels.image_side_transpose import MAX_IMAGE_CHANNELS, ImageSideConfig
 from fastdcgan.kernels.launch import dot
-from fastdcgan.kernels.narrow_transpose import NARROW, NarrowConfig, conv_transpose, covers_conv_transpose, unfit
-from fastdcgan.kernels.partials import combine_sums
-from fastdcgan.kernels.prologues import load_tile, tile_rows
-from fastdcgan.kernels.streaming import dense, like
-from fastdcgan.spec import STORE, Epilogue, Operand, in_format_of_torch, memory_format, nhwc
+from fastdcgan.kernels.partials import combine_sums, combined
+from fastdcgan.kernels.prologues import PrologueOperand, load_tile, prologue_of, tile_rows
+from fastdcgan.spec import Algorithm, Call, Operand, in_format_of_torch, memory_format, nhwc
 
-__all__ = [
-    "NarrowConfig",
-    "conv",
-    "conv_transpose",
-    "covers_conv",
-    "covers_conv_transpose",
-    "covers_weight_grad",
-    "weight_grad",
-]
-
-_MAX_COLUMNS = 128  # of a dot's narrow side
+_MAX_COLUMNS = 128  # of the patches in a dot
 _PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 
 
 # Small tiles for many warps: a thread gathers 16 values of the patches, or holds 32 products, and no kernel spills.
-_CONV = NarrowConfig(64, 64, 8)
-_WEIGHT_GRAD = NarrowConfig(64, 64, 8, num_stages=2)
+_CONV = ImageSideConfig(64, 64, 8)
+_WEIGHT_GRAD = ImageSideConfig(64, 64, 8, num_stages=2)
 # Pipelined, the transposed float32 operand would be copied 4 bytes at a time.
-_WEIGHT_GRAD_FLOAT32 = NarrowConfig(64, 64, 8)
+_WEIGHT_GRAD_FLOAT32 = ImageSideConfig(64, 64, 8)
 
 
 @dataclass(frozen=True)
@@ -117,13 +106,13 @@ def conv_kernel(
     x, x_y, x_coef, x_slope, x_groups, weight, out, e_y, e_coef, e_slope, e_groups, partials,
     batch, tiles_per_group, height, width, out_height, out_width, c_out,
     x_n, x_h, x_w, x_c, w_o, w_i, w_h, w_w,
-    PATCH: tl.constexpr, SINK: tl.constexpr, PRECISION: tl.constexpr,
+    PATCH: tl.constexpr, EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile [SINK.rows pixels, SINK.block_c channels] of the output: one dot."""
+    """One tile [EPILOGUE.rows pixels, EPILOGUE.block_c channels] of the output: one dot."""
     tile = tl.program_id(0)
     group = tile // tiles_per_group
-    rows, corner = tile_rows(tile % tiles_per_group, group, batch, out_height, out_width, SINK.rows, None)
-    o = tl.program_id(1) * SINK.block_c + tl.arange(0, SINK.block_c)
+    rows, corner = tile_rows(tile % tiles_per_group, group, batch, out_height, out_width, EPILOGUE.rows, None)
+    o = tl.program_id(1) * EPILOGUE.block_c + tl.arange(0, EPILOGUE.block_c)
     k = tl.arange(0, PATCH.columns)
     ky = k // (PATCH.kernel[1] * PATCH.channels)
     of_column = ky * w_h + k // PATCH.channels % PATCH.kernel[1] * w_w + k % PATCH.channels * w_i
@@ -131,12 +120,12 @@ def conv_kernel(
     b = tl.load(weight + of_column[:, None] + (o * w_o)[None, :], mask=mask, other=0.0)
     size = (height, width)
     a = load_patches(x, x_y, x_coef, x_groups, x_slope, group, rows, size, (x_n, x_h, x_w, x_c), b.dtype, PATCH)
-    ROWS: tl.constexpr = SINK.rows
-    COLUMNS: tl.constexpr = SINK.block_c
+    ROWS: tl.constexpr = EPILOGUE.rows
+    COLUMNS: tl.constexpr = EPILOGUE.block_c
     acc = dot(a, b, tl.zeros((ROWS, COLUMNS), tl.float32), PRECISION)
-    finish_tile(
+    apply_epilogue(
         acc, out, e_y, e_coef, e_groups, e_slope, partials, tile, group, rows, corner, (0, 0),
-        tl.program_id(1) * SINK.block_c, (out_height, out_width, c_out), SINK,
+        tl.program_id(1) * EPILOGUE.block_c, (out_height, out_width, c_out), EPILOGUE,
     )  # fmt: skip
 
 
@@ -174,71 +163,55 @@ def weight_grad_kernel(
 
 
 def _columns(values: int) -> int:
-    """A dot's narrow side: a power of two, and what the tensor cores take at least."""
+    """The columns of a dot that hold so many values: a power of two, and what the tensor cores take at least."""
     return max(16, triton.next_power_of_2(values))
 
 
-def _unfit_patch(channels: int, geometry: Geometry) -> str | None:
-    if channels > NARROW:
-        return f"{channels} channels to gather from, more than {NARROW}"
-    values = channels * geometry.kernel[0] * geometry.kernel[1]
-    return f"patches of {values} values, more than {_MAX_COLUMNS}" if values > _MAX_COLUMNS else None
-
-
-def covers_conv(a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue = STORE) -> str | None:
-    """None if `conv` takes this call, else the reason."""
-    height, width = geometry.conv_size(*a.x.shape[2:])
-    if a.x.shape[0] * weight.shape[0] * height * width >= 2**31:
-        return "an output of 2**31 or more elements"
-    return _unfit_patch(a.x.shape[1], geometry) or unfit(geometry, a.x, a.y, weight, epilogue.y)
-
-
-def covers_weight_grad(gathered: Operand, linear: Operand, geometry: Geometry) -> str | None:
-    """None if `weight_grad` takes this call, else the reason."""
-    tensors = (gathered.x, gathered.y, linear.x, linear.y)
-    return _unfit_patch(gathered.x.shape[1], geometry) or unfit(geometry, *tensors)
+def why_not(call: Call) -> str | None:
+    """None if `conv` or `weight_grad` can run this call, else the reason."""
+    channels, kernel = call.a.x.shape[1], call.geometry.kernel
+    if channels > MAX_IMAGE_CHANNELS:
+        return f"{channels} channels on the image's side, more than {MAX_IMAGE_CHANNELS}"
+    values = channels * kernel[0] * kernel[1]
+    if values > _MAX_COLUMNS:
+        return f"patches of {values} values, more than {_MAX_COLUMNS}"
+    return contraction.why_not(call)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Narrow:
-    """The narrow operand, as it lies in memory."""
+class _Image:
+    """The operand of few channels, as it lies in memory."""
 
     x: Tensor
     y: Tensor | None
     coef: Tensor | None
-    groups: int
+    groups: int  # statistics groups of `coef`
     patch: Patch
 
     @classmethod
-    def of(cls, a: Operand, geometry: Geometry) -> _Narrow:
+    def of(cls, a: Operand, geometry: Geometry) -> _Image:
         x = dense(a.x)
         y = None if a.y is None else like(x, a.y)
         coef = None if a.coef is None else a.coef.contiguous()
-        prologue = "none" if coef is None else "activate" if y is None else "bn_backward"
         channels, g = x.shape[1], geometry
         columns = _columns(channels * g.kernel[0] * g.kernel[1])
         affine = y is not None and coef is not None and coef.shape[0] == 4
         act = ACTIVATIONS[a.act].id
-        patch = Patch(g.kernel, g.stride, g.padding, g.dilation, channels, columns, prologue, act, affine)
+        patch = Patch(g.kernel, g.stride, g.padding, g.dilation, channels, columns, prologue_of(a), act, affine)
         return cls(x, y, coef, 1 if coef is None else coef.shape[1], patch)
 
 
-def conv(
-    a: Operand,
-    weight: Tensor,
-    geometry: Geometry,
-    epilogue: Epilogue = STORE,
-    config: NarrowConfig = _CONV,
-) -> tuple[Tensor, Tensor]:
-    """`Backend.conv` of an operand with 1 to 4 channels, NHWC or NCHW in memory (other formats are copied)."""
-    e, narrow = epilogue, _Narrow.of(a, geometry)
-    n, _, height, width = narrow.x.shape
-    channels, size = weight.shape[0], geometry.conv_size(height, width)
+def conv(call: Call, config: ImageSideConfig | None = None) -> tuple[Tensor, Tensor]:
+    """The convolution of an operand with 1 to 4 channels, NHWC or NCHW in memory (other formats are copied)."""
+    a, weight, e, size = call.a, call.b, call.epilogue, call.size
+    config, image = config or _CONV, _Image.of(a, call.geometry)
+    n, _, height, width = image.x.shape
+    channels = weight.shape[0]
     e_groups = 1 if e.coef is None or e.coef.dim() == 1 else e.coef.shape[1]
-    groups = max(narrow.groups, e.stat_groups, e_groups)
+    groups = max(image.groups, e.stat_groups, e_groups)
     tiles_per_group = triton.cdiv(n // groups * size[0] * size[1], config.pixels)
     out = launch.empty_nhwc((n, channels, *size), weight)
     partials = None
@@ -246,30 +219,28 @@ def conv(
         shape = (groups, tiles_per_group, epilogue_rows(e), channels)
         partials = torch.empty(shape, dtype=torch.float32, device=out.device)
     block_c = min(config.channels, _columns(channels))
-    sink = Sink(e.kind, ACTIVATIONS[e.act].id, epilogue_rows(e), (1, 1), None, config.pixels, block_c, False)
+    act = ACTIVATIONS[e.act].id
+    epilogue_tile = EpilogueTile(e.kind, act, epilogue_rows(e), (1, 1), None, config.pixels, block_c, False)
     conv_kernel[(groups * tiles_per_group, triton.cdiv(channels, block_c))](
-        narrow.x, narrow.y, narrow.coef, float(a.slope), narrow.groups, weight, out,
+        image.x, image.y, image.coef, float(a.slope), image.groups, weight, out,
         None if e.y is None else nhwc(e.y), None if e.coef is None else e.coef.contiguous(), float(e.slope),
         e_groups, partials, n // groups, tiles_per_group, height, width, *size, channels,
-        narrow.x.stride(0), *narrow.x.stride()[2:], narrow.x.stride(1), *weight.stride(),
-        PATCH=narrow.patch, SINK=sink, PRECISION=launch.dot_precision(weight.dtype),
+        image.x.stride(0), *image.x.stride()[2:], image.x.stride(1), *weight.stride(),
+        PATCH=image.patch, EPILOGUE=epilogue_tile, PRECISION=launch.dot_precision(weight.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return in_format_of_torch(out, a.x, weight), combined(out, partials, e)
 
 
-def weight_grad(
-    gathered: Operand,
-    linear: Operand,
-    geometry: Geometry,
-    config: NarrowConfig | None = None,
-) -> Tensor:
-    """`Backend.weight_grad` where the gathered operand has 1 to 4 channels."""
-    narrow, wide = _Narrow.of(gathered, geometry), Loaded.of(linear)
-    n, c_x, height, width = narrow.x.shape
+def weight_grad(call: Call, config: ImageSideConfig | None = None) -> Tensor:
+    """The weight gradient of a gathered operand with 1 to 4 channels, in that operand's memory format."""
+    assert isinstance(call.b, Operand)
+    kernel = call.geometry.kernel
+    image, wide = _Image.of(call.a, call.geometry), PrologueOperand.of(call.b)
+    n, c_x, height, width = image.x.shape
     c_dy, *grid = wide.x.shape[1:]
-    groups = max(narrow.groups, wide.groups)
-    dtype = (narrow.x if narrow.y is None else narrow.y).dtype
+    groups = max(image.groups, wide.groups)
+    dtype = (image.x if image.y is None else image.y).dtype
     config = config or (_WEIGHT_GRAD_FLOAT32 if dtype == torch.float32 else _WEIGHT_GRAD)
     tiles_per_group = triton.cdiv(n // groups * grid[0] * grid[1], config.pixels)
     tiles = groups * tiles_per_group
@@ -277,15 +248,19 @@ def weight_grad(
     across = triton.cdiv(c_dy, block_c)
     share = triton.cdiv(tiles, config.splits or max(1, _PROGRAMS // across))
     splits = triton.cdiv(tiles, share)
-    partials = torch.empty((1, splits, c_dy, c_x * geometry.kernel[0] * geometry.kernel[1]), device=narrow.x.device)
+    partials = torch.empty((1, splits, c_dy, c_x * kernel[0] * kernel[1]), device=image.x.device)
     weight_grad_kernel[(splits, across)](
-        narrow.x, narrow.y, narrow.coef, float(gathered.slope), narrow.groups,
-        wide.x, wide.y, wide.coef, float(linear.slope), wide.groups, partials,
+        image.x, image.y, image.coef, float(call.a.slope), image.groups,
+        wide.x, wide.y, wide.coef, float(call.b.slope), wide.groups, partials,
         tiles, share, n // groups, tiles_per_group, height, width, *grid, c_dy,
-        narrow.x.stride(0), *narrow.x.stride()[2:], narrow.x.stride(1),
-        PATCH=narrow.patch, LINEAR=wide.source("pointer", (1, 1), (0, 0), config.pixels, block_c, False),
+        image.x.stride(0), *image.x.stride()[2:], image.x.stride(1),
+        PATCH=image.patch, LINEAR=wide.tile("pointer", (1, 1), (0, 0), config.pixels, block_c, False),
         PRECISION=launch.dot_precision(dtype), DTYPE=launch.triton_dtype(dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    dw = combine_sums(partials, dtype).view(c_dy, *geometry.kernel, c_x).permute(0, 3, 1, 2)
-    return dw.contiguous(memory_format=memory_format(gathered.x))
+    dw = combine_sums(partials, dtype).view(c_dy, *kernel, c_x).permute(0, 3, 1, 2)
+    return dw.contiguous(memory_format=memory_format(call.a.x))
+
+
+CONV = Algorithm("triton image-side", why_not, conv)
+WEIGHT_GRAD = Algorithm("triton image-side", why_not, weight_grad)

@@ -13,8 +13,8 @@ from torch._prims_common import suggest_memory_format
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends import cuda_tiles
-from fastdcgan.geometry import Geometry, Pair
-from fastdcgan.spec import Epilogue, Operand, memory_format
+from fastdcgan.geometry import Geometry
+from fastdcgan.spec import Call, Epilogue, Operand, memory_format
 
 NARROW = 4  # channels at most, as in csrc/cuda/narrow.cuh; likewise the next two
 MOST_KERNEL = 5
@@ -51,54 +51,43 @@ def transpose_bytes(geometry: Geometry, narrow: int, wide: int) -> int:
     return blocks * 8 * staged * 2 + boxes[0] * boxes[1] * pitch * 4 + apart
 
 
-def why_not_conv(a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
-    """None if `conv` takes this call, else the reason."""
-    reason = _unfit(geometry, a.x.shape[1], weight.shape[0], a.x, weight)
-    if reason is None and not _channels_last(a.x, weight):
-        return "an output that is contiguous"
+def why_not(call: Call) -> str | None:
+    """Why the image-side kernels can't run a call, or None."""
+    a, b, g = call.a, call.b, call.geometry
+    if call.op == "conv":
+        reason = _unfit(g, a.x.shape[1], b.shape[0], a.x, b)
+        if reason is None and not _channels_last(a.x, b):
+            return "an output that is contiguous"
+    elif call.op == "conv_transpose":
+        reason = _unfit(g, b.shape[1], a.x.shape[1], a.x, b)
+        if reason is None and memory_format(a.x) != torch.channels_last:
+            return "an input that is contiguous"
+        if reason is None and a.x.element_size() == 2:
+            room = cuda_tiles.device_of(a.x.device).shared_memory
+            needed = transpose_bytes(g, b.shape[1], a.x.shape[1])
+            if needed > room:
+                return f"tiles that need {needed} bytes of shared memory, where a block has {room}"
+    else:
+        reason = _unfit(g, a.x.shape[1], b.x.shape[1], a.x, b.x)
+        if reason is None and memory_format(b.x) != torch.channels_last:
+            return "a wide tensor that is contiguous"
     return reason
 
 
-def why_not_conv_transpose(
-    a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
-) -> str | None:
-    """None if `conv_transpose` takes this call, else the reason."""
-    reason = _unfit(geometry, weight.shape[1], a.x.shape[1], a.x, weight)
-    if reason is None and memory_format(a.x) != torch.channels_last:
-        return "an input that is contiguous"
-    if reason is None and a.x.element_size() == 2:
-        room = cuda_tiles.device_of(a.x.device).shared_memory
-        needed = transpose_bytes(geometry, weight.shape[1], a.x.shape[1])
-        if needed > room:
-            return f"tiles that need {needed} bytes of shared memory, where a block has {room}"
-    return reason
+def contract(ops: Any, call: Call) -> Tensor:
+    """`conv`: [N, 1..4, H, W] and weight [C, 1..4, kh, kw] -> [N, C, *size] in channels_last; or `conv_transpose`:
+    [N, C, H, W] in channels_last and weight [C, 1..4, kh, kw] -> [N, 1..4, *size]."""
+    a, weight, g, epilogue = call.a, call.b, call.geometry, _epilogue(call.epilogue)
+    if call.op == "conv":
+        return ops.narrow_conv(*_operand(a), weight, g.stride, g.padding, *epilogue)
+    last = _channels_last(a.x, weight)
+    return ops.narrow_conv_transpose(*_operand(a), weight, g.stride, g.padding, call.size, *epilogue, last)
 
 
-def why_not_weight_grad(gathered: Operand, linear: Operand, geometry: Geometry) -> str | None:
-    """None if `weight_grad` takes this call, else the reason."""
-    reason = _unfit(geometry, gathered.x.shape[1], linear.x.shape[1], gathered.x, linear.x)
-    if reason is None and memory_format(linear.x) != torch.channels_last:
-        return "a wide tensor that is contiguous"
-    return reason
-
-
-def conv(ops: Any, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
-    """`a` [N, 1..4, H, W] and weight [C, 1..4, kh, kw] -> [N, C, H', W'] in channels_last."""
-    return ops.narrow_conv(*_operand(a), weight, geometry.stride, geometry.padding, *_epilogue(epilogue))
-
-
-def conv_transpose(
-    ops: Any, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
-) -> Tensor:
-    """`a` [N, C, H, W] in channels_last and weight [C, 1..4, kh, kw] -> [N, 1..4, *output_size]."""
-    g, last = geometry, _channels_last(a.x, weight)
-    return ops.narrow_conv_transpose(*_operand(a), weight, g.stride, g.padding, output_size, *_epilogue(epilogue), last)
-
-
-def weight_grad(ops: Any, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
-    """`gathered` [N, 1..4, H, W] and `linear` [N, C, H', W'] in channels_last -> [C, 1..4, kh, kw]."""
-    g, last = geometry, memory_format(gathered.x) == torch.channels_last
-    return ops.narrow_weight_grad(*_operand(gathered), *_operand(linear), g.kernel, g.stride, g.padding, last)
+def weight_grad(ops: Any, call: Call) -> Tensor:
+    """Gathered operand [N, 1..4, H, W] and linear one [N, C, H', W'] in channels_last -> [C, 1..4, kh, kw]."""
+    g, last = call.geometry, memory_format(call.a.x) == torch.channels_last
+    return ops.narrow_weight_grad(*_operand(call.a), *_operand(call.b), g.kernel, g.stride, g.padding, last)
 
 
 def fuses(epilogue: Epilogue) -> bool:
