@@ -264,8 +264,9 @@ class ContractionTest {
     return bytes(out) + bytes(partials);
   }
 
-  void check_partials(const cuda::Epilogue<T>& f, const Buffer<float>& partials, int64_t slots,
-                      const std::vector<std::vector<double>>& want, const std::vector<std::vector<double>>& size) const {
+  void check_partials(
+      const cuda::Epilogue<T>& f, const Buffer<float>& partials, int64_t slots,
+      const std::vector<std::vector<double>>& want, const std::vector<std::vector<double>>& size) const {
     const double count = double(p_.batch) * out_pixels_, inner = allowed(0, 1) - 1e-7;
     for (int group = 0; group < p_.groups; ++group)
       for (int channel = 0; channel < co_; ++channel) {

@@ -18,7 +18,8 @@ struct Values {
   Buffer<T> all;
   size_t offset;
 
-  Values(const char* name, int64_t count, size_t off) : all(name, count + off, test::Flush::end, test::alignment<T>(off)), offset(off) {}
+  Values(const char* name, int64_t count, size_t off)
+      : all(name, count + off, test::Flush::end, test::alignment<T>(off)), offset(off) {}
   T* data() { return all.data() + offset; }
   double operator[](size_t i) const { return gpu::to_float(all[offset + i]); }
 };
@@ -29,8 +30,8 @@ struct Case {
   int multiprocessors;
 
   std::string name() const {
-    return std::to_string(shape.groups) + "x" + std::to_string(shape.batch) + "x" + std::to_string(shape.channels) + "x" +
-           std::to_string(shape.pixels) + (shape.channels_last ? " channels_last" : " contiguous") +
+    return std::to_string(shape.groups) + "x" + std::to_string(shape.batch) + "x" + std::to_string(shape.channels) +
+           "x" + std::to_string(shape.pixels) + (shape.channels_last ? " channels_last" : " contiguous") +
            (offset ? " misaligned" : "");
   }
   // The channel vector's element of element `i`.
@@ -133,7 +134,8 @@ std::string statistics(const Case& c) {
   test::fill(y.all, 1, 100, 0.5f);  // a mean of 200 deviations
   std::vector<double> mean(c.vectors()), m2(c.vectors());
   for (size_t i = 0; i < size_t(c.shape.size()); ++i) mean[c.vector_index(i)] += y[i] / c.count();
-  for (size_t i = 0; i < size_t(c.shape.size()); ++i) m2[c.vector_index(i)] += std::pow(y[i] - mean[c.vector_index(i)], 2);
+  for (size_t i = 0; i < size_t(c.shape.size()); ++i)
+    m2[c.vector_index(i)] += std::pow(y[i] - mean[c.vector_index(i)], 2);
 
   Scratch scratch;
   Buffer<float> stats("stats", 3 * c.vectors());
@@ -270,8 +272,9 @@ std::string running(int64_t groups, int64_t channels, bool weights, bool shifted
       want_mean[c] = w * (stats[g * channels + c] + (shifted ? shift[c] : 0.f)) + (1 - w) * want_mean[c];
       want_var[c] = w * stats[(2 * groups + g) * channels + c] + (1 - w) * want_var[c];
     }
-  gpu::launch(update_running<>, {"update_running", vector_grid(channels), kVectorThreads}, mean.data(), var.data(),
-              stats.data(), shifted ? shift.data() : nullptr, weights ? factor.data() : nullptr, 0.1f, groups, channels);
+  gpu::launch(
+      update_running<>, {"update_running", vector_grid(channels), kVectorThreads}, mean.data(), var.data(),
+      stats.data(), shifted ? shift.data() : nullptr, weights ? factor.data() : nullptr, 0.1f, groups, channels);
   test::compare("running mean", mean, [&](size_t c) { return want_mean[c]; }, 4e-7);
   test::compare("running variance", var, [&](size_t c) { return want_var[c]; }, 4e-7);
   return test::bytes(mean) + test::bytes(var);

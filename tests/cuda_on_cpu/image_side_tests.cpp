@@ -47,9 +47,16 @@ struct Tensor {
   ImageSideOperand<T> operand{};
 
   // `infinite`: the pixel of image 0 whose channel 0 is, or none.
-  Tensor(const char* name, int n, int c, int h, int w, bool last_, size_t off, Prologue prologue, int groups_, unsigned seed,
-         std::optional<std::pair<int, int>> infinite = std::nullopt)
-      : batch(n), channels(c), height(h), width(w), groups(groups_), last(last_), offset(off),
+  Tensor(
+      const char* name, int n, int c, int h, int w, bool last_, size_t off, Prologue prologue, int groups_,
+      unsigned seed, std::optional<std::pair<int, int>> infinite = std::nullopt)
+      : batch(n),
+        channels(c),
+        height(h),
+        width(w),
+        groups(groups_),
+        last(last_),
+        offset(off),
         x(name, size_t(n) * c * h * w + off, test::Flush::end, test::alignment<T>(off)),
         y("y", has_y(prologue) ? x.size() : 0, test::Flush::end, test::alignment<T>(off)),
         coef("coef", prologue == Prologue::none ? 0 : size_t(rows(prologue)) * groups_ * c) {
@@ -119,8 +126,12 @@ struct WeightValues {
   const Case& c;
   Buffer<T> w;
 
-  explicit WeightValues(const Case& c_) : c(c_), w("weight", size_t(c_.wide) * c_.narrow * c_.g.taps()) { test::fill(w, 5, 0, 0.3f); }
-  Weights<T> kernel() { return {w.data(), int64_t{c.g.taps()} * c.narrow, 1, int64_t{c.g.kernel_x} * c.narrow, c.narrow}; }
+  explicit WeightValues(const Case& c_) : c(c_), w("weight", size_t(c_.wide) * c_.narrow * c_.g.taps()) {
+    test::fill(w, 5, 0, 0.3f);
+  }
+  Weights<T> kernel() {
+    return {w.data(), int64_t{c.g.taps()} * c.narrow, 1, int64_t{c.g.kernel_x} * c.narrow, c.narrow};
+  }
   double operator()(int a, int b, int ky, int kx) const {
     return gpu::to_float(w[(size_t(a) * c.g.taps() + ky * c.g.kernel_x + kx) * c.narrow + b]);
   }
@@ -138,15 +149,17 @@ std::string conv(const Case& c) {
   std::string bytes;
   for (const int kind : {0, 1, 2}) {
     Buffer<T> out("out", size_t(c.batch) * h * w * c.wide + c.offset);
-    launch_image_side_conv(x.operand, weight.kernel(), c.g, epilogues[kind], out.data() + c.offset, h, w, c.wide, vectors, nullptr);
+    launch_image_side_conv(
+        x.operand, weight.kernel(), c.g, epilogues[kind], out.data() + c.offset, h, w, c.wide, vectors, nullptr);
     for (size_t i = 0; i < out.size() - c.offset; ++i) {
       const int o = i % c.wide, ox = i / c.wide % w, oy = i / c.wide / w % h, n = i / c.wide / w / h;
       double sum = 0, size = 0;
       for (int ky = 0; ky < c.g.kernel_y; ++ky)
         for (int kx = 0; kx < c.g.kernel_x; ++kx)
           for (int ci = 0; ci < c.narrow; ++ci) {
-            const double term = x(n, ci, oy * c.g.stride_y - c.g.padding_y + ky, ox * c.g.stride_x - c.g.padding_x + kx) *
-                                weight(o, ci, ky, kx);
+            const double term =
+                x(n, ci, oy * c.g.stride_y - c.g.padding_y + ky, ox * c.g.stride_x - c.g.padding_x + kx) *
+                weight(o, ci, ky, kx);
             sum += term, size += std::abs(term);
           }
       close("out", i, out[c.offset + i], epilogues.apply(kind, sum, n / (c.batch / c.groups), o), size, x.error());
@@ -187,8 +200,9 @@ std::string transpose(const Case& c) {
     const int64_t last[4] = {int64_t(image), int64_t{c.width} * c.narrow, c.narrow, 1};
     const int64_t planes[4] = {int64_t(image), c.width, 1, int64_t{c.height} * c.width};
     const auto launch = [&](auto co) {
-      launch_image_side_transpose<T, decltype(co)::value>(x.operand, weight.kernel(), c.g, epilogues[kind], out.data(), c.height,
-                                                      c.width, c.image_last ? last : planes, nullptr);
+      launch_image_side_transpose<T, decltype(co)::value>(
+          x.operand, weight.kernel(), c.g, epilogues[kind], out.data(), c.height, c.width, c.image_last ? last : planes,
+          nullptr);
     };
     if (c.narrow == 1) launch(std::integral_constant<int, 1>{});
     if (c.narrow == 2) launch(std::integral_constant<int, 2>{});
@@ -226,7 +240,8 @@ std::string weight_grad(const Case& c) {
         for (int ci = 0; ci < c.narrow; ++ci)
           for (int ky = 0; ky < c.g.kernel_y; ++ky)
             for (int kx = 0; kx < c.g.kernel_x; ++kx) {
-              const double value = x(n, ci, iy * c.g.stride_y - c.g.padding_y + ky, ix * c.g.stride_x - c.g.padding_x + kx);
+              const double value =
+                  x(n, ci, iy * c.g.stride_y - c.g.padding_y + ky, ix * c.g.stride_x - c.g.padding_x + kx);
               for (int a = 0; a < c.wide; ++a) {
                 const size_t at = a * steps[0] + ci * steps[1] + ky * steps[2] + kx;
                 const double term = value * linear(n, a, iy, ix);

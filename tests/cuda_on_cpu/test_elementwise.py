@@ -1,4 +1,4 @@
-"""The elementwise passes and reductions of csrc/cuda on a CPU: alone under the sanitizers, and as operators against the reference."""
+"""Elementwise passes and reductions of csrc/cuda on a CPU: under the sanitizers, and against the reference."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from tests.cuda_on_cpu import sm90_lines
 from tests.cuda_on_cpu.contraction_lines import EPILOGUES, LEAKY, PROLOGUES
 from tests.cuda_on_cpu.host_programs import MODES, needs_compiler
 from tests.cuda_on_cpu.planted import Bug, assert_caught
-from tests.cuda_on_cpu.test_contractions import RACE, WRONG, check
 from tests.cuda_on_cpu.sm90_lines import HALVED
+from tests.cuda_on_cpu.test_contractions import RACE, WRONG, check
 
 pytestmark = needs_compiler
 

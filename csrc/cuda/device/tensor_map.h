@@ -1,6 +1,6 @@
 // Tensor maps (sm_90): the host describes a tensor and the size of a tile of it; a single thread then has such tiles
-// copied to shared memory, swizzled, with zeros for what lies beyond the tensor. Rows of a tile have 128 bytes, and their
-// chunks of 16 lie in the order that MatrixTile gives rows of 8 chunks.
+// copied to shared memory, swizzled, with zeros for what lies beyond the tensor. Rows of a tile have 128 bytes, and
+// their chunks of 16 lie in the order that MatrixTile gives rows of 8 chunks.
 #pragma once
 
 #include "cuda/device/barriers.h"

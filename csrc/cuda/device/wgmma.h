@@ -1,5 +1,6 @@
-// Products of warpgroups (sm_90a): four warps, the first of them a multiple of four, multiply 64 rows by up to 256 columns.
-// The right factor lies in shared memory, the left one there too or in registers; the sums are there after a wait.
+// Products of warpgroups (sm_90a): four warps, the first of them a multiple of four, multiply 64 rows by up to 256
+// columns. The right factor lies in shared memory, the left one there too or in registers; the sums are there after a
+// wait.
 #pragma once
 
 #include "cuda/device/barriers.h"
@@ -14,8 +15,8 @@ constexpr bool kHasWgmma = false;
 #endif
 
 // A factor in shared memory, as the instruction takes it (PTX ISA, "Matrix Descriptor Format"): rows of 128 bytes at a
-// multiple of 1024, swizzled. Along a row lies either the depth, 64 numbers of it, or the factor's other side, and 8 rows
-// are 1024 bytes; of the other side each 64 more numbers lie `apart` bytes further.
+// multiple of 1024, swizzled. Along a row lies either the depth, 64 numbers of it, or the factor's other side, and 8
+// rows are 1024 bytes; of the other side each 64 more numbers lie `apart` bytes further.
 GPU_INLINE uint64_t matrix_descriptor(const void* tile, int apart = 0) {
   constexpr uint64_t kSwizzled128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32;
   return kSwizzled128 | kEightRows | static_cast<uint64_t>(apart >> 4) << 16 | (shared_address(tile) & 0x3FFFF) >> 4;
@@ -29,7 +30,8 @@ GPU_INLINE uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor
 GPU_INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 GPU_INLINE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// After ordinary stores to shared memory, by each thread that made some, before the barrier after which products read it.
+// After ordinary stores to shared memory, by each thread that made some, before the barrier after which products read
+// it.
 GPU_INLINE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Keeps the compiler from moving these registers' values across.

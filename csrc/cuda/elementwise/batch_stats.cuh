@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(kThreads, kStatsBlocks)
 template <class T, int V, bool kPlanes>
 void launch_batch_stats(const T* y, const Pass& pass, float* partials, gpu::Stream stream) {
   constexpr size_t kShared = sizeof(BlockShared<StatsPart, V, kPlanes>);
-  gpu::launch_early(batch_stats<T, V, kPlanes>, {"batch_stats", pass.grid, kThreads, kShared, stream}, y, pass, partials);
+  gpu::launch_early(batch_stats<T, V, kPlanes>, {"batch_stats", pass.grid, kThreads, kShared, stream}, y, pass,
+                    partials);
 }
 
 // stats [3, groups, C] of `y`; `allocate(n)` gives n floats that live until the stream has done this.

@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kThreads, kNormActBlocks)
 
 template <class T, int V, bool kPlanes, class Act>
 void launch_norm_act(const T* x, const float* coef, Act act, const Pass& pass, T* out, gpu::Stream stream) {
-  gpu::launch_early(norm_act<T, V, kPlanes, Act>, {"norm_act", pass.grid, kThreads, 0, stream}, x, coef, act, pass, out);
+  gpu::launch_early(norm_act<T, V, kPlanes, Act>, {"norm_act", pass.grid, kThreads, 0, stream}, x, coef, act, pass,
+                    out);
 }
 
 template <class T, int V, bool kPlanes, class Act>

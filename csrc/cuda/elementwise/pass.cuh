@@ -57,8 +57,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t greatest_common_divisor(int64_t a, int64_t b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
 
-// How a pass goes through tensors of `shape` at the addresses `all`, with as many blocks as the multiprocessors hold at once.
-// The shape has at least one element.
+// How a pass goes through tensors of `shape` at the addresses `all`, with as many blocks as the multiprocessors hold at
+// once. The shape has at least one element.
 template <class T, class... Pointers>
 Pass make_pass(const Shape& s, int blocks_per_multiprocessor, Pointers... all) {
   Pass w{};
@@ -216,8 +216,8 @@ void with_functor(Activation act, F&& f) {
   }
 }
 
-// Calls `f` with the functor of `act` for vectors of V: where values come one at a time, with the one for all activations.
-// An `act` that is a functor already is it.
+// Calls `f` with the functor of `act` for vectors of V: where values come one at a time, with the one for all
+// activations. An `act` that is a functor already is it.
 template <class V, class Act, class F>
 void with_functor_for(V, const Act& act, F&& f) {
   if constexpr (!std::is_same_v<Act, Activation>)

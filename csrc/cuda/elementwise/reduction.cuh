@@ -78,8 +78,8 @@ struct CombineShared {
   Part strand[Combine::kStrands][Combine::kChannels];
 };
 
-// grid (channels / kChannels rounded up, groups), block (kChannels, kStrands): out = what all parts of a channel come to.
-// `Part` has load(partials, slots, group, slot, channel) and store(out, slots, group, channel).
+// grid (channels / kChannels rounded up, groups), block (kChannels, kStrands): out = what all parts of a channel come
+// to. `Part` has load(partials, slots, group, slot, channel) and store(out, slots, group, channel).
 template <class Part>
 __global__ void __launch_bounds__(Combine::kChannels* Combine::kStrands)
     combine(const float* __restrict__ partials, Slots slots, float* __restrict__ out) {

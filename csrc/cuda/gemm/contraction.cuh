@@ -13,6 +13,11 @@
 
 namespace fastdcgan::cuda {
 
+// What the operators take.
+constexpr int64_t kMostPixels = int64_t{1} << 30;    // of a tensor, and its channels: a tile may reach beyond the last
+constexpr int64_t kMostSplits = 1024;                // parts of the depth
+constexpr int64_t kMostGeometry = int64_t{1} << 20;  // of a kernel with its dilation, a stride, a padding
+
 // A block's share of the result, kM x kN, in steps of kK of the depth; by kWarpsM x kWarpsN warps.
 template <int kM_, int kN_, int kK_, int kWarpsM_, int kWarpsN_, int kStages_, int kBlocks_>
 struct TileShape {
@@ -209,7 +214,8 @@ void run_contraction(Problem<typename C::T> p, float* workspace, gpu::Stream str
   }
   with_parts<op>(p, workspace, stream, [&] {
     const dim3 grid(static_cast<unsigned>(blocks), p.splits);
-    gpu::launch_early(contraction<C>, {kOpNames[static_cast<int>(op)], grid, C::kThreads, C::shared_bytes(p), stream}, p);
+    gpu::launch_early(contraction<C>, {kOpNames[static_cast<int>(op)], grid, C::kThreads, C::shared_bytes(p), stream},
+                      p);
   });
 }
 

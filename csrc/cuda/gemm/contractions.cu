@@ -11,9 +11,6 @@
 namespace fastdcgan::cuda {
 namespace {
 
-constexpr int64_t kMostPixels = int64_t{1} << 30;  // of a tensor: a tile may reach beyond the last
-constexpr int64_t kMostSplits = 1024;
-
 RuntimeActivation runtime_activation(int64_t act, double slope) {
   STD_TORCH_CHECK(known_activation(act), "unknown activation id ", act);
   return {static_cast<int>(act), static_cast<float>(slope)};
@@ -35,8 +32,8 @@ struct OperandTensors {
   optional<Tensor> y, coef;
   RuntimeActivation act;
 
-  OperandTensors(const Tensor& x_, const optional<Tensor>& y_, const optional<Tensor>& coef_, int64_t act_, double slope,
-         int64_t groups)
+  OperandTensors(const Tensor& x_, const optional<Tensor>& y_, const optional<Tensor>& coef_, int64_t act_,
+                 double slope, int64_t groups)
       : x(laid_out(x_, true)), act(runtime_activation(act_, slope)) {
     check_size(x);
     STD_TORCH_CHECK(groups > 0 && x.size(0) % groups == 0, "a batch of ", x.size(0), " can't have ", groups,
@@ -71,7 +68,7 @@ void set_geometry(Problem<T>& p, const std::vector<int64_t>& kernel, const std::
   Axis* axes[] = {&p.rows, &p.columns};
   for (int i = 0; i < 2; ++i) {
     STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0 &&
-                        std::max({kernel[i] * dilation[i], stride[i], padding[i]}) < (1 << 20),
+                        std::max({kernel[i] * dilation[i], stride[i], padding[i]}) < kMostGeometry,
                     "no such geometry: kernel ", kernel[i], ", stride ", stride[i], ", padding ", padding[i],
                     ", dilation ", dilation[i]);
     axes[i]->kernel = static_cast<int>(kernel[i]), axes[i]->stride = static_cast<int>(stride[i]);

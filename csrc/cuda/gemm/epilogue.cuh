@@ -86,9 +86,9 @@ struct WholeBlock {
   static GPU_INLINE void sync() { __syncthreads(); }
 };
 
-// Applies the epilogue to a tile of kM rows and kN channels from `first_channel` on. `pixel[row]` is a row's place in the output, or
-// negative; tile(row, column) is the address of its sums, each of which only one thread reads or writes. `strands` may
-// share their memory. By the block's first kThreads threads, which `Team` brings to one point.
+// Applies the epilogue to a tile of kM rows and kN channels from `first_channel` on. `pixel[row]` is a row's place in
+// the output, or negative; tile(row, column) is the address of its sums, each of which only one thread reads or writes.
+// `strands` may share their memory. By the block's first kThreads threads, which `Team` brings to one point.
 template <class T, int kM, int kN, int kThreads, class Team = WholeBlock, class Tile>
 GPU_INLINE void apply_epilogue(
     const Epilogue<T>& f, const int* pixel, Tile tile, Strands<T, kN, kThreads>& strands, int first_channel, int group,

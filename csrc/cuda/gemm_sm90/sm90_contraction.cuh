@@ -1,9 +1,9 @@
 // The contractions of contraction.cuh for sm_90a: one warp has TMA tiles of tensors copied to a ring of stages, two
-// warpgroups multiply them, 64 rows each, and apply the epilogue to the tile together. Only 16-bit numbers, and what the copy engine can
-// describe: why_not_tma says what it can't.
+// warpgroups multiply them, 64 rows each, and apply the epilogue to the tile together. Only 16-bit numbers, and what
+// the copy engine can describe: why_not_tma says what it can't.
 //
-// A prologue of conv and conv_transpose is applied in registers, from where the left factor is then multiplied; those of
-// weight_grad in shared memory, where both factors are read as without one.
+// A prologue of conv and conv_transpose is applied in registers, from where the left factor is then multiplied; those
+// of weight_grad in shared memory, where both factors are read as without one.
 #pragma once
 
 #include "cuda/device/wgmma.h"

@@ -1,7 +1,9 @@
-// Where the TMA tiles of pixels lie that a contraction for sm_90a copies, step by step of its depth: as loaders.cuh, but a
-// tile is a block of images, rows and columns of the output (of weight_grad: of the linear operand), which a tap shifts.
+// Where the TMA tiles of pixels lie that a contraction for sm_90a copies, step by step of its depth: as loaders.cuh,
+// but a tile is a block of images, rows and columns of the output (of weight_grad: of the linear operand), which a tap
+// shifts.
 //
-// With a stride the gathered tensor [N, H, W, C] is seen as [N, H/sh, sh, W/sw, sw*C]: every tap is a dense tile of that.
+// With a stride the gathered tensor [N, H, W, C] is seen as [N, H/sh, sh, W/sw, sw*C]: every tap is a dense tile of
+// that.
 #pragma once
 
 #include "cuda/device/tensor_map.h"
@@ -213,8 +215,8 @@ inline PixelTile pixel_tile(int pixels, int rows, int columns) {
 }
 
 // A tensor [images, rows, columns, channels] in TMA tiles of 64 channels, every `stride`th pixel dense.
-inline gpu::TensorView pixel_view(
-    int64_t images, int64_t rows, int64_t columns, int64_t channels, int stride_y, int stride_x, const PixelTile& tile) {
+inline gpu::TensorView pixel_view(int64_t images, int64_t rows, int64_t columns, int64_t channels, int stride_y,
+                                  int stride_x, const PixelTile& tile) {
   const int64_t row = columns * channels;
   gpu::TensorView view;
   view.add(stride_x * channels, 1, 64);

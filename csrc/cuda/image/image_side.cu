@@ -16,9 +16,10 @@ struct OperandTensors {
   int act;
   float slope;
 
-  OperandTensors(const Tensor& x_, const optional<Tensor>& y_, const optional<Tensor>& coef_, int64_t act_, double slope_,
-          bool channels_last)
-      : x(channels_last ? laid_out(dense(x_), true) : dense(x_)), act(static_cast<int>(act_)),
+  OperandTensors(const Tensor& x_, const optional<Tensor>& y_, const optional<Tensor>& coef_, int64_t act_,
+                 double slope_, bool channels_last)
+      : x(channels_last ? laid_out(dense(x_), true) : dense(x_)),
+        act(static_cast<int>(act_)),
         slope(static_cast<float>(slope_)) {
     STD_TORCH_CHECK(known_activation(act_), "unknown activation id ", act_);
     for (int64_t i = 0; i < 4; ++i)
@@ -59,16 +60,20 @@ ImageSideGeometry geometry_of(
   for (const auto* pair : {&kernel, &stride, &padding})
     STD_TORCH_CHECK(pair->size() == 2, "expected a pair, got ", pair->size(), " numbers");
   for (int i = 0; i < 2; ++i) {
-    STD_TORCH_CHECK(kernel[i] >= 1 && kernel[i] <= kMostKernel, "expected a kernel of 1 to ", kMostKernel, ", got ", kernel[i]);
-    STD_TORCH_CHECK(stride[i] >= 1 && stride[i] <= kMostStride, "expected a stride of 1 to ", kMostStride, ", got ", stride[i]);
+    STD_TORCH_CHECK(kernel[i] >= 1 && kernel[i] <= kMostKernel, "expected a kernel of 1 to ", kMostKernel, ", got ",
+                    kernel[i]);
+    STD_TORCH_CHECK(stride[i] >= 1 && stride[i] <= kMostStride, "expected a stride of 1 to ", kMostStride, ", got ",
+                    stride[i]);
     STD_TORCH_CHECK(padding[i] >= 0 && padding[i] < (1 << 20), "expected a padding from 0 on, got ", padding[i]);
   }
   const auto number = [](int64_t i) { return static_cast<int>(i); };
-  return {number(kernel[0]), number(kernel[1]), number(stride[0]), number(stride[1]), number(padding[0]), number(padding[1])};
+  return {number(kernel[0]), number(kernel[1]),  number(stride[0]),
+          number(stride[1]), number(padding[0]), number(padding[1])};
 }
 
 void check_image_channels(int64_t channels) {
-  STD_TORCH_CHECK(channels >= 1 && channels <= kMostImageChannels, "expected 1 to ", kMostImageChannels, " channels, got ", channels);
+  STD_TORCH_CHECK(channels >= 1 && channels <= kMostImageChannels, "expected 1 to ", kMostImageChannels,
+                  " channels, got ", channels);
 }
 
 // `coef` of the epilogue as the kernels read it, kept alive by the caller.
@@ -84,7 +89,8 @@ optional<Tensor> epilogue_coef(int64_t kind, const optional<Tensor>& coef, int64
 ImageSideEpilogue epilogue_of(int64_t kind, const optional<Tensor>& coef, int64_t act, double slope, int64_t batch) {
   STD_TORCH_CHECK(known_activation(act), "unknown activation id ", act);
   const int groups = kind == ImageSideEpilogue::activated ? static_cast<int>(coef->size(1)) : 1;
-  STD_TORCH_CHECK(groups > 0 && batch % groups == 0, "a batch of ", batch, " can't have ", groups, " statistics groups");
+  STD_TORCH_CHECK(groups > 0 && batch % groups == 0, "a batch of ", batch, " can't have ", groups,
+                  " statistics groups");
   return {static_cast<ImageSideEpilogue::Kind>(kind), data_or_null(coef), groups, static_cast<int>(act),
           static_cast<float>(slope)};
 }
@@ -123,8 +129,9 @@ Tensor image_side_conv_op(
   with_dtype(x.x, [&](auto type) {
     using T = decltype(type);
     const bool vectors = channels % kVec<T> == 0 && gpu::aligned(out.const_data_ptr());
-    launch_image_side_conv(x.operand<T>(), weights_of<T>(weight), g, epilogue, mutable_data<T>(out), static_cast<int>(height),
-                       static_cast<int>(width), static_cast<int>(channels), vectors, on.stream);
+    launch_image_side_conv(x.operand<T>(), weights_of<T>(weight), g, epilogue, mutable_data<T>(out),
+                           static_cast<int>(height), static_cast<int>(width), static_cast<int>(channels), vectors,
+                           on.stream);
   });
   return out;
 }
@@ -185,9 +192,21 @@ Tensor image_side_weight_grad_op(
   };
   with_dtype(x.x, [&](auto type) {
     using T = decltype(type);
-    image_side_weight_grad_pass(x.operand<T>(), linear.operand<T>(), g, allocate, mutable_data<T>(dw), steps, on.stream);
+    image_side_weight_grad_pass(x.operand<T>(), linear.operand<T>(), g, allocate, mutable_data<T>(dw), steps,
+                                on.stream);
   });
   return dw;
+}
+
+std::vector<int64_t> image_side_limits_op() { return {kMostImageChannels, kMostKernel, kMostStride}; }
+
+int64_t image_side_transpose_bytes_op(
+    int64_t channels, int64_t wide, std::vector<int64_t> kernel, std::vector<int64_t> stride,
+    std::vector<int64_t> padding) {
+  check_image_channels(channels);
+  const ImageSideGeometry g = geometry_of(kernel, stride, padding);
+  const ImageSideTransposeTensor::Plan lowest(1, 1, 1, static_cast<int>(channels), static_cast<int>(wide), g, 0);
+  return static_cast<int64_t>(lowest.shared_bytes());
 }
 
 }  // namespace fastdcgan::cuda

@@ -1,9 +1,9 @@
 // What the kernels of the image-side layers share: convolutions with 1 to 4 channels on one side and many on the other.
 //
 // Tensors of any dtype, sums in float. Tiles of both operands lie in shared memory, prologue applied and padded with
-// zeros. Numbers of 16 bits are multiplied on tensor cores (image_side_*_tensor.cuh); floats on the plain ones, where every
-// thread keeps a rectangle of sums in registers. The wide tensor moves in 16-byte accesses, and but for what neighbouring
-// tiles share is read or written once.
+// zeros. Numbers of 16 bits are multiplied on tensor cores (image_side_*_tensor.cuh); floats on the plain ones, where
+// every thread keeps a rectangle of sums in registers. The wide tensor moves in 16-byte accesses, and but for what
+// neighbouring tiles share is read or written once.
 #pragma once
 
 #include "common/activations.h"
@@ -69,7 +69,8 @@ GPU_INLINE void differentiate(int id, float slope, float (&z)[N]) {
   }
 }
 
-// A tensor [N, C, H, W] with any strides, or what is computed from it on load (`Operand` in fastdcgan/backends/base.py).
+// A tensor [N, C, H, W] with any strides, or what is computed from it on load (`Operand` in
+// fastdcgan/backends/base.py).
 template <class T>
 struct ImageSideOperand {
   const T* x;
@@ -190,7 +191,8 @@ struct TilePlace {
 struct ConvTile {
   static constexpr int kPixels = 256;
   static constexpr int kFewestImageChannels = 8, kWidest = 32;  // columns
-  static constexpr int kRegion = most_under(kPixels / kFewestImageChannels) * most_under(kFewestImageChannels);  // pixels under the longest one
+  static constexpr int kRegion =
+      most_under(kPixels / kFewestImageChannels) * most_under(kFewestImageChannels);  // pixels under the longest one
 
   static ImageTiles over(int images, int height, int width) {
     int columns = kFewestImageChannels;
@@ -214,11 +216,11 @@ struct TransposeAxis {
   GPU_INLINE int shift(int phase) const { return (phase + padding) / stride - padding / stride + taps - 1; }
 };
 
-// kChannels channels from `first` on of `count` pixels, which place(pixel, i, j) finds, as rows of kPitch numbers. By the
-// threads that call it, of which this is number `thread` of `threads`.
+// kChannels channels from `first` on of `count` pixels, which place(pixel, i, j) finds, as rows of kPitch numbers. By
+// the threads that call it, of which this is number `thread` of `threads`.
 template <int kChannels, int kPitch, class T, class Place>
-GPU_INLINE void stage_wide(const ImageSideOperand<T>& x, int image, int first, int count, int thread, int threads, T* to,
-                           Place place) {
+GPU_INLINE void stage_wide(const ImageSideOperand<T>& x, int image, int first, int count, int thread, int threads,
+                           T* to, Place place) {
   if (!x.vectors) {
 #pragma unroll 1
     for (int e = thread; e < count * kChannels; e += threads) {
@@ -255,7 +257,8 @@ GPU_INLINE void stage_wide(const ImageSideOperand<T>& x, int image, int first, i
 
 // Rows of the image under a tile: `columns` pixels of all (few) channels, from (top, left) on.
 template <int kThreads, class T>
-GPU_INLINE void stage_image(const ImageSideOperand<T>& x, int image, int top, int left, int rows, int columns, float* region) {
+GPU_INLINE void stage_image(const ImageSideOperand<T>& x, int image, int top, int left, int rows, int columns,
+                            float* region) {
   const int row = columns * x.channels;
   if (!x.plain()) {
     for (int e = threadIdx.x; e < rows * row; e += kThreads)

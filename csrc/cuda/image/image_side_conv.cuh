@@ -1,5 +1,5 @@
-// The convolution of an image: 1 to 4 channels to many. The first layer of a discriminator, and the gradient of the input
-// of a generator's last layer (with that layer's weights).
+// The convolution of an image: 1 to 4 channels to many. The first layer of a discriminator, and the gradient of the
+// input of a generator's last layer (with that layer's weights).
 #pragma once
 
 #include "cuda/image/image_side_conv_tensor.cuh"
@@ -102,8 +102,8 @@ void launch_image_side_conv(const ImageSideOperand<T>& x, const Weights<T>& weig
                       {"image_side_conv_tensor", grid, C::kThreads, sizeof(typename C::template Shared<T>), stream}, x,
                       weight, g, epilogue, tiles, out, height, width, channels, vectors);
   else
-    gpu::launch_early(image_side_conv<T>, {"image_side_conv", grid, C::kThreads, sizeof(typename C::Shared), stream}, x, weight,
-                      g, epilogue, tiles, out, height, width, channels, vectors);
+    gpu::launch_early(image_side_conv<T>, {"image_side_conv", grid, C::kThreads, sizeof(typename C::Shared), stream}, x,
+                      weight, g, epilogue, tiles, out, height, width, channels, vectors);
 }
 
 }  // namespace fastdcgan::cuda

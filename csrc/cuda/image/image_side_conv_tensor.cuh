@@ -1,8 +1,9 @@
 // The convolution of an image on tensor cores: pixels x (values of a patch) times (values of a patch) x channels.
 //
-// The order of the depth and of the columns is free, and is chosen so that nothing has to be laid out anew. A step of the
-// depth is four taps of kMostImageChannels values: the four numbers that a thread brings for a row are one pixel of the image. The
-// columns are dealt out so that a thread's sums of a pixel are runs of channels, which it stores as they are.
+// The order of the depth and of the columns is free, and is chosen so that nothing has to be laid out anew. A step of
+// the depth is four taps of kMostImageChannels values: the four numbers that a thread brings for a row are one pixel of
+// the image. The columns are dealt out so that a thread's sums of a pixel are runs of channels, which it stores as they
+// are.
 #pragma once
 
 #include "cuda/image/image_side_tensor.cuh"
@@ -42,11 +43,13 @@ __global__ void __launch_bounds__(ImageSideConvTensor::kThreads, ImageSideConvTe
   using C = ImageSideConvTensor;
   auto& shared = gpu::shared_memory<C::Shared<T>>();
   const int warp = threadIdx.x / 32, line = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
-  const int first = blockIdx.y * C::kChannels, taps = g.taps(), steps = (taps + 3) / 4, depth = steps * 4 * kMostImageChannels;
+  const int first = blockIdx.y * C::kChannels, taps = g.taps(), steps = (taps + 3) / 4,
+            depth = steps * 4 * kMostImageChannels;
   const int rows = (tiles.rows - 1) * g.stride_y + g.kernel_y, columns = (tiles.columns - 1) * g.stride_x + g.kernel_x;
 
   for (int e = threadIdx.x; e < C::kChannels * depth; e += C::kThreads) {
-    const int column = e / depth, k = e % depth, tap = k / kMostImageChannels, c = k % kMostImageChannels, o = first + C::channel(column);
+    const int column = e / depth, k = e % depth, tap = k / kMostImageChannels, c = k % kMostImageChannels,
+              o = first + C::channel(column);
     const bool there = tap < taps && c < x.channels && o < channels;
     shared.weights[column][k] = gpu::from_float<T>(there ? weight.at(o, c, tap / g.kernel_x, tap % g.kernel_x) : 0.f);
   }

@@ -7,10 +7,12 @@
 
 namespace fastdcgan::cuda {
 
-// The image under a tile, from (top, left) on: rows of pixels of kMostImageChannels numbers, those there aren't 0. So each pixel is
-// one access of 8 bytes, and products cost the same for 1 to 4 channels. put(row, column, pixel) stores it.
+// The image under a tile, from (top, left) on: rows of pixels of kMostImageChannels numbers, those there aren't 0. So
+// each pixel is one access of 8 bytes, and products cost the same for 1 to 4 channels. put(row, column, pixel) stores
+// it.
 template <int kThreads, class T, class Put>
-GPU_INLINE void stage_pixels(const ImageSideOperand<T>& x, int image, int top, int left, int rows, int columns, Put put) {
+GPU_INLINE void stage_pixels(const ImageSideOperand<T>& x, int image, int top, int left, int rows, int columns,
+                             Put put) {
   for (int e = threadIdx.x; e < rows * columns; e += kThreads) {
     const int row = e / columns, column = e % columns;
     gpu::Vec<T, kMostImageChannels> pixel;

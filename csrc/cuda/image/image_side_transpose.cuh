@@ -1,8 +1,9 @@
-// The transposed convolution to an image: many channels to 1 to 4. The last layer of a generator, and the gradient of the
-// input of a discriminator's first layer (with that layer's weights).
+// The transposed convolution to an image: many channels to 1 to 4. The last layer of a generator, and the gradient of
+// the input of a discriminator's first layer (with that layer's weights).
 //
-// Output pixel s*i + f of an axis sees the taps (f + p) % s + s*j, from input pixel i + (f + p)/s - j. All pixels of one
-// phase (fy, fx) see the same taps, so a warp computes pixels of one phase; it shares their channels with other warps.
+// Output pixel s*i + f of an axis sees the taps (f + p) % s + s*j, from input pixel i + (f + p)/s - j. All pixels of
+// one phase (fy, fx) see the same taps, so a warp computes pixels of one phase; it shares their channels with other
+// warps.
 #pragma once
 
 #include "cuda/image/image_side_transpose_tensor.cuh"
@@ -37,10 +38,11 @@ struct ImageSideTranspose {
 template <class T, int CO>
 __global__ void __launch_bounds__(ImageSideTranspose::kMostThreads, 2)
     image_side_transpose(const __grid_constant__ ImageSideOperand<T> x, const __grid_constant__ Weights<T> weight,
-                     const __grid_constant__ ImageSideGeometry g, const __grid_constant__ TransposeAxis axis_y,
-                     const __grid_constant__ TransposeAxis axis_x, const __grid_constant__ ImageSideEpilogue epilogue,
-                     const __grid_constant__ ImageTiles tiles, T* __restrict__ out, int height, int width, int64_t step_n,
-                     int64_t step_h, int64_t step_w, int64_t step_c) {
+                         const __grid_constant__ ImageSideGeometry g, const __grid_constant__ TransposeAxis axis_y,
+                         const __grid_constant__ TransposeAxis axis_x,
+                         const __grid_constant__ ImageSideEpilogue epilogue, const __grid_constant__ ImageTiles tiles,
+                         T* __restrict__ out, int height, int width, int64_t step_n, int64_t step_h, int64_t step_w,
+                         int64_t step_c) {
   gpu::await_kernels_before();
   using C = ImageSideTranspose;
   auto& shared = gpu::shared_memory<C::Shared>();
@@ -114,8 +116,8 @@ __global__ void __launch_bounds__(ImageSideTranspose::kMostThreads, 2)
 
 template <class T, int CO>
 void launch_image_side_transpose(const ImageSideOperand<T>& x, const Weights<T>& weight, const ImageSideGeometry& g,
-                             const ImageSideEpilogue& epilogue, T* out, int height, int width, const int64_t (&steps)[4],
-                             gpu::Stream stream) {
+                                 const ImageSideEpilogue& epilogue, T* out, int height, int width,
+                                 const int64_t (&steps)[4], gpu::Stream stream) {
   using C = ImageSideTranspose;
   const auto divided = [](int a, int b) { return (a + b - 1) / b; };
   const int phase_height = divided(height, g.stride_y), phase_width = divided(width, g.stride_x);
@@ -126,8 +128,8 @@ void launch_image_side_transpose(const ImageSideOperand<T>& x, const Weights<T>&
     const int64_t most = int64_t{gpu::multiprocessors()} * Tensor::kResident;
     const dim3 grid(static_cast<unsigned>(p.tiles.count < most ? p.tiles.count : most));
     gpu::launch_early(image_side_transpose_tensor<T, CO>,
-                      {"image_side_transpose_tensor", grid, Tensor::kThreads, p.shared_bytes(), stream}, x, weight, g, p,
-                      epilogue, out, height, width, steps[0], steps[1], steps[2], steps[3]);
+                      {"image_side_transpose_tensor", grid, Tensor::kThreads, p.shared_bytes(), stream}, x, weight, g,
+                      p, epilogue, out, height, width, steps[0], steps[1], steps[2], steps[3]);
   } else {
     const ImageTiles tiles = ImageTiles::over(x.batch, phase_height, phase_width, C::kRows, C::kColumns);
     const TransposeAxis axis_y(g.kernel_y, g.stride_y, g.padding_y, C::kRows);
@@ -136,8 +138,8 @@ void launch_image_side_transpose(const ImageSideOperand<T>& x, const Weights<T>&
     const int threads = phases * C::kOfPhase * (most < C::kSlices ? most : C::kSlices);
     const dim3 grid(static_cast<unsigned>(tiles.count));
     gpu::launch_early(image_side_transpose<T, CO>,
-                      {"image_side_transpose", grid, dim3(threads), sizeof(C::Shared), stream}, x, weight, g, axis_y, axis_x,
-                      epilogue, tiles, out, height, width, steps[0], steps[1], steps[2], steps[3]);
+                      {"image_side_transpose", grid, dim3(threads), sizeof(C::Shared), stream}, x, weight, g, axis_y,
+                      axis_x, epilogue, tiles, out, height, width, steps[0], steps[1], steps[2], steps[3]);
   }
 }
 

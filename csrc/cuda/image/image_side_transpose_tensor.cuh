@@ -1,7 +1,7 @@
 // The transposed convolution to an image on tensor cores: pixels x channels times channels x (taps x image's channels).
 //
-// Every pixel of the wide tensor is multiplied once, with all taps. The products of a region of pixels lie in shared memory,
-// where each pixel of the image then finds those that it is the sum of.
+// Every pixel of the wide tensor is multiplied once, with all taps. The products of a region of pixels lie in shared
+// memory, where each pixel of the image then finds those that it is the sum of.
 #pragma once
 
 #include "cuda/image/image_side_tensor.cuh"
@@ -24,8 +24,9 @@ struct ImageSideTransposeTensor {
     int pitch;   // of a pixel's
     bool apart;  // pixels are staged apart from the products, to which several parts of the channels add
 
-    // Of images with phases of height x width pixels and `channels` channels, from `wide` channels. The tallest tile that
-    // takes no more than `most` bytes, or one of a single row (as `transpose_bytes` of backends/cuda_narrow.py has it).
+    // Of images with phases of height x width pixels and `channels` channels, from `wide` channels. The tallest tile
+    // that takes no more than `most` bytes, or one of a single row (as `transpose_bytes` of backends/cuda_narrow.py has
+    // it).
     Plan(int images, int height, int width, int channels, int wide, const ImageSideGeometry& g, size_t most)
         : axis_y(g.kernel_y, g.stride_y, g.padding_y, kMostRows), axis_x(g.kernel_x, g.stride_x, g.padding_x, kColumns),
           tiles(ImageTiles::over(images, height, width, kMostRows, kColumns)), blocks((g.taps() * channels + 7) / 8),
@@ -51,11 +52,11 @@ struct ImageSideTransposeTensor {
 // As image_side_transpose (image_side_transpose.cuh), for numbers of 16 bits. grid (blocks that share the tiles)
 template <class T, int CO>
 __global__ void __launch_bounds__(ImageSideTransposeTensor::kThreads, ImageSideTransposeTensor::kResident)
-    image_side_transpose_tensor(const __grid_constant__ ImageSideOperand<T> x, const __grid_constant__ Weights<T> weight,
-                            const __grid_constant__ ImageSideGeometry g,
-                            const __grid_constant__ ImageSideTransposeTensor::Plan plan,
-                            const __grid_constant__ ImageSideEpilogue epilogue, T* __restrict__ out, int height, int width,
-                            int64_t step_n, int64_t step_h, int64_t step_w, int64_t step_c) {
+    image_side_transpose_tensor(const __grid_constant__ ImageSideOperand<T> x,
+                                const __grid_constant__ Weights<T> weight, const __grid_constant__ ImageSideGeometry g,
+                                const __grid_constant__ ImageSideTransposeTensor::Plan plan,
+                                const __grid_constant__ ImageSideEpilogue epilogue, T* __restrict__ out, int height,
+                                int width, int64_t step_n, int64_t step_h, int64_t step_w, int64_t step_c) {
   gpu::await_kernels_before();
   using C = ImageSideTransposeTensor;
   // The weights [taps x CO, channels], then the products [pixels, pitch].

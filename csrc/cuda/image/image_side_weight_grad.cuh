@@ -17,7 +17,8 @@ struct ImageSideWeightGrad {
 
   struct Tiles {
     float linear[kTile][kChannels];
-    float region[kRegionSide * kRegionSide * kMostImageChannels + kMostRun];  // the last patches' rows are read to the end of a run
+    float region[kRegionSide * kRegionSide * kMostImageChannels +
+                 kMostRun];  // the last patches' rows are read to the end of a run
   };
   union Shared {
     Tiles tiles;
@@ -30,12 +31,14 @@ struct ImageSideWeightGrad {
 };
 
 // A thread sums for some channels and one row of the kernel, whose `kernel_x * channels` values (at most kRunSize) lie
-// together in the image. grid (shares of the tiles, channels / kChannels rounded up); `partials` [shares, channels, values]
+// together in the image. grid (shares of the tiles, channels / kChannels rounded up); `partials` [shares, channels,
+// values]
 template <class T, int kRunSize>
 __global__ void __launch_bounds__(ImageSideWeightGrad::kThreads, ImageSideWeightGrad::resident(kRunSize))
-    image_side_weight_grad(const __grid_constant__ ImageSideOperand<T> x, const __grid_constant__ ImageSideOperand<T> linear,
-                       const __grid_constant__ ImageSideGeometry g, const __grid_constant__ ImageTiles tiles, int64_t share,
-                       float* __restrict__ partials) {
+    image_side_weight_grad(const __grid_constant__ ImageSideOperand<T> x,
+                           const __grid_constant__ ImageSideOperand<T> linear,
+                           const __grid_constant__ ImageSideGeometry g, const __grid_constant__ ImageTiles tiles,
+                           int64_t share, float* __restrict__ partials) {
   gpu::await_kernels_before();
   using C = ImageSideWeightGrad;
   constexpr int kOwn = C::own(kRunSize), kLanes = C::kChannels / kOwn;
@@ -131,8 +134,9 @@ __global__ void __launch_bounds__(CombineWeightGrad::kThreads)
 }
 
 template <class T, class Allocate>
-void image_side_weight_grad_pass(const ImageSideOperand<T>& x, const ImageSideOperand<T>& linear, const ImageSideGeometry& g, Allocate allocate,
-                             T* dw, const int64_t (&steps)[4], gpu::Stream stream) {
+void image_side_weight_grad_pass(const ImageSideOperand<T>& x, const ImageSideOperand<T>& linear,
+                                 const ImageSideGeometry& g, Allocate allocate, T* dw, const int64_t (&steps)[4],
+                                 gpu::Stream stream) {
   using C = std::conditional_t<sizeof(T) == 2, ImageSideWeightGradTensor, ImageSideWeightGrad>;
   const ImageTiles tiles = ImageTiles::over(x.batch, linear.height, linear.width, C::kSide, C::kSide);
   const int64_t across = (linear.channels + C::kChannels - 1) / C::kChannels;
@@ -142,9 +146,10 @@ void image_side_weight_grad_pass(const ImageSideOperand<T>& x, const ImageSideOp
   float* partials = allocate(shares * size);
   const dim3 grid(static_cast<unsigned>(shares), static_cast<unsigned>(across));
   if constexpr (sizeof(T) == 2) {
-    gpu::launch_early(image_side_weight_grad_tensor<T>,
-                      {"image_side_weight_grad_tensor", grid, C::kThreads, sizeof(typename C::template Shared<T>), stream}, x,
-                      linear, g, tiles, share, partials);
+    gpu::launch_early(
+        image_side_weight_grad_tensor<T>,
+        {"image_side_weight_grad_tensor", grid, C::kThreads, sizeof(typename C::template Shared<T>), stream}, x, linear,
+        g, tiles, share, partials);
   } else {
     const auto launch = [&](auto run) {
       gpu::launch_early(image_side_weight_grad<T, decltype(run)::value>,
@@ -160,9 +165,9 @@ void image_side_weight_grad_pass(const ImageSideOperand<T>& x, const ImageSideOp
   }
   using Combine = CombineWeightGrad;
   const dim3 combine_grid(static_cast<unsigned>((size + Combine::kAbreast - 1) / Combine::kAbreast));
-  gpu::launch_early(combine_weight_grad<T>,
-                    {"combine_weight_grad", combine_grid, Combine::kThreads, sizeof(Combine::Shared), stream}, partials,
-                    static_cast<int>(shares), linear.channels, x.channels, g, dw, steps[0], steps[1], steps[2], steps[3]);
+  gpu::launch_early(
+      combine_weight_grad<T>, {"combine_weight_grad", combine_grid, Combine::kThreads, sizeof(Combine::Shared), stream},
+      partials, static_cast<int>(shares), linear.channels, x.channels, g, dw, steps[0], steps[1], steps[2], steps[3]);
 }
 
 }  // namespace fastdcgan::cuda

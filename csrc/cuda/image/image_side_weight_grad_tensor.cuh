@@ -1,9 +1,9 @@
 // The weight gradient of an image-side layer on tensor cores: channels x pixels times pixels x (values of a patch).
 //
-// A block of 8 columns is two taps side by side of kMostImageChannels values each: where a kernel's row has an odd number of them,
-// the last one's are multiplied for nobody. What tensor cores take from a pixel of the depth are 16 bytes of the image,
-// which lie at a multiple of as much if the first tap's pixel has an even number. For others there is the image once
-// more, one pixel on.
+// A block of 8 columns is two taps side by side of kMostImageChannels values each: where a kernel's row has an odd
+// number of them, the last one's are multiplied for nobody. What tensor cores take from a pixel of the depth are 16
+// bytes of the image, which lie at a multiple of as much if the first tap's pixel has an even number. For others there
+// is the image once more, one pixel on.
 #pragma once
 
 #include "cuda/image/image_side_tensor.cuh"
@@ -35,13 +35,14 @@ struct ImageSideWeightGradTensor {
   };
 };
 
-// As image_side_weight_grad (image_side_weight_grad.cuh), for numbers of 16 bits. A warp has 16 channels and every kWarpsN-th
-// block of columns.
+// As image_side_weight_grad (image_side_weight_grad.cuh), for numbers of 16 bits. A warp has 16 channels and every
+// kWarpsN-th block of columns.
 template <class T>
 __global__ void __launch_bounds__(ImageSideWeightGradTensor::kThreads, ImageSideWeightGradTensor::kResident)
-    image_side_weight_grad_tensor(const __grid_constant__ ImageSideOperand<T> x, const __grid_constant__ ImageSideOperand<T> linear,
-                              const __grid_constant__ ImageSideGeometry g, const __grid_constant__ ImageTiles tiles,
-                              int64_t share, float* __restrict__ partials) {
+    image_side_weight_grad_tensor(const __grid_constant__ ImageSideOperand<T> x,
+                                  const __grid_constant__ ImageSideOperand<T> linear,
+                                  const __grid_constant__ ImageSideGeometry g, const __grid_constant__ ImageTiles tiles,
+                                  int64_t share, float* __restrict__ partials) {
   gpu::await_kernels_before();
   using C = ImageSideWeightGradTensor;
   auto& shared = gpu::shared_memory<C::Shared<T>>();
@@ -52,8 +53,8 @@ __global__ void __launch_bounds__(ImageSideWeightGradTensor::kThreads, ImageSide
   const int rows = (C::kSide - 1) * g.stride_y + g.kernel_y;
   const int columns = ((C::kSide - 1) * g.stride_x + g.kernel_x + 2) / 2 * 2;  // even, and one for the odd tap
 
-  // The rows of the right factor that this lane finds: of a pixel in column `step_x` of the tile and in every second row,
-  // and the first or the second block of two.
+  // The rows of the right factor that this lane finds: of a pixel in column `step_x` of the tile and in every second
+  // row, and the first or the second block of two.
   const int step_y = lane / 8 % 2, step_x = lane % 8, second = lane / 16;
   if (threadIdx.x < 8) staged.zeros[threadIdx.x] = gpu::from_float<T>(0.f);
 
@@ -63,9 +64,8 @@ __global__ void __launch_bounds__(ImageSideWeightGradTensor::kThreads, ImageSide
     const TilePlace place(tiles, tile);
     __syncthreads();  // all have done with the tile before
     stage_wide<C::kChannels, C::kPitch>(
-        linear, place.image, first, C::kTile, threadIdx.x, C::kThreads, staged.linear[0], [&](int pixel, int& i, int& j) {
-          i = place.top + pixel / C::kSide, j = place.left + pixel % C::kSide;
-        });
+        linear, place.image, first, C::kTile, threadIdx.x, C::kThreads, staged.linear[0],
+        [&](int pixel, int& i, int& j) { i = place.top + pixel / C::kSide, j = place.left + pixel % C::kSide; });
     stage_pixels<C::kThreads>(x, place.image, place.top * g.stride_y - g.padding_y,
                               place.left * g.stride_x - g.padding_x, rows, columns,
                               [&](int row, int column, const auto& pixel) {

@@ -1,5 +1,5 @@
-// The operators of torch.ops.fastdcgan_cuda for image-side layers. An operand is (x, y, coef, act, slope) and an epilogue
-// (kind, coef, act, slope), as in fastdcgan/backends/base.py; `stride` and `padding` are pairs.
+// The operators of torch.ops.fastdcgan_cuda for image-side layers. An operand is (x, y, coef, act, slope) and an
+// epilogue (kind, coef, act, slope), as in fastdcgan/backends/base.py; `stride` and `padding` are pairs.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -30,5 +30,13 @@ Tensor image_side_weight_grad_op(
     const Tensor& linear, const optional<Tensor>& linear_y, const optional<Tensor>& linear_coef, int64_t linear_act,
     double linear_slope, std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
     bool channels_last);
+
+// The most channels on the image's side, and the most of a kernel and of a stride.
+std::vector<int64_t> image_side_limits_op();
+
+// Bytes of shared memory that a block of image_side_conv_transpose of 16-bit numbers takes at least.
+int64_t image_side_transpose_bytes_op(
+    int64_t channels, int64_t wide, std::vector<int64_t> kernel, std::vector<int64_t> stride,
+    std::vector<int64_t> padding);
 
 }  // namespace fastdcgan::cuda

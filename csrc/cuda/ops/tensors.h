@@ -131,7 +131,8 @@ inline Tensor new_vectors(const Tensor& like, int64_t rows, int64_t groups, int6
   return torch::stable::new_empty(like, {rows, groups, channels}, ScalarType::Float);
 }
 
-// --- checks that elementwise passes and reductions share -----------------------------------------------------------------------
+// --- checks that elementwise passes and reductions share
+// -----------------------------------------------------------------------
 
 inline Activation activation(int64_t id, double slope) {
   STD_TORCH_CHECK(known_activation(id), "unknown activation id ", id);

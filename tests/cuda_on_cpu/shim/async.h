@@ -1,6 +1,7 @@
 // What runs beside the threads of a block: barriers in shared memory, bulk copies of tensor tiles, and products of
 // warpgroups. All of it happens as late as it may:
-//   - where a bulk copy goes, nothing is to be read from its issue on; it is done by a thread that waits for it, when no
+//   - where a bulk copy goes, nothing is to be read from its issue on; it is done by a thread that waits for it, when
+//   no
 //     other thread can go on, or by chance before
 //   - a product reads shared memory when it is waited for, and until then its sums are NaN
 // so a wait that is missing, or a stage that is used again too early, is seen.

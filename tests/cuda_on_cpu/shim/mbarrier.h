@@ -105,7 +105,8 @@ inline void copy_tma_tile(char* to, const TensorTiles& from, const int* at, cons
   }
   if (engine.shared_address(to) % 1024) engine.fail("a swizzled tile is not at a multiple of 1024 bytes");
   using Word __attribute__((may_alias)) = uint64_t;
-  for (int64_t i = 0; i < tma_tile_bytes(from) / 8; ++i) reinterpret_cast<Word*>(to)[i] = ~uint64_t{0};  // not there yet
+  for (int64_t i = 0; i < tma_tile_bytes(from) / 8; ++i)
+    reinterpret_cast<Word*>(to)[i] = ~uint64_t{0};  // not there yet
   note::release(&barrier.issued);
   note::ShimCode shim;
   BulkCopy copy{from, {}, to};
@@ -125,8 +126,8 @@ inline void named_barrier(int number, unsigned threads, Site site) {
   {
     note::ShimCode shim;
     if (barrier.arrived == 0) barrier.expected = threads;
-    if (barrier.expected != threads) engine.fail("a barrier of " + std::to_string(barrier.expected) + " threads, or of " +
-                                                 std::to_string(threads));
+    if (barrier.expected != threads)
+      engine.fail("a barrier of " + std::to_string(barrier.expected) + " threads, or of " + std::to_string(threads));
     if (++barrier.arrived == threads) {
       barrier.arrived = 0, ++barrier.generation;
       engine.wake(&barrier);
