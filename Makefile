@@ -24,8 +24,8 @@ SOURCES := $(shell find csrc -type f)
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # What compiles for minutes, beside all the rest on a second core: the CUDA build, kernels as plain programs.
-COMPILING := tests/csrc/cuda/test_build.py $(patsubst %,tests/csrc/cpu/test_%.py,amx halves sanitizers) \
-	$(patsubst %,tests/cuda_on_cpu/test_%.py,contractions conventions mutants shim warpgroups)
+COMPILING := tests/csrc/cuda/test_build.py $(patsubst %,tests/csrc/cpu/test_%.py,amx split_bf16 sanitizers) \
+	$(patsubst %,tests/cuda_on_cpu/test_%.py,contractions conventions mutants shim sm90)
 # The tests of whatever backend, for backend("cuda") on CPU tensors
 CUDA_ON_CPU := tests/dispatch/test_primitives.py $(patsubst %,tests/engine/test_%.py,autograd double_backward running_stats saved_memory)
 
