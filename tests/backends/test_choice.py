@@ -12,6 +12,7 @@ import torch
 
 import fastdcgan
 from fastdcgan import Unavailable, backends
+from fastdcgan.backends.cpu import CPUBackend
 from tests.helpers.networks import IMAGE, VARIANTS
 from tests.helpers.twins import draw
 
