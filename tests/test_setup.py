@@ -268,7 +268,7 @@ def test_packages_are_mapped() -> None:
 
 def test_every_package_is_listed() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = [path.parent.relative_to(ROOT) for path in (ROOT / "fastdcgan").rglob("__init__.py")]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fastdcgan").rglob("*.py")}
     found = {".".join(folder.parts) for folder in folders} | {"fastdcgan.kernels", "fastdcgan.benchmarks"}
     assert sorted(listed) == sorted(found)
 
