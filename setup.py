@@ -51,8 +51,8 @@ CAPABILITIES: dict[str, list[str]] = {
 CAPABILITIES["avx512"] = ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx2", "-mfma", "-mf16c"]
 CAPABILITIES["avx512"] += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86 = ("x86_64", "amd64", "i686")
-# What a processor without AVX2 runs of csrc/cpu (backends/cpu.py); the other files are the contractions.
-PASSES = ("adam", "batch_stats", "drive", "grad_sums", "images", "losses", "memory", "norm_act", "ops", "training_ops")
+# The folders of csrc/cpu that a processor without AVX2 runs (backends/cpu.py); the others are the contractions.
+WITHOUT_AVX2 = ("elementwise", "memory", "train")
 
 
 # --- the torch to build against ---------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def usable_cores() -> int:
 
 
 def sources(folder: str, *suffixes: str) -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for s in suffixes for p in (ROOT / "csrc" / folder).glob(f"*{s}"))
+    return sorted(str(p.relative_to(ROOT)) for s in suffixes for p in (ROOT / "csrc" / folder).rglob(f"*{s}"))
 
 
 def headers() -> list[str]:
@@ -286,12 +286,11 @@ def cpu_extension(name: str) -> Extension:
     # The uninitialised values are those of GCC's own AVX-512 headers.
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     width = CAPABILITIES[name.removeprefix("_cpu_")]
-    files = sources("cpu", ".cpp")
-    if name == "_cpu_default":
-        files = [file for file in files if Path(file).stem in PASSES]
+    folders = [f"cpu/{folder}" for folder in WITHOUT_AVX2] if name == "_cpu_default" else ["cpu"]
     return CppExtension(
         f"fastdcgan.{name}",
-        files,
+        [file for folder in folders for file in sources(folder, ".cpp")],
+        include_dirs=[str(ROOT / "csrc")],
         depends=headers(),
         extra_compile_args=[
             "-O2",

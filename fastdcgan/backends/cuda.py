@@ -142,7 +142,7 @@ class CUDABackend(Backend):
     ) -> Tensor:
         return self.ops.coefficients(mean, var, weight, bias, shift, eps)
 
-    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: float) -> Tensor:
+    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: int) -> Tensor:
         return self.ops.grad_coefficients(sums, coef, count)
 
     def update_running(
