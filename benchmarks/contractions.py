@@ -69,8 +69,7 @@ def _case(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor, dtype: str,
             row.samples_ms = [1e3 * value for value in samples[row.peer][0]]
             row.ms = harness.summarise(row.samples_ms)
             row.ratio = harness.ratio(samples[row.peer][0], samples[reference][0])
-    name = f"{block.name} {block.in_channels}->{block.out_channels} {block.in_size}->{block.out_size}"
-    return Case("contractions", name, part, len(x), dtype, reference, rows)
+    return Case("contractions", block.title, part, len(x), dtype, reference, rows)
 
 
 def _library(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor) -> Call:

@@ -65,9 +65,9 @@ class Case:
     """Peers side by side on one thing.
 
     Args:
-        suite: "step", "generate", "blocks" or "contractions".
+        suite: "step", "generate", "blocks", "contractions" or "host".
         name: the block, or the net.
-        part: "step"; "eval"; "forward" or "backward"; of a contraction one of `contractions.PARTS`.
+        part: "step"; "eval"; "forward" or "backward"; one of `contractions.PARTS`; one of `host.PARTS`.
         batch: images.
         dtype: of its rows.
         reference: the peer that ratios are relative to.

@@ -37,6 +37,11 @@ class Block:
         return (self.in_size + 2 * self.padding - self.kernel) // self.stride + 1
 
     @property
+    def title(self) -> str:
+        """Its name and sizes, as tables show them."""
+        return f"{self.name} {self.in_channels}->{self.out_channels} {self.in_size}->{self.out_size}"
+
+    @property
     def weights(self) -> int:
         """Number of convolution weights."""
         return self.in_channels * self.out_channels * self.kernel**2

@@ -124,13 +124,31 @@ def contraction_cells(results: Results) -> Cells:
     return block_cells(results, "contractions")
 
 
+def host_cells(results: Results) -> Cells:
+    """One line per net, memory format and part: microseconds of the plain modules and of ours, and their ratio."""
+    lines: list[Sequence[str]] = []
+    for case in (case for case in results.cases if case.suite == "host"):
+        plain = next(row for row in case.rows if row.peer == case.reference)
+        fused = next(row for row in case.rows if row is not plain)
+        times = (f"{1e3 * row.ms.median:.0f}" if row.ms else reason(row) for row in (plain, fused))
+        lines.append((case.name, case.part, str(case.batch), case.dtype, *times, format_ratio(fused.ratio)))
+    return ("net", "part", "batch", "dtype", "plain modules, us", "fused, us", "fused over plain"), lines
+
+
 CELLS: dict[str, Callable[[Results], Cells]] = {
     "step": step_cells,
     "generate": generate_cells,
     "blocks": block_cells,
     "contractions": contraction_cells,
+    "host": host_cells,
 }
-TITLES = {"step": "Training step", "generate": "Generation", "blocks": "Blocks", "contractions": "Contractions alone"}
+TITLES = {
+    "step": "Training step",
+    "generate": "Generation",
+    "blocks": "Blocks",
+    "contractions": "Contractions alone",
+    "host": "Host time of tiny nets on one thread",
+}
 TABLES = {"cpu": "cpu", "gpu": "cuda"}  # marker -> device type
 
 

@@ -12,8 +12,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastdcgan import __version__
 from fastdcgan.cli.options import INTERRUPTED
+from fastdcgan.version import __version__
 
 # Command -> (module with its options and itself, what it does)
 COMMANDS = {
@@ -25,7 +25,7 @@ COMMANDS = {
     "features": ("fastdcgan.cli.features", "Features of a trained network, classifiers on them, a comparison."),
     "evaluate": ("fastdcgan.cli.evaluate", "Fréchet distance, precision and recall of a run's checkpoints."),
     "style": ("fastdcgan.cli.style", "Show one picture in the manner of another."),
-    "bench": ("fastdcgan.benchmarks.cli", "Time blocks and the training step against PyTorch."),
+    "bench": ("fastdcgan.cli.bench", "Time blocks and the training step against PyTorch."),
     "doctor": ("fastdcgan.cli.doctor", "Show what was built, what can run here, and why the rest can't."),
 }
 # What a file or folder that the user named can raise. Other OSErrors (a full disk) are failures.
@@ -35,13 +35,13 @@ _WRONG_PLACE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirec
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(argv).parse_args(argv)
     try:
+        args = _parser(argv).parse_args(argv)
         return args.command(args)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        if args.debug:
+        if "--debug" in argv:  # importing the command may be what failed
             traceback.print_exc()
         else:
             expected = isinstance(error, ValueError | RuntimeError | OSError)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastdcgan.dcgan import checkpoint, images, judge
+from fastdcgan.dcgan import checkpoint, images, judge, plots
 from fastdcgan.dcgan.console import say
 from fastdcgan.dcgan.distances import Moments, frechet_distance, moments, precision_recall
 from fastdcgan.dcgan.feature_report import Split
@@ -158,8 +158,6 @@ def to_markdown(evaluations: Sequence[Evaluation], real: Evaluation) -> str:
 
 def write(evaluations: Sequence[Evaluation], real: Evaluation, yardstick: Yardstick, out: Path, **about: Any) -> None:
     """evaluation.json and evaluation.png in the folder `out`; `about` goes into the first."""
-    from fastdcgan.dcgan.plots import plot_evaluations
-
     result = {
         **about,
         "held_out_images": len(yardstick.pixels),
@@ -169,4 +167,21 @@ def write(evaluations: Sequence[Evaluation], real: Evaluation, yardstick: Yardst
     }
     with replacing(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
-    plot_evaluations(evaluations, real, out / "evaluation.png")
+    plot(evaluations, real, out / "evaluation.png")
+
+
+def plot(evaluations: Sequence[Evaluation], real: Evaluation, path: Path) -> None:
+    """Fréchet distance, precision and recall over the steps, and of real images as lines across -> PNG."""
+    steps = [e.step for e in evaluations]
+    figure, (distances, shares) = plots.two_rows()
+    distances.plot(steps, [e.frechet for e in evaluations], marker="o", markersize=3, label="generated")
+    distances.axhline(real.frechet, color="gray", linestyle="--", label="training images")
+    distances.set_yscale("log")
+    distances.set_ylabel("Fréchet distance")
+    for key, color in (("precision", "C0"), ("recall", "C1")):
+        shares.plot(steps, [getattr(e, key) for e in evaluations], marker="o", markersize=3, color=color, label=key)
+        shares.axhline(getattr(real, key), color=color, linestyle="--", linewidth=1)
+    shares.set_ylabel("share (dashed: training images)")
+    shares.set_ylim(0, 1)
+    shares.set_xlabel("step")
+    plots.save(figure, path)
