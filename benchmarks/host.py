@@ -37,14 +37,18 @@ class Chain:
         return nn.Sequential(*(layer for block in self.blocks for layer in block.layers()))
 
 
-def chains() -> list[Chain]:
-    """What is timed: 1 and 4 blocks without and with BatchNorm on [2, 8, 4, 4], and the two nets of a 16x16 DCGAN."""
-    found = []
-    for norm in (False, True):
-        block = Block("B", False, 8, 8, 4, "leaky_relu", norm, kernel=3, stride=1)
-        suffix = " with BatchNorm" if norm else ""
-        found += [Chain(f"1 block{suffix}", [block]), Chain(f"4 blocks{suffix}", [block] * 4)]
-    return [*found, Chain("generator", _NETS.generator()), Chain("discriminator", _NETS.discriminator())]
+def _blocks(count: int, norm: bool) -> Chain:
+    block = Block("B", False, 8, 8, 4, "leaky_relu", norm, kernel=3, stride=1)
+    title = f"{count} block{'s' * (count > 1)}{' with BatchNorm' * norm}"
+    return Chain(title, [block] * count)
+
+
+# 1 and 4 blocks on [2, 8, 4, 4], and the two nets of a 16x16 DCGAN
+CHAINS = (
+    *(_blocks(count, norm) for norm in (False, True) for count in (1, 4)),
+    Chain("generator", _NETS.generator()),
+    Chain("discriminator", _NETS.discriminator()),
+)
 
 
 class _ChainRunner(BlockRunner):
@@ -64,7 +68,7 @@ def run_host(
     """A case for each part of each chain in each memory format, and for a whole training step, GANStep against the
     textbook loop."""
     for format, channels_last in _FORMATS.items():
-        for chain in chains():
+        for chain in CHAINS:
             show(f"host time, {chain.name}, {format}", "timing")
             with _one_thread():
                 contest = _run_chain(chain, channels_last, device, timing)

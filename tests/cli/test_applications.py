@@ -55,9 +55,6 @@ def command(place: Path, line: str, out: Path) -> list[str]:
     return [*words, "--device", "cpu", "--out", str(out)]
 
 
-# --- end to end ------------------------------------------------------------------------------------------------------
-
-
 def test_features_are_exported(place: Path, tmp_path: Path) -> None:
     """With labels where there are some; of layers by name; without labels for a folder without classes."""
     assert main(command(place, "features @run", tmp_path)) == 0
@@ -141,17 +138,6 @@ def test_augmentation(
     assert f"| {augmentation.PSEUDO} | " in capsys.readouterr().out
 
 
-def test_few_shot_generators_learn_their_images() -> None:
-    bright, dark = (np.full((6, 28, 28, 1), level, np.uint8) for level in (250, 5))
-    settings = augmentation.Settings(generated=8, gan_steps=30)
-    labels = np.repeat([3, 5], 6)
-    pixels, found = augmentation.per_class_samples(
-        np.concatenate([bright, dark]), labels, settings, 0, torch.device("cpu")
-    )
-    assert found.tolist() == [3] * 4 + [5] * 4
-    assert pixels[:4].mean() > pixels[4:].mean() + 8
-
-
 def test_evaluate_all(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,9 +166,6 @@ def test_style(how: str, size: tuple[int, int], place: Path, tmp_path: Path) -> 
     with Image.open(tmp_path / "out" / "sheet.png") as sheet:
         assert sheet.size == (3 * size[0] + 2 * 4, size[1])
         assert sheet.mode == "L"
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
