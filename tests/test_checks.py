@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastdcgan
 from fastdcgan import functional
 from fastdcgan.backends import NAMES
-from tests.twins import block, discriminator, numbers, twin
+from tests.helpers.twins import block, discriminator, numbers, twin
 
 Call = Callable[[], Any]
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import fastdcgan
 from fastdcgan.explain import Explanation, Row
-from tests.alike import build, draw, one_thread
-from tests.models import IMAGE, MODELS, VARIANTS, Generator, UNet, resnet_generator
+from tests.helpers.networks import IMAGE, MODELS, VARIANTS, Generator, UNet, resnet_generator
+from tests.helpers.twins import build, draw, one_thread
 
 PAIRS = {**MODELS, **VARIANTS}
 

@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 import fastdcgan
-from tests.alike import build, draw, one_thread
-from tests.models import IMAGE, MODELS, VARIANTS, Generator
-from tests.tolerance import assert_as_accurate
+from tests.helpers.networks import IMAGE, MODELS, VARIANTS, Generator
+from tests.helpers.tolerance import assert_as_accurate
+from tests.helpers.twins import build, draw, one_thread
 
 PAIRS = {**MODELS, **VARIANTS}
 # Those in which some norm stays, and why it has to.

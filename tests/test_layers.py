@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import fastdcgan
 from fastdcgan import FusedSequential
 from fastdcgan.activations import ACTIVATIONS
-from tests.alike import assert_alike, assert_fuses_right, build, draw, one_thread, results
-from tests.models import IMAGE, VARIANTS, Discriminator, UNet
+from tests.helpers.networks import IMAGE, VARIANTS, Discriminator, UNet
+from tests.helpers.twins import assert_fuses_right, assert_same, build, draw, one_thread, results
 
 # layer, its arguments, the modules it stands for
 LAYERS: dict[str, tuple[type[nn.Module], tuple, dict[str, Any], tuple[type[nn.Module], dict[str, Any]]]] = {
@@ -60,7 +60,7 @@ def test_a_layer_is_its_modules(name: str, train: bool, device: torch.device) ->
     assert list(layer.state_dict()) == list(vanilla.state_dict())
     assert [type(m) for m in layer.children()] == [type(m) for m in vanilla.children()]
     assert [m.extra_repr() for m in layer.children()] == [m.extra_repr() for m in vanilla.children()]
-    assert_alike(results(vanilla, x), results(layer, x))
+    assert_same(results(vanilla, x), results(layer, x))
     (row,) = fastdcgan.explain(layer)
     assert row.fused
     assert row.name == "conv"
@@ -106,7 +106,7 @@ def test_every_activation_of_the_table(activation: str, device: torch.device) ->
     assert type(plain) is nn.Sequential
     assert len(plain) == (2 if activation == "identity" else 3)
     x = draw(IMAGE, torch.float64, device)
-    assert_alike(results(plain, x), results(layer, x))
+    assert_same(results(plain, x), results(layer, x))
 
 
 def test_bad_arguments() -> None:
@@ -181,7 +181,7 @@ def test_statistics_groups_are_separate_passes(name: str, parts: int, train: boo
     x = draw((6, *IMAGE[1:]), torch.float64, device)
     vanilla = Halves(build(factory, torch.float64, device).train(train), parts)
     fused = Grouped(fastdcgan.fuse(build(factory, torch.float64, device)).train(train), parts)
-    assert_alike(results(vanilla, x), results(fused, x))
+    assert_same(results(vanilla, x), results(fused, x))
 
 
 @pytest.mark.parametrize("name", ["shared block", "same block in a row"])
@@ -194,7 +194,7 @@ def test_a_norm_used_twice_is_updated_in_another_order(name: str, device: torch.
     running = [key for key in found[0] if "running" in key]
     differ = [key for key in running if not torch.allclose(found[1].pop(key), found[0].pop(key))]
     assert differ
-    assert_alike(*found)
+    assert_same(*found)
 
 
 def test_statistics_groups_reach_modules_in_between(device: torch.device) -> None:
@@ -205,7 +205,7 @@ def test_statistics_groups_reach_modules_in_between(device: torch.device) -> Non
         tail = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
         whole = build(lambda model=model, tail=tail: nn.Sequential(model, *tail), torch.float64, device)
         found.append(results(kind(fastdcgan.fuse(whole) if kind is Grouped else whole, 2), x))
-    assert_alike(*found)
+    assert_same(*found)
 
 
 @one_thread()
@@ -225,7 +225,7 @@ def test_real_and_fake_as_one_batch(device: torch.device) -> None:
     torch.testing.assert_close(loss, sum(losses), rtol=1e-12, atol=0)
     for (name, a), b in zip(apart.named_parameters(), joined.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-12, msg=name)
-    assert_alike(dict(apart.named_buffers()), dict(joined.named_buffers()))
+    assert_same(dict(apart.named_buffers()), dict(joined.named_buffers()))
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "2", True, None])
@@ -253,8 +253,8 @@ def test_boundaries_change_nothing(name: str, stat_groups: int, train: bool, dev
         model = fastdcgan.fuse(build(VARIANTS[name][0], torch.float64, device)).train(train)
         model.boundaries = boundaries
         found.append(results(Grouped(model, stat_groups), draw(IMAGE, torch.float64, device)))
-    assert_alike(found[0], found[1])
-    assert_alike(found[0], found[2])
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
 
 
 @pytest.mark.parametrize("boundaries", ["lazy", None, 1])

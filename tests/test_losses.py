@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import fastdcgan
 from fastdcgan.dispatch import training_ops
 from fastdcgan.functional import bce_with_logits
+from tests.helpers.tolerance import assert_as_accurate
 from tests.machine import DEVICE
-from tests.tolerance import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import fastdcgan
 from fastdcgan.dispatch import training_ops
 from fastdcgan.optim import FusedAdam
+from tests.helpers.tolerance import assert_as_accurate
 from tests.machine import DEVICE
-from tests.tolerance import assert_as_accurate
 
 NATIVE = training_ops.why_not(DEVICE.type)
 needs_kernel = pytest.mark.skipif(NATIVE is not None, reason=str(NATIVE))

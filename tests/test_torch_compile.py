@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdcgan
-from tests.alike import assert_alike, build, draw, one_thread, results
-from tests.models import IMAGE, MODELS, VARIANTS, Discriminator, Generator
+from tests.helpers.networks import IMAGE, MODELS, VARIANTS, Discriminator, Generator
+from tests.helpers.twins import assert_same, build, draw, one_thread, results
 
 PAIRS = {**MODELS, **VARIANTS}
 
@@ -45,7 +45,7 @@ def test_one_graph_with_the_same_results(name: str, train: bool, device: torch.d
     if name == "dropout" and train:  # the random numbers are drawn by the compiler's own rules
         assert expected.keys() == found.keys()
     else:
-        assert_alike(expected, found)
+        assert_same(expected, found)
     assert counter.frame_count == 1
 
 
@@ -66,7 +66,7 @@ def test_dynamic_batch(device: torch.device) -> None:
                 net(z).square().mean().backward()
             for (name, a), b in zip(eager.named_parameters(), model.named_parameters(), strict=True):
                 torch.testing.assert_close(b[1].grad, a.grad, rtol=1e-9, atol=1e-12, msg=name)
-        assert_alike(dict(eager.named_buffers()), dict(model.named_buffers()))
+        assert_same(dict(eager.named_buffers()), dict(model.named_buffers()))
         counts.append(counter.frame_count)
     assert counts[1] <= counts[0] < 4
 
@@ -85,7 +85,7 @@ def test_image_sizes_and_statistics_groups(device: torch.device) -> None:
         torch.testing.assert_close(
             compiled(x, stat_groups=groups), eager(x, stat_groups=groups), rtol=1e-10, atol=1e-12
         )
-    assert_alike(dict(eager.named_buffers()), dict(model.named_buffers()))
+    assert_same(dict(eager.named_buffers()), dict(model.named_buffers()))
 
 
 @one_thread()
@@ -108,7 +108,7 @@ def test_a_whole_training_step(device: torch.device) -> None:
         losses[1].backward(inputs=list(g.parameters()))
         gradients = {f"{i}.{name}": p.grad for i, net in enumerate((g, d)) for name, p in net.named_parameters()}
         found.append({"d": losses[0].detach(), "g": losses[1].detach(), **gradients, **dict(g.named_buffers())})
-    assert_alike(*found)
+    assert_same(*found)
 
 
 @one_thread()

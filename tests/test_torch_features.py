@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fastdcgan
 from fastdcgan import functional
-from tests.alike import assert_alike, build, draw, one_thread, results
-from tests.models import IMAGE, MODELS, VARIANTS, Discriminator
-from tests.tolerance import assert_as_accurate
+from tests.helpers.networks import IMAGE, MODELS, VARIANTS, Discriminator
+from tests.helpers.tolerance import assert_as_accurate
+from tests.helpers.twins import assert_same, build, draw, one_thread, results
 
 PAIRS = {**MODELS, **VARIANTS}
 
@@ -148,7 +148,7 @@ def test_default_dtype_float64(device: torch.device) -> None:
     torch.set_default_dtype(torch.float64)
     try:
         vanilla, fused, x = two(torch.float64, device)
-        assert_alike(results(vanilla, x), results(fused, x))
+        assert_same(results(vanilla, x), results(fused, x))
         single = fastdcgan.fuse(build(VARIANTS["two blocks"][0], torch.float32, device))
         assert all(
             value.dtype == torch.float32 for value in results(single, x.float()).values() if value.is_floating_point()
@@ -205,9 +205,9 @@ def test_modes_of_autograd(device: torch.device) -> None:
         assert not out.requires_grad
         assert out.is_inference() == expected.is_inference()
         torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
-    assert_alike(dict(vanilla.named_buffers()), dict(fused.named_buffers()))
+    assert_same(dict(vanilla.named_buffers()), dict(fused.named_buffers()))
     with torch.autograd.set_detect_anomaly(True):
-        assert_alike(results(vanilla, x), results(fused, x))
+        assert_same(results(vanilla, x), results(fused, x))
     with torch.inference_mode():
         inside = fastdcgan.fuse(build(VARIANTS["two blocks"][0], torch.float32, device))
         assert inside(x.float()).is_inference()
@@ -278,7 +278,7 @@ def test_checkpointing(reentrant: bool, device: torch.device) -> None:
         assert found["model.1.num_batches_tracked"] == 2 < expected["model.1.num_batches_tracked"]
         for key in [key for key in expected if "running" in key or "num_batches" in key]:
             del expected[key], found[key]
-    assert_alike(expected, found)
+    assert_same(expected, found)
 
 
 def test_saved_tensors_hooks_see_half_of_what_vanilla_saves(device: torch.device) -> None:

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import fastdcgan
 from fastdcgan import functional
+from tests.helpers.tolerance import assert_same_float64
 from tests.machine import DEVICE
-from tests.tolerance import assert_same_float64
 
 pytest.importorskip("expecttest", reason="torch's own test cases need expecttest")
 from torch.testing._internal.common_methods_invocations import op_db

@@ -13,8 +13,8 @@ import torch
 import fastdcgan
 from fastdcgan import Unavailable, backends
 from fastdcgan.backends.base import Backend
-from tests.alike import draw
-from tests.models import IMAGE, VARIANTS
+from tests.helpers.networks import IMAGE, VARIANTS
+from tests.helpers.twins import draw
 
 NAMES = ("triton", "cuda", "cpu", "reference")
 

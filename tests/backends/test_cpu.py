@@ -13,9 +13,9 @@ from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.base import Backend
 from fastdcgan.backends.reference import ReferenceBackend
 from fastdcgan.spec import Operand
+from tests.helpers.elementwise import check_elementwise, check_sums, coefficients, random, wide
+from tests.helpers.tolerance import assert_as_accurate
 from tests.machine import run_capped
-from tests.norm_act_checks import check_elementwise, check_sums, coefficients, random, wide
-from tests.tolerance import assert_as_accurate
 
 STATUS = backends.status()["cpu"]
 pytestmark = pytest.mark.skipif(STATUS != "available", reason=STATUS)

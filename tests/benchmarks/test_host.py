@@ -8,7 +8,7 @@ import torch
 from fastdcgan.benchmarks import harness, host, tables
 from fastdcgan.benchmarks.harness import Timing
 from fastdcgan.benchmarks.results import Results
-from tests.broken_peers import change_fused, scale_a_weight
+from tests.benchmarks.broken_peers import change_fused, scale_a_weight
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from fastdcgan.benchmarks.peers import PEERS
 from fastdcgan.benchmarks.results import Case, Results
 from fastdcgan.benchmarks.runners import BlockRunner, StepRunner
 from fastdcgan.benchmarks.shapes import Block, NetShape, inputs
-from tests.broken_peers import change_fused, scale_a_weight
+from tests.benchmarks.broken_peers import change_fused, scale_a_weight
 
 CPU = torch.device("cpu")
 TINY = NetShape(16, ngf=8, ndf=8)

@@ -19,7 +19,7 @@ from fastdcgan.benchmarks.pix2pix import Pix2PixShape
 from fastdcgan.benchmarks.shapes import NetShape
 from fastdcgan.dcgan import Batches, load_images
 from fastdcgan.layers import FusedSequential
-from tests.broken_peers import change_fused, scale_a_weight
+from tests.benchmarks.broken_peers import change_fused, scale_a_weight
 
 CPU = torch.device("cpu")
 TINY, IMAGES = NetShape(16, ngf=8, ndf=8), Pix2PixShape(16, width=4)

@@ -14,7 +14,7 @@ from fastdcgan.benchmarks.harness import Timing
 from fastdcgan.benchmarks.results import Results
 from fastdcgan.benchmarks.shapes import NetShape
 from fastdcgan.cli import bench
-from tests.broken_peers import change_fused, scale_a_weight
+from tests.benchmarks.broken_peers import change_fused, scale_a_weight
 
 TINY = NetShape(16, ngf=8, ndf=8)
 

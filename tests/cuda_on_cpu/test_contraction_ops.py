@@ -20,8 +20,8 @@ from fastdcgan.geometry import Geometry
 from fastdcgan.spec import STORE, Epilogue, Operand
 from tests.cuda_on_cpu.host_library import ORDERS, HostCUDABackend, set_order
 from tests.cuda_on_cpu.host_programs import needs_compiler
-from tests.norm_act_checks import coefficients
-from tests.tolerance import assert_as_accurate
+from tests.helpers.elementwise import coefficients
+from tests.helpers.tolerance import assert_as_accurate
 
 pytestmark = needs_compiler
 

@@ -23,7 +23,7 @@ from fastdcgan.spec import STORE, Epilogue, Operand
 from tests.backends.test_cpu import coefficients
 from tests.cuda_on_cpu.host_library import ORDERS, HostCUDABackend, library, set_multiprocessors, set_order
 from tests.cuda_on_cpu.host_programs import MODES, assert_passes, needs_compiler
-from tests.tolerance import assert_as_accurate
+from tests.helpers.tolerance import assert_as_accurate
 
 pytestmark = needs_compiler
 

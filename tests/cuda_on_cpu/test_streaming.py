@@ -16,8 +16,8 @@ from fastdcgan.backends.reference import ReferenceBackend
 from fastdcgan.spec import Operand
 from tests.cuda_on_cpu.host_library import ORDERS, HostCUDABackend, set_multiprocessors, set_order
 from tests.cuda_on_cpu.host_programs import MODES, assert_passes, needs_compiler
-from tests.norm_act_checks import check_elementwise, check_sums, coefficients, random
-from tests.tolerance import assert_as_accurate
+from tests.helpers.elementwise import check_elementwise, check_sums, coefficients, random
+from tests.helpers.tolerance import assert_as_accurate
 
 pytestmark = needs_compiler
 

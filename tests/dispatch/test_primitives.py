@@ -14,9 +14,9 @@ from fastdcgan import backends
 from fastdcgan.dispatch import primitives
 from fastdcgan.geometry import Geometry
 from fastdcgan.spec import STORE, Epilogue, Operand, Update
-from tests import formulas
+from tests.helpers import formulas
+from tests.helpers.tolerance import assert_as_accurate, assert_same_float64
 from tests.machine import DEVICE, backends_here
-from tests.tolerance import assert_as_accurate, assert_same_float64
 
 N = 4
 PLAIN = Geometry((4, 4), (2, 2), (1, 1))

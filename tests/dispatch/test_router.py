@@ -18,7 +18,7 @@ from fastdcgan.dispatch.router import LIBRARY, AutoBackend, fastest
 from fastdcgan.engine import planner
 from fastdcgan.geometry import Geometry
 from fastdcgan.spec import STORE, Boundaries, Operand, Plan
-from tests.twins import assert_same, discriminator, generator, numbers, outcome, twin
+from tests.helpers.twins import assert_same, discriminator, generator, numbers, outcome, twin
 
 
 class Own(ReferenceBackend):

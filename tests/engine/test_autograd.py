@@ -19,8 +19,7 @@ import fastdcgan
 from fastdcgan import functional
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.spec import Boundaries, Plan
-from tests.machine import backends_here
-from tests.twins import (
+from tests.helpers.twins import (
     assert_as_good,
     assert_same,
     away_from_kinks,
@@ -34,6 +33,7 @@ from tests.twins import (
     subsets,
     twin,
 )
+from tests.machine import backends_here
 
 KINDS = [(transposed, norm) for transposed in (False, True) for norm in ("train", "eval", None)]
 INPUT = (3, 4, 6, 5)

@@ -12,8 +12,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 import fastdcgan
-from tests.tolerance import assert_same_float64
-from tests.twins import assert_same, block, discriminator, generator, numbers, twin
+from tests.helpers.tolerance import assert_same_float64
+from tests.helpers.twins import assert_same, block, discriminator, generator, numbers, twin
 
 KINDS = [(transposed, norm) for transposed in (False, True) for norm in ("train", "eval", None)]
 

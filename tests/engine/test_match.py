@@ -12,8 +12,8 @@ from torch.nn.modules import module as global_hooks
 from torch.nn.utils import prune
 
 import fastdcgan
-from tests.alike import assert_alike, build, draw, one_thread, results
-from tests.models import IMAGE
+from tests.helpers.networks import IMAGE
+from tests.helpers.twins import assert_same, build, draw, one_thread, results
 
 Seen = list[tuple[str, list[Tensor]]]
 
@@ -80,8 +80,8 @@ def test_hooks_see_what_vanilla_shows_them(kind: str, where: str, before_fuse: b
         assert len(values_a) == len(values_b)
         for a, b in zip(values_a, values_b, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
-    assert_alike(vanilla[1], fused_found[1])
-    assert_alike(vanilla[2], fused_found[2])
+    assert_same(vanilla[1], fused_found[1])
+    assert_same(vanilla[2], fused_found[2])
 
 
 def test_a_block_runs_unfused_while_it_has_a_hook() -> None:
@@ -160,4 +160,4 @@ def test_pruning_keeps_its_mask(device: torch.device) -> None:
         model = build(network, torch.float64, device)
         prune.l1_unstructured(model[0], "weight", amount=0.5)
         found.append(results(fastdcgan.fuse(model) if fused else model, draw(IMAGE, torch.float64, device)))
-    assert_alike(*found)
+    assert_same(*found)

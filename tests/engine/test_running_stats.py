@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import fastdcgan
 from fastdcgan import functional
+from tests.helpers.twins import block, channels_last, in_dtype, numbers, twin
 from tests.machine import DEVICE
-from tests.twins import block, channels_last, in_dtype, numbers, twin
 
 on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="PyTorch's kernel for other devices rounds in another order")
 

@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import fastdcgan
-from tests.alike import assert_alike, build, draw
+from tests.helpers.twins import assert_same, build, draw
 
 WORLD = 2
 CPU = torch.device("cpu")
@@ -198,7 +198,7 @@ def test_data_parallel_is_one_process_with_the_whole_batch(found: list, sync: bo
         optimizer.step()
     expected = state(net) | {name: p.detach() for name, p in net.named_parameters()}
     for mine in found:
-        assert_alike(expected, mine["ddp sync" if sync else "ddp eval"])
+        assert_same(expected, mine["ddp sync" if sync else "ddp eval"])
 
 
 def test_accumulation_without_synchronisation(found: list) -> None:
@@ -208,12 +208,12 @@ def test_accumulation_without_synchronisation(found: list) -> None:
     local = [mine["ddp accumulated"].pop("local") for mine in found]
     assert not torch.allclose(*local)
     for mine in found:
-        assert_alike(state(net), mine["ddp accumulated"])
+        assert_same(state(net), mine["ddp accumulated"])
 
 
 def test_own_statistics_stay_own(found: list) -> None:
     for mine in found:
-        assert_alike(mine["ddp own vanilla"], mine["ddp own fused"])
+        assert_same(mine["ddp own vanilla"], mine["ddp own fused"])
     running = [mine["ddp own fused"]["1.running_mean"] for mine in found]
     assert not torch.allclose(*running)
 
@@ -235,7 +235,7 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(found: list, name:
         once = pass_through(net, x, out_weights(x))
     for rank, mine in enumerate(found):
         parts = {key: share(value, SHAPES[sizes], rank) for key, value in once.items()}
-        assert_alike(parts | state(net), mine[name])
+        assert_same(parts | state(net), mine[name])
     assert all(torch.equal(found[0][name][key], found[1][name][key]) for key in state(net))  # the same bits
 
 
@@ -249,7 +249,7 @@ def test_statistics_groups_over_processes(found: list) -> None:
     back = {key: value[order.argsort()] for key, value in once.items()}
     for rank, mine in enumerate(found):
         parts = {key: share(value, SHAPES["even"], rank) for key, value in back.items()}
-        assert_alike(parts | state(net), mine["sync groups"])
+        assert_same(parts | state(net), mine["sync groups"])
 
 
 def test_nobody_waits_in_eval_mode_or_in_a_group_of_one(found: list) -> None:
@@ -257,7 +257,7 @@ def test_nobody_waits_in_eval_mode_or_in_a_group_of_one(found: list) -> None:
     for rank, mine in enumerate(found):
         torch.testing.assert_close(mine["sync eval"]["output"], expected, rtol=1e-10, atol=1e-12)
         net, x = model(sync=False, fused=False), share(batch(), SHAPES["even"], rank)
-        assert_alike(pass_through(net, x, out_weights(x)) | state(net), mine["sync group of one"])
+        assert_same(pass_through(net, x, out_weights(x)) | state(net), mine["sync group of one"])
 
 
 def test_a_gradient_of_a_gradient_is_refused_by_name(found: list) -> None:
@@ -269,7 +269,7 @@ def test_without_processes_sync_batch_norm_is_batch_norm() -> None:
     net, x = model(sync=True), batch()
     assert isinstance(net[1], nn.SyncBatchNorm)
     expected = model(sync=False, fused=False)
-    assert_alike(
+    assert_same(
         pass_through(expected, x, out_weights(x)) | state(expected), pass_through(net, x, out_weights(x)) | state(net)
     )
     assert sum(row.fused for row in fastdcgan.explain(net)) == 3

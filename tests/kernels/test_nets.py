@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.alike import assert_alike, build, draw, results
+from tests.helpers.networks import Discriminator, Generator
+from tests.helpers.twins import assert_as_good, build, draw, results
 from tests.machine import DEVICE
-from tests.models import Discriminator, Generator
 
 triton = pytest.importorskip("triton")
 if not (triton.knobs.runtime.interpret or DEVICE.type == "cuda"):
@@ -56,7 +56,7 @@ def test_forward_and_backward(name: str, train: bool) -> None:
     x = draw(shape, torch.float32, DEVICE)
     vanilla = results(build(factory, torch.float32, DEVICE).train(train), x, STEPS)
     ours = results(fastdcgan.fuse(build(factory, torch.float32, DEVICE)).train(train), x, STEPS)
-    assert_alike(vanilla, ours, truth)
+    assert_as_good(ours, vanilla, truth)
 
 
 @pytest.mark.parametrize("name", ["generator", "discriminator"])

@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.helpers.tolerance import assert_as_accurate
 from tests.machine import DEVICE
-from tests.tolerance import assert_as_accurate
 
 triton = pytest.importorskip("triton")
 if not (triton.knobs.runtime.interpret or DEVICE.type == "cuda"):

@@ -32,7 +32,7 @@ from fastdcgan.spec import STORE, Epilogue, Operand
 from tests.csrc.cpu import amx_library
 from tests.csrc.cpu.test_contractions import BLOCKS, K4, REFERENCE, Case, block
 from tests.engine import test_autograd as test_chain
-from tests.tolerance import assert_as_accurate
+from tests.helpers.tolerance import assert_as_accurate
 
 REASON = amx_library.why_not() or (backends.status()["cpu"] if backends.status()["cpu"] != "available" else None)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -19,8 +19,8 @@ from fastdcgan.backends.cpu import CPUBackend
 from fastdcgan.backends.reference import ReferenceBackend
 from fastdcgan.geometry import Geometry
 from fastdcgan.spec import STORE, Epilogue, Operand, memory_format, says_channels_last
+from tests.helpers.tolerance import assert_as_accurate
 from tests.machine import run_capped
-from tests.tolerance import assert_as_accurate
 
 STATUS = backends.status()["cpu"]
 if STATUS == "available" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":

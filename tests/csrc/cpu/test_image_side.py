@@ -16,8 +16,8 @@ from fastdcgan.backends.cpu import CPUBackend
 from fastdcgan.geometry import Geometry
 from fastdcgan.spec import Epilogue, Operand
 from tests.csrc.cpu.test_contractions import DTYPES, K4, REFERENCE, STATUS, Case, Kernels
+from tests.helpers.tolerance import assert_as_accurate
 from tests.machine import run_capped
-from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(STATUS != "available", reason=STATUS)
 

@@ -26,8 +26,8 @@ from tests.csrc.cpu.test_contractions import (
     block,
     check_statistics,
 )
+from tests.helpers.tolerance import assert_as_accurate, verdict
 from tests.machine import run_capped
-from tests.tolerance import assert_as_accurate, verdict
 
 pytestmark = pytest.mark.skipif(STATUS != "available", reason=STATUS)
 

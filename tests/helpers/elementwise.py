@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdcgan.backends.base import Backend
 from fastdcgan.backends.reference import ReferenceBackend
 from fastdcgan.spec import Operand
-from tests.tolerance import assert_as_accurate
+from tests.helpers.tolerance import assert_as_accurate
 
 REFERENCE = ReferenceBackend()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.alike import assert_fuses_right
-from tests.models import MODELS, VARIANTS
+from tests.helpers.networks import MODELS, VARIANTS
+from tests.helpers.twins import assert_fuses_right
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])

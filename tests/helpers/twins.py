@@ -1,20 +1,54 @@
-"""Blocks and small DCGANs in plain PyTorch, their fused twins, and everything that a pass through one leaves behind."""
+"""Networks in plain PyTorch, their fused twins, what passes through one leave behind, and whether it is the same."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastdcgan
 from fastdcgan.activations import to_module
+from tests.helpers.tolerance import assert_as_accurate, assert_same_float64
 from tests.machine import DEVICE
-from tests.tolerance import assert_as_accurate, assert_same_float64
 
 Outcome = dict[str, Tensor | None]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Tiny networks are quicker so, and much quicker on a machine that is busy. (A decorator, too.)"""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def build(factory: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
+    """The model with the same parameters at every call, and norms that are not the identity."""
+    torch.manual_seed(seed)
+    model = factory()
+    with torch.no_grad():
+        for module in model.modules():
+            if not isinstance(module, _BatchNorm):
+                continue
+            if module.affine:
+                nn.init.uniform_(
+                    module.get_parameter("weight") if "weight" in module._parameters else module.bias, 0.5, 1.5
+                )
+                if "bias" in module._parameters:
+                    nn.init.normal_(module.bias, 0.0, 0.3)
+            if module.running_mean is not None and module.running_var is not None:
+                module.running_mean.normal_(0.0, 0.3)
+                module.running_var.uniform_(0.5, 1.5)
+    return model.to(device, dtype)
 
 
 def in_dtype(model: nn.Sequential, dtype: torch.dtype) -> nn.Sequential:
@@ -56,18 +90,18 @@ def prepared(model: nn.Module, seed: int = 0) -> nn.Module:
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             fan_in = module.weight[0].numel() if isinstance(module, nn.Conv2d) else module.weight[:, 0].numel()
-            draw(module.weight, g, 1.5 / fan_in**0.5)
-            draw(module.bias, g, 0.5)
+            fill(module.weight, g, 1.5 / fan_in**0.5)
+            fill(module.bias, g, 0.5)
         elif isinstance(module, nn.BatchNorm2d):
-            draw(module.weight, g, 0.3, 1.0)
-            draw(module.bias, g, 0.3)
-            draw(module.running_mean, g, 0.3)
-            draw(module.running_var, g, 0.1, 1.0)
+            fill(module.weight, g, 0.3, 1.0)
+            fill(module.bias, g, 0.3)
+            fill(module.running_mean, g, 0.3)
+            fill(module.running_var, g, 0.1, 1.0)
     return model.double().to(DEVICE)
 
 
 @torch.no_grad()
-def draw(tensor: Tensor | None, g: torch.Generator, deviation: float, mean: float = 0.0) -> None:
+def fill(tensor: Tensor | None, g: torch.Generator, deviation: float, mean: float = 0.0) -> None:
     if tensor is not None:
         tensor.copy_(mean + deviation * torch.randn(tensor.shape, generator=g))
 
@@ -95,9 +129,14 @@ def discriminator(width: int = 4) -> nn.Sequential:
     )  # fmt: skip
 
 
+def draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
+    """Normal numbers, the same in every dtype up to its rounding: float32 numbers in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
 def numbers(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
-    """Normal numbers on the test device, the same in every dtype up to its rounding."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    """`draw` on the test device."""
+    return draw(shape, dtype, DEVICE, seed)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -117,6 +156,20 @@ def away_from_kinks(model: nn.Sequential, x: Tensor) -> Tensor:
     return numbers(*z.shape, dtype=x.dtype, seed=7).masked_fill(near, 0)
 
 
+@one_thread()
+def results(model: nn.Module, x: Tensor, steps: int = 2) -> Outcome:
+    """What `steps` passes forward and backward through the model itself leave behind, by name."""
+    found: Outcome = {}
+    for step in range(steps):
+        torch.manual_seed(step)  # dropout
+        leaf = x.clone().requires_grad_()
+        given = leaf * 1  # an in-place first module may change it
+        out = model(given)
+        (out * draw(tuple(out.shape), out.dtype, out.device, step)).sum().backward()
+        found |= {f"output {step}": out.detach(), f"input gradient {step}": leaf.grad, f"input {step}": given.detach()}
+    return found | state_of(model)
+
+
 def outcome(
     model: nn.Module,
     x: Tensor,
@@ -125,8 +178,8 @@ def outcome(
     steps: int = 1,
     upstream: Tensor | None = None,
 ) -> Outcome:
-    """Passes forward and backward through a copy of the model: the last output, the gradients (None where there is
-    none) and the buffers, by name."""
+    """What passes forward and backward through a copy of the model leave behind, by name: the last output, and the
+    sums of the gradients over all `steps`."""
     model = copy.deepcopy(model)
     x = x.detach().requires_grad_(needs_input)
     for _ in range(steps):
@@ -134,14 +187,20 @@ def outcome(
         if out.requires_grad:
             given = numbers(*out.shape, dtype=out.dtype, seed=7) if upstream is None else upstream
             out.backward(given.to(out.dtype))
-    found: Outcome = {"output": out.detach(), "input gradient": x.grad}
-    found |= {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
+    return {"output": out.detach(), "input gradient": x.grad} | state_of(model)
+
+
+def state_of(model: nn.Module) -> Outcome:
+    """Gradients of parameters (None where there is none) and buffers, by name."""
+    found: Outcome = {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
     return found | dict(model.named_buffers())
 
 
-def assert_same(found: Outcome, expected: Outcome, tolerance: float = 1e-10) -> None:
-    """float64 agrees to `tolerance`, counters exactly, None only with None."""
-    assert found.keys() == expected.keys()
+def assert_same(
+    found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], tolerance: float = 1e-10
+) -> None:
+    """float64 agrees to `tolerance`, integers exactly, None only with None."""
+    assert found.keys() == expected.keys(), set(found) ^ set(expected)
     for name, value in expected.items():
         other = found[name]
         if value is not None and not value.dtype.is_floating_point:
@@ -150,8 +209,14 @@ def assert_same(found: Outcome, expected: Outcome, tolerance: float = 1e-10) -> 
             assert_same_float64(other, value, name, tolerance)
 
 
-def assert_as_good(found: Outcome, vanilla: Outcome, truth: Outcome, reduction: int) -> None:
-    """Every tensor is as accurate as vanilla's, in the same dtype."""
+def assert_as_good(
+    found: Mapping[str, Tensor | None],
+    vanilla: Mapping[str, Tensor | None],
+    truth: Mapping[str, Tensor | None],
+    reduction: int = 1000,
+) -> None:
+    """Every tensor is as accurate as vanilla's, in the same dtype. (Through several layers an error is a sum over about
+    as many terms as a layer has: hence the default.)"""
     assert found.keys() == vanilla.keys() == truth.keys()
     for name, usual in vanilla.items():
         got, right = found[name], truth[name]
@@ -164,9 +229,24 @@ def assert_as_good(found: Outcome, vanilla: Outcome, truth: Outcome, reduction: 
         scale = None
         if name.startswith("gradient of") and name.endswith("bias"):
             # In front of a batch norm it is nothing but rounding, which is relative to what is summed up.
-            terms = [v for k, v in truth.items() if k.startswith("gradient of") and v is not None]
+            module = name.removesuffix("bias")
+            terms = [v for k, v in truth.items() if k.startswith(module) and v is not None]
             scale = max(float(v.square().mean().sqrt()) for v in terms)
         assert_as_accurate(got, usual, right, name, reduction=reduction, scale=scale)
+
+
+def assert_fuses_right(
+    factory: Callable[[], nn.Module], shape: tuple[int, ...], device: torch.device, train: bool = True
+) -> None:
+    """Exactly the vanilla results in float64, and as good ones in float32."""
+    found: list[tuple[Outcome, Outcome]] = []
+    for dtype in (torch.float64, torch.float32):
+        x = draw(shape, dtype, device)
+        vanilla = results(build(factory, dtype, device).train(train), x)
+        found.append((results(fastdcgan.fuse(build(factory, dtype, device)).train(train), x), vanilla))
+    (ours64, truth), (ours32, vanilla32) = found
+    assert_same(ours64, truth)
+    assert_as_good(ours32, vanilla32, truth)
 
 
 def subsets(items: list[str]) -> list[tuple[str, ...]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.tolerance import allowance, assert_as_accurate, assert_same_float64, verdict
+from tests.helpers.tolerance import allowance, assert_as_accurate, assert_same_float64, verdict
 
 N, CI, CO, SIZE = 4, 16, 24, 8
 FAN_IN = CI * 16
