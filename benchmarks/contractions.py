@@ -66,9 +66,7 @@ def _case(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor, dtype: str,
     samples = harness.interleave(segments, harness.timer_for(x.device, cold=True), timing)
     for row in rows:
         if row.peer in samples:
-            row.samples_ms = [1e3 * value for value in samples[row.peer][0]]
-            row.ms = harness.summarise(row.samples_ms)
-            row.ratio = harness.ratio(samples[row.peer][0], samples[reference][0])
+            row.enter(samples[row.peer][0], samples[reference][0])
     return Case("contractions", block.title, part, len(x), dtype, reference, rows)
 
 

@@ -109,7 +109,7 @@ def _bandwidth(args: argparse.Namespace, device: torch.device) -> int:
         for batch in (2,) if args.dry else (128, 1024):
             entries += bandwidth.as_entries(bandwidth.measure(name, batch, device, torch.bfloat16, args.dry))
             work = bandwidth.image_side(backends.get(name), batch, device, torch.bfloat16, args.dry)
-            if name == device.type:  # who brings the operators of `native.py`
+            if name == device.type:  # which brings the operators of `dispatch/training_ops.py`
                 work += bandwidth.training(batch, device, args.dry)
             entries += bandwidth.as_entries(bandwidth.measure_work(name, work, device, args.dry))
     found.extra["bandwidth"] = entries

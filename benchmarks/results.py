@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fastdcgan import backends
+from fastdcgan.benchmarks import harness
 from fastdcgan.benchmarks.harness import Summary
 
 SCHEMA = 1
@@ -58,6 +60,12 @@ class Row:
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
             raise ValueError(f"unknown status {self.status!r}: expected one of {', '.join(STATUSES)}")
+
+    def enter(self, seconds: Sequence[float], reference: Sequence[float]) -> None:
+        """Enter the seconds of every round, of this peer and of the reference."""
+        self.samples_ms = [1e3 * value for value in seconds]
+        self.ms = harness.summarise(self.samples_ms)
+        self.ratio = harness.ratio(seconds, reference)
 
 
 @dataclass

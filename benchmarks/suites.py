@@ -6,6 +6,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -148,12 +149,9 @@ class Contest:
         reference = reference if reference in timed_peers else reference_of(timed_peers)
         rows = []
         for peer, row in self.rows.items():
-            series = self.samples[peer][segment] if peer in self.samples else []
-            timed = Row(**{**vars(row), "samples_ms": [1e3 * value for value in series]})
-            if series:
-                timed.ms = harness.summarise(timed.samples_ms)
-                timed.ratio = harness.ratio(series, self.samples[reference][segment])
-            rows.append(timed)
+            rows.append(replace(row))  # a case for each segment, and a row of its own in each
+            if peer in self.samples:
+                rows[-1].enter(self.samples[peer][segment], self.samples[reference][segment])
         return Case(suite, name, part, batch, self.dtype, reference, rows)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark suite: statistics, the check of the peers, FLOP counts (reports: `test_benchmark_reports.py`)."""
+"""The benchmark suite: statistics, the check of the peers, FLOP counts."""
 
 from __future__ import annotations
 

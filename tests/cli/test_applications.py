@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from fastdcgan.cli import main
 from fastdcgan.dcgan import TrainConfig, Trainer, augmentation, checkpoint, judge, patches
 from fastdcgan.dcgan.classify import LinearSVM
+from tests.dcgan.conftest import TINY
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +34,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data=str(place / "images"),
         out=str(place / "run"),
         cache=str(place / "cache"),
-        image_size=28,
-        channels=1,
-        nz=8,
-        ngf=4,
-        ndf=4,
+        **TINY,
         batch_size=16,
         max_steps=4,
         checkpoint_every=2,
         holdout=4,
         ema=0.5,
-        samples=4,
-        device="cpu",
     )
     Trainer(config).run()
     return place

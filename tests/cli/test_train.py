@@ -16,23 +16,9 @@ from PIL import Image
 
 from fastdcgan.cli import main
 from fastdcgan.dcgan import checkpoint
+from tests.dcgan.conftest import TINY_OPTIONS
 
-SMALL = [
-    "--image-size",
-    "28",
-    "--nz",
-    "8",
-    "--ngf",
-    "4",
-    "--ndf",
-    "4",
-    "--batch-size",
-    "16",
-    "--device",
-    "cpu",
-    "--samples",
-    "9",
-]
+SMALL = [*TINY_OPTIONS, "--batch-size", "16", "--samples", "9"]
 
 
 @pytest.fixture

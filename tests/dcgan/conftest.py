@@ -11,6 +11,10 @@ import torch
 
 from fastdcgan.dcgan import Images, TrainConfig, Trainer
 
+# Networks as small as they get, and the same as options of `fastdcgan train`
+TINY = {"image_size": 28, "channels": 1, "nz": 8, "ngf": 4, "ndf": 4, "samples": 4, "device": "cpu"}
+TINY_OPTIONS = ["--image-size", "28", "--nz", "8", "--ngf", "4", "--ndf", "4", "--device", "cpu"]
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -45,16 +49,10 @@ def config(tmp_path: Path) -> TrainConfig:
     return TrainConfig(
         out=str(tmp_path / "run"),
         data="squares",
-        image_size=28,
-        channels=1,
-        nz=8,
-        ngf=4,
-        ndf=4,
+        **TINY,
         batch_size=8,
         epochs=3,
-        samples=4,
         log_every=1,
-        device="cpu",
         flips=True,
     )
 
@@ -66,16 +64,10 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = TrainConfig(
         out=str(run),
         data="digits",
-        image_size=28,
-        channels=1,
-        nz=8,
-        ngf=4,
-        ndf=4,
+        **TINY,
         batch_size=16,
         max_steps=8,
         checkpoint_every=4,
-        samples=4,
-        device="cpu",
         ema=0.9,
         cache=str(run.parent / "cache"),
     )
