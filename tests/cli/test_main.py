@@ -62,9 +62,6 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         (["train", "digits", "--lr-d", "-1"], 2, "lr_d is -1.0: expected more than 0"),
         (["train", "digits", "--device", "tpu"], 2, "device is 'tpu'"),
         (["train", "--resume", "nowhere"], 2, "there is no checkpoint"),
-        (["sample", "nowhere"], 2, "there is no checkpoint"),
-        (["sample", "nowhere", "--count", "0"], 2, "--count is 0: expected at least 1"),
-        (["sample", "nowhere", "--device", "tpu"], 2, "device is 'tpu'"),
         (["demo", "--minutes", "0"], 2, "minutes is 0.0: expected at least 0.5"),
     ],
 )

@@ -18,18 +18,7 @@ from fastdcgan.dcgan.feature_report import Split
 from fastdcgan.dcgan.sources import MissingPackage
 
 # --- the classifier --------------------------------------------------------------------------------------------------
-
-
-def squares(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Noise with a bright square in one of three corners, which is the class."""
-    random = np.random.default_rng(seed)
-    pixels = random.integers(0, 60, (count, 28, 28, 1), dtype=np.uint8)
-    labels = np.arange(count) % 3
-    for picture, label in zip(pixels, labels, strict=True):
-        top, left = ((2, 2), (2, 18), (18, 2))[label]
-        picture[top : top + 8, left : left + 8] += 190
-    return pixels, labels
-
+from tests.dcgan.conftest import squares
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
 

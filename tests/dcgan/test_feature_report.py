@@ -5,13 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastdcgan.dcgan.classify import Score, compare, to_markdown
-
-
-def clouds(count: int, dimensions: int, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(seed)
-    labels = np.arange(count) % classes
-    centres = 3 * np.random.default_rng(9).normal(size=(classes, dimensions))
-    return (centres[labels] + random.normal(size=(count, dimensions))).astype(np.float32) + 5, labels + 4
+from tests.dcgan.conftest import clouds
 
 
 def test_comparison() -> None:

@@ -10,14 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdcgan.dcgan import Generator, interpolation, load_generator, sample
+from fastdcgan.dcgan import Generator, interpolation, sample
 from fastdcgan.dcgan.images import to_pixels
-
-
-@pytest.fixture
-def generator(trained_run: Path) -> Generator:
-    return load_generator(trained_run)
-
 
 # --- inputs and what lies between them -------------------------------------------------------------------------------
 

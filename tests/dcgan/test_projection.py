@@ -7,17 +7,7 @@ import torch
 
 from fastdcgan.dcgan import Generator
 from fastdcgan.dcgan.projection import InverseProjection, encode
-
-
-def lively(generator: Generator) -> Generator:
-    """In `eval`, with statistics that give images of some contrast."""
-    for module in generator.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    torch.nn.init.normal_(generator.blocks.image.conv.weight, std=0.2)
-    with torch.no_grad():
-        generator(torch.randn(64, generator.nz))
-    return generator.eval()
+from tests.dcgan.conftest import lively
 
 
 def test_encode_finds_images_of_the_generator() -> None:

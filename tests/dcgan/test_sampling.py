@@ -11,13 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdcgan.dcgan import Generator, console, load_generator, sample, sampling
+from fastdcgan.dcgan import Generator, console, sample, sampling
 from fastdcgan.dcgan.images import grid, to_pixels
-
-
-@pytest.fixture
-def generator(trained_run: Path) -> Generator:
-    return load_generator(trained_run)
 
 
 def stray(folder: Path) -> list[str]:

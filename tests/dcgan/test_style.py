@@ -11,23 +11,13 @@ from fastdcgan.dcgan import Discriminator, Generator
 from fastdcgan.dcgan.features import FeatureExtractor
 from fastdcgan.dcgan.projection import encode
 from fastdcgan.dcgan.style import Weights, gram, total_variation, transfer
+from tests.dcgan.conftest import lively
 
 
 @pytest.fixture
 def discriminator() -> Discriminator:
     torch.manual_seed(0)
     return Discriminator(28, 3, ndf=4).eval()
-
-
-def lively(generator: Generator) -> Generator:
-    """In `eval`, with statistics that give images of some contrast."""
-    for module in generator.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    torch.nn.init.normal_(generator.blocks.image.conv.weight, std=0.2)
-    with torch.no_grad():
-        generator(torch.randn(64, generator.nz))
-    return generator.eval()
 
 
 def stripes(height: int, width: int, period: int, across: bool) -> torch.Tensor:
