@@ -25,7 +25,7 @@ from fastdcgan.fuse import unfuse
 from fastdcgan.gan_step import GANStep
 from fastdcgan.optim import FusedAdam
 
-_COMPARE_SHARE = 0.15  # of the time
+_COMPARE_SHARE = 0.15  # part of the time that the comparison gets
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from fastdcgan.fuse import fuse
 
 SHAPE = NetShape()
 DRY_SHAPE = NetShape(16, ngf=8, ndf=8)
-OWN_GPU_BACKENDS = ("triton", "cuda")  # those with kernels that a sanitizer has something to say about
+OWN_GPU_BACKENDS = ("triton", "cuda")  # the backends whose kernels a sanitizer can judge
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -126,7 +126,7 @@ _ALL = (
     Peer("fused-folded", "fastdcgan, BN folded", folded=True, fused=True),
 )
 PEERS = {peer.name: peer for peer in _ALL}
-TRUTH = PEERS["eager"]  # in float64
+TRUTH = PEERS["eager"]  # which runs in float64
 YARDSTICK = PEERS["eager-nhwc"]  # vanilla PyTorch, whose rounding error in the same dtype is the measure of others
 
 
@@ -184,7 +184,8 @@ def distance(result: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
-PROGRESS_TOLERANCE = 0.5  # of a change of the losses: whether it learns at all; how exactly is `observe`'s to say
+# How far an update's change of the losses may be off: it shows whether a peer learns at all, `observe` how exactly.
+PROGRESS_TOLERANCE = 0.5
 
 
 def tolerance(yardstick: float, dtype: torch.dtype, kinked: int) -> float:

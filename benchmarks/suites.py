@@ -210,7 +210,7 @@ def run_generate(contest: Contest, shape: NetShape, batch: int, timing: harness.
     torch.manual_seed(0)
     net = shape.nets()[0]
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):  # as after some training: neither 0 nor 1
+        if isinstance(module, nn.BatchNorm2d):  # neither 0 nor 1, as after some training
             module.running_mean = torch.randn(module.num_features) / 10
             module.running_var = torch.rand(module.num_features) + 0.5
     noise = torch.randn(batch, shape.nz, 1, 1)

@@ -19,7 +19,7 @@ from fastdcgan.benchmarks.harness import Summary, is_noisy
 from fastdcgan.benchmarks.results import RESULTS, Results, Row, load
 
 NOT_MEASURED = "not measured yet"
-FLOOR_NET = "64x64"  # whose floors gpu-check computes
+FLOOR_NET = "64x64"  # the net whose floors gpu-check computes
 
 
 def format_ratio(summary: Summary | None) -> str:

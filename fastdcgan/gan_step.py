@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from fastdcgan.train_step import GANLoss, GradientPenalty, StepMetrics, train_step, unwrapped
 
-_WARM_UPS = 3  # of autotuners, cuDNN's search and lazily made state
+_WARM_UPS = 3  # calls, for autotuners, cuDNN's search and lazily made state
 OTHER_SHAPES = ("eager", "capture")
 # What these make at their first step begins as zeros, so that zeroing it undoes a warm-up.
 _START_AT_ZERO = (

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     device = distributed.choose_device(args.device)
     nets = trained.load_trained(args.checkpoint, device)
     channels = nets.discriminator.channels
-    square = args.optimize == "z"  # of the size that is generated
+    square = args.optimize == "z"  # then pictures have the size that is generated
     side = nets.generator.image_size if square else args.size
     content, manner = (
         pictures.load_picture(path, channels, side, square=square) for path in (args.content, args.style)

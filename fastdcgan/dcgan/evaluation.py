@@ -47,7 +47,7 @@ class Yardstick:
     """What a generator is measured with: a classifier, and the held-out images and their features."""
 
     classifier: judge.Classifier
-    accuracy: float  # of the classifier, on the held-out images
+    accuracy: float  # the classifier's, on the held-out images
     pixels: np.ndarray
     features: np.ndarray
     moments: Moments
@@ -55,7 +55,7 @@ class Yardstick:
 
     @classmethod
     def make(cls, split: Split, cache: Path, device: torch.device) -> Yardstick:
-        """With a classifier of the training images, taken from the folder `cache` or put there."""
+        """Measure with a classifier of the training images, taken from the folder `cache` or put there."""
         labels, test = split.data.labels, split.test
         net = judge.cached_classifier(
             cache / "classifier.safetensors", split.train_pixels, labels[~test], len(split.data.classes), device=device

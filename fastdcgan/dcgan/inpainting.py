@@ -133,7 +133,7 @@ def sheet(images: Tensor, known: Tensor, filled: Tensor, columns: int = 12) -> I
 
 
 def _losses(made: Tensor, target: Tensor, weights: Tensor, judge: Discriminator, prior: float) -> Tensor:
-    """Of each image: context loss (equation 4) plus `prior` times log(1 - D(G(z))) (equation 6)."""
+    """The loss of each image: context loss (equation 4) plus `prior` times log(1 - D(G(z))) (equation 6)."""
     context = (weights * (made - target).abs()).flatten(1).sum(1)
     return context - prior * F.softplus(judge(made))
 

@@ -30,7 +30,7 @@ class PatchKMeans:
 
     @classmethod
     def fit(cls, pixels: np.ndarray, *, centres: int = 200, side: int = 6, seed: int = 0) -> PatchKMeans:
-        """From uint8 images [N, H, W, C], without labels. Raises MissingPackage without scikit-learn."""
+        """Learn from uint8 images [N, H, W, C], without labels. Raises MissingPackage without scikit-learn."""
         with needs("scikit-learn", "k-means features"):
             from sklearn.cluster import MiniBatchKMeans
         random = np.random.default_rng(seed)

@@ -22,7 +22,7 @@ from fastdcgan.dcgan.features import FeatureExtractor
 from fastdcgan.dcgan.models import Discriminator, Generator
 from fastdcgan.folding import fold_batchnorm
 
-LEAST_SIDE = 16  # of an image: below it the deeper layers see nothing but their padding
+LEAST_SIDE = 16  # pixels: of a smaller image the deeper layers see nothing but their padding
 _LR = 0.05
 
 
@@ -37,7 +37,7 @@ class Transferred:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the content's loss, the style's, and the total variation (Mahendran and Vedaldi, 2015, section 3)."""
+    """Weights of the content's loss, the style's, and the total variation (Mahendran and Vedaldi, 2015, section 3)."""
 
     content: float = 1.0
     style: float = 3.0
