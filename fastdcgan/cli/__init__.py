@@ -1,7 +1,7 @@
 """The command line: `fastdcgan COMMAND`, also as `python -m fastdcgan`. `COMMANDS` lists them.
 
-Exit codes: 0 done; 1 failed; 2 was given what it can't take (options, a checkpoint, a folder, a place to write to);
-130 stopped by Ctrl-C. Errors are one line; `--debug` shows the traceback.
+Exit codes: 0 done; 1 failed; 2 was given what it can't take (options, a checkpoint, a folder, a place to write to), or
+lacks a package; 130 stopped by Ctrl-C. Errors are one line; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from fastdcgan.cli import packages
 from fastdcgan.cli.options import INTERRUPTED
 from fastdcgan.version import __version__
 
@@ -41,14 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        if "--debug" in argv:  # importing the command may be what failed
+        lacking = packages.what_to_install(error, argv[0])
+        if "--debug" in argv:  # there are no `args` where importing the command failed
             traceback.print_exc()
+        elif lacking is not None:
+            print(f"error: {lacking}", file=sys.stderr)
         else:
             expected = isinstance(error, ValueError | RuntimeError | OSError)
             print(f"error: {error if expected else f'{type(error).__name__}: {error}'}", file=sys.stderr)
             if not expected:
                 print("Run it with --debug to see where.", file=sys.stderr)
-        return 2 if _is_usage(error) else 1
+        return 2 if lacking is not None or _is_usage(error) else 1
 
 
 def _is_usage(error: Exception) -> bool:
@@ -67,6 +71,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, formatter_class=_HelpFormatter)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if argv[:1] == [name]:  # only the module of the command that runs is imported
+            if name != "doctor":
+                packages.require("dcgan")
             implementation = importlib.import_module(module)
             implementation.add_arguments(command)
             command.set_defaults(command=implementation.run)

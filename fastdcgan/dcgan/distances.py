@@ -59,8 +59,9 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> PrecisionRecall:
     """Precision and recall of features [N, F] and [M, F].
 
-    Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models" (2019), section 2. A set's manifold is the union of the balls around its points that reach to the
-    `k`th nearest other point; precision is the share of generated points in the real manifold, recall the other way.
+    Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models" (2019), section 2.
+    A set's manifold is the union of the balls around its points that reach to the `k`th nearest other point; precision
+    is the share of generated points in the real manifold, recall the other way.
 
     Raises ValueError for sets of `k` points or less.
     """
