@@ -65,8 +65,8 @@ def train(settings: DemoSettings, images: Images, precision: str, step_s: float,
 
 
 def _config(settings: DemoSettings, precision: str, likely: int, minutes: float, images: int) -> TrainConfig:
-    """Settings for all the steps that the time allows. `likely` is a guess at how many from a short timing, which a busy
-    machine misleads."""
+    """Settings for all the steps that the time allows: `likely` of them, by a short timing, which a busy machine
+    misleads."""
     return TrainConfig(
         data="mnist",
         out=str(settings.out),
