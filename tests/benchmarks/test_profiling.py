@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastdcgan import backends
 from fastdcgan.benchmarks import floors, profiling
 from fastdcgan.benchmarks.peers import PEERS
 from fastdcgan.benchmarks.profiling import Rates
@@ -17,6 +19,13 @@ from fastdcgan.spec import STORE, Epilogue, Operand
 
 CPU = torch.device("cpu")
 TINY = NetShape(16, ngf=8, ndf=8)
+
+
+@pytest.fixture(autouse=True)
+def _somewhere() -> Iterator[None]:
+    """A backend that is everywhere: without the extension "auto" leaves blocks to PyTorch's own modules."""
+    with backends.backend("reference"):
+        yield
 
 
 def runner() -> StepRunner:
