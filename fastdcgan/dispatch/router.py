@@ -140,11 +140,10 @@ def _measure(able: Sequence[Algorithm], call: Call, searching: bool) -> dict[str
 
     An algorithm, or a tile of one, that can't run here is left out with a warning; PyTorch's own has to run.
     """
-    calls: dict[tuple[int, int], Callable[[], object]] = {}
-    tiles: dict[tuple[int, int], Any] = {}
-    for i, algorithm in enumerate(able):
+    calls: dict[tuple[str, Any], Callable[[], object]] = {}
+    for algorithm in able:
         choices = list(algorithm.tiles(call)) if searching and algorithm.tiles is not None else [None]
-        for j, tile in enumerate(choices):
+        for tile in choices:
             attempt = functools.partial(algorithm.run, call, tile)
             try:
                 attempt()
@@ -155,16 +154,18 @@ def _measure(able: Sequence[Algorithm], call: Call, searching: bool) -> dict[str
                     reason = f"{type(error).__name__}: {error}"
                     warnings.warn(f"algorithm {algorithm.name!r} is left out: {reason}", stacklevel=2)
                 continue
-            calls[i, j], tiles[i, j] = attempt, tile
+            calls[algorithm.name, tile] = attempt
     times = autotune.milliseconds(calls, call.a.x.device)
-    best = {i: min((at for at in times if at[0] == i), key=lambda at: times[at]) for i in {i for i, _ in times}}
-    by_name = {able[i].name: times[best[i]] for i in sorted(best)}
-    name = fastest(by_name)
-    tile = next(tiles[at] for at in best.values() if able[at[0]].name == name)
+    best: dict[str, tuple[float, Any]] = {}
+    for (name, tile), ms in times.items():
+        if name not in best or ms < best[name][0]:
+            best[name] = ms, tile
+    name = fastest({name: ms for name, (ms, _) in best.items()})
+    tile = best[name][1]
     return {
         "algorithm": name,
         "tile": None if tile is None else dataclasses.asdict(tile),
-        "milliseconds": by_name,
+        "milliseconds": {name: ms for name, (ms, _) in best.items()},
         "searched": searching,
     }
 

@@ -128,14 +128,14 @@ class _Structure:
 
     def __init__(self, sequential: nn.Sequential) -> None:
         self.parts = [_Chain(p) if isinstance(p, FoundChain) else p for p in segments(sequential)]
-        self._opened: list[tuple[dict, list]] = []
+        self._opened: list[tuple[nn.Module, list]] = []
         self._modules: list[tuple] = []
         self._forwards: dict[Any, Any] = {}
         self._watch(sequential)
 
     def _watch(self, sequential: nn.Module) -> None:
         children = sequential._modules
-        self._opened.append((children, list(children.values())))
+        self._opened.append((sequential, list(children.values())))
         for child in children.values():
             assert child is not None
             names = _watched(child)
@@ -147,8 +147,8 @@ class _Structure:
                 self._watch(child)
 
     def holds(self) -> bool:
-        for children, modules in self._opened:
-            if list(children.values()) != modules:
+        for sequential, modules in self._opened:
+            if list(sequential._modules.values()) != modules:
                 return False
         for module, kind, attributes, count, get, state in self._modules:
             if module.__class__ is not kind or len(attributes) != count or get(attributes) != state:
