@@ -96,7 +96,7 @@ def _cpu() -> str:
     threads = torch.get_num_threads()
     has_kernels = backends.status()["cpu"] == AVAILABLE
     instructions = torch.backends.cpu.get_cpu_capability()
-    if has_kernels and instructions == "AVX512" and torch.ops.fastdcgan_cpu.bfloat16_on_tiles():
+    if has_kernels and instructions == "AVX512" and torch.ops.fastdcgan_cpu.amx_usable():
         instructions += " with AMX tiles"
     text = f"{platform.machine()}, {instructions}, {threads} threads"
     if has_kernels:

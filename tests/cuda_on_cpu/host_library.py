@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastdcgan.backends import cuda_facts
 from fastdcgan.backends.cuda import CUDABackend
 from tests.cuda_on_cpu.host_programs import BUILD, HERE, ROOT, compiled, includes
 
@@ -56,3 +57,4 @@ class HostCUDABackend(CUDABackend):
 
     def require(self) -> None:
         library()
+        cuda_facts.require_agreement(self.ops)
