@@ -29,7 +29,7 @@ COMPILING := tests/csrc/cuda/test_build.py $(patsubst %,tests/csrc/cpu/test_%.py
 # The tests of whatever backend, for backend("cuda") on CPU tensors
 CUDA_ON_CPU := tests/dispatch/test_primitives.py $(patsubst %,tests/engine/test_%.py,autograd double_backward running_stats saved_memory)
 
-.PHONY: help install demo test mutants lint bench gallery gpu-check clean
+.PHONY: help install demo test mutants lint bench gallery docs gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -51,8 +51,8 @@ $(DEPENDENCIES): constraints.txt pyproject.toml
 	fi
 	$(BIN)/python -c 'import itertools, tomllib; \
 	  project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  extras = project["optional-dependencies"].values(); \
-	  print(*project["dependencies"], *itertools.chain(*extras), sep="\n")' >$(VENV)/requirements.txt
+	  extras = itertools.chain(*project["optional-dependencies"].values()); \
+	  print(*project["dependencies"], *(x for x in extras if not x.startswith("fastdcgan")), sep="\n")' >$(VENV)/requirements.txt
 	$(PIP) --constraint $(VENV)/constraints.txt --requirement $(VENV)/requirements.txt
 	touch $@
 
@@ -92,6 +92,14 @@ bench: $(EXTENSIONS) ## a table of blocks and of the training step on this machi
 gallery: $(EXTENSIONS) ## pictures of what a trained DCGAN does, in docs/gallery; trains one on digits, one on photographs
 	$(BIN)/python -m fastdcgan.dcgan.gallery $(ARGS)
 
+# pdoc looks names up in the module itself, so those that __getattr__ gives are put there first.
+docs: $(EXTENSIONS) ## the API reference, in docs/api
+	$(BIN)/python -c 'import sys, fastdcgan, pdoc.__main__; \
+	  vars(fastdcgan).update({name: getattr(fastdcgan, name) for name in fastdcgan.__all__}); \
+	  pdoc.__main__.cli(sys.argv[1:])' --docformat google --no-show-source --output-directory docs/api \
+	  fastdcgan fastdcgan.activations fastdcgan.dcgan \
+	  $(patsubst %,fastdcgan.dcgan.%,evaluation inpainting interpolation masks style)
+
 # Needs neither network nor .venv where $(PYTHON) has a CUDA torch: then that Python builds and runs everything.
 gpu-check: export OUT := $(OUT)
 gpu-check: export DRY := $(DRY)
@@ -104,6 +112,6 @@ gpu-check: ## everything that needs a GPU, in under 8 minutes: build, tests, san
 	fi
 
 clean: ## remove what was built, but for .venv and results
-	rm -rf build dist *.egg-info fastdcgan/*.so fastdcgan/_build.json $(EXTENSIONS)
+	rm -rf build dist docs/api *.egg-info fastdcgan/*.so fastdcgan/_build.json $(EXTENSIONS)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find fastdcgan kernels benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

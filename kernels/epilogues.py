@@ -21,25 +21,37 @@ import triton.language as tl
 from fastdcgan.geometry import Pair
 from fastdcgan.kernels.activations import activation, activation_derivative
 from fastdcgan.kernels.prologues import tile_rows
+from fastdcgan.kernels.tiles import TmaTile
+from fastdcgan.spec import Epilogue
 
 
 @dataclass(frozen=True)
-class Sink:
-    """How a tile is finished and stored (a `constexpr` of the kernels)."""
+class EpilogueTile:
+    """The epilogue of a tile, and how it is stored (a `constexpr` of the kernels)."""
 
     epilogue: str  # "none" | "bias" | "activate" | "stats" | "grad_stats"
     act: int
     partial_rows: int  # rows of the partials, 0 without
     stride: Pair  # the tile's pixels are `stride` apart in the output: the phases of a transposed conv
-    box: tuple[int, int, int] | None  # images, rows, columns of a tile; None where a tile is a run of pixels
+    tma_tile: TmaTile | None  # None where a tile is a run of pixels
     rows: int
     block_c: int
-    descriptors: bool  # `out` and `y` are tensor descriptors (`launch.tile_argument`, "box")
-    part: bool = False  # the tile is a part of a sum: it goes to a workspace, and `finish_kernel` finishes it
+    descriptors: bool  # `out` and `y` are tensor descriptors (`launch.tile_argument`, "tma")
+    part: bool = False  # the tile is a part of a sum, and goes to a workspace that `epilogue_kernel` reads
+
+
+def epilogue_rows(epilogue: Epilogue) -> int:
+    """Rows of the partials that the epilogue writes, 0 if none."""
+    if epilogue.kind == "stats":
+        return 3
+    if epilogue.kind == "grad_stats":
+        assert epilogue.coef is not None
+        return epilogue.coef.shape[0] // 2
+    return 0
 
 
 @triton.jit
-def finish_tile(
+def apply_epilogue(
     acc, out, y, coef, coef_groups, slope, partials, slot, group, rows, corner, phase, channel, size, S: tl.constexpr
 ):
     """Apply the epilogue to `acc` [rows, block_c] float32, store it, and write its partials to `slot`.
@@ -90,14 +102,14 @@ def finish_tile(
         tl.store(place + 2 * channels, tl.sum(centred * centred, 0), mask=in_range)
 
     if S.descriptors:
-        tile = acc.to(out.dtype).reshape(S.box[0], S.box[1], 1, S.box[2], S.block_c)
+        tile = acc.to(out.dtype).reshape(S.tma_tile[0], S.tma_tile[1], 1, S.tma_tile[2], S.block_c)
         out.store([n0, q0, phase[0], r0, phase[1] * channels + channel], tile)
     else:
         tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def finish_kernel(
+def epilogue_kernel(
     parts,
     out,
     e_y,
@@ -112,28 +124,28 @@ def finish_kernel(
     height,
     width,
     channels,
-    SINK: tl.constexpr,
+    EPILOGUE: tl.constexpr,
 ):
-    """Add up the parts [splits, values] of an output in ascending order and finish it, one tile a program."""
-    tiles_n = tl.cdiv(channels, SINK.block_c)
+    """Add up the parts [splits, values] of an output in ascending order and apply the epilogue, one tile a program."""
+    tiles_n = tl.cdiv(channels, EPILOGUE.block_c)
     m = tl.program_id(0) // tiles_n
-    channel = tl.program_id(0) % tiles_n * SINK.block_c
+    channel = tl.program_id(0) % tiles_n * EPILOGUE.block_c
     group = m // tiles_per_group
     # Triton 3.6 takes a tuple for a constant only by a name that is declared so.
-    BOX: tl.constexpr = SINK.box
-    rows, corner = tile_rows(m % tiles_per_group, group, batch, height, width, SINK.rows, BOX)
+    TMA_TILE: tl.constexpr = EPILOGUE.tma_tile
+    rows, corner = tile_rows(m % tiles_per_group, group, batch, height, width, EPILOGUE.rows, TMA_TILE)
     n, q, r, inside = rows
-    c = channel + tl.arange(0, SINK.block_c)
+    c = channel + tl.arange(0, EPILOGUE.block_c)
     pixel = (n * height + q) * width + r
     place = parts + pixel[:, None] * channels + c[None, :]
     mask = inside[:, None] & (c < channels)[None, :]
-    ROWS: tl.constexpr = SINK.rows
-    COLUMNS: tl.constexpr = SINK.block_c
+    ROWS: tl.constexpr = EPILOGUE.rows
+    COLUMNS: tl.constexpr = EPILOGUE.block_c
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for _ in range(splits):
         acc += tl.load(place, mask=mask, other=0.0)
         place += values
-    finish_tile(
+    apply_epilogue(
         acc, out, e_y, e_coef, e_groups, e_slope, partials, m, group, rows, corner, (0, 0), channel,
-        (height, width, channels), SINK,
+        (height, width, channels), EPILOGUE,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdcgan.geometry import Pair
-from fastdcgan.kernels.tiles import Box, TileConfig
+from fastdcgan.kernels.tiles import TileConfig, TmaTile
 
 # Kernels are interpreted or compiled as TRITON_INTERPRET says when they are defined.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -55,8 +55,12 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def aligned(x: Tensor | None, channels: int) -> bool:
-    """Whether a tensor descriptor takes `x` with rows of `channels`: addresses are multiples of 16 bytes."""
-    return x is None or (channels * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0)
+    """Whether a tensor descriptor takes `x` [N, C, H, W], once it is NHWC, with rows of `channels`: their addresses are
+    multiples of 16 bytes. What is not NHWC yet will be copied to an aligned address."""
+    if x is None:
+        return True
+    copied = not x.is_contiguous(memory_format=torch.channels_last)
+    return channels * x.element_size() % 16 == 0 and (copied or x.data_ptr() % 16 == 0)
 
 
 def fits_view(x: Tensor | None, stride: Pair) -> bool:
@@ -65,12 +69,12 @@ def fits_view(x: Tensor | None, stride: Pair) -> bool:
 
 
 def tile_argument(
-    x: Tensor | None, form: str, stride: Pair, box: Box | None, rows: int, channels: int
+    x: Tensor | None, form: str, stride: Pair, tma_tile: TmaTile | None, rows: int, channels: int
 ) -> Tensor | TensorDescriptor | None:
-    """`x` [N, C, H, W], NHWC in memory, as a kernel reads or writes tiles of it (`prologues.Source`).
+    """`x` [N, C, H, W], NHWC in memory, as a kernel reads or writes tiles of it.
 
     "pointer"  `x` itself
-    "box"      a descriptor of [N, H/sy, sy, W/sx, sx*C]: a box holds pixels that are `stride` apart
+    "tma"      a descriptor of [N, H/sy, sy, W/sx, sx*C]: a TMA tile holds pixels that are `stride` apart
     "matrix"   a descriptor of [N*H*W, C]: `rows` consecutive pixels
     """
     if x is None or form == "pointer":
@@ -78,10 +82,10 @@ def tile_argument(
     n, c, h, w = x.shape
     if form == "matrix":
         return matrix(x, c, (rows, channels))
-    assert box is not None
+    assert tma_tile is not None
     shape = [n, h // stride[0], stride[0], w // stride[1], stride[1] * c]
     strides = [h * w * c, stride[0] * w * c, w * c, stride[1] * c, 1]
-    return TensorDescriptor(x, shape, strides, [box[0], box[1], 1, box[2], channels])
+    return TensorDescriptor(x, shape, strides, [tma_tile[0], tma_tile[1], 1, tma_tile[2], channels])
 
 
 def matrix(x: Tensor, columns: int, block: Pair) -> TensorDescriptor:

@@ -1,6 +1,6 @@
 """Normalise and activate, its backward, and the per-channel reductions: the passes that are bound by bytes.
 
-Operands, `coef`, `grad_coef`, `stats` and `sums` are as `fastdcgan/backends/base.py` describes them. Every wide tensor
+Operands, `coef`, `grad_coef`, `stats` and `sums` are as `fastdcgan/spec.py` describes them. Every wide tensor
 is read or written once, in 16-byte accesses where its channels (NHWC) or its pixels (NCHW) allow it. A reduction runs
 in two stages: programs that share out the rows, as many as fill the chip at any number of channels, write one partial
 each; `combine_stats` and `combine_sums` then merge the partials in a fixed order. Nothing is atomic, so the same input
@@ -19,17 +19,17 @@ from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.kernels.activations import activation, activation_derivative
-from fastdcgan.kernels.partials import chan_reduce, combine_stats, combine_sums
-from fastdcgan.kernels.streaming import (
+from fastdcgan.kernels.elementwise import (
     GRAD_SUMS_TILE,
     STATS_TILE,
-    StreamConfig,
+    PassConfig,
     dense,
+    elementwise_config,
     like,
-    map_config,
-    reduce_config,
-    walk_of,
+    matrices_of,
+    reduction_config,
 )
+from fastdcgan.kernels.partials import chan_reduce, combine_stats, combine_sums
 from fastdcgan.spec import Operand
 
 # --- stage one: tiles of rows x columns -------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def stats_kernel(
 # --- the passes -------------------------------------------------------------------------------------------------------
 
 
-def norm_act(a: Operand, config: StreamConfig | None = None) -> Tensor:
+def norm_act(a: Operand, config: PassConfig | None = None) -> Tensor:
     """The operand computed and stored, [N, C, H, W] in `a.x`'s format and the dtype of the raw output.
 
     `a.coef` is a coef (then act(s*x + t)) or, with `a.y`, a grad_coef (then s*act'(s*y + t)*x + p*y + q).
@@ -182,57 +182,57 @@ def norm_act(a: Operand, config: StreamConfig | None = None) -> Tensor:
     out = torch.empty_like(y)
     if out.numel() == 0:
         return out
-    walk = walk_of(x, a.coef.shape[1])
-    config = config or map_config(walk, x.element_size())
-    norm_act_kernel[walk.grid(config)](
-        x, y, a.coef.contiguous(), out, a.slope, *walk.arguments(config),
-        ACT=ACTIVATIONS[a.act].id, BACKWARD=a.y is not None, CENTRED=a.coef.shape[0] == 4, **walk.options(config),
+    matrices = matrices_of(x, a.coef.shape[1])
+    config = config or elementwise_config(matrices, x.element_size())
+    norm_act_kernel[matrices.grid(config)](
+        x, y, a.coef.contiguous(), out, a.slope, *matrices.arguments(config),
+        ACT=ACTIVATIONS[a.act].id, BACKWARD=a.y is not None, CENTRED=a.coef.shape[0] == 4, **matrices.options(config),
     )  # fmt: skip
     return out
 
 
 def _grad_sums(
-    da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float, store: bool, config: StreamConfig | None
+    da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float, store: bool, config: PassConfig | None
 ) -> tuple[Tensor, Tensor]:
     y = dense(y)
     da = like(y, da)
     g = torch.empty_like(y) if store else y
     if y.numel() == 0:
         return g, torch.zeros_like(coef[: coef.shape[0] // 2])
-    walk = walk_of(y, coef.shape[1])
-    config = config or reduce_config(walk, GRAD_SUMS_TILE)
+    matrices = matrices_of(y, coef.shape[1])
+    config = config or reduction_config(matrices, GRAD_SUMS_TILE)
     rows = coef.shape[0] // 2
-    partials = coef.new_empty((walk.groups, walk.slots(config), rows, y.shape[1]))
-    grad_sums_kernel[walk.grid(config)](
-        da, y, coef.contiguous(), g, partials, slope, *walk.arguments(config),
-        ACT=ACTIVATIONS[act].id, XHAT=rows == 2, STORE=store, **walk.options(config),
+    partials = coef.new_empty((matrices.groups, matrices.slots(config), rows, y.shape[1]))
+    grad_sums_kernel[matrices.grid(config)](
+        da, y, coef.contiguous(), g, partials, slope, *matrices.arguments(config),
+        ACT=ACTIVATIONS[act].id, XHAT=rows == 2, STORE=store, **matrices.options(config),
     )  # fmt: skip
     return g, combine_sums(partials)
 
 
 def norm_act_reduce(
-    da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float, config: StreamConfig | None = None
+    da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float, config: PassConfig | None = None
 ) -> Tensor:
     """`sums` [2 or 1, groups, C] of `g = da*act'(s*y + t)` (and `g*xhat` where the coef has mean and rstd)."""
     return _grad_sums(da, y, coef, act, slope, False, config)[1]
 
 
 def grad_stats(
-    da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float, config: StreamConfig | None = None
+    da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float, config: PassConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """(`g` in `y`'s dtype and format, its `sums`); the sums are of `g` before it is rounded."""
     return _grad_sums(da, y, coef, act, slope, True, config)
 
 
-def batch_stats(y: Tensor, groups: int, config: StreamConfig | None = None) -> Tensor:
+def batch_stats(y: Tensor, groups: int, config: PassConfig | None = None) -> Tensor:
     """`stats` [3, groups, C] of a raw output [N, C, H, W]; accurate also where the mean is far above the deviation."""
     if y.numel() == 0:
         raise ValueError(f"statistics need at least one value for each channel, got a batch of {list(y.shape)}")
     y = dense(y)
-    walk = walk_of(y, groups)
-    config = config or reduce_config(walk, STATS_TILE)
-    partials = torch.empty((groups, walk.slots(config), 3, y.shape[1]), dtype=torch.float32, device=y.device)
-    stats_kernel[walk.grid(config)](y, partials, *walk.arguments(config), **walk.options(config))
+    matrices = matrices_of(y, groups)
+    config = config or reduction_config(matrices, STATS_TILE)
+    partials = torch.empty((groups, matrices.slots(config), 3, y.shape[1]), dtype=torch.float32, device=y.device)
+    stats_kernel[matrices.grid(config)](y, partials, *matrices.arguments(config), **matrices.options(config))
     return combine_stats(partials)
 
 
@@ -300,8 +300,8 @@ def update_running_kernel(
         unbiased = tl.load(at + 2 * groups * channels, mask=mask, other=0.0)
         old_mean = (new * batch_mean + (1.0 - new) * old_mean.to(tl.float32)).to(mean.dtype.element_ty)
         # PyTorch's CPU kernel has the batch's variance in double here, and the running one not.
-        kept = ((1.0 - new) * old_var.to(tl.float32)).to(tl.float64)
-        old_var = (unbiased.to(tl.float64) * new + kept).to(var.dtype.element_ty)
+        old_share = ((1.0 - new) * old_var.to(tl.float32)).to(tl.float64)
+        old_var = (unbiased.to(tl.float64) * new + old_share).to(var.dtype.element_ty)
     tl.store(to_mean, old_mean, mask=mask)
     tl.store(to_var, old_var, mask=mask)
 

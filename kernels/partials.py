@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdcgan.spec import Epilogue
+
 _COMBINE_SLOTS = 1024  # that one program merges
 _COMBINE_TILE = 4096  # values of each row that it loads at once
 
@@ -140,3 +142,22 @@ def combine_sums(partials: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
         if final:
             return out
         partials, slots = out, parts
+
+
+def flat_partials(partials: Tensor | None, taps: int) -> Tensor | None:
+    """The partials of an output with (tap, channel) for its channels (`spec.flat_epilogue`): every tap is a slot."""
+    if partials is None:
+        return None
+    groups, slots, rows, values = partials.shape
+    apart = partials.view(groups, slots, rows, taps, values // taps)
+    return apart.transpose(2, 3).reshape(groups, slots * taps, rows, values // taps).contiguous()
+
+
+def combined(out: Tensor, partials: Tensor | None, epilogue: Epilogue) -> Tensor:
+    """What the epilogue returns beside the output: `stats` or `sums` (`fastdcgan/spec.py`), or an empty tensor."""
+    if partials is None:
+        return torch.empty(0, dtype=torch.float32, device=out.device)
+    # The groups of the partials may be finer than those asked for, and nest in them.
+    groups = epilogue.stat_groups if epilogue.kind == "stats" else epilogue.coef.shape[1]  # type: ignore[union-attr]
+    partials = partials.view(groups, -1, *partials.shape[2:])
+    return combine_stats(partials) if epilogue.kind == "stats" else combine_sums(partials)

@@ -1,12 +1,12 @@
-"""Loading a tile of an operand, and what is computed on the way: the prologue.
+"""Loading a tile of an operand, and what is computed on it before it is multiplied: the prologue.
 
 A tile is `rows` pixels by `block_c` channels of an NHWC tensor. Its pixels come from a grid of (image, q, r): pixel
 (q, r) of the grid, shifted by (dy, dx), lies at `(q*stride + dy, r*stride + dx)` of the tensor. That one rule serves
-the strided gather of `conv` and `weight_grad` (stride of the convolution, a shift per tap) and the phases of
+the implicit GEMMs of `conv` and `weight_grad` (stride of the convolution, a shift per tap) and the phases of
 `conv_transpose` (stride 1). What lies outside the tensor is 0 after the prologue: padding is 0 and not `act(t)`.
 
-Two sets of pixels make a tile: a box of images, rows and columns, which a tensor descriptor copies at once, or a run of
-consecutive pixels of the grid, which masked pointers read and which fits any height and width without waste.
+The pixels of a tile are either a TMA tile of images, rows and columns, which a tensor descriptor copies at once, or a
+run of consecutive pixels of the grid, which masked pointers read and which fits any height and width without waste.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.geometry import Pair
 from fastdcgan.kernels.activations import activation, activation_derivative
+from fastdcgan.spec import Operand, nhwc
 
 
 @dataclass(frozen=True)
-class Source:
+class PrologueTile:
     """How tiles of an operand are loaded (a `constexpr` of the kernels).
 
     form    "pointer"  masked pointers
-            "box"      tensor descriptors, a box of pixels
+            "tma"      tensor descriptors, TMA tiles of pixels
             "matrix"   tensor descriptors, for tiles whose pixels are consecutive (`launch.tile_argument`)
     """
 
@@ -40,14 +43,42 @@ class Source:
     mask: bool  # descriptors may deliver values that the tile has to leave out
 
 
+def prologue_of(a: Operand) -> str:
+    """The prologue that computes `a`."""
+    return "none" if a.coef is None else "activate" if a.y is None else "bn_backward"
+
+
+@dataclass(frozen=True)
+class PrologueOperand:
+    """An operand as the kernels take it: NHWC in memory, and which prologue computes it."""
+
+    x: Tensor
+    y: Tensor | None
+    coef: Tensor | None
+    prologue: str
+    act: int
+    affine: bool  # bn_backward with p and q
+    groups: int  # statistics groups of `coef`
+
+    @classmethod
+    def of(cls, a: Operand) -> PrologueOperand:
+        if a.coef is None:
+            return cls(nhwc(a.x), None, None, "none", 0, False, 1)
+        y, coef, act = None if a.y is None else nhwc(a.y), a.coef.contiguous(), ACTIVATIONS[a.act].id
+        return cls(nhwc(a.x), y, coef, prologue_of(a), act, y is not None and len(coef) == 4, coef.shape[1])
+
+    def tile(self, form: str, stride: Pair, lead: Pair, rows: int, block_c: int, mask: bool) -> PrologueTile:
+        return PrologueTile(form, self.prologue, self.act, self.affine, stride, lead, rows, block_c, mask)
+
+
 @triton.jit
-def tile_rows(tile, group, batch, height, width, ROWS: tl.constexpr, BOX: tl.constexpr):
-    """((n, q, r, inside), (n0, q0, r0)): the grid pixels of a tile, whether they exist, and the corner of its box.
+def tile_rows(tile, group, batch, height, width, ROWS: tl.constexpr, TMA_TILE: tl.constexpr):
+    """((n, q, r, inside), (n0, q0, r0)): the grid pixels of a tile, whether they exist, and its TMA tile's corner.
 
     `tile` counts the tiles of one statistics group of `batch` images, each a grid of `height` x `width`, perhaps 0.
     """
     i = tl.arange(0, ROWS)
-    if BOX is None:
+    if TMA_TILE is None:
         m = tile * ROWS + i
         across = tl.maximum(width, 1)
         area = tl.maximum(height * width, 1)
@@ -58,14 +89,14 @@ def tile_rows(tile, group, batch, height, width, ROWS: tl.constexpr, BOX: tl.con
         q0 = 0
         r0 = 0
     else:
-        across = tl.maximum(tl.cdiv(width, BOX[2]), 1)
-        down = tl.maximum(tl.cdiv(height, BOX[1]), 1)
-        n0 = tile // (across * down) * BOX[0]
-        q0 = tile // across % down * BOX[1]
-        r0 = tile % across * BOX[2]
-        n = n0 + i // (BOX[1] * BOX[2])
-        q = q0 + i // BOX[2] % BOX[1]
-        r = r0 + i % BOX[2]
+        across = tl.maximum(tl.cdiv(width, TMA_TILE[2]), 1)
+        down = tl.maximum(tl.cdiv(height, TMA_TILE[1]), 1)
+        n0 = tile // (across * down) * TMA_TILE[0]
+        q0 = tile // across % down * TMA_TILE[1]
+        r0 = tile % across * TMA_TILE[2]
+        n = n0 + i // (TMA_TILE[1] * TMA_TILE[2])
+        q = q0 + i // TMA_TILE[2] % TMA_TILE[1]
+        r = r0 + i % TMA_TILE[2]
     inside = (n < batch) & (q < height) & (r < width)
     first = group * batch
     return (n + first, q, r, inside), (n0 + first, q0, r0)

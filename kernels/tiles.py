@@ -1,7 +1,4 @@
-"""Which tile a contraction runs with: what a tile is, the search space, and a heuristic that needs no measuring.
-
-`tuning.py` measures, and keeps what it found.
-"""
+"""Which tile a contraction runs with: what a tile is, the search space, and a heuristic that needs no measuring."""
 
 from __future__ import annotations
 
@@ -83,7 +80,6 @@ class Problem:
     prologue: str  # of weight_grad's two operands, joined by a space
     epilogue: str
     descriptors: bool  # whether tensor descriptors can read the operands
-    shape: tuple[int, ...]  # sizes and geometry, which set this problem apart from others with the same product
 
     @property
     def prologues(self) -> tuple[str, str]:
@@ -104,24 +100,24 @@ class Problem:
 
 # --- covering a grid of pixels ---------------------------------------------------------------------------------------
 
-Box = tuple[int, int, int]
-_MAX_BOX = 256  # of a side: what a tensor-map copy takes (CUDA driver API, cuTensorMapEncodeTiled)
+TmaTile = tuple[int, int, int]  # images, rows, columns
+_MAX_SIDE = 256  # of a TMA tile: what a tensor-map copy takes (CUDA driver API, cuTensorMapEncodeTiled)
 
 
 @lru_cache(maxsize=4096)
-def box(rows: int, batch: int, height: int, width: int) -> Box:
-    """(images, rows, columns) of a tile of `rows` pixels, all powers of two: of those that cover `batch` grids of
-    `height` x `width` with the fewest tiles the widest, and of those the highest."""
+def tma_tile(rows: int, batch: int, height: int, width: int) -> TmaTile:
+    """The TMA tile of `rows` pixels, with powers of two for its sides. Of those that cover `batch` grids of `height` x
+    `width` with the fewest tiles it is the widest, and of equally wide ones the highest."""
     sides = [1 << bits for bits in range(rows.bit_length())]
-    boxes = [(rows // (h * w), h, w) for w in reversed(sides) for h in reversed(sides) if h * w <= rows]
-    return min((b for b in boxes if max(b) <= _MAX_BOX), key=lambda b: tiles(rows, b, batch, height, width))
+    found = [(rows // (h * w), h, w) for w in reversed(sides) for h in reversed(sides) if h * w <= rows]
+    return min((t for t in found if max(t) <= _MAX_SIDE), key=lambda t: tile_count(rows, t, batch, height, width))
 
 
-def tiles(rows: int, box: Box | None, batch: int, height: int, width: int) -> int:
-    """How many boxes, or runs of `rows` pixels where there is no box, cover `batch` grids of `height` x `width`."""
-    if box is None:
+def tile_count(rows: int, tile: TmaTile | None, batch: int, height: int, width: int) -> int:
+    """How many TMA tiles, or runs of `rows` pixels where `tile` is None, cover `batch` grids of `height` x `width`."""
+    if tile is None:
         return ceil_div(batch * height * width, rows)
-    return ceil_div(batch, box[0]) * ceil_div(height, box[1]) * ceil_div(width, box[2])
+    return ceil_div(batch, tile[0]) * ceil_div(height, tile[1]) * ceil_div(width, tile[2])
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -171,9 +167,9 @@ _LADDER = {
         (64, 16, 4, 4, 0.15),
     ),
 }
-# What a thread has room for without spilling, as compiled (benchmarks/results/triton_compile.md). Per architecture and
-# bytes of a value, accumulators beside (grad_stats; two prologues, or bn_backward in weight_grad; anything else); then
-# the values of a tile where bn_backward loads two of them, alone and with the accumulators.
+# How many accumulators a thread has room for without spilling, as compiled by Triton 3.7.1, for each architecture and
+# number of bytes of a value: beside the grad_stats epilogue; beside two prologues, or bn_backward in weight_grad; and
+# beside anything else.
 _ROOM = {
     (80, 2): (32, 32, 64),
     (80, 4): (32, 16, 32),
@@ -183,6 +179,8 @@ _ROOM = {
     (100, 4): (32, 16, 64),
 }
 _ROOM_POINTERS = {80: 64, 90: 64, 100: 16}  # where rows are no multiple of 16 bytes
+# bn_backward loads two values for each one of its operand. How many of those a thread has room for, alone and together
+# with the accumulators.
 _ROOM_BN_BACKWARD = 32
 _ROOM_BOTH = 128
 _STEP_BYTES = 128  # of one row of a tile: the widest swizzle of shared memory
@@ -193,13 +191,14 @@ _MIN_STEPS = 8  # of the reduction in one program: filling its pipeline takes ab
 _BYTE = 64  # multiply-adds in the time of moving one byte of workspace through the second-level cache
 
 
+@lru_cache(maxsize=4096)
 def heuristic(problem: Problem, device: Device) -> TileConfig:
     """The candidate that would take the least time if its tiles took turns on the multiprocessors."""
     return shortlist(problem, device)[0]
 
 
 def shortlist(problem: Problem, device: Device) -> list[TileConfig]:
-    """What is worth measuring: the candidates that would take the least time so, the best first."""
+    """What is worth measuring: the candidates that would take the least time by that rule, the best first."""
     rates = {(m, n, warps): rate for m, n, warps, _, rate in _LADDER[device.arch]}
 
     def cost(config: TileConfig) -> float:

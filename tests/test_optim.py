@@ -6,7 +6,6 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -341,16 +340,6 @@ def test_what_the_kernel_does_not_cover() -> None:
         assert torch.equal(flat(ours), flat(theirs))
         if NATIVE is None:
             assert re.search(rf"by torch \(.*{why}\)", optimizer.explain())
-
-
-def test_the_readmes_example() -> None:
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    (example,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "FusedAdam" in code)
-    model = nn.Linear(3, 2, device=DEVICE)
-    names: dict[str, Any] = {"model": model, "saved": torch.optim.Adam(model.parameters()).state_dict()}
-    exec(example, names)
-    run(names["opt"], list(model.parameters()), [torch.ones_like(p) for p in model.parameters()])
-    assert all(torch.equal(names["half"][p], p.bfloat16()) for p in model.parameters())
 
 
 @needs_kernel

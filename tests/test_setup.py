@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +18,7 @@ import torch
 
 import fastdcgan
 from fastdcgan import build_info, doctor
+from fastdcgan.cli import packages
 from tests.machine import setup_script
 
 ROOT = Path(__file__).parent.parent
@@ -187,6 +190,72 @@ def test_summary_of_a_failed_build(build: ModuleType) -> None:
     assert build.summary("\n".join(calls)).splitlines() == calls  # nothing but the calls
 
 
+# --- the torch to build against --------------------------------------------------------------------------------------
+
+# As pip isolates a build: this Python, with the packages of the build alone.
+ISOLATED = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("setup_script", "{ROOT / "setup.py"}")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+sys.path[:] = [path for path in sys.path if not path.endswith("-packages")]
+"""
+
+
+def test_an_isolated_build_finds_torch() -> None:
+    code = """
+before = sys.path[:]
+script.find_torch()
+import torch
+print(torch.__version__, sys.path[: len(before)] == before)
+"""
+    assert python(ISOLATED + code) == f"{torch.__version__} True"
+
+
+def test_one_line_where_there_is_no_torch() -> None:
+    code = """
+script.pythons = lambda: []
+try:
+    script.find_torch()
+except SystemExit as error:
+    print(error)
+"""
+    error = python(ISOLATED + code)
+    assert error.startswith('error: no PyTorch here to build fastdcgan against: first `pip install "torch>=2.11"`')
+    assert "\n" not in error
+
+
+def test_an_old_torch_is_refused(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
+    with pytest.raises(SystemExit, match=r"needs PyTorch 2\.11 or later, and this environment has 2\.10\.1\+cpu"):
+        build.find_torch()
+    monkeypatch.setattr(torch, "__version__", "2.11.0a0+git1234")
+    build.find_torch()
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc here tells of the calling process")
+def test_whose_environment_a_bare_one_is_for(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    code = "arguments, environment, folder = script.caller(); print([arguments[0], environment['HERE'], folder])"
+    started = f"import os, subprocess, sys; os.chdir('/'); subprocess.run([sys.executable, '-c', {ISOLATED + code!r}])"
+    assert python(started, HERE="there") == f"['{sys.executable}', 'there', PosixPath('/')]"
+
+    for name in ("tools/python3", ".venv/bin/python", "active/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).symlink_to(sys.executable)
+    tools, own = {"PATH": str(tmp_path / "tools")}, str(tmp_path / ".venv/bin/python")
+    active = {"VIRTUAL_ENV": str(tmp_path / "active")}
+    for called, environment, found in (
+        (["python3", "-m", "build"], tools, [str(tmp_path / "tools/python3"), own]),
+        ([".venv/bin/python", "-m", "build"], {}, [own]),
+        (["uv", "build"], active, [str(tmp_path / "active/bin/python")]),
+        ([], {}, [own]),
+    ):
+        monkeypatch.setattr(build, "caller", lambda found=(called, environment, tmp_path): found)
+        assert build.pythons() == [sys.executable, *found]
+
+
 # --- what is installed -----------------------------------------------------------------------------------------------
 
 
@@ -215,6 +284,49 @@ print(hasattr(torch.ops.fastdcgan_cpu, "norm_act"))
     assert python(code).splitlines() == ["['fastdcgan']", "False"]
 
 
+def extras() -> dict[str, list[str]]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def test_packages_come_with_the_extras_that_commands_name() -> None:
+    for package, extra in packages.PACKAGES.values():
+        found = [name for name, texts in extras().items() if package in {re.split(r"[<>=;\[ ]", x)[0] for x in texts}]
+        assert extra in found if extra else found in ([], ["test"])
+
+
+def test_torch_and_numpy_are_enough(tmp_path: Path) -> None:
+    """Where no other package can be imported, fused training runs, and a command says in one line what it needs."""
+    code = f"""
+import sys
+from fastdcgan.cli.packages import PACKAGES
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *args):
+        return None if name.partition(".")[0] in {{*PACKAGES, "triton"}} else self.finder.find_spec(name, *args)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+assert not sys.modules.keys() & {{*PACKAGES, "triton"}}
+import torch, fastdcgan
+from fastdcgan.cli import main
+G, D = fastdcgan.Generator(32, ngf=8), fastdcgan.Discriminator(32, ndf=8)
+fastdcgan.fuse(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4), torch.nn.ReLU()))(torch.zeros(1, 3, 8, 8))
+step = fastdcgan.GANStep(G, D, fastdcgan.optim.FusedAdam(G.parameters()), fastdcgan.optim.FusedAdam(D.parameters()))
+print(step(torch.zeros(4, 3, 32, 32), torch.randn(4, 100, 1, 1)).loss_d.isfinite().item())
+print(main(["doctor"]), main(["train", r"{tmp_path}"]), main(["bench", "--quick"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "True" and lines[-1].endswith(" 2 2"), done
+    line = 'error: fastdcgan {} needs the package pillow: pip install "fastdcgan[dcgan]"'
+    assert done.stderr.splitlines() == [line.format("train"), line.format("bench")]
+
+
 def test_without_extensions_and_triton() -> None:
     """`auto` runs the reference, the name raises with what to do, and nothing else changes."""
     code = """
@@ -238,7 +350,7 @@ print(doctor.report().healthy)
     name, error, healthy = python(code).splitlines()
     assert name == "reference"
     assert (
-        error.startswith("backend 'cpu' needs the C++ extension _cpu_") and "pip install --no-build-isolation" in error
+        error.startswith("backend 'cpu' needs the C++ extension _cpu_") and "build it with `pip install -e .`" in error
     )
     assert healthy == "False"
 

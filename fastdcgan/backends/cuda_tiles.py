@@ -92,7 +92,7 @@ class Problem:
     itemsize: int
     second_left: bool = False  # whether bn_backward is computed on load
     second_right: bool = False
-    box_tiles: int = 0  # tiles of `m` in boxes of pixels (cuda_boxes.py); 0 where no boxes can be cut
+    box_tiles: int = 0  # tiles of `m` in boxes of pixels (cuda_tma.py); 0 where no boxes can be cut
     prologue: bool = False  # of the left factor, or of weight_grad's right one
 
 

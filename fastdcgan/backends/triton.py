@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdcgan.backends.base import Backend
 from fastdcgan.backends.boundaries import boundaries as boundaries_by_rule
-from fastdcgan.geometry import Geometry, Pair
-from fastdcgan.spec import Boundaries, Epilogue, Operand, Unavailable
+from fastdcgan.geometry import Pair
+from fastdcgan.spec import Algorithm, Boundaries, Operand, Unavailable
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST = (3, 6)  # of Triton
-_TOO_MANY = 2**31  # elements for the kernels' 32-bit offsets
 _OTHERS = "use 'auto', 'cpu' or 'reference'"
 
 
@@ -31,8 +28,8 @@ def interpreted() -> bool:
 class TritonBackend(Backend):
     """NVIDIA GPUs from compute capability 8.0 on; with TRITON_INTERPRET=1 the CPU, slowly, for tests.
 
-    Normalisation and activation always run here. A contraction that `why_not` has a reason against runs as PyTorch's
-    own convolution between those passes.
+    Normalisation and activation always run here. A contraction that no algorithm can run is PyTorch's own convolution
+    between those passes.
     """
 
     name = "triton"
@@ -54,7 +51,7 @@ class TritonBackend(Backend):
         if not torch.cuda.is_available() and not interpreted():
             raise Unavailable(f"backend 'triton' needs a CUDA GPU, or TRITON_INTERPRET=1, not {asked!r}; {_OTHERS}")
 
-    def covers(self, device_type: str, dtype: torch.dtype) -> str | None:
+    def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         runs_on = "cpu" if interpreted() else "cuda"
         if device_type != runs_on:
             return f"it runs on the device type {runs_on!r}, not {device_type!r}"
@@ -71,61 +68,11 @@ class TritonBackend(Backend):
     def boundaries(self, blocks: Sequence, weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Boundaries:
         return boundaries_by_rule(blocks, weights, size, needs)
 
-    def _own(self, op: str, *args: Any) -> bool:
-        """Whether a kernel of ours runs this call."""
-        reason = self.why_not(op, *args)
-        if self.seen is not None:
-            self.seen.append("" if reason is None else f"PyTorch's convolution: {reason}")
-        return reason is None
+    def algorithms(self, op: str) -> Sequence[Algorithm]:
+        """The ways to run a contraction, in the order in which they are tried where nothing was measured."""
+        from fastdcgan.kernels.algorithms import ALGORITHMS
 
-    def why_not(self, op: str, *args: Any) -> str | None:
-        first, second, geometry = args[:3]
-        if op == "weight_grad":
-            sizes = [first.x.shape, second.x.shape]
-        else:
-            out = args[3] if op == "conv_transpose" else geometry.conv_size(*first.x.shape[2:])
-            channels = second.shape[1 if op == "conv_transpose" else 0]
-            sizes = [first.x.shape, second.shape, (first.x.shape[0], channels, *out)]
-        if geometry.groups != 1:
-            return f"the Triton contractions have no groups, and here are {geometry.groups}"
-        for size in sizes:
-            if not 0 < math.prod(size) < _TOO_MANY:
-                return f"the Triton contractions take 1 to {_TOO_MANY - 1} elements, not {math.prod(size)}"
-        return None
-
-    # --- contractions ---
-
-    def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
-        if not self._own("conv", a, weight, geometry, epilogue):
-            return super().conv(a, weight, geometry, epilogue)
-        from fastdcgan.kernels import conv, narrow, turned
-
-        for kernel in (narrow, turned):
-            if kernel.covers_conv(a, weight, geometry, epilogue) is None:
-                return kernel.conv(a, weight, geometry, epilogue)
-        return conv.conv(a, weight, geometry, epilogue)
-
-    def conv_transpose(
-        self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
-    ) -> tuple[Tensor, Tensor]:
-        if not self._own("conv_transpose", a, weight, geometry, output_size, epilogue):
-            return super().conv_transpose(a, weight, geometry, output_size, epilogue)
-        from fastdcgan.kernels import conv_transpose, narrow_transpose, turned
-
-        for kernel in (narrow_transpose, turned):
-            if kernel.covers_conv_transpose(a, weight, geometry, output_size, epilogue) is None:
-                return kernel.conv_transpose(a, weight, geometry, output_size, epilogue)
-        return conv_transpose.conv_transpose(a, weight, geometry, output_size, epilogue)
-
-    def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
-        if not self._own("weight_grad", gathered, linear, geometry):
-            return super().weight_grad(gathered, linear, geometry)
-        from fastdcgan.kernels import narrow, turned, weight_grad
-
-        for kernel in (narrow, turned):
-            if kernel.covers_weight_grad(gathered, linear, geometry) is None:
-                return kernel.weight_grad(gathered, linear, geometry)
-        return weight_grad.weight_grad(gathered, linear, geometry)
+        return ALGORITHMS[op]
 
     # --- normalisation and activation ---
 
@@ -156,7 +103,7 @@ class TritonBackend(Backend):
 
         return norm_act.coefficients(mean, var, weight, bias, shift, eps)
 
-    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: float) -> Tensor:
+    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: int) -> Tensor:
         from fastdcgan.kernels import norm_act
 
         return norm_act.grad_coefficients(sums, coef, count)

@@ -23,9 +23,7 @@ from fastdcgan.dcgan.distances import Moments, frechet_distance, moments, precis
 from fastdcgan.dcgan.feature_report import Split
 from fastdcgan.dcgan.features import extract
 from fastdcgan.dcgan.files import replacing
-from fastdcgan.dcgan.optional import needs
 from fastdcgan.dcgan.sampling import sample
-from fastdcgan.dcgan.sources import MissingPackage
 from fastdcgan.dcgan.trained import load_generator
 
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the file that torch-fidelity puts into torch's hub folder
@@ -117,17 +115,18 @@ class _Rgb(Dataset):
 
 
 def check_fid() -> Path:
-    """The file of Inception's weights. Raises MissingPackage where torch-fidelity or that file is missing."""
-    with needs("torch-fidelity", "Inception's FIDs"):
-        import torch_fidelity  # noqa: F401
+    """The file of Inception's weights. Raises ModuleNotFoundError without torch-fidelity, FileNotFoundError without
+    that file."""
+    import torch_fidelity  # noqa: F401
+
     weights = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION
     if not weights.is_file():
-        raise MissingPackage(f"Inception's FIDs need torch-fidelity's weights, {weights}")
+        raise FileNotFoundError(f"Inception's FIDs need torch-fidelity's weights, {weights}")
     return weights
 
 
 def inception_fid(real: np.ndarray, generated: np.ndarray, device: torch.device | str = "cpu") -> float:
-    """FID of uint8 images [N, H, W, C] as torch-fidelity computes it. Raises MissingPackage as `check_fid`."""
+    """FID of uint8 images [N, H, W, C] as torch-fidelity computes it. Raises as `check_fid` does."""
     weights = check_fid()
     import torch_fidelity
 

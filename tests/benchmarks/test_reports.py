@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,27 +121,48 @@ def test_readme_tables_come_from_results_alone(tmp_path):
     _made_up(created="2020-01-01").write(tmp_path / "a.json")
     _made_up(created="2020-02-02").write(tmp_path / "b.json")
     _made_up("Dry", created="2020-03-03", dry=True).write(tmp_path / "c.json")
-    text = tables.render(README, results.load(tmp_path))
+    text = tables.render(README, results.load(tmp_path), tmp_path)
     assert "old" not in text
     assert "kept" in text
     assert "Imaginary, 2 threads, torch 9.9, commit 0123456789, 2020-02-02" in text
     assert "2020-01-01" not in text
     assert "Dry" not in text
     assert f"<!-- begin:gpu -->\n\n{tables.NOT_MEASURED}\n\n<!-- end:gpu -->" in text
-    assert tables.render(text, results.load(tmp_path)) == text
+    assert tables.render(text, results.load(tmp_path), tmp_path) == text
 
 
 def test_readme_has_a_table_per_gpu(tmp_path):
     for device in ("GPU A", "GPU B"):
         _made_up(device, "cuda").write(tmp_path / f"{device}.json")
-    text = tables.table("gpu", results.load(tmp_path))
+    text = tables.measured("cuda", results.load(tmp_path), tmp_path)
     assert text.index("GPU A, driver 1.2, CUDA 13") < text.index("GPU B, driver")
     assert text.count("Training step") == text.count("Blocks") == 2
 
 
+def test_headline_ranges_over_the_cases_of_the_newest_results(tmp_path):
+    def steps(created, *ratios):
+        found = _made_up(created=created)
+        rows = found.cases[0].rows
+        found.cases = [
+            Case("step", "64x64", "step", n, "fp32", "fused", [replace(rows[0], ratio=Summary(r, r, r)), *rows[1:]])
+            for n, r in enumerate(ratios, 1)
+        ]
+        return found
+
+    text = tables.headline([steps("2020-01-01", 9.0), steps("2020-02-02", 1.25, 2.5)])
+    assert "a training step is 1.25 to 2.50 times as fast" in text
+    assert "Imaginary, 2 threads, torch 9.9, commit 0123456789, 2020-02-02" in text
+    assert text.splitlines()[1:] == [f"- On a GPU: {tables.NOT_MEASURED}."]
+
+
+def test_plots_are_linked_from_where_the_document_lies(tmp_path):
+    found = _made_up(plot=tmp_path / "results" / "a.png")
+    assert "![Training step](../results/a.png)" in tables.measured("cpu", [found], tmp_path / "docs")
+
+
 def test_a_marker_without_end_is_an_error():
     with pytest.raises(ValueError, match="begin:gpu --> has no <!-- end:gpu -->"):
-        tables.render("<!-- begin:gpu -->", [])
+        tables.render("<!-- begin:gpu -->", [], Path())
 
 
 def test_tables_command_checks_and_writes(tmp_path, capsys):
@@ -236,11 +258,8 @@ def test_bench_on_a_missing_gpu():
         _bench("--device", "cuda")
 
 
-def test_the_committed_results_make_the_readmes_tables():
-    """Not that they are those in it: a run that is being written belongs to no commit yet."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    made = tables.render(readme, results.load())
-    assert made.count("<!-- begin:") == readme.count("<!-- begin:") == len(tables.TABLES)
+def test_the_documents_show_the_committed_results():
+    assert tables.main(["--check"]) == 0
 
 
 # --- gpu-check -------------------------------------------------------------------------------------------------------

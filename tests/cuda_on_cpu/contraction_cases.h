@@ -11,7 +11,7 @@
 #include <map>
 #include <sstream>
 
-#include "contraction_tiles.cuh"
+#include "cuda/gemm/contraction_tiles.cuh"
 #include "harness.h"
 
 namespace test {

@@ -1,7 +1,7 @@
 // Prints the matrix descriptors of tiles at the beginning of shared memory: what kernels of csrc/cuda add to their place.
 #include <cstdio>
 
-#include "device/wgmma.h"
+#include "cuda/device/wgmma.h"
 
 int main() {
   namespace gpu = fastdcgan::gpu;

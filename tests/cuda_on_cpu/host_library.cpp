@@ -1,5 +1,5 @@
 // What Python may set in the library of the operators on CPU tensors.
-#include "narrow_transpose_tensor.cuh"
+#include "cuda/image/image_side_transpose_tensor.cuh"
 
 extern "C" void cuda_on_cpu_set_order(int order, unsigned seed) {
   cuda_on_cpu::options.order = static_cast<cuda_on_cpu::Order>(order);

@@ -29,7 +29,7 @@ def _torch_flags() -> list[str]:
 @functools.cache
 def library() -> ctypes.CDLL:
     """Compile what has changed, register the operators as torch.ops.fastdcgan_cuda_on_cpu."""
-    sources = sorted([*(ROOT / "csrc" / "cuda").glob("*.cu"), *(ROOT / "csrc" / "cuda").glob("*.cpp")])
+    sources = sorted(path for path in (ROOT / "csrc/cuda").rglob("*") if path.suffix in (".cu", ".cpp"))
     sources.append(HERE / "host_library.cpp")
     flags = [*FLAGS, *_torch_flags(), *includes()]
     objects = [compiled(BUILD / f"{source.stem}.o", ["-c", "-x", "c++", str(source)], flags) for source in sources]

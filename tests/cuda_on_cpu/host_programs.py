@@ -41,7 +41,7 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="g++ runs CUDA ke
 
 
 def includes(root: Path = ROOT) -> list[str]:
-    return [f"-I{root / folder}" for folder in ("tests/cuda_on_cpu/shim", "csrc/cuda", "csrc")]
+    return [f"-I{root / folder}" for folder in ("tests/cuda_on_cpu/shim", "csrc")]
 
 
 def _digest(command: list[str], dependencies: Path) -> str:

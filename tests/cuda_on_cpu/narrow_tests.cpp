@@ -3,9 +3,9 @@
 #include <optional>
 
 #include "harness.h"
-#include "narrow_conv.cuh"
-#include "narrow_transpose.cuh"
-#include "narrow_weight_grad.cuh"
+#include "cuda/image/image_side_conv.cuh"
+#include "cuda/image/image_side_transpose.cuh"
+#include "cuda/image/image_side_weight_grad.cuh"
 
 using namespace fastdcgan;
 using namespace fastdcgan::cuda;

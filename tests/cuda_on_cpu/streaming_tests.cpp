@@ -2,11 +2,11 @@
 #include <memory>
 #include <type_traits>
 
-#include "batch_stats.cuh"
-#include "coefficients.cuh"
-#include "grad_sums.cuh"
+#include "cuda/elementwise/batch_stats.cuh"
+#include "cuda/elementwise/coefficients.cuh"
+#include "cuda/elementwise/grad_sums.cuh"
 #include "harness.h"
-#include "norm_act.cuh"
+#include "cuda/elementwise/norm_act.cuh"
 
 using namespace fastdcgan;
 using namespace fastdcgan::cuda;

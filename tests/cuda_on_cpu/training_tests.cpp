@@ -2,10 +2,10 @@
 #include <deque>
 #include <memory>
 
-#include "adam.cuh"
-#include "bce.cuh"
+#include "cuda/train/adam.cuh"
+#include "cuda/train/bce.cuh"
 #include "harness.h"
-#include "images.cuh"
+#include "cuda/train/images.cuh"
 
 using namespace fastdcgan;
 using namespace fastdcgan::cuda;

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "contraction_cases.h"
-#include "warpgroup.cuh"
+#include "cuda/gemm_sm90/sm90_contraction.cuh"
 
 namespace test {
 

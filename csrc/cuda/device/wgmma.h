@@ -2,7 +2,7 @@
 // The right factor lies in shared memory, the left one there too or in registers; the sums are there after a wait.
 #pragma once
 
-#include "barriers.h"
+#include "cuda/device/barriers.h"
 
 namespace fastdcgan::gpu {
 

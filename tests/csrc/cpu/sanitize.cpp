@@ -8,13 +8,13 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/cpu/adam.h"
-#include "../../csrc/cpu/contractions.h"
-#include "../../csrc/cpu/images.h"
-#include "../../csrc/cpu/losses.h"
-#include "../../csrc/cpu/passes.h"
-#include "../../csrc/cpu/tile_contractions.h"
-#include "../../csrc/cpu/winograd.h"
+#include "cpu/train/adam.h"
+#include "cpu/contraction/contraction.h"
+#include "cpu/train/images.h"
+#include "cpu/train/losses.h"
+#include "cpu/elementwise/passes.h"
+#include "cpu/amx/amx_contractions.h"
+#include "cpu/winograd/winograd.h"
 
 using namespace fastdcgan::cpu;
 
