@@ -23,6 +23,7 @@ from tests.helpers import twins
 from tests.machine import DEVICE, ROOT, backends_here
 
 QUICK = "not compiles and not slow"
+LONG = ("compiles", "slow", "interpreter")
 # The markers of whole folders of tests: folder -> marker
 MARKERS = {"kernels": "interpreter", "kernels/compiled": "compiles", "csrc/cuda": "compiles", "cuda_on_cpu": "compiles"}
 
@@ -45,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Set the markers of folders, fixtures and the device; what takes long comes first, so that no process of several
+    is left with it at the end."""
     for item in items:
         folder = item.path.parent.relative_to(ROOT / "tests").as_posix()
         if folder in MARKERS:
@@ -53,6 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("compiles")  # the library whose AMX tiles are emulated
         if isinstance(item, pytest.Function) and _asks_for_the_device(item):
             item.add_marker("device")
+    long = {item.path for item in items if any(item.get_closest_marker(name) for name in LONG)}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def _asks_for_the_device(item: pytest.Function) -> bool:
