@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -127,19 +129,32 @@ def test_what_tma_can_copy(
         assert cuda_tma.conv_transpose_fits(a, weight) == fits
 
 
-# --- what tuning compares ---------------------------------------------------------------------------------------------
+# --- from a call to its tiles ----------------------------------------------------------------------------------------
 
 
-def test_tuning_compares_the_best_parts_of_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_compares_the_shortlist_and_a_call_runs_with_the_tile_it_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(cuda_tiles, "device_of", lambda device: H100)
+    tried: list[tuple[int, int]] = []
+
+    def contract(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        tried.append(args[-3:-1])
+        return torch.zeros(4, 24, 4, 6), torch.zeros(0)
+
     x, weight = torch.zeros(4, 64, 8, 12, dtype=torch.bfloat16), torch.zeros(24, 64, 4, 4, dtype=torch.bfloat16)
+    ops, call = SimpleNamespace(contract=contract), conv_call(Operand(x), weight, Geometry((4, 4), (2, 2), (1, 1)))
     problem = Problem(4 * 4 * 6, 24, 64 * 16, 1, 2, tma_tiles=cuda_tma.pixel_tiles(4, 4, 6))
-    found = cuda_contractions.tiles(conv_call(Operand(x), weight, Geometry((4, 4), (2, 2), (1, 1))))
-    assert found == cuda_tiles.shortlist(problem, H100) and found[0] == choose(problem, H100)
+    found = cuda_contractions.tiles(call)
+    assert found == cuda_tiles.shortlist(problem, H100)
     assert {choice.number for choice in found} == {*OF_SIZE[2], *OF_SM90}
+    for choice in (None, *found):
+        cuda_contractions.run(ops, call, choice)
+        expected = choice or choose(problem, H100)
+        assert tried[-1] == (expected.number, expected.splits)
 
 
-@pytest.mark.parametrize(("number", "splits"), [(99, 1), (1, 0), (1, 1025)])
-def test_what_is_no_choice_is_refused(number: int, splits: int) -> None:
-    with pytest.raises(ValueError, match="expected a tile below 10 and 1 to 1024 parts"):
-        cuda_tiles.Choice(number, splits)
+@pytest.mark.parametrize("entry", [{"number": 99, "splits": 1}, {"number": 1, "splits": 0}, {"tile": 3}])
+def test_what_is_no_choice_is_refused(entry: dict[str, int]) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        cuda_tiles.Choice(**entry)

@@ -33,7 +33,7 @@ from tests.engine import test_autograd as test_chain
 from tests.helpers.tolerance import assert_as_accurate
 
 REASON = amx_library.why_not() or (backends.status()["cpu"] if backends.status()["cpu"] != "available" else None)
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.compiles, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 BF16 = torch.bfloat16
 
 

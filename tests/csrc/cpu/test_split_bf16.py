@@ -24,7 +24,7 @@ from tests.csrc.cpu.test_contractions import BLOCKS, K4, REFERENCE, Case, Kernel
 from tests.helpers.contractions import conv_call, run, why_not
 
 REASON = amx_library.why_not() or (backends.status()["cpu"] if backends.status()["cpu"] != "available" else None)
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.compiles, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 F32 = torch.float32
 UNIT, LEAST = 2.0**-24, 2.0**-126
 # Of each product: what the two terms leave of a float, and the product of the low terms (csrc/cpu/split_bf16.h).

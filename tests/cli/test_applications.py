@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from fastdcgan.cli import main
 from fastdcgan.dcgan import TrainConfig, Trainer, augmentation, checkpoint, judge, patches
 from fastdcgan.dcgan.classify import LinearSVM
+from tests.dcgan.conftest import TINY
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +34,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data=str(place / "images"),
         out=str(place / "run"),
         cache=str(place / "cache"),
-        image_size=28,
-        channels=1,
-        nz=8,
-        ngf=4,
-        ndf=4,
+        **TINY,
         batch_size=16,
         max_steps=4,
         checkpoint_every=2,
         holdout=4,
         ema=0.5,
-        samples=4,
-        device="cpu",
     )
     Trainer(config).run()
     return place
@@ -53,9 +48,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(place: Path, line: str, out: Path) -> list[str]:
     words = [str(place / word[1:]) if word.startswith("@") else word for word in line.split()]
     return [*words, "--device", "cpu", "--out", str(out)]
-
-
-# --- end to end ------------------------------------------------------------------------------------------------------
 
 
 def test_features_are_exported(place: Path, tmp_path: Path) -> None:
@@ -141,17 +133,6 @@ def test_augmentation(
     assert f"| {augmentation.PSEUDO} | " in capsys.readouterr().out
 
 
-def test_few_shot_generators_learn_their_images() -> None:
-    bright, dark = (np.full((6, 28, 28, 1), level, np.uint8) for level in (250, 5))
-    settings = augmentation.Settings(generated=8, gan_steps=30)
-    labels = np.repeat([3, 5], 6)
-    pixels, found = augmentation.per_class_samples(
-        np.concatenate([bright, dark]), labels, settings, 0, torch.device("cpu")
-    )
-    assert found.tolist() == [3] * 4 + [5] * 4
-    assert pixels[:4].mean() > pixels[4:].mean() + 8
-
-
 def test_evaluate_all(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,9 +161,6 @@ def test_style(how: str, size: tuple[int, int], place: Path, tmp_path: Path) -> 
     with Image.open(tmp_path / "out" / "sheet.png") as sheet:
         assert sheet.size == (3 * size[0] + 2 * 4, size[1])
         assert sheet.mode == "L"
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
