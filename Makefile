@@ -23,13 +23,10 @@ EXTENSIONS := $(VENV)/.extensions
 SOURCES := $(shell find csrc -type f)
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-# What compiles for minutes, beside all the rest on a second core: the CUDA build, kernels as plain programs.
-COMPILING := tests/csrc/cuda/test_build.py $(patsubst %,tests/csrc/cpu/test_%.py,amx halves sanitizers) \
-	$(patsubst %,tests/cuda_on_cpu/test_%.py,contractions conventions mutants shim warpgroups)
-# The tests of whatever backend, for backend("cuda") on CPU tensors
-CUDA_ON_CPU := tests/dispatch/test_primitives.py $(patsubst %,tests/engine/test_%.py,autograd double_backward running_stats saved_memory)
+# A process per core. A file's tests stay in one process, since they share what they build and train.
+WORKERS := -n $(shell nproc 2>/dev/null || echo 2) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test mutants lint bench gallery docs gpu-check clean
+.PHONY: help install demo test test-all mutants lint bench gallery docs gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -63,22 +60,14 @@ $(EXTENSIONS): $(DEPENDENCIES) setup.py $(SOURCES)
 demo: $(EXTENSIONS) ## train a DCGAN on MNIST, show samples and a table: fused versus vanilla PyTorch
 	$(BIN)/fastdcgan demo $(ARGS)
 
-test: $(EXTENSIONS) ## lint and the tests
-	mkdir -p build
-	$(PYTEST) $(COMPILING) $(ARGS) >build/test-compiling.log 2>&1 & beside=$$!; \
-	trap 'kill $$beside 2>/dev/null || true' EXIT; \
-	$(LINT) || exit 1; \
-	$(PYTEST) tests --ignore-glob "tests/kernels/test_*" $(COMPILING:%=--ignore %) $(ARGS) || failed=1; \
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_*.py $(ARGS) || failed=1; \
-	if command -v g++ >/dev/null; then \
-	  FASTDCGAN_TEST_CUDA_ON_CPU=1 $(PYTEST) $(CUDA_ON_CPU) -k "cuda- and not opcheck" $(ARGS) || failed=1; \
-	else \
-	  echo "no g++ here: the CUDA backend is not tested on CPU tensors"; \
-	fi; \
-	echo "Waiting for the tests that compile ..."; \
-	wait $$beside || failed=1; \
-	cat build/test-compiling.log; \
-	exit $${failed:-0}
+test: $(EXTENSIONS) ## lint and the tests that compile nothing, in a few minutes
+	$(LINT)
+	$(PYTEST) $(WORKERS) $(ARGS)
+
+test-all: $(EXTENSIONS) ## lint, all tests, and a dry run of gpu-check
+	$(LINT)
+	$(PYTEST) $(WORKERS) tests $(ARGS)
+	out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; $(MAKE) --no-print-directory gpu-check DRY=1 OUT="$$out"
 
 mutants: $(EXTENSIONS) ## change the CUDA kernels one place at a time: how many changes do the tests notice?
 	$(BIN)/python -m tests.cuda_on_cpu.mutants $(ARGS)

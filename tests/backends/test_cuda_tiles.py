@@ -13,11 +13,11 @@ from fastdcgan.backends import cuda_contractions, cuda_tiles, cuda_tma
 from fastdcgan.backends.cuda_tiles import (
     H100,
     OF_SIZE,
-    OF_WARPGROUPS,
+    OF_SM90,
     TILES,
     Device,
     Problem,
-    WarpgroupTile,
+    Sm90Tile,
     blocks,
     candidates,
     choose,
@@ -62,36 +62,36 @@ def test_parts_fill_a_gpu_where_tiles_are_few() -> None:
     assert choose(Problem(64, 64, 64, 1, 2), H100).splits == 1  # too short to be cut
 
 
-# --- warpgroups -------------------------------------------------------------------------------------------------------
+# --- sm_90a -----------------------------------------------------------------------------------------------------------
 
-BOXED = replace(LARGE, box_tiles=LARGE.m // 128)
-
-
-def test_tiles_of_warpgroups_are_for_their_devices_and_for_boxes() -> None:
-    ampere = replace(H100, warpgroups=False)
-    for problem, device in ((LARGE, H100), (BOXED, ampere), (replace(BOXED, itemsize=4), H100)):
-        assert not set(candidates(problem, device)) & set(OF_WARPGROUPS)
-        assert choose(problem, device).number not in OF_WARPGROUPS
-    assert set(candidates(BOXED, H100)) == {*OF_SIZE[2], *OF_WARPGROUPS}
-    assert choose(BOXED, H100).number in OF_WARPGROUPS
+TILED = replace(LARGE, tma_tiles=LARGE.m // 128)
 
 
-def test_tiles_of_warpgroups_fit_with_a_prologue_and_without() -> None:
-    for number in OF_WARPGROUPS:
+def test_sm90_tiles_are_for_their_devices_and_for_what_tma_can_copy() -> None:
+    ampere = replace(H100, sm90=False)
+    for problem, device in ((LARGE, H100), (TILED, ampere), (replace(TILED, itemsize=4), H100)):
+        assert not set(candidates(problem, device)) & set(OF_SM90)
+        assert choose(problem, device).number not in OF_SM90
+    assert set(candidates(TILED, H100)) == {*OF_SIZE[2], *OF_SM90}
+    assert choose(TILED, H100).number in OF_SM90
+
+
+def test_sm90_tiles_fit_with_a_prologue_and_without() -> None:
+    for number in OF_SM90:
         tile = TILES[number]
-        assert isinstance(tile, WarpgroupTile)
+        assert isinstance(tile, Sm90Tile)
         for prologue in (False, True):
-            room = resident(replace(BOXED, prologue=prologue), tile, H100)
+            room = resident(replace(TILED, prologue=prologue), tile, H100)
             stage = (tile.m * (1 + prologue) + tile.n) * tile.k * 2
             assert tile.ring_with(prologue) >= 2 * stage  # bn_backward's second tensor takes as much as the first
             assert room * (tile.ring_with(prologue) + 2048) <= H100.shared_in_all
 
 
-def test_boxes_cover_pixels() -> None:
-    assert cuda_tma.pixel_box(128, 32, 32) == (1, 4, 32)
-    assert cuda_tma.pixel_box(128, 4, 4) == (8, 4, 4)
-    assert cuda_tma.pixel_box(128, 1, 1) == (128, 1, 1)
-    assert cuda_tma.pixel_box(64, 3, 5) == (2, 4, 8)
+def test_tma_tiles_cover_pixels() -> None:
+    assert cuda_tma.pixel_tile(128, 32, 32) == (1, 4, 32)
+    assert cuda_tma.pixel_tile(128, 4, 4) == (8, 4, 4)
+    assert cuda_tma.pixel_tile(128, 1, 1) == (128, 1, 1)
+    assert cuda_tma.pixel_tile(64, 3, 5) == (2, 4, 8)
     assert cuda_tma.pixel_tiles(128, 4, 4) == 16 and cuda_tma.pixel_tiles(3, 5, 33) == 3 * 3
 
 
@@ -99,7 +99,7 @@ def test_boxes_cover_pixels() -> None:
     ("op", "size", "channels", "geometry", "act", "fits"),
     [
         ("conv", (8, 8), (64, 3), Geometry((4, 4), (2, 2), (1, 1)), "tanh", True),
-        ("conv", (8, 8), (72, 64), Geometry((4, 4), (2, 2), (1, 1)), None, False),  # a box would reach the next pixel
+        ("conv", (8, 8), (72, 64), Geometry((4, 4), (2, 2), (1, 1)), None, False),  # a tile would reach the next pixel
         ("conv", (8, 8), (72, 64), Geometry((4, 4), (2, 1), (1, 1)), None, True),
         ("conv", (9, 8), (64, 64), Geometry((4, 4), (2, 2), (1, 1)), None, False),
         ("conv", (9, 9), (12, 64), Geometry((3, 3)), None, False),
@@ -109,10 +109,10 @@ def test_boxes_cover_pixels() -> None:
         ("conv_transpose", (5, 3), (8, 12), Geometry((5, 5), (3, 3)), None, False),
         ("weight_grad", (8, 8), (72, 8), Geometry((4, 4), (2, 2), (1, 1)), None, True),
         ("weight_grad", (8, 8), (72, 8), Geometry((4, 4), (2, 2), (1, 1)), "elu", True),
-        ("weight_grad", (6, 6), (72, 8), Geometry((4, 4), (2, 2), (1, 1)), None, False),  # 3 pixels are no box
+        ("weight_grad", (6, 6), (72, 8), Geometry((4, 4), (2, 2), (1, 1)), None, False),  # 3 pixels are no tile
     ],
 )
-def test_what_boxes_can_be_cut_of(
+def test_what_tma_can_copy(
     op: str, size: tuple[int, int], channels: tuple[int, int], geometry: Geometry, act: str | None, fits: bool
 ) -> None:
     x = torch.zeros(2, channels[0], *size, dtype=torch.bfloat16)
@@ -144,10 +144,10 @@ def test_tuning_compares_the_shortlist_and_a_call_runs_with_the_tile_it_is_given
 
     x, weight = torch.zeros(4, 64, 8, 12, dtype=torch.bfloat16), torch.zeros(24, 64, 4, 4, dtype=torch.bfloat16)
     ops, call = SimpleNamespace(contract=contract), conv_call(Operand(x), weight, Geometry((4, 4), (2, 2), (1, 1)))
-    problem = Problem(4 * 4 * 6, 24, 64 * 16, 1, 2, box_tiles=cuda_tma.pixel_tiles(4, 4, 6))
+    problem = Problem(4 * 4 * 6, 24, 64 * 16, 1, 2, tma_tiles=cuda_tma.pixel_tiles(4, 4, 6))
     found = cuda_contractions.tiles(call)
     assert found == cuda_tiles.shortlist(problem, H100)
-    assert {choice.number for choice in found} == {*OF_SIZE[2], *OF_WARPGROUPS}
+    assert {choice.number for choice in found} == {*OF_SIZE[2], *OF_SM90}
     for choice in (None, *found):
         cuda_contractions.run(ops, call, choice)
         expected = choice or choose(problem, H100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 
 import pytest
@@ -151,13 +152,14 @@ def test_a_change_taken_back_is_noticed(change: str) -> None:
         assert torch.equal(found, expected), change
 
 
-def test_a_patched_class_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = fastdcgan.fuse(net()), image()
-    before = model(x)
-    with monkeypatch.context() as patch:
-        patch.setattr(nn.ReLU, "forward", lambda self, input: torch.full_like(input, 7.0))
-        assert (model(x) == 7).all()
-    assert not (model(x) == 7).any() and before.shape == model(x).shape
+def test_a_forward_given_to_a_class_is_noticed() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    model, x = fastdcgan.fuse(nn.Sequential(Own(3, 4, 3), nn.ReLU())).to(DEVICE), image()
+    model(x)
+    Own.forward = lambda self, input: torch.full_like(input, 7.0)  # type: ignore[method-assign, assignment]
+    assert (model(x) == 7).all()
 
 
 SETTINGS: dict[str, Callable[[], object]] = {
@@ -247,7 +249,7 @@ def without_extension(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_without_the_extension_modules_run_as_they_are_with_one_warning(without_extension: str, planned: list) -> None:
     plain, x = net(), image()
     model = fastdcgan.fuse(copy.deepcopy(plain))
-    with pytest.warns(UserWarning, match=f"blocks run as PyTorch's own modules: {without_extension}") as warned:
+    with pytest.warns(UserWarning, match=re.escape(without_extension)) as warned:
         found = [outcome(model, x) for _ in range(3)]
     assert len(warned) == 1
     assert not planned

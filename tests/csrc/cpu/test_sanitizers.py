@@ -13,7 +13,10 @@ from tests.csrc.cpu import amx_library
 from tests.cuda_on_cpu.host_programs import ROOT, compiled, compiler, run
 from tests.machine import contraction_sources
 
-pytestmark = pytest.mark.skipif(compiler() is None or platform.machine() != "x86_64", reason="it needs g++ on x86-64")
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(compiler() is None or platform.machine() != "x86_64", reason="it needs g++ on x86-64"),
+]
 
 HERE = Path(__file__).resolve().parent
 SANITIZED = ["-std=c++20", "-w", f"-I{ROOT / 'csrc'}", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

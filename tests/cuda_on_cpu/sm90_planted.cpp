@@ -1,7 +1,7 @@
-// Contractions on warpgroups, for copies of its source in which a bug is planted.
-#include "warpgroup_cases.h"
+// Contractions for sm_90a, for copies of its source in which a bug is planted.
+#include "sm90_cases.h"
 
-using Narrow = fastdcgan::cuda::WarpgroupShape<64, 2, 96 * 1024>;
+using Narrow = fastdcgan::cuda::Sm90Shape<64, 2, 96 * 1024>;
 
 int main(int argc, char** argv) {
   using namespace test;

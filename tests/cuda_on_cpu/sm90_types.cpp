@@ -1,7 +1,7 @@
-// The contractions on warpgroups, with the narrowest tile.
-#include "warpgroup_cases.h"
+// The contractions for sm_90a, with the narrowest tile.
+#include "sm90_cases.h"
 
-using Narrow = fastdcgan::cuda::WarpgroupShape<64, 2, 96 * 1024>;
+using Narrow = fastdcgan::cuda::Sm90Shape<64, 2, 96 * 1024>;
 
 int main(int argc, char** argv) {
   using namespace test;

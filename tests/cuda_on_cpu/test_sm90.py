@@ -8,12 +8,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.cuda_on_cpu import warpgroup_lines
+from tests.cuda_on_cpu import sm90_lines
 from tests.cuda_on_cpu.contraction_lines import EPILOGUES, LEAKY, PROLOGUES
 from tests.cuda_on_cpu.host_programs import MODES, needs_compiler
 from tests.cuda_on_cpu.planted import Bug, assert_caught
+from tests.cuda_on_cpu.sm90_lines import HALVED
 from tests.cuda_on_cpu.test_contractions import RACE, WRONG, check
-from tests.cuda_on_cpu.warpgroup_lines import HALVED
 
 pytestmark = needs_compiler
 
@@ -21,16 +21,16 @@ pytestmark = needs_compiler
 @pytest.mark.parametrize(
     "lines",
     [
-        warpgroup_lines.convs,
-        warpgroup_lines.conv_transposes,
-        warpgroup_lines.weight_grads,
-        warpgroup_lines.weight_grad_prologues,
-        warpgroup_lines.groups_and_parts,
-        warpgroup_lines.many_boxes,
+        sm90_lines.convs,
+        sm90_lines.conv_transposes,
+        sm90_lines.weight_grads,
+        sm90_lines.weight_grad_prologues,
+        sm90_lines.groups_and_parts,
+        sm90_lines.many_tma_tiles,
     ],
 )
 def test_lines(lines: Callable[[], list[str]]) -> None:
-    check("warpgroup_types", lines())
+    check("sm90_types", lines())
 
 
 @st.composite
@@ -67,21 +67,21 @@ def cases(draw: st.DrawFn) -> str:
 @given(case=cases())
 @settings(max_examples=25)
 def test_any_size(case: str) -> None:
-    check("warpgroup_types", [case])
+    check("sm90_types", [case])
 
 
-def test_what_has_no_boxes_is_refused() -> None:
-    check("warpgroup_types", warpgroup_lines.refused())
+def test_what_tma_cannot_copy_is_refused() -> None:
+    check("sm90_types", sm90_lines.refused())
 
 
-@pytest.mark.parametrize("case", warpgroup_lines.tiles())
+@pytest.mark.parametrize("case", sm90_lines.tiles())
 def test_the_tiles_of_gpus(case: str) -> None:
-    check("warpgroup_tiles", [case])
+    check("sm90_tiles", [case])
 
 
 @pytest.mark.parametrize("mode", sorted(set(MODES) - {"plain"}))
 def test_under_a_sanitizer(mode: str) -> None:
-    check("warpgroup_watched", warpgroup_lines.watched(), mode)
+    check("sm90_watched", sm90_lines.watched(), mode)
 
 
 # --- planted bugs ----------------------------------------------------------------------------------------------------
@@ -92,8 +92,8 @@ FULL = "gpu::mbarrier_wait(&shared.full[at.slot], at.parity);"
 EMPTY = "gpu::mbarrier_wait(&shared.empty[at.slot], at.parity ^ 1);"
 EXPECT = "gpu::mbarrier_arrive_expect(&shared.full[at.slot], bytes);"
 RELEASE = "if (i > 0 && lane == 0) gpu::mbarrier_arrive(&shared.empty[before]);"
-WAIT = "gpu::warpgroup_wait<0>();"
-STEP = "boxes.advance(step);\n            gpu::fence_async();"
+WAIT = "gpu::wgmma_wait<0>();"
+STEP = "loader.advance(step);\n            gpu::fence_async();"
 # name -> (case, what is there, what is put there, mode, what is said about it)
 CASES = {
     "no_wait_for_copies": (ACTIVATE, FULL, "", "plain", "deadlock"),
@@ -110,10 +110,10 @@ CASES = {
     "not_released": (
         NONE, RELEASE, RELEASE.replace("lane == 0", "lane == 0 && warpgroup == 0"), "plain", "deadlock",
     ),
-    "no_fence": (ACTIVATE, "gpu::warpgroup_fence();", "", "plain", "without wgmma.fence"),
+    "no_fence": (ACTIVATE, "gpu::wgmma_fence();", "", "plain", "without wgmma.fence"),
     "no_wait_for_the_products": (ACTIVATE, WAIT, "", "plain", "nobody waited for"),
-    "a_wait_too_few": (ACTIVATE, WAIT, "gpu::warpgroup_wait<1>();", "plain", "."),
-    "no_commit": (ACTIVATE, "gpu::warpgroup_commit();", "", "plain", "nobody waited for"),
+    "a_wait_too_few": (ACTIVATE, WAIT, "gpu::wgmma_wait<1>();", "plain", "."),
+    "no_commit": (ACTIVATE, "gpu::wgmma_commit();", "", "plain", "nobody waited for"),
     "no_fence_of_barriers": (NONE, "gpu::mbarrier_init_done();", "", "plain", "may not see yet"),
     "no_barrier_after_them": (NONE, "__syncthreads();", "", "plain", "not initialised"),
     "no_barrier_before_the_sums": (NONE, "Consumers<C>::sync();  // the sums", "", "thread", RACE),
@@ -123,7 +123,7 @@ CASES = {
     "a_prologue_of_padding": (ACTIVATE, "there && (h == 0 ? first_inside : second_inside)", "there", "plain", WRONG),
     "another_step_of_the_depth": (NONE, "k * C::kLeftStep", "k * 64", "plain", WRONG),
 }  # fmt: skip
-PLANTED = {name: Bug("warpgroup.cuh", *bug) for name, (_, *bug) in CASES.items()}
+PLANTED = {name: Bug("sm90_contraction.cuh", *bug) for name, (_, *bug) in CASES.items()}
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -132,4 +132,4 @@ def test_planted_bugs_are_caught(name: str) -> None:
     case = f"op=conv type=bf16 n=2 ci=64 co=40 {HALVED} {words} {LEAKY}"
     if words == WEIGHT_GRAD:
         case = f"{words} type=bf16 n=6 groups=3 ci=8 co=8 h=8 w=8 kh=3 kw=3 ph=1 pw=1 {LEAKY}"
-    assert_caught("warpgroup_planted", PLANTED, name, case)
+    assert_caught("sm90_planted", PLANTED, name, case)

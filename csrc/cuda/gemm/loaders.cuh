@@ -39,7 +39,7 @@ struct Problem {
   Axis rows, columns;
   Operand<T> gathered;  // [groups*batch, rows.size, columns.size, C]
   Operand<T> other;     // the weight [Co, taps, C] of conv or [C, taps, Co] of conv_transpose, or the linear operand
-  Finish<T> finish;     // [groups*batch, rows.pixels, columns.pixels, Co]; weight_grad: [Cl, taps, C]
+  Epilogue<T> epilogue;     // [groups*batch, rows.pixels, columns.pixels, Co]; weight_grad: [Cl, taps, C]
   Divider per_image, per_row;  // weight_grad: pixels of an image, and of a row of it
   int groups = 1, batch = 0;   // statistics groups, and images of each
   int tiles_m = 0, tiles_n = 0;  // weight_grad: of the channels; else tiles of a group's pixels, and of the channels
@@ -226,7 +226,7 @@ class PixelLoader : public PixelSteps<C> {
     const Operand<T>& w = p_.other;
     constexpr bool kInputs = C::Right::kDepthRows;
     const int tap = this->tap(step);
-    const int lines = kInputs ? a.channels : p_.finish.channels, length = kInputs ? p_.finish.channels : a.channels;
+    const int lines = kInputs ? a.channels : p_.epilogue.channels, length = kInputs ? p_.epilogue.channels : a.channels;
     const int first = kInputs ? step.channel : block_.first_channel;
     const int at = (kInputs ? block_.first_channel : step.channel) + right_column();
 #pragma unroll

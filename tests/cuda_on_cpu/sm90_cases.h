@@ -1,4 +1,4 @@
-// contraction_cases.h with tiles of warpgroups.
+// contraction_cases.h with tiles for sm_90a.
 #pragma once
 
 #include <algorithm>
@@ -11,17 +11,17 @@
 namespace test {
 
 template <Op op, class T, class Math, int kN, int kBlocks, int kRing>
-struct Runner<op, T, Math, cuda::WarpgroupShape<kN, kBlocks, kRing>> {
-  using Shape = cuda::WarpgroupShape<kN, kBlocks, kRing>;
-  static int64_t slots(const Problem<T>& p) { return cuda::box_slots<op>(p); }
+struct Runner<op, T, Math, cuda::Sm90Shape<kN, kBlocks, kRing>> {
+  using Shape = cuda::Sm90Shape<kN, kBlocks, kRing>;
+  static int64_t slots(const Problem<T>& p) { return cuda::sm90_slots<op>(p); }
   static void run(const Problem<T>& p, float* workspace) {
     if (p.gathered.prologue != Prologue::none || p.other.prologue != Prologue::none)
-      return cuda::run_warpgroups<cuda::WarpgroupContraction<op, T, Shape, true>>(p, workspace, nullptr);
-    cuda::run_warpgroups<cuda::WarpgroupContraction<op, T, Shape, false>>(p, workspace, nullptr);
+      return cuda::run_sm90<cuda::Sm90Contraction<op, T, Shape, true>>(p, workspace, nullptr);
+    cuda::run_sm90<cuda::Sm90Contraction<op, T, Shape, false>>(p, workspace, nullptr);
   }
 };
 
-// Runs a case of one of `ops` that has no boxes: the word `refused` says why not, with _ for spaces.
+// Runs a case of one of `ops` that has no TMA tiles: the word `refused` says why not, with _ for spaces.
 template <class Math, class Shape, Op... ops>
 bool run_refused_case(const Case& c) {
   const Op op = static_cast<Op>(c.one_of("op", {"conv", "conv_transpose", "weight_grad"}));

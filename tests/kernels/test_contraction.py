@@ -1,12 +1,8 @@
-"""`conv`, `conv_transpose` and `weight_grad` in Triton, each with its prologues and epilogues, against float64.
-
-They run in Triton's interpreter (TRITON_INTERPRET=1), or on a GPU where FASTDCGAN_TEST_DEVICE names one.
-"""
+"""`conv`, `conv_transpose` and `weight_grad` in Triton, each with its prologues and epilogues, against float64."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -15,28 +11,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.geometry import Geometry, Pair
+from fastdcgan.kernels.conv import conv
+from fastdcgan.kernels.conv_transpose import conv_transpose
+from fastdcgan.kernels.tiles import TileConfig
+from fastdcgan.kernels.weight_grad import weight_grad
+from fastdcgan.spec import STORE, Call, Epilogue, Operand
 from tests.helpers.tolerance import assert_as_accurate
+from tests.kernels.calls import REFERENCE, reference, wide
 from tests.machine import DEVICE
 
-triton = pytest.importorskip("triton")
-if not (triton.knobs.runtime.interpret or DEVICE.type == "cuda"):
-    pytest.skip("needs TRITON_INTERPRET=1 or a GPU", allow_module_level=True)
-
-from triton.runtime import interpreter  # noqa: E402
-
-from fastdcgan.activations import ACTIVATIONS  # noqa: E402
-from fastdcgan.backends.reference import ReferenceBackend  # noqa: E402
-from fastdcgan.geometry import Geometry, Pair  # noqa: E402
-from fastdcgan.kernels.conv import conv  # noqa: E402
-from fastdcgan.kernels.conv_transpose import conv_transpose  # noqa: E402
-from fastdcgan.kernels.tiles import TileConfig  # noqa: E402
-from fastdcgan.kernels.weight_grad import weight_grad  # noqa: E402
-from fastdcgan.spec import STORE, Epilogue, Operand  # noqa: E402
-
-REFERENCE = ReferenceBackend()
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan", "no_overflow_checks")
 PROLOGUES = ("none", "activate", "bn_backward")
 EPILOGUES = ("none", "bias", "activate", "stats", "grad_stats")
-GATHERS = ("conv", "conv_transpose")
+TO_IMAGES = ("conv", "conv_transpose")
 # name -> kernel, stride, padding, output_padding
 GEOMETRIES = {
     "k4s2p1": (4, 2, 1, 0),
@@ -51,26 +40,6 @@ GEOMETRIES = {
 DESCRIPTORS = TileConfig(32, 16, 32)
 POINTERS = TileConfig(32, 16, 32, descriptors=False)
 TILES = {"descriptors": DESCRIPTORS, "pointers": POINTERS}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_memory_is_nan() -> Iterator[None]:
-    """An output that is not wholly written keeps NaNs."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_overflow_checks() -> Iterator[None]:
-    """The interpreter checks every integer operation for overflow, which takes most of its time."""
-    builder = interpreter.interpreter_builder
-    before, builder.options = builder.options, interpreter.InterpreterOptions(sanitize_overflow=False)
-    yield
-    builder.options = before
 
 
 # --- a contraction and its arguments ---------------------------------------------------------------------------------
@@ -132,33 +101,25 @@ class Case:
         w = torch.randn(*shape, *self.geometry.kernel) * 0.2
         return w.to(DEVICE, self.dtype).contiguous(memory_format=torch.channels_last)
 
-    def run(self, a: Operand, weight: Tensor, e: Epilogue, tile: TileConfig | None) -> tuple[Tensor, Tensor]:
-        if self.op == "conv":
-            return conv(a, weight, self.geometry, e, tile)
-        return conv_transpose(a, weight, self.geometry, self.out_size, e, tile)
+    def call(self, a: Operand, b: Tensor | Operand, epilogue: Epilogue = STORE) -> Call:
+        size = self.geometry.kernel if self.op == "weight_grad" else self.out_size
+        return Call(self.op, a, b, self.geometry, size, epilogue)
 
-    def reference(self, a: Operand, weight: Tensor, e: Epilogue) -> tuple[Tensor, Tensor]:
-        if self.op == "conv":
-            return REFERENCE.conv(a, weight, self.geometry, e)
-        return REFERENCE.conv_transpose(a, weight, self.geometry, self.out_size, e)
+
+RUN = {"conv": conv, "conv_transpose": conv_transpose, "weight_grad": weight_grad}
 
 
 def vectors(rows: int, groups: int, channels: int) -> Tensor:
     return (torch.rand(rows, groups, channels) + 0.3).to(DEVICE)
 
 
-def wide(x: Operand | Epilogue) -> Operand | Epilogue:
-    """The same in float64."""
-    return type(x)(*(v.double() if isinstance(v, Tensor) else v for v in x))
-
-
-def check_gather(case: Case, prologue: str, kind: str, act: str, tile: TileConfig | None, rows: int = 4) -> None:
+def check_output(case: Case, prologue: str, kind: str, act: str, tile: TileConfig | None, rows: int = 4) -> None:
     torch.manual_seed(0)  # the same numbers where hypothesis calls again
     a = case.operand(prologue, case.channels[0], case.size, act, rows)
     e, weight = case.epilogue(kind, act, rows), case.weight()
-    truth = case.reference(wide(a), weight.double(), wide(e))
-    vanilla = case.reference(a, weight, e)
-    found = case.run(a, weight, e, tile)
+    call = case.call(a, weight, e)
+    truth, vanilla = reference(wide(call)), reference(call)
+    found = RUN[case.op](call, tile)
     assert_as_accurate(found[0], vanilla[0], truth[0], f"output of {case}", reduction=case.terms)
     assert found[1].shape == truth[1].shape
     if found[1].numel():
@@ -167,17 +128,17 @@ def check_gather(case: Case, prologue: str, kind: str, act: str, tile: TileConfi
         of_sums = size * math.sqrt(truth[0][:, 0].numel() / case.groups)
         scales = (size, size**2, size**2) if kind == "stats" else (of_sums, of_sums)
         for got, usual, true, scale in zip(found[1], vanilla[1], truth[1], scales, strict=False):
-            assert_as_accurate(got, usual, true, f"{kind} of {case}", reduction=case.terms, scale=scale)
+            what, terms = f"{kind} of {case}", None if case.dtype == torch.float32 else case.dtype
+            assert_as_accurate(got, usual, true, what, reduction=case.terms, scale=scale, terms=terms)
 
 
 def check_weight_grad(case: Case, prologues: tuple[str, str], act: str, tile: TileConfig | None) -> None:
     torch.manual_seed(0)
     gathered = case.operand(prologues[0], case.channels[0], case.size, act)
     linear = case.operand(prologues[1], case.channels[1], case.out_size, act)
-    truth = REFERENCE.weight_grad(wide(gathered), wide(linear), case.geometry)
-    vanilla = REFERENCE.weight_grad(gathered, linear, case.geometry)
-    found = weight_grad(gathered, linear, case.geometry, tile)
-    assert_as_accurate(found, vanilla, truth, f"{case}", reduction=case.terms)
+    call = case.call(gathered, linear)
+    found = weight_grad(call, tile)
+    assert_as_accurate(found, reference(call), reference(wide(call)), f"{case}", reduction=case.terms)
 
 
 def geometry_of(name: str) -> tuple[Geometry, Pair]:
@@ -191,28 +152,28 @@ def geometry_of(name: str) -> tuple[Geometry, Pair]:
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("kind", EPILOGUES)
 @pytest.mark.parametrize("prologue", PROLOGUES)
-@pytest.mark.parametrize("op", GATHERS)
+@pytest.mark.parametrize("op", TO_IMAGES)
 def test_prologue_and_epilogue(op: str, prologue: str, kind: str, tile: str) -> None:
     dtype = torch.float16 if prologue == "activate" else torch.float32
     case = Case(op, Geometry((4, 4), (2, 2), (1, 1)), (4, 6) if op == "conv" else (2, 3), dtype=dtype)
-    check_gather(case, prologue, kind, "leaky_relu", TILES[tile])
+    check_output(case, prologue, kind, "leaky_relu", TILES[tile])
 
 
 @pytest.mark.parametrize("kind", EPILOGUES)
-@pytest.mark.parametrize("op", GATHERS)
+@pytest.mark.parametrize("op", TO_IMAGES)
 def test_a_sum_in_parts(op: str, kind: str) -> None:
     case = Case(op, Geometry((4, 4), (2, 2), (1, 1)), (4, 6) if op == "conv" else (2, 3))
     for descriptors in (True, False):
-        check_gather(case, "activate", kind, "relu", TileConfig(32, 16, 16, splits=3, descriptors=descriptors))
+        check_output(case, "activate", kind, "relu", TileConfig(32, 16, 16, splits=3, descriptors=descriptors))
 
 
 @pytest.mark.parametrize("kind", EPILOGUES)
-@pytest.mark.parametrize("op", GATHERS)
+@pytest.mark.parametrize("op", TO_IMAGES)
 def test_a_kernel_as_large_as_its_image(op: str, kind: str) -> None:
     case = Case(op, Geometry((4, 3)), (4, 3) if op == "conv" else (1, 1), channels=(16, 24))
     assert case.out_size == ((1, 1) if op == "conv" else (4, 3))
     for prologue in PROLOGUES:
-        check_gather(case, prologue, kind, "relu", TileConfig(32, 32, 32))
+        check_output(case, prologue, kind, "relu", TileConfig(32, 32, 32))
 
 
 def test_weight_grad_of_a_kernel_as_large_as_its_image() -> None:
@@ -230,7 +191,7 @@ def test_weight_grad_prologues(of_gathered: str, of_linear: str, tile: str) -> N
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("name", GEOMETRIES)
-@pytest.mark.parametrize("op", [*GATHERS, "weight_grad"])
+@pytest.mark.parametrize("op", [*TO_IMAGES, "weight_grad"])
 def test_geometry(op: str, name: str, tile: str) -> None:
     geometry, extra = geometry_of(name)
     size = (1, 2) if op == "conv_transpose" and name == "k4s1p0" else (4, 6)
@@ -238,14 +199,14 @@ def test_geometry(op: str, name: str, tile: str) -> None:
     if op == "weight_grad":
         check_weight_grad(case, ("activate", "none"), "tanh", TILES[tile])
     else:
-        check_gather(case, "activate", "stats", "tanh", TILES[tile])
+        check_output(case, "activate", "stats", "tanh", TILES[tile])
 
 
 @pytest.mark.parametrize("act", sorted(ACTIVATIONS))
 def test_activation(act: str) -> None:
     case = Case("conv", Geometry((1, 1)), (3, 3), channels=(16, 16))
     for prologue, kind, rows in (("activate", "activate", 4), ("bn_backward", "grad_stats", 2)):
-        check_gather(case, prologue, kind, act, POINTERS, rows)
+        check_output(case, prologue, kind, act, POINTERS, rows)
 
 
 # --- any size --------------------------------------------------------------------------------------------------------
@@ -301,10 +262,10 @@ def few_steps(case: Case, tile: TileConfig) -> bool:
 
 
 @settings(max_examples=40)
-@given(cases(GATHERS), st.sampled_from(PROLOGUES), st.sampled_from(EPILOGUES), tiles())
-def test_gather_of_any_size(case: Case, prologue: str, kind: str, tile: TileConfig) -> None:
+@given(cases(TO_IMAGES), st.sampled_from(PROLOGUES), st.sampled_from(EPILOGUES), tiles())
+def test_output_of_any_size(case: Case, prologue: str, kind: str, tile: TileConfig) -> None:
     assume(few_steps(case, tile))
-    check_gather(case, prologue, kind, "silu", tile)
+    check_output(case, prologue, kind, "silu", tile)
 
 
 @settings(max_examples=20)
@@ -322,8 +283,9 @@ def test_padding_is_zero_and_not_the_activation_of_zero(tile: str) -> None:
     case = Case("conv", Geometry((3, 3), (1, 1), (1, 1)), (3, 3), channels=(16, 16))
     a, weight = case.operand("activate", 16, (3, 3), "sigmoid"), case.weight()
     assert a.coef is not None
-    found, _ = case.run(a, weight, STORE, TILES[tile])
-    truth, _ = case.reference(wide(a), weight.double(), STORE)
+    call = case.call(a, weight)
+    found, _ = conv(call, TILES[tile])
+    truth, _ = reference(wide(call))
     inner = REFERENCE.norm_act(wide(a))
     border = torch.sigmoid(a.coef[1].double()).repeat_interleave(case.images, 0)[:, :, None, None].expand(-1, -1, 5, 5)
     wrong = border.clone()
@@ -334,13 +296,13 @@ def test_padding_is_zero_and_not_the_activation_of_zero(tile: str) -> None:
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("op", [*GATHERS, "weight_grad"])
+@pytest.mark.parametrize("op", [*TO_IMAGES, "weight_grad"])
 def test_twice_the_same_bits(op: str, tile: str) -> None:
     case = Case(op, Geometry((3, 3), (2, 2), (1, 1)), (5, 5))
     if op == "weight_grad":
         a, b = case.operand("activate", 24, case.size, "relu"), case.operand("bn_backward", 40, case.out_size, "relu")
         config = TileConfig(16, 16, 16, splits=3, descriptors=tile == "descriptors")
-        first, second = (weight_grad(a, b, case.geometry, config) for _ in range(2))
+        first, second = (weight_grad(case.call(a, b), config) for _ in range(2))
         assert torch.equal(first, second)
         return
     a, weight, e = (
@@ -348,20 +310,22 @@ def test_twice_the_same_bits(op: str, tile: str) -> None:
         case.weight(),
         case.epilogue("grad_stats", "relu"),
     )
-    for first, second in zip(case.run(a, weight, e, TILES[tile]), case.run(a, weight, e, TILES[tile]), strict=True):
+    results = [RUN[op](case.call(a, weight, e), TILES[tile]) for _ in range(2)]
+    for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("op", GATHERS)
+@pytest.mark.parametrize("op", TO_IMAGES)
 def test_what_is_not_finite_stays_where_it_belongs(op: str, tile: str) -> None:
     """Tiles overhang into neighbouring pixels, images and groups: what lies there must not come in."""
     case = Case(op, Geometry((1, 1), (2, 2)), (4, 4), images=3, channels=(24, 24))
     a, weight = case.operand("none", 24, (4, 4), "relu"), case.weight()
     a.x[1, :, 2, 1] = torch.nan  # which a conv skips
     a.x[4, 3, 0, 0] = torch.inf
-    found, _ = case.run(a, weight, STORE, TILES[tile])
-    truth, _ = case.reference(wide(a), weight.double(), STORE)
+    call = case.call(a, weight)
+    found, _ = RUN[op](call, TILES[tile])
+    truth, _ = reference(wide(call))
     assert torch.equal(found.isnan(), truth.isnan())
     assert torch.equal(found.isinf(), truth.isinf())
 
@@ -371,38 +335,37 @@ def test_weight_grad_keeps_what_is_not_finite_to_the_taps_that_reach_it(tile: st
     case = Case("weight_grad", Geometry((3, 3)), (8, 8), channels=(16, 16))
     gathered, linear = case.operand("none", 16, (8, 8), "relu"), case.operand("none", 16, (6, 6), "relu")
     gathered.x[1, 3, 4, 7] = torch.nan
-    found = weight_grad(gathered, linear, case.geometry, TileConfig(16, 16, 64, descriptors=tile == "descriptors"))
-    truth = REFERENCE.weight_grad(wide(gathered), wide(linear), case.geometry)
+    call = case.call(gathered, linear)
+    found = weight_grad(call, TileConfig(16, 16, 64, descriptors=tile == "descriptors"))
+    truth = reference(wide(call))
     assert torch.equal(found.isnan(), truth.isnan())
     assert truth[:, 3, :, 2].isnan().all()
     assert int(truth.isnan().sum()) == 16 * 3
 
 
-@pytest.mark.parametrize("op", [*GATHERS, "weight_grad"])
+@pytest.mark.parametrize("op", [*TO_IMAGES, "weight_grad"])
 def test_bfloat16_with_the_tile_that_is_chosen(op: str) -> None:
     """Within the rounding of operands and result; the interpreter truncates where a GPU rounds to nearest."""
     case = Case(op, Geometry((4, 4), (2, 2), (1, 1)), (4, 4), channels=(16, 32), dtype=torch.bfloat16)
     if op == "weight_grad":
-        gathered, linear = (
-            case.operand("bn_backward", 16, case.size, "relu"),
-            case.operand("none", 32, case.out_size, ""),
+        call = case.call(
+            case.operand("bn_backward", 16, case.size, "relu"), case.operand("none", 32, case.out_size, "")
         )
-        found = weight_grad(gathered, linear, case.geometry)
-        truth = REFERENCE.weight_grad(wide(gathered), wide(linear), case.geometry)
+        found, truth = weight_grad(call), reference(wide(call))
     else:
-        a, weight = case.operand("activate", 16, case.size, "relu"), case.weight()
-        found, truth = case.run(a, weight, STORE, None)[0], case.reference(wide(a), weight.double(), STORE)[0]
+        call = case.call(case.operand("activate", 16, case.size, "relu"), case.weight())
+        found, truth = RUN[op](call)[0], reference(wide(call))[0]
     assert found.dtype == torch.bfloat16
     assert (found.double() - truth).norm() < 2 * torch.finfo(torch.bfloat16).eps * truth.norm()
 
 
-@pytest.mark.parametrize("op", GATHERS)
+@pytest.mark.parametrize("op", TO_IMAGES)
 def test_memory_format_is_pytorchs(op: str) -> None:
     case = Case(op, Geometry((3, 3), (1, 1), (1, 1)), (3, 4), channels=(16, 16))
     nhwc, weight = case.operand("none", 16, (3, 4), "relu"), case.weight()
     nchw = Operand(nhwc.x.contiguous())
-    expected, _ = case.reference(wide(nhwc), weight.double(), STORE)
+    expected, _ = reference(wide(case.call(nhwc, weight)))
     for a, w in ((nhwc, weight), (nchw, weight.contiguous())):
-        found, _ = case.run(a, w, STORE, POINTERS)
+        found, _ = RUN[op](case.call(a, w), POINTERS)
         assert torch.allclose(found.double(), expected, atol=1e-4)
         assert found.is_contiguous(memory_format=torch.channels_last if a is nhwc else torch.contiguous_format)

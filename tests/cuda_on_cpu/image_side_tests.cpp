@@ -15,7 +15,7 @@ enum class Prologue { none, activate, gradient, bn_backward };
 
 struct Case {
   int batch, narrow, wide, height, width;  // of the image on the narrow side
-  NarrowGeometry g;
+  ImageSideGeometry g;
   Prologue prologue = Prologue::none;  // of the wide operand; the narrow one has the next
   bool image_last = true;              // channels of the narrow tensors lie together
   size_t offset = 0;                   // 1 keeps the wide tensor from being read in vectors
@@ -44,12 +44,19 @@ struct Tensor {
   size_t offset;
   Buffer<T> x, y;
   Buffer<float> coef;
-  Source<T> source{};
+  ImageSideOperand<T> operand{};
 
   // `infinite`: the pixel of image 0 whose channel 0 is, or none.
-  Tensor(const char* name, int n, int c, int h, int w, bool last_, size_t off, Prologue prologue, int groups_, unsigned seed,
-         std::optional<std::pair<int, int>> infinite = std::nullopt)
-      : batch(n), channels(c), height(h), width(w), groups(groups_), last(last_), offset(off),
+  Tensor(
+      const char* name, int n, int c, int h, int w, bool last_, size_t off, Prologue prologue, int groups_,
+      unsigned seed, std::optional<std::pair<int, int>> infinite = std::nullopt)
+      : batch(n),
+        channels(c),
+        height(h),
+        width(w),
+        groups(groups_),
+        last(last_),
+        offset(off),
         x(name, size_t(n) * c * h * w + off, test::Flush::end, test::alignment<T>(off)),
         y("y", has_y(prologue) ? x.size() : 0, test::Flush::end, test::alignment<T>(off)),
         coef("coef", prologue == Prologue::none ? 0 : size_t(rows(prologue)) * groups_ * c) {
@@ -59,7 +66,7 @@ struct Tensor {
     if (infinite)
       x[off + (infinite->first * w + infinite->second) * (last ? c : 1)] = gpu::from_float<T>(HUGE_VALF);
     x.read_only();
-    source = {x.data() + off, has_y(prologue) ? y.data() + off : nullptr, coef.size() ? coef.data() : nullptr,
+    operand = {x.data() + off, has_y(prologue) ? y.data() + off : nullptr, coef.size() ? coef.data() : nullptr,
               int64_t{c} * h * w, last ? int64_t{w} * c : w, last ? c : 1, last ? 1 : int64_t{h} * w, n, c, h, w,
               rows(prologue), groups, static_cast<int>(ActId::leaky_relu), 0.2f,
               last && c % gpu::kVec<T> == 0 && gpu::aligned(x.data() + off) && gpu::aligned(coef.data())};
@@ -69,13 +76,13 @@ struct Tensor {
 
   double operator()(int n, int c, int i, int j) const {
     if (i < 0 || i >= height || j < 0 || j >= width) return 0;
-    const size_t at = offset + n * source.step_n + c * source.step_c + i * source.step_h + j * source.step_w;
+    const size_t at = offset + n * operand.step_n + c * operand.step_c + i * operand.step_h + j * operand.step_w;
     const double value = gpu::to_float(x[at]), other = y.size() ? gpu::to_float(y[at]) : 0;
     if (!coef.size()) return value;
     const size_t row = size_t(groups) * channels, k = size_t(n / (batch / groups)) * channels + c;
     const double z = coef[k] * (y.size() ? other : value) + coef[row + k], slope = z > 0 ? 1 : double(0.2f);
     if (!y.size()) return rounded(slope * z);
-    return rounded(coef[k] * slope * value + (source.rows == 4 ? coef[2 * row + k] * other + coef[3 * row + k] : 0));
+    return rounded(coef[k] * slope * value + (operand.rows == 4 ? coef[2 * row + k] * other + coef[3 * row + k] : 0));
   }
   // As tensor cores take it.
   static double rounded(double value) {
@@ -102,8 +109,8 @@ struct Epilogues {
   Epilogues(int c, int g) : channels(c), groups(g), bias("bias", c), coef("e_coef", size_t(2) * g * c) {
     test::fill(bias, 11), test::fill(coef, 12);
   }
-  NarrowEpilogue operator[](int kind) {
-    return {static_cast<NarrowEpilogue::Kind>(kind), kind == 0 ? nullptr : kind == 1 ? bias.data() : coef.data(),
+  ImageSideEpilogue operator[](int kind) {
+    return {static_cast<ImageSideEpilogue::Kind>(kind), kind == 0 ? nullptr : kind == 1 ? bias.data() : coef.data(),
             kind == 2 ? groups : 1, static_cast<int>(ActId::tanh), 0.f};
   }
   double apply(int kind, double sum, int group, int c) const {
@@ -119,8 +126,12 @@ struct WeightValues {
   const Case& c;
   Buffer<T> w;
 
-  explicit WeightValues(const Case& c_) : c(c_), w("weight", size_t(c_.wide) * c_.narrow * c_.g.taps()) { test::fill(w, 5, 0, 0.3f); }
-  Weights<T> kernel() { return {w.data(), int64_t{c.g.taps()} * c.narrow, 1, int64_t{c.g.kernel_x} * c.narrow, c.narrow}; }
+  explicit WeightValues(const Case& c_) : c(c_), w("weight", size_t(c_.wide) * c_.narrow * c_.g.taps()) {
+    test::fill(w, 5, 0, 0.3f);
+  }
+  Weights<T> kernel() {
+    return {w.data(), int64_t{c.g.taps()} * c.narrow, 1, int64_t{c.g.kernel_x} * c.narrow, c.narrow};
+  }
   double operator()(int a, int b, int ky, int kx) const {
     return gpu::to_float(w[(size_t(a) * c.g.taps() + ky * c.g.kernel_x + kx) * c.narrow + b]);
   }
@@ -138,15 +149,17 @@ std::string conv(const Case& c) {
   std::string bytes;
   for (const int kind : {0, 1, 2}) {
     Buffer<T> out("out", size_t(c.batch) * h * w * c.wide + c.offset);
-    launch_narrow_conv(x.source, weight.kernel(), c.g, epilogues[kind], out.data() + c.offset, h, w, c.wide, vectors, nullptr);
+    launch_image_side_conv(
+        x.operand, weight.kernel(), c.g, epilogues[kind], out.data() + c.offset, h, w, c.wide, vectors, nullptr);
     for (size_t i = 0; i < out.size() - c.offset; ++i) {
       const int o = i % c.wide, ox = i / c.wide % w, oy = i / c.wide / w % h, n = i / c.wide / w / h;
       double sum = 0, size = 0;
       for (int ky = 0; ky < c.g.kernel_y; ++ky)
         for (int kx = 0; kx < c.g.kernel_x; ++kx)
           for (int ci = 0; ci < c.narrow; ++ci) {
-            const double term = x(n, ci, oy * c.g.stride_y - c.g.padding_y + ky, ox * c.g.stride_x - c.g.padding_x + kx) *
-                                weight(o, ci, ky, kx);
+            const double term =
+                x(n, ci, oy * c.g.stride_y - c.g.padding_y + ky, ox * c.g.stride_x - c.g.padding_x + kx) *
+                weight(o, ci, ky, kx);
             sum += term, size += std::abs(term);
           }
       close("out", i, out[c.offset + i], epilogues.apply(kind, sum, n / (c.batch / c.groups), o), size, x.error());
@@ -187,8 +200,9 @@ std::string transpose(const Case& c) {
     const int64_t last[4] = {int64_t(image), int64_t{c.width} * c.narrow, c.narrow, 1};
     const int64_t planes[4] = {int64_t(image), c.width, 1, int64_t{c.height} * c.width};
     const auto launch = [&](auto co) {
-      launch_narrow_transpose<T, decltype(co)::value>(x.source, weight.kernel(), c.g, epilogues[kind], out.data(), c.height,
-                                                      c.width, c.image_last ? last : planes, nullptr);
+      launch_image_side_transpose<T, decltype(co)::value>(
+          x.operand, weight.kernel(), c.g, epilogues[kind], out.data(), c.height, c.width, c.image_last ? last : planes,
+          nullptr);
     };
     if (c.narrow == 1) launch(std::integral_constant<int, 1>{});
     if (c.narrow == 2) launch(std::integral_constant<int, 2>{});
@@ -218,7 +232,7 @@ std::string weight_grad(const Case& c) {
     partials = std::make_unique<Buffer<float>>("partials", count);
     return partials->data();
   };
-  narrow_weight_grad_pass(x.source, linear.source, c.g, allocate, dw.data(), steps, nullptr);
+  image_side_weight_grad_pass(x.operand, linear.operand, c.g, allocate, dw.data(), steps, nullptr);
   std::vector<double> sum(dw.size()), size(dw.size());
   for (int n = 0; n < c.batch; ++n)
     for (int iy = 0; iy < h; ++iy)
@@ -226,7 +240,8 @@ std::string weight_grad(const Case& c) {
         for (int ci = 0; ci < c.narrow; ++ci)
           for (int ky = 0; ky < c.g.kernel_y; ++ky)
             for (int kx = 0; kx < c.g.kernel_x; ++kx) {
-              const double value = x(n, ci, iy * c.g.stride_y - c.g.padding_y + ky, ix * c.g.stride_x - c.g.padding_x + kx);
+              const double value =
+                  x(n, ci, iy * c.g.stride_y - c.g.padding_y + ky, ix * c.g.stride_x - c.g.padding_x + kx);
               for (int a = 0; a < c.wide; ++a) {
                 const size_t at = a * steps[0] + ci * steps[1] + ky * steps[2] + kx;
                 const double term = value * linear(n, a, iy, ix);

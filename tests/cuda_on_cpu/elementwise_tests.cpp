@@ -1,4 +1,4 @@
-// The streaming kernels against float64: layouts, ragged sizes, groups, addresses that allow no vectors.
+// Elementwise passes and reductions against float64: layouts, ragged sizes, groups, addresses that allow no vectors.
 #include <memory>
 #include <type_traits>
 
@@ -18,7 +18,8 @@ struct Values {
   Buffer<T> all;
   size_t offset;
 
-  Values(const char* name, int64_t count, size_t off) : all(name, count + off, test::Flush::end, test::alignment<T>(off)), offset(off) {}
+  Values(const char* name, int64_t count, size_t off)
+      : all(name, count + off, test::Flush::end, test::alignment<T>(off)), offset(off) {}
   T* data() { return all.data() + offset; }
   double operator[](size_t i) const { return gpu::to_float(all[offset + i]); }
 };
@@ -29,8 +30,8 @@ struct Case {
   int multiprocessors;
 
   std::string name() const {
-    return std::to_string(shape.groups) + "x" + std::to_string(shape.batch) + "x" + std::to_string(shape.channels) + "x" +
-           std::to_string(shape.pixels) + (shape.channels_last ? " channels_last" : " contiguous") +
+    return std::to_string(shape.groups) + "x" + std::to_string(shape.batch) + "x" + std::to_string(shape.channels) +
+           "x" + std::to_string(shape.pixels) + (shape.channels_last ? " channels_last" : " contiguous") +
            (offset ? " misaligned" : "");
   }
   // The channel vector's element of element `i`.
@@ -133,7 +134,8 @@ std::string statistics(const Case& c) {
   test::fill(y.all, 1, 100, 0.5f);  // a mean of 200 deviations
   std::vector<double> mean(c.vectors()), m2(c.vectors());
   for (size_t i = 0; i < size_t(c.shape.size()); ++i) mean[c.vector_index(i)] += y[i] / c.count();
-  for (size_t i = 0; i < size_t(c.shape.size()); ++i) m2[c.vector_index(i)] += std::pow(y[i] - mean[c.vector_index(i)], 2);
+  for (size_t i = 0; i < size_t(c.shape.size()); ++i)
+    m2[c.vector_index(i)] += std::pow(y[i] - mean[c.vector_index(i)], 2);
 
   Scratch scratch;
   Buffer<float> stats("stats", 3 * c.vectors());
@@ -154,18 +156,18 @@ std::string statistics(const Case& c) {
   return test::bytes(stats);
 }
 
-// --- the walk --------------------------------------------------------------------------------------------------------
+// --- the pass --------------------------------------------------------------------------------------------------------
 
-// What a walk through bf16 tensors is on a device with 100 multiprocessors and 4 blocks on each.
-struct WalkCase {
+// What a pass through bf16 tensors is on a device with 100 multiprocessors and 4 blocks on each.
+struct PassCase {
   Shape shape;
   bool aligned;
   int vector, fold, width;
   unsigned items, x, y, z;
 };
 
-std::string walks() {
-  const WalkCase cases[] = {
+std::string passes() {
+  const PassCase cases[] = {
       // The device is as full with 64 channels as with 512, with one group as with two.
       {{1, 128, 64, 1024, true}, true, 8, 1, 8, 131072, 1, 400, 1},
       {{1, 128, 512, 16, true}, true, 8, 1, 32, 2048, 2, 200, 1},
@@ -191,12 +193,12 @@ std::string walks() {
   };
   cuda_on_cpu::options.multiprocessors = 100;
   alignas(16) static char memory[32];
-  for (const WalkCase& c : cases) {
+  for (const PassCase& c : cases) {
     const void* at = memory + (c.aligned ? 0 : 2);
-    const Walk w = make_walk<gpu::bf16>(c.shape, 4, memory, at);
+    const Pass w = make_pass<gpu::bf16>(c.shape, 4, memory, at);
     const bool same = w.vector == c.vector && w.fold == c.fold && w.width == c.width && w.items == c.items &&
                       w.grid.x == c.x && w.grid.y == c.y && w.grid.z == c.z;
-    require(same, "the walk through " + Case{c.shape, 0, 100}.name() + ": vector " + std::to_string(w.vector) +
+    require(same, "the pass through " + Case{c.shape, 0, 100}.name() + ": vector " + std::to_string(w.vector) +
                       ", fold " + std::to_string(w.fold) + ", width " + std::to_string(w.width) + ", items " +
                       std::to_string(w.items) + ", grid " + std::to_string(w.grid.x) + "x" +
                       std::to_string(w.grid.y) + "x" + std::to_string(w.grid.z));
@@ -270,8 +272,9 @@ std::string running(int64_t groups, int64_t channels, bool weights, bool shifted
       want_mean[c] = w * (stats[g * channels + c] + (shifted ? shift[c] : 0.f)) + (1 - w) * want_mean[c];
       want_var[c] = w * stats[(2 * groups + g) * channels + c] + (1 - w) * want_var[c];
     }
-  gpu::launch(update_running<>, {"update_running", vector_grid(channels), kVectorThreads}, mean.data(), var.data(),
-              stats.data(), shifted ? shift.data() : nullptr, weights ? factor.data() : nullptr, 0.1f, groups, channels);
+  gpu::launch(
+      update_running<>, {"update_running", vector_grid(channels), kVectorThreads}, mean.data(), var.data(),
+      stats.data(), shifted ? shift.data() : nullptr, weights ? factor.data() : nullptr, 0.1f, groups, channels);
   test::compare("running mean", mean, [&](size_t c) { return want_mean[c]; }, 4e-7);
   test::compare("running variance", var, [&](size_t c) { return want_var[c]; }, 4e-7);
   return test::bytes(mean) + test::bytes(var);
@@ -315,7 +318,7 @@ int main() {
       {{1, 3, 5, 4, false}, 0, 1},
       {{1, 2, 2, 24, false}, 1, 1},
   };
-  bool ok = test::run("walks", walks);
+  bool ok = test::run("passes", passes);
   ok &= test::run("activations", activations);
   for (const Case& c : cases) {
     ok &= all<gpu::bf16>("bf16", c);

@@ -1,11 +1,6 @@
-"""The image-side layers of `kernels/narrow.py` and `narrow_transpose.py`, against float64.
-
-They run in Triton's interpreter (TRITON_INTERPRET=1), or on a GPU where FASTDCGAN_TEST_DEVICE names one.
-"""
+"""The image-side layers of `kernels/image_side.py` and `image_side_transpose.py`, against float64."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,20 +8,16 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastdcgan.geometry import Geometry
+from fastdcgan.kernels import image_side, image_side_transpose
+from fastdcgan.kernels.image_side_transpose import ImageSideConfig
+from fastdcgan.spec import STORE, Epilogue, Operand
 from tests.helpers.tolerance import assert_as_accurate
+from tests.kernels import calls
+from tests.kernels.calls import reference, wide
 from tests.machine import DEVICE
 
-triton = pytest.importorskip("triton")
-if not (triton.knobs.runtime.interpret or DEVICE.type == "cuda"):
-    pytest.skip("needs TRITON_INTERPRET=1 or a GPU", allow_module_level=True)
-
-from fastdcgan.backends.reference import ReferenceBackend  # noqa: E402
-from fastdcgan.geometry import Geometry  # noqa: E402
-from fastdcgan.kernels import narrow, narrow_transpose  # noqa: E402
-from fastdcgan.kernels.narrow import NarrowConfig  # noqa: E402
-from fastdcgan.spec import STORE, Epilogue, Operand  # noqa: E402
-
-REFERENCE = ReferenceBackend()
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 LAST = torch.channels_last
 DTYPES = st.sampled_from([torch.float32, torch.float16])
 FORMATS = st.sampled_from([LAST, torch.contiguous_format])
@@ -46,30 +37,12 @@ DCGAN = Geometry((4, 4), (2, 2), (1, 1))
 FEW, MANY = st.integers(1, 4), st.sampled_from([1, 8, 17, 64, 70])
 
 
-@pytest.fixture(autouse=True)
-def _fresh_memory_is_nan() -> Iterator[None]:
-    """An output that is not wholly written keeps NaNs."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def draw(*shape: int, dtype: torch.dtype, layout: torch.memory_format = LAST, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape) * scale).to(DEVICE, dtype).contiguous(memory_format=layout)
 
 
 def coef(rows: int, groups: int, channels: int) -> Tensor:
     return (torch.rand(rows, groups, channels) + 0.5).to(DEVICE)
-
-
-def wide(x):
-    """Tensors of an operand, of an epilogue or alone, in float64."""
-    if isinstance(x, Tensor):
-        return x.double()
-    return type(x)(*(v.double() if isinstance(v, Tensor) else v for v in x))
 
 
 def prologue(kind: str, x: Tensor, groups: int, act: str = "leaky_relu") -> Operand:
@@ -104,10 +77,10 @@ def compare(got: tuple[Tensor, Tensor], usual: tuple[Tensor, Tensor], truth: tup
 def test_conv(n, c, out, h, w, geometry, dtype, layout) -> None:
     assume(min(geometry.conv_size(h, w)) > 0)
     x, weight = draw(n, c, h, w, dtype=dtype, layout=layout), draw(out, c, *geometry.kernel, dtype=dtype, layout=layout)
-    assert narrow.covers_conv(Operand(x), weight, geometry) is None
-    got = narrow.conv(Operand(x), weight, geometry)
-    usual = REFERENCE.conv(Operand(x), weight, geometry, STORE)
-    compare(got, usual, REFERENCE.conv(Operand(x.double()), weight.double(), geometry, STORE))
+    call = calls.conv(Operand(x), weight, geometry)
+    assert image_side.why_not(call) is None
+    got, usual = image_side.conv(call), reference(call)
+    compare(got, usual, reference(wide(call)))
     assert got[0].stride() == usual[0].stride() or c == 1
 
 
@@ -128,9 +101,8 @@ def test_conv_with_prologue_and_epilogue(before: str, kind: str) -> None:
         rows = 4 if kind == "grad_stats" else 2
         epilogue = Epilogue("grad_stats", y, coef(rows, groups, out), "leaky_relu", 0.2, groups)
     a = prologue(before, x, groups, "tanh")
-    got = narrow.conv(a, weight, DCGAN, epilogue)
-    usual = REFERENCE.conv(a, weight, DCGAN, epilogue)
-    compare(got, usual, REFERENCE.conv(wide(a), weight.double(), DCGAN, wide(epilogue)))
+    call = calls.conv(a, weight, DCGAN, epilogue)
+    compare(image_side.conv(call), reference(call), reference(wide(call)))
 
 
 # --- conv_transpose ---------------------------------------------------------------------------------------------------
@@ -149,14 +121,13 @@ def test_conv_transpose(n, c, out, h, w, geometry, more, dtype, layout) -> None:
     size = geometry.conv_transpose_size(h, w, tuple(min(more, s - 1) for s in geometry.stride))
     assume(min(size) > 0)
     x, weight = draw(n, c, h, w, dtype=dtype, layout=layout), draw(c, out, *geometry.kernel, dtype=dtype, layout=layout)
-    reason = narrow.covers_conv_transpose(Operand(x), weight, geometry, size)
+    call = calls.conv_transpose(Operand(x), weight, geometry, size)
+    reason = image_side_transpose.why_not(call)
     if reason is not None:
         assert "products for each pixel" in reason
         assert geometry.kernel[0] * geometry.kernel[1] * out > 64
         return
-    got = narrow.conv_transpose(Operand(x), weight, geometry, size)
-    usual = REFERENCE.conv_transpose(Operand(x), weight, geometry, size, STORE)
-    compare(got, usual, REFERENCE.conv_transpose(Operand(x.double()), weight.double(), geometry, size, STORE))
+    compare(image_side_transpose.conv_transpose(call), reference(call), reference(wide(call)))
 
 
 @pytest.mark.parametrize("kind", ["none", "bias", "activate"])
@@ -171,9 +142,9 @@ def test_conv_transpose_with_prologue_and_epilogue(before: str, kind: str) -> No
     elif kind == "activate":
         epilogue = Epilogue("activate", None, coef(2, 1, out), "tanh")
     a = prologue(before, x, groups)
-    got = narrow.conv_transpose(a, weight, DCGAN, (18, 28), epilogue, NarrowConfig(64, 16, 4))
-    usual = REFERENCE.conv_transpose(a, weight, DCGAN, (18, 28), epilogue)
-    compare(got, usual, REFERENCE.conv_transpose(wide(a), weight.double(), DCGAN, (18, 28), wide(epilogue)))
+    call = calls.conv_transpose(a, weight, DCGAN, (18, 28), epilogue)
+    got = image_side_transpose.conv_transpose(call, ImageSideConfig(64, 16, 4))
+    compare(got, reference(call), reference(wide(call)))
 
 
 @given(
@@ -184,9 +155,11 @@ def test_every_output_pixel_has_one_tile(h, w, kernel, stride, padding, pixels) 
     geometry = Geometry((kernel, kernel), (stride, stride), (padding, padding))
     size = geometry.conv_transpose_size(h, w)
     assume(min(size) > 0)
-    for axis, out, source in zip(narrow_transpose.tile_of(pixels, (h, w), size, geometry), size, (h, w), strict=True):
+    for axis, out, source in zip(
+        image_side_transpose.tile_of(pixels, (h, w), size, geometry), size, (h, w), strict=True
+    ):
         written = []
-        for tile in range(narrow_transpose.tiles_along(axis, out)):
+        for tile in range(image_side_transpose.tiles_along(axis, out)):
             for i in range(axis.owned):
                 for phase in range(stride):
                     at = (tile * axis.owned + i) * stride + phase + axis.output_offset
@@ -199,7 +172,7 @@ def test_every_output_pixel_has_one_tile(h, w, kernel, stride, padding, pixels) 
                         place = i + axis.lead + (phase + axis.phase) // stride - j
                         pixel = tile * axis.owned + axis.input_offset + place
                         assert at == pixel * stride - padding + tap
-                        assert tap >= kernel or not 0 <= pixel < source or 0 <= place < axis.box
+                        assert tap >= kernel or not 0 <= pixel < source or 0 <= place < axis.window
         assert written == list(range(out))
 
 
@@ -208,9 +181,8 @@ def test_infinity_stays_where_the_taps_reach() -> None:
     for geometry in (Geometry((3, 3), (1, 1), (1, 1)), Geometry((3, 3), (2, 2), (1, 1))):
         x, weight = draw(1, 8, 6, 6, dtype=torch.float32), draw(8, 3, 3, 3, dtype=torch.float32)
         x[0, 3, 2, 3] = torch.inf
-        size = geometry.conv_transpose_size(6, 6)
-        got = narrow.conv_transpose(Operand(x), weight, geometry, size)[0]
-        usual = REFERENCE.conv_transpose(Operand(x), weight, geometry, size, STORE)[0]
+        call = calls.conv_transpose(Operand(x), weight, geometry, geometry.conv_transpose_size(6, 6))
+        got, usual = image_side_transpose.conv_transpose(call)[0], reference(call)[0]
         assert torch.equal(got.isfinite(), usual.isfinite())
         assert not usual.isfinite().all()
 
@@ -228,9 +200,9 @@ def test_weight_grad(n, c, out, h, w, geometry, dtype, layout) -> None:
     size = geometry.conv_size(h, w)
     assume(min(size) > 0)
     x, dy = Operand(draw(n, c, h, w, dtype=dtype, layout=layout)), Operand(draw(n, out, *size, dtype=dtype))
-    assert narrow.covers_weight_grad(x, dy, geometry) is None
-    got, usual = narrow.weight_grad(x, dy, geometry), REFERENCE.weight_grad(x, dy, geometry)
-    truth = REFERENCE.weight_grad(wide(x), wide(dy), geometry)
+    call = calls.weight_grad(x, dy, geometry)
+    assert image_side.why_not(call) is None
+    got, usual, truth = image_side.weight_grad(call), reference(call), reference(wide(call))
     assert_as_accurate(got, usual, truth, "weight gradient", reduction=n * size[0] * size[1])
 
 
@@ -239,9 +211,9 @@ def test_weight_grad(n, c, out, h, w, geometry, dtype, layout) -> None:
 def test_weight_grad_with_prologues(of_gathered: str, of_linear: str) -> None:
     x, dy = draw(4, 3, 10, 6, dtype=torch.float32), draw(4, 20, 5, 3, dtype=torch.float32)
     a, b = prologue(of_gathered, x, 1, "tanh"), prologue(of_linear, dy, 2)
-    truth = REFERENCE.weight_grad(wide(a), wide(b), DCGAN)
-    got = narrow.weight_grad(a, b, DCGAN, NarrowConfig(16, 16, 4, splits=3))
-    assert_as_accurate(got, REFERENCE.weight_grad(a, b, DCGAN), truth, "weight gradient", reduction=60)
+    call = calls.weight_grad(a, b, DCGAN)
+    got = image_side.weight_grad(call, ImageSideConfig(16, 16, 4, splits=3))
+    assert_as_accurate(got, reference(call), reference(wide(call)), "weight gradient", reduction=60)
 
 
 # --- all --------------------------------------------------------------------------------------------------------------
@@ -249,13 +221,13 @@ def test_weight_grad_with_prologues(of_gathered: str, of_linear: str) -> None:
 
 def test_the_same_input_gives_the_same_bits() -> None:
     x, weight, dy = (draw(*s, dtype=torch.float16) for s in ((2, 3, 16, 16), (24, 3, 4, 4), (2, 24, 8, 8)))
-    small = NarrowConfig(16, 16, 4, splits=5)
+    small = ImageSideConfig(16, 16, 4, splits=5)
 
     def run() -> list[Tensor]:
         return [
-            *narrow.conv(Operand(x), weight, DCGAN, Epilogue("stats"), small),
-            narrow.weight_grad(Operand(x), Operand(dy), DCGAN, small),
-            narrow.conv_transpose(Operand(dy), weight, DCGAN, (16, 16))[0],
+            *image_side.conv(calls.conv(Operand(x), weight, DCGAN, Epilogue("stats")), small),
+            image_side.weight_grad(calls.weight_grad(Operand(x), Operand(dy), DCGAN), small),
+            image_side_transpose.conv_transpose(calls.conv_transpose(Operand(dy), weight, DCGAN, (16, 16)))[0],
         ]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -264,13 +236,12 @@ def test_the_same_input_gives_the_same_bits() -> None:
 def test_bfloat16_is_multiplied_as_bfloat16() -> None:
     x, weight, dy = (draw(*s, dtype=torch.bfloat16) for s in ((1, 3, 8, 8), (16, 3, 4, 4), (1, 16, 4, 4)))
     a, b = Operand(x), Operand(dy)
+    forward, adjoint = calls.conv(a, weight, DCGAN), calls.conv_transpose(b, weight, DCGAN, (8, 8))
+    gradient = calls.weight_grad(a, b, DCGAN)
     results = [
-        (narrow.conv(a, weight, DCGAN)[0], REFERENCE.conv(wide(a), wide(weight), DCGAN, STORE)[0]),
-        (narrow.weight_grad(a, b, DCGAN), REFERENCE.weight_grad(wide(a), wide(b), DCGAN)),
-        (
-            narrow.conv_transpose(b, weight, DCGAN, (8, 8))[0],
-            REFERENCE.conv_transpose(wide(b), wide(weight), DCGAN, (8, 8), STORE)[0],
-        ),
+        (image_side.conv(forward)[0], reference(wide(forward))[0]),
+        (image_side.weight_grad(gradient), reference(wide(gradient))),
+        (image_side_transpose.conv_transpose(adjoint)[0], reference(wide(adjoint))[0]),
     ]
     for got, truth in results:
         assert got.dtype == torch.bfloat16
@@ -278,25 +249,22 @@ def test_bfloat16_is_multiplied_as_bfloat16() -> None:
         torch.testing.assert_close(got.double(), truth, rtol=2**-7, atol=1e-4)
 
 
-def test_what_is_not_covered_says_why() -> None:
+def test_what_can_not_run_says_why() -> None:
     image, features = draw(1, 3, 8, 8, dtype=torch.float32), draw(1, 8, 8, 8, dtype=torch.float32)
     weight, up = draw(8, 3, 4, 4, dtype=torch.float32), draw(8, 3, 3, 3, dtype=torch.float32)
-    cases = [
-        (narrow.covers_conv(Operand(features), weight, DCGAN), "8 channels to gather from, more than 4"),
-        (narrow.covers_conv(Operand(image), weight, Geometry((7, 7))), "patches of 147 values, more than 128"),
-        (narrow.covers_conv(Operand(image.double()), weight, DCGAN), "torch.float64"),
-        (narrow.covers_conv(Operand(image), weight, Geometry((4, 4), groups=3)), "3 groups"),
-        (
-            narrow.covers_weight_grad(Operand(features), Operand(features), DCGAN),
-            "8 channels to gather from, more than 4",
-        ),
-    ]
+    for call, expected in (
+        (calls.conv(Operand(features), weight, DCGAN), "8 channels on the image's side, more than 4"),
+        (calls.conv(Operand(image), weight, Geometry((7, 7))), "patches of 147 values, more than 128"),
+        (calls.conv(Operand(image.double()), weight, DCGAN), "take float32, float16, bfloat16, not torch.float64"),
+        (calls.conv(Operand(image), weight, Geometry((4, 4), groups=3)), "no groups, and here are 3"),
+        (calls.weight_grad(Operand(features), Operand(features), DCGAN), "8 channels on the image's side, more than 4"),
+    ):
+        assert expected in image_side.why_not(call)
     for geometry, epilogue, expected in (
         (Geometry((3, 3), dilation=(2, 2)), STORE, "dilation (2, 2)"),
         (Geometry((3, 3), (3, 3)), STORE, "stride (3, 3), other than 1, 2 or 4"),
-        (Geometry((3, 3)), Epilogue("stats"), "epilogue 'stats' with few output channels"),
+        (Geometry((3, 3)), Epilogue("stats"), "epilogue 'stats' to an image"),
     ):
         size = geometry.conv_transpose_size(8, 8)
-        cases.append((narrow.covers_conv_transpose(Operand(features), up, geometry, size, epilogue), expected))
-    for got, expected in cases:
-        assert got == expected
+        call = calls.conv_transpose(Operand(features), up, geometry, size, epilogue)
+        assert image_side_transpose.why_not(call) == expected

@@ -1,4 +1,4 @@
-"""The cases of the contractions on warpgroups, as contraction_lines.py has those of the others."""
+"""The cases of the contractions for sm_90a, as contraction_lines.py has those of the others."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def groups_and_parts() -> list[str]:
     return lines
 
 
-def many_boxes() -> list[str]:
-    """More boxes than one along rows and along columns."""
+def many_tma_tiles() -> list[str]:
+    """More TMA tiles than one along rows and along columns."""
     return [
         "op=conv type=bf16 n=1 ci=8 co=8 h=3 w=130 kw=3 pw=1 left=activate epilogue=stats " + LEAKY,
         "op=weight_grad type=bf16 n=2 ci=8 co=8 h=2 w=128 kw=3 pw=1 left=activate right=bn_backward " + LEAKY,
@@ -85,7 +85,7 @@ def many_boxes() -> list[str]:
 
 
 def refused() -> list[str]:
-    """What has no boxes, and why."""
+    """What has no TMA tiles, and why."""
     return [
         "op=conv ci=12 refused=whole_vectors",
         "op=conv_transpose ci=8 co=12 refused=whole_vectors",
@@ -93,15 +93,15 @@ def refused() -> list[str]:
         "op=conv h=4 w=5 sh=2 sw=2 ci=64 refused=multiple_of_the_stride",
         "op=conv h=4 w=4 sh=2 sw=2 ci=72 refused=multiple_of_64",
         "op=conv left=activate act=3 refused=registers",
-        "op=weight_grad h=3 w=4 refused=fill_no_boxes",
-        "op=weight_grad h=4 w=3 refused=fill_no_boxes",
-        "op=weight_grad h=3 w=32 refused=fill_no_boxes",
+        "op=weight_grad h=3 w=4 refused=fill_no_tma_tiles",
+        "op=weight_grad h=4 w=3 refused=fill_no_tma_tiles",
+        "op=weight_grad h=3 w=32 refused=fill_no_tma_tiles",
     ]
 
 
 def watched() -> list[str]:
     """For the sanitizers: few steps, but more than there are stages."""
-    small, boxes = "h=4 w=6 kh=3 kw=2 sh=2 sw=2 ph=1 pw=0", "h=8 w=4 kh=2 kw=3 sh=2 sw=1 ph=0 pw=1"
+    small, even = "h=4 w=6 kh=3 kw=2 sh=2 sw=2 ph=1 pw=0", "h=8 w=4 kh=2 kw=3 sh=2 sw=1 ph=0 pw=1"
     return [
         f"type=bf16 {case}"
         for case in (
@@ -109,13 +109,13 @@ def watched() -> list[str]:
             f"op=conv n=2 ci=64 co=40 {small} epilogue=stats",
             f"op=conv_transpose n=2 ci=136 co=72 {small} left=activate epilogue=stats {LEAKY}",
             f"op=conv_transpose n=2 ci=136 co=8 {small} epilogue=bias splits=2",
-            f"op=weight_grad n=6 ci=72 co=40 {boxes} splits=2 left=activate right=bn_backward {LEAKY}",
+            f"op=weight_grad n=6 ci=72 co=40 {even} splits=2 left=activate right=bn_backward {LEAKY}",
         )
     ]
 
 
 def tiles() -> list[str]:
-    """The tiles that are for warpgroups, each with a contraction that warpgroup_tiles.cpp has for it."""
+    """The tiles for sm_90a, each with a contraction that sm90_tiles.cpp has for it."""
     return [
         f"{case} n=2 h=8 w=8 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1 {LEAKY}"
         for case in (
@@ -130,6 +130,6 @@ def tiles() -> list[str]:
 
 
 def everything() -> list[str]:
-    """All lines of warpgroup_types.cpp."""
+    """All lines of sm90_types.cpp."""
     lines = [*convs(), *conv_transposes(), *weight_grads(), *weight_grad_prologues()]
-    return [*lines, *groups_and_parts(), *many_boxes(), *refused()]
+    return [*lines, *groups_and_parts(), *many_tma_tiles(), *refused()]

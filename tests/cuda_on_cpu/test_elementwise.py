@@ -1,4 +1,4 @@
-"""The streaming kernels of csrc/cuda on a CPU: alone under the sanitizers, and as operators against the reference."""
+"""Elementwise passes and reductions of csrc/cuda on a CPU: under the sanitizers, and against the reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cuda() -> Backend:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_kernels(mode: str) -> None:
-    assert_passes("streaming_tests", mode)
+    assert_passes("elementwise_tests", mode)
 
 
 @st.composite

@@ -1,5 +1,5 @@
-// Every tile that is compiled for warpgroups, each with some of the contractions.
-#include "warpgroup_cases.h"
+// Every tile that is compiled for sm_90a, each with some of the contractions.
+#include "sm90_cases.h"
 #include "cuda/gemm_sm90/sm90_tiles.cuh"
 
 int main(int argc, char** argv) {
