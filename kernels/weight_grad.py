@@ -111,6 +111,8 @@ class WeightGradient:
     def __init__(self, gathered: Operand, linear: Operand, geometry: Geometry) -> None:
         self.gathered, self.linear, self.geometry = gathered, linear, geometry
         g = geometry
+        operands = ((gathered.x, gathered.y), (linear.x, linear.y))
+        self.unaligned = sum(not all(launch.aligned(t, x.shape[1]) for t in (x, y)) for x, y in operands)
         self.described = all(launch.fits_view(t, g.stride) for t in (gathered.x, gathered.y)) and all(
             launch.fits_view(t, (1, 1)) for t in (linear.x, linear.y)
         )
@@ -125,7 +127,7 @@ class WeightGradient:
         of_gathered = self.gathered.x.shape[1]
         return tiles.Problem(
             "weight_grad", self.dtype, of_gathered, channels, n * height * width, self.taps, prologue, "none",
-            self.described,
+            self.described, self.unaligned,
         )  # fmt: skip
 
     def tiles(self) -> list[TileConfig]:
