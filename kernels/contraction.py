@@ -92,7 +92,7 @@ class Contraction:
             self.unaligned,
         )
 
-    def tiles(self) -> list[tiles.TileConfig]:
+    def candidates(self) -> list[tiles.TileConfig]:
         """The tiles that are worth measuring, the heuristic's first."""
         return tiles.shortlist(self.problem, tiles.device_of(self.a.x.device))
 

@@ -130,7 +130,7 @@ class WeightGradient:
             self.described, self.unaligned,
         )  # fmt: skip
 
-    def tiles(self) -> list[TileConfig]:
+    def candidates(self) -> list[TileConfig]:
         """The tiles that are worth measuring, the heuristic's first."""
         return tiles.shortlist(self.problem, tiles.device_of(self.gathered.x.device))
 
@@ -220,4 +220,4 @@ def weight_grad(call: Call, tile: TileConfig | None = None) -> Tensor:
     return dw.contiguous(memory_format=memory_format(call.a.x))
 
 
-WEIGHT_GRAD = Algorithm("triton", why_not, weight_grad, lambda call: gradient(call).tiles(), TileConfig)
+WEIGHT_GRAD = Algorithm("triton", why_not, weight_grad, lambda call: gradient(call).candidates(), TileConfig)
