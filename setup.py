@@ -4,6 +4,9 @@ Each extension is a shared library that registers torch operators, built by a pr
 build_ext` with FASTDCGAN_EXTENSION set). One that can't be built does not fail the installation: what was built and
 what was not, with the original error, is written to fastdcgan/_build.json, which `fastdcgan doctor` shows.
 
+They are built against the torch of the environment that they are installed into. pyproject.toml does not ask for one:
+a build environment of pip's own would get the newest torch, gigabytes, and the libraries would not load in another.
+
 Environment:
     MAX_JOBS               compilations at a time (default: from cores and memory)
     TORCH_CUDA_ARCH_LIST   GPU architectures (default: those of the GPUs here, or DEFAULT_CUDA_ARCHITECTURES)
@@ -30,9 +33,11 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 CHILD = "FASTDCGAN_EXTENSION"  # names the one extension that this process builds
+SITE = "FASTDCGAN_SITE"  # where such a process finds torch and what torch imports
 DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0a 10.0+PTX"
 LEAST_CAPABILITY = (8, 0)
 STABLE_ABI = (2, 11)  # of torch: one library for that version and later ones
@@ -46,8 +51,71 @@ CAPABILITIES: dict[str, list[str]] = {
 CAPABILITIES["avx512"] = ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx2", "-mfma", "-mf16c"]
 CAPABILITIES["avx512"] += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86 = ("x86_64", "amd64", "i686")
-# What a processor without AVX2 runs of csrc/cpu (backends/cpu.py); the other files are the contractions.
-PASSES = ("adam", "batch_stats", "drive", "grad_sums", "images", "losses", "memory", "norm_act", "ops", "training_ops")
+# The folders of csrc/cpu that a processor without AVX2 runs (backends/cpu.py); the others are the contractions.
+WITHOUT_AVX2 = ("elementwise", "memory", "train")
+
+
+# --- the torch to build against ---------------------------------------------------------------------------------------
+
+
+def caller() -> tuple[list[str], dict[str, str], Path]:
+    """Arguments, environment and folder of the process that started this one; empty where the system doesn't tell."""
+    process = Path("/proc") / str(os.getppid())
+    try:
+        arguments, variables = (os.fsdecode((process / x).read_bytes()).split("\0") for x in ("cmdline", "environ"))
+        return arguments, dict(x.split("=", 1) for x in variables if "=" in x), (process / "cwd").resolve()
+    except OSError:
+        return [], {}, Path.cwd()
+
+
+def pythons() -> list[str]:
+    """Interpreters whose environment the build may be for, the likeliest first.
+
+    This one, whose own packages pip hides from a build; and for tools that build in a bare environment (`python -m
+    build`, uv) the one that runs the tool, and that of the virtual environment which the tool was started in.
+    """
+    found = [sys.executable]
+    arguments, environment, folder = caller()
+    if arguments and Path(arguments[0]).name.startswith("python"):
+        named = arguments[0]
+        found.append(str(folder / named) if "/" in named else shutil.which(named, path=environment.get("PATH")) or "")
+    found.append(str(folder / environment.get("VIRTUAL_ENV", ".venv") / "bin" / "python"))
+    return [python for python in dict.fromkeys(found) if Path(python).is_file()]
+
+
+def paths_with_torch(python: str) -> list[str]:
+    """Where `python` imports from, if that has torch and is the same version of Python as this one; else nothing."""
+    code = (
+        "import importlib.util, json, sys; found = importlib.util.find_spec('torch') is not None;"
+        "print(json.dumps([sys.implementation.cache_tag, found, list(filter(None, sys.path))]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True, cwd=os.sep)
+    if done.returncode != 0:
+        return []
+    tag, found, paths = json.loads(done.stdout)
+    return paths if found and tag == sys.implementation.cache_tag else []
+
+
+def find_torch() -> None:
+    """Make torch importable, behind the build's own packages. Exits with one line where there is none that will do."""
+    if importlib.util.find_spec("torch") is None:
+        if SITE not in os.environ:
+            found = next(filter(None, map(paths_with_torch, pythons())), [])
+            os.environ[SITE] = os.pathsep.join(found)  # of use to the processes of the extensions
+        sys.path.extend(path for path in os.environ[SITE].split(os.pathsep) if path not in sys.path)
+    wanted = ".".join(map(str, STABLE_ABI))
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        sys.exit(
+            f'error: no PyTorch here to build fastdcgan against: first `pip install "torch>={wanted}"` in this '
+            "environment, then this again (or with --no-build-isolation, after `pip install setuptools ninja`)"
+        )
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < STABLE_ABI:
+        sys.exit(f"error: fastdcgan needs PyTorch {wanted} or later, and this environment has {torch.__version__}")
 
 
 # --- what to build ---------------------------------------------------------------------------------------------------
@@ -87,7 +155,7 @@ def usable_cores() -> int:
 
 
 def sources(folder: str, *suffixes: str) -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for s in suffixes for p in (ROOT / "csrc" / folder).glob(f"*{s}"))
+    return sorted(str(p.relative_to(ROOT)) for s in suffixes for p in (ROOT / "csrc" / folder).rglob(f"*{s}"))
 
 
 def headers() -> list[str]:
@@ -218,12 +286,11 @@ def cpu_extension(name: str) -> Extension:
     # The uninitialised values are those of GCC's own AVX-512 headers.
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     width = CAPABILITIES[name.removeprefix("_cpu_")]
-    files = sources("cpu", ".cpp")
-    if name == "_cpu_default":
-        files = [file for file in files if Path(file).stem in PASSES]
+    folders = [f"cpu/{folder}" for folder in WITHOUT_AVX2] if name == "_cpu_default" else ["cpu"]
     return CppExtension(
         f"fastdcgan.{name}",
-        files,
+        [file for folder in folders for file in sources(folder, ".cpp")],
+        include_dirs=[str(ROOT / "csrc")],
         depends=headers(),
         extra_compile_args=[
             "-O2",
@@ -316,11 +383,20 @@ def build_info() -> types.ModuleType:
     return module
 
 
+class Metadata(dist_info):
+    """Looks for torch before anything else: pip would load gigabytes for an installation that then fails."""
+
+    def run(self) -> None:
+        find_torch()
+        super().run()
+
+
 class BuildExtensions(build_ext):
     """Builds every planned extension in a process of its own and records the outcome."""
 
     def run(self) -> None:
-        import torch  # not at the top: metadata can be read without it
+        find_torch()
+        import torch
 
         names = [extension.name.split(".")[-1] for extension in self.extensions]
         record: dict[str, dict[str, object]] = {}
@@ -386,12 +462,13 @@ class BuildExtensions(build_ext):
 
 def main() -> None:
     if os.environ.get(CHILD):
+        find_torch()
         build_one(os.environ[CHILD])
         return
     names = planned(os.environ, platform.machine(), sources("cuda", ".cu", ".cpp"))
     setup(
         ext_modules=[Extension(f"fastdcgan.{name}", []) for name in names],
-        cmdclass={"build_ext": BuildExtensions},
+        cmdclass={"build_ext": BuildExtensions, "dist_info": Metadata} if names else {},
     )
 
 

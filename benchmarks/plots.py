@@ -11,7 +11,7 @@ from fastdcgan.benchmarks.peers import PEERS
 from fastdcgan.benchmarks.results import Results
 from fastdcgan.benchmarks.tables import FLOOR_NET, caption
 
-# Both readable on white and, as labels have a white ground of their own, in a dark page.
+# Both colours are readable on white, which is the plot's ground in a dark page too.
 _OURS, _OTHERS = "tab:orange", "tab:blue"
 
 
@@ -28,9 +28,9 @@ def plot_steps(results: Results, floors_ms: Mapping[int, Mapping[str, float]], p
     panels = list(dict.fromkeys((case.suite, case.name, case.batch) for case in cases))
     if not panels:
         raise ValueError("the results have no training step and no generation to plot")
-    across = min(3, len(panels))
+    across = min(2, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(6.5 * across, 1.2 + 3.6 * down), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(5.5 * across, 0.8 + 2.9 * down), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.subplots(down, across, squeeze=False).flatten()
     for axes in grid[len(panels) :]:

@@ -1,25 +1,31 @@
-"""Tables of results, and the ones in a document.
+"""Tables of results, and the documents that show them.
 
-    python -m fastdcgan.benchmarks.tables README.md           writes the measured tables of README.md anew
-    python -m fastdcgan.benchmarks.tables README.md --check   exits with 1 if they aren't what the results say
+    python -m fastdcgan.benchmarks.tables             writes what README.md and docs/benchmarks.md show of results anew
+    python -m fastdcgan.benchmarks.tables --check     exits with 1 if they don't show what the results say
 
-A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`; names are in `TABLES`. No figure gets into a
-document in any other way.
+What is generated stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`; the names are in `SECTIONS`. No figure
+gets into a document in any other way.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from fastdcgan.benchmarks.harness import Summary, is_noisy
+from fastdcgan.benchmarks.peers import PEERS
 from fastdcgan.benchmarks.results import RESULTS, Results, Row, load
 
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+
 NOT_MEASURED = "not measured yet"
-FLOOR_NET = "64x64"  # whose floors gpu-check computes
+FLOOR_NET = "64x64"  # the net whose floors gpu-check computes
 
 
 def format_ratio(summary: Summary | None) -> str:
@@ -124,14 +130,31 @@ def contraction_cells(results: Results) -> Cells:
     return block_cells(results, "contractions")
 
 
+def host_cells(results: Results) -> Cells:
+    """One line per net, memory format and part: microseconds of the plain modules and of ours, and their ratio."""
+    lines: list[Sequence[str]] = []
+    for case in (case for case in results.cases if case.suite == "host"):
+        plain = next(row for row in case.rows if row.peer == case.reference)
+        fused = next(row for row in case.rows if row is not plain)
+        times = (f"{1e3 * row.ms.median:.0f}" if row.ms else reason(row) for row in (plain, fused))
+        lines.append((case.name, case.part, str(case.batch), case.dtype, *times, format_ratio(fused.ratio)))
+    return ("net", "part", "batch", "dtype", "plain modules, us", "fused, us", "fused over plain"), lines
+
+
 CELLS: dict[str, Callable[[Results], Cells]] = {
     "step": step_cells,
     "generate": generate_cells,
     "blocks": block_cells,
     "contractions": contraction_cells,
+    "host": host_cells,
 }
-TITLES = {"step": "Training step", "generate": "Generation", "blocks": "Blocks", "contractions": "Contractions alone"}
-TABLES = {"cpu": "cpu", "gpu": "cuda"}  # marker -> device type
+TITLES = {
+    "step": "Training step",
+    "generate": "Generation",
+    "blocks": "Blocks",
+    "contractions": "Contractions alone",
+    "host": "Host time of tiny nets on one thread",
+}
 
 
 def markdown(results: Results, suite: str) -> str:
@@ -140,19 +163,20 @@ def markdown(results: Results, suite: str) -> str:
     return _markdown(header, lines) if lines else ""
 
 
-def table(name: str, results: Sequence[Results]) -> str:
-    """The text between the markers `name`: for each device and suite the newest results, or "not measured yet"."""
-    if name not in TABLES:
-        raise ValueError(f"unknown table {name!r}: expected one of {', '.join(TABLES)}")
+def measured(device_type: str, results: Sequence[Results], folder: Path) -> str:
+    """Captions, tables and plots: the newest results of each device and suite, or "not measured yet".
+
+    Plots are linked relative to `folder`, in which the document lies.
+    """
     newest: dict[tuple[str, str], Results] = {}
     for r in results:
-        if r.environment["device_type"] == TABLES[name]:
+        if r.environment["device_type"] == device_type:
             newest |= {(r.environment["device"], suite): r for suite in CELLS if markdown(r, suite)}
     texts = []
     for (_, suite), r in sorted(newest.items(), key=_place):
         texts.append(f"**{TITLES[suite]}.** {caption(r)} {NOTE}\n\n{markdown(r, suite)}")
-        if suite == "step" and r.plot is not None:
-            texts.append(f"![{TITLES[suite]}](benchmarks/results/{r.plot.name})")
+        if suite in ("step", "generate") and r.plot is not None:
+            texts.append(f"![{TITLES[suite]}]({os.path.relpath(r.plot.resolve(), folder.resolve())})")
     return "\n\n".join(texts) or NOT_MEASURED
 
 
@@ -161,36 +185,73 @@ def _place(item: tuple[tuple[str, str], Results]) -> tuple[str, int]:
     return device, list(CELLS).index(suite)
 
 
-def render(text: str, results: Sequence[Results]) -> str:
-    """`text` with every table of `TABLES` that it has markers for made anew; other markers are left alone.
+def headline(results: Sequence[Results]) -> str:
+    """Per device in a sentence: PyTorch's fastest way of a training step over ours, from the least to the most gained.
+
+    The range is over all nets, batch sizes and dtypes of the device's newest results that have training steps.
+    """
+    lines = []
+    for label, device_type in (("On a CPU", "cpu"), ("On a GPU", "cuda")):
+        gains = {r.environment["device"]: (r, found) for r in results if (found := _gains(r, device_type))}
+        lines += [
+            f"- {label}, a training step is {min(found):.2f} to {max(found):.2f} times as fast as the fastest that was "
+            f"measured of PyTorch, eager or compiled. {caption(r)}"
+            for r, found in gains.values()
+        ] or [f"- {label}: {NOT_MEASURED}."]
+    return "\n".join(lines)
+
+
+def _gains(results: Results, device_type: str) -> list[float]:
+    """Of each case of training steps whose ratios are relative to ours: the smallest ratio of a peer of PyTorch's."""
+    if results.environment["device_type"] != device_type:
+        return []
+    cases = [c for c in results.cases if c.suite == "step" and PEERS[c.reference].fused]
+    ratios = [[row.ratio.median for row in c.rows if row.ratio and not PEERS[row.peer].fused] for c in cases]
+    return [min(each) for each in ratios if each]
+
+
+SECTIONS: dict[str, Callable[[Sequence[Results], Path], str]] = {
+    "headline": lambda results, folder: headline(results),
+    "cpu": partial(measured, "cpu"),
+    "gpu": partial(measured, "cuda"),
+}
+
+
+def render(text: str, results: Sequence[Results], folder: Path) -> str:
+    """`text` of a document in `folder`, with all of `SECTIONS` that it has markers for made anew; other markers are
+    left alone.
 
     Raises ValueError for a marker that begins and doesn't end.
     """
-    for name in TABLES:
+    for name, made in SECTIONS.items():
         begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
         if begin not in text:
             continue
         head, rest = text.split(begin, 1)
         if end not in rest:
             raise ValueError(f"{begin} has no {end} after it")
-        text = f"{head}{begin}\n\n{table(name, results)}\n\n{end}{rest.split(end, 1)[1]}"
+        text = f"{head}{begin}\n\n{made(results, folder)}\n\n{end}{rest.split(end, 1)[1]}"
     return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastdcgan.benchmarks.tables", description=__doc__.split("\n")[0])
-    parser.add_argument("document", type=Path, help="a Markdown file with markers")
+    parser.add_argument("documents", type=Path, nargs="*", default=DOCUMENTS, help="Markdown files with markers")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results files (default: %(default)s)")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a document is out of date")
     args = parser.parse_args(arguments)
-    before = args.document.read_text()
-    after = render(before, load(args.results))
-    if args.check:
-        if after != before:
-            print(f"{args.document}: measured tables are out of date", file=sys.stderr)
-        return int(after != before)
-    args.document.write_text(after)
-    return 0
+    results, outdated = load(args.results), False
+    for document in args.documents:
+        before = document.read_text()
+        after = render(before, results, document.parent)
+        if after == before:
+            continue
+        outdated = True
+        if args.check:
+            print(f"{document}: what it shows of results is out of date", file=sys.stderr)
+        else:
+            document.write_text(after)
+    return int(args.check and outdated)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-HOW_TO_BUILD = "build it with `pip install --no-build-isolation -e .` in the source folder (`make install` does)"
+HOW_TO_BUILD = "build it with `pip install -e .` in the source folder (`make install` does)"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdcgan import backends
 from fastdcgan.checks import check_module
-from fastdcgan.engine import match
+from fastdcgan.engine import match, run
 from fastdcgan.engine.match import Alone, FoundChain, segments
 from fastdcgan.layers import FusedSequential
 
@@ -71,15 +71,15 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     return rows
 
 
-def _observe(model: nn.Module, x: Tensor) -> dict[int, match.Record]:
+def _observe(model: nn.Module, x: Tensor) -> dict[int, run.Record]:
     state = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    match.recorder = match.Recorder()
+    run.recorder = []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
             model(x)
-        return {id(record.conv): record for record in match.recorder.records}
+        return {id(record.conv): record for record in run.recorder}
     finally:
-        match.recorder = None
+        run.recorder = None
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in state:
@@ -107,9 +107,7 @@ def _belongs_to_a_block(module: nn.Module) -> bool:
     return isinstance(module, kinds)
 
 
-def _rows(
-    part: FoundChain | Alone, prefix: str, fused: bool, ran: dict[int, match.Record], observed: bool
-) -> list[Row]:
+def _rows(part: FoundChain | Alone, prefix: str, fused: bool, ran: dict[int, run.Record], observed: bool) -> list[Row]:
     if isinstance(part, Alone):
         if part.why is None:
             return []
@@ -121,11 +119,15 @@ def _rows(
             rows.append(Row(name, block.pattern, False, None, "in a plain nn.Sequential: call fastdcgan.fuse(model)"))
             continue
         record = ran.get(id(block.conv))
+        stored = next(block.conv.parameters())  # reading `weight` would run a parametrization
+        device, dtype = stored.device.type, stored.dtype if record is None else record.dtype
+        plain = run.why_plain(device, dtype)
+        if plain is not None:
+            rows.append(Row(name, block.pattern, False, None, f"runs as PyTorch's own modules: {plain}"))
+            continue
         if observed and record is None:
             rows.append(Row(name, block.pattern, False, None, "was not reached by this input"))
             continue
-        stored = next(block.conv.parameters())  # reading `weight` would run a parametrization
-        device, dtype = stored.device.type, stored.dtype if record is None else record.dtype
         name_of = record.backend if record else backends.select(backends.requested(), device, dtype)
         why = _why_backend(name_of, device, dtype)
         if record:

@@ -1,109 +1,26 @@
-"""Functional forms of the blocks, and the one place where a chain meets autocast, checks and running statistics."""
+"""Functional forms of the blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdcgan import backends, checks
+from fastdcgan import checks
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.dispatch import primitives
-from fastdcgan.engine import planner
-from fastdcgan.engine.autograd import run
+from fastdcgan.engine.run import block_backend, run_chain
 from fastdcgan.geometry import Geometry, Pair, pair
-from fastdcgan.images import normalize_images as normalize_images
-from fastdcgan.losses import bce_with_logits as bce_with_logits
-from fastdcgan.spec import Block, BlockTensors, Norm, Running, Update
+from fastdcgan.images import normalize_images
+from fastdcgan.losses import bce_with_logits
+from fastdcgan.spec import Block, BlockTensors, Norm, Running
 
-# Device types without autocast, which raise where they are asked whether it is on. A list, since Dynamo of torch 2.11
-# can't trace torch.amp.is_autocast_available.
-_NO_AUTOCAST = frozenset({"meta", "lazy", "vulkan", "ve", "opengl", "opencl", "ideep", "hip", "fpga"})
-
-
-def block_backend(x: Tensor) -> str:
-    """The backend that runs a block on `x`, as `backend()`, FASTDCGAN_BACKEND and the machine have it."""
-    return backends.select(backends.requested(), x.device.type, compute_dtype(x))
-
-
-def _autocast(x: Tensor) -> bool:
-    return x.device.type not in _NO_AUTOCAST and torch.is_autocast_enabled(x.device.type)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a convolution of `x` runs in: autocast's where it is on (never for float64), else x's own."""
-    if x.dtype != torch.float64 and x.is_floating_point() and _autocast(x):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def _casts_weights(backend: str, x: Tensor, tensors: Sequence[BlockTensors]) -> bool:
-    """Whether the backend's contractions get float32 weights under autocast, and cast them: where no gradient needs a
-    cast tensor. What a backend makes of a parameter it may keep from call to call, but not of a tensor of one call."""
-    if (
-        not backends.get(backend).casts_weights
-        or x.numel() == 0
-        or not primitives.unwatched(x, *(t.weight for t in tensors))
-    ):
-        return False
-    return not torch.is_grad_enabled() or not any(v is not None and v.requires_grad for t in tensors for v in (x, *t))
-
-
-def run_chain(
-    blocks: Sequence[Block],
-    x: Tensor,
-    tensors: Sequence[BlockTensors],
-    running: Sequence[Running | None],
-    stat_groups: int = 1,
-    boundaries: str = "auto",
-) -> Tensor:
-    """Run a chain on `x` [N, C, H, W] and update `running`; nothing is written if a check fails.
-
-    Raises TypeError or ValueError (`checks.check_chain`).
-    """
-    checks.check_boundaries(boundaries)
-    casts_weights = False
-    if isinstance(x, Tensor):
-        dtype = compute_dtype(x)
-        if dtype != x.dtype or _autocast(x):
-            x = x.to(dtype)
-            casts_weights = _casts_weights(blocks[0].backend, x, tensors)
-            left = (torch.float64, torch.float32) if casts_weights else (torch.float64,)
-            tensors = [t if t.weight.dtype in left else t._replace(weight=t.weight.to(dtype)) for t in tensors]
-    flat = [v for t in tensors for v in t]
-    checks.check_chain(blocks, stat_groups, x, flat, casts_weights)
-    plan = planner.plan(blocks, x, tensors, stat_groups, boundaries)
-    alone = all(b.norm is None or b.norm.process_group is None for b in blocks)
-    if x.shape[0] == 0 and alone:  # as PyTorch: an empty output, zero gradients, running statistics as they were
-        from fastdcgan.engine.double_backward import formula
-
-        for r in running:
-            if r is not None and r.num_batches is not None:
-                r.num_batches.add_(stat_groups)
-        return formula(plan, x, flat)
-    out, stats = run(plan, x, flat)
-    updates = [
-        _update(t, r, s, stat_groups)
-        for t, r, s in zip(tensors, running, stats, strict=True)
-        if r is not None and s is not None
-    ]
-    if updates:
-        primitives.update_all_running(updates, blocks[0].backend)
-    return out
-
-
-def _update(t: BlockTensors, r: Running, stats: Tensor, stat_groups: int) -> Update:
-    """How the running statistics change; counts the batch."""
-    factor = None
-    if r.num_batches is not None:
-        if r.momentum is None:
-            steps = torch.arange(1, stat_groups + 1, device=stats.device)
-            factor = (1.0 / (r.num_batches + steps).double()).to(stats.dtype)
-        r.num_batches.add_(stat_groups)
-    bias = None if t.bias is None else t.bias.detach()
-    return Update(r.mean, r.var, stats, bias, factor, 0.0 if r.momentum is None else r.momentum)
+__all__ = [
+    "bce_with_logits",
+    "conv_act",
+    "conv_bn_act",
+    "conv_transpose_act",
+    "conv_transpose_bn_act",
+    "normalize_images",
+]
 
 
 def _single(

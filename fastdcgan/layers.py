@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdcgan import checks
 from fastdcgan.activations import to_module
-from fastdcgan.engine.match import run_sequential
+from fastdcgan.engine.run import run_sequential
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -35,6 +35,8 @@ class FusedSequential(nn.Sequential):
         updated once per part in order, as if the parts had been passed one after another.
         """
         return run_sequential(self, input, stat_groups, self.boundaries)
+
+    forward.runs_blocks = True  # type: ignore[attr-defined]  # how `engine/match.py` knows it
 
     def __getitem__(self, idx: int | slice) -> Any:
         if isinstance(idx, slice):  # a part of a layer is no longer that layer

@@ -91,6 +91,8 @@ class Algorithm:
 
     `why_not(call)` is None where it can run, else the reason. `run(call, tile)` runs it; tile None is the choice of the
     algorithm's own rule. `tiles(call)` are those that tuning compares: instances of the frozen dataclass `tile_type`.
+    `why_last(call)` is None, or the reason why another is likely to be faster: it then runs where it was measured to be
+    the fastest, or where no other can. `compare` asks for measuring at first use, since no rule is known.
     """
 
     name: str
@@ -98,6 +100,8 @@ class Algorithm:
     run: Callable[[Call, Any], Any]
     tiles: Callable[[Call], Sequence[Any]] | None = None
     tile_type: type | None = None
+    why_last: Callable[[Call], str | None] = lambda call: None
+    compare: bool = False
 
 
 class Update(NamedTuple):
@@ -148,6 +152,16 @@ class Block:
     slope: float
     backend: str
 
+    @property
+    def op(self) -> str:
+        """The contraction of its forward."""
+        return "conv_transpose" if self.transposed else "conv"
+
+    @property
+    def adjoint(self) -> str:
+        """The contraction that gives its input's gradient."""
+        return "conv" if self.transposed else "conv_transpose"
+
     def output_size(self, height: int, width: int) -> Pair:
         if self.transposed:
             return self.geometry.conv_transpose_size(height, width, self.output_padding)
@@ -175,12 +189,12 @@ def of_block(values: Sequence[Any], i: int) -> BlockTensors:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a chain does."""
+    """What a chain does for one signature of its inputs."""
 
     blocks: tuple[Block, ...]
     stat_groups: int
     boundaries: Boundaries
-    turned: bool = False  # channels_last between its ends, whatever comes in
+    channels_last: bool = False  # between its ends, whatever comes in
 
 
 class Running(NamedTuple):

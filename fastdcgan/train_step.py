@@ -37,10 +37,10 @@ class StepMetrics(NamedTuple):
 class GradientPenalty:
     """A penalty on the gradient of D's logit with respect to its input, added to D's loss.
 
-    "wgan-gp": weight * mean((|grad| - 1)^2) on random mixtures of real and generated images
-               (Gulrajani et al., 2017, "Improved Training of Wasserstein GANs", equation 3)
-    "r1":      weight / 2 * mean(|grad|^2) on real images (Mescheder et al., 2018, "Which Training Methods for GANs do
-               actually Converge?", section 4.1)
+    - "wgan-gp": weight * mean((|grad| - 1)^2) on random mixtures of real and generated images
+      (Gulrajani et al., 2017, "Improved Training of Wasserstein GANs", equation 3)
+    - "r1": weight / 2 * mean(|grad|^2) on real images (Mescheder et al., 2018, "Which Training Methods for GANs do
+      actually Converge?", section 4.1)
     """
 
     weight: float

@@ -1,12 +1,15 @@
-"""What all tests share: the device (`machine.py`), seeds, threads, hypothesis' profile, and the backends.
+"""What all tests share: markers, the device (`machine.py`), seeds, threads, hypothesis' profile, and the backends.
 
-FASTDCGAN_TEST_CUDA_ON_CPU  1: backend("cuda") runs on CPU tensors, its kernels under the shim in `cuda_on_cpu`, slowly
+A plain `pytest` runs neither what is marked `compiles` nor what is marked `slow`. What is named (by a path, -m or -k)
+runs whole: `pytest tests` runs everything.
+
 FASTDCGAN_TEST_THREADS  CPU threads (1 by default: the tensors are small, and waiting threads take time from each other)
 HYPOTHESIS_PROFILE      "fixed" (the default: the same examples on every run) or "explore" (new ones, more of them)
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -15,9 +18,14 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import fastdcgan
-from fastdcgan import backends
-from fastdcgan.dispatch import training_ops
-from tests.machine import DEVICE, backends_here
+from tests.cuda_on_cpu.host_programs import needs_compiler
+from tests.helpers import twins
+from tests.machine import DEVICE, ROOT, backends_here
+
+QUICK = "not compiles and not slow"
+LONG = ("compiles", "slow", "interpreter")
+# The markers of whole folders of tests: folder -> marker
+MARKERS = {"kernels": "interpreter", "kernels/compiled": "compiles", "csrc/cuda": "compiles", "cuda_on_cpu": "compiles"}
 
 SLOW_CALLS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
@@ -31,14 +39,31 @@ def pytest_configure(config: pytest.Config) -> None:
     # float32 means float32 here, for the vanilla modules and for ours; TF32 has tests of its own.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    if os.environ.get("FASTDCGAN_TEST_CUDA_ON_CPU"):
-        from tests.cuda_on_cpu.host_library import HostCUDABackend
+    if config.args_source is not pytest.Config.ArgsSource.ARGS and not (
+        config.option.markexpr or config.option.keyword
+    ):
+        config.option.markexpr = QUICK
 
-        loaded = HostCUDABackend()
-        loaded.require()
-        backends._loaded["cuda"] = loaded
-        training_ops.NAMESPACES["cpu"] = "fastdcgan_cuda_on_cpu"
-        training_ops.ADAM_CHUNK["cpu"] = training_ops.ADAM_CHUNK["cuda"]
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Set the markers of folders, fixtures and the device; what takes long comes first, so that no process of several
+    is left with it at the end."""
+    for item in items:
+        folder = item.path.parent.relative_to(ROOT / "tests").as_posix()
+        if folder in MARKERS:
+            item.add_marker(MARKERS[folder])
+        if isinstance(item, pytest.Function) and "emulated" in item.fixturenames:
+            item.add_marker("compiles")  # the library whose AMX tiles are emulated
+        if isinstance(item, pytest.Function) and _asks_for_the_device(item):
+            item.add_marker("device")
+    long = {item.path for item in items if any(item.get_closest_marker(name) for name in LONG)}
+    items.sort(key=lambda item: item.path not in long)
+
+
+def _asks_for_the_device(item: pytest.Function) -> bool:
+    """Whether a test takes the device as a fixture, or its module uses DEVICE or `numbers` on it."""
+    fixtures, names = item.fixturenames, vars(item.module).values()
+    return "device" in fixtures or "backend" in fixtures or any(v is DEVICE or v is twins.numbers for v in names)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -46,15 +71,24 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `backend` runs once per backend available here (`test_ops.py` reports the others as skips)."""
+    """A test that takes `backend` runs once per backend available here (`test_primitives.py` reports the others as
+    skips), and on a CPU once more on the CUDA kernels, which the shim in `cuda_on_cpu` runs on CPU tensors, slowly."""
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", backends_here(), indirect=True)
+        names = [pytest.param(name) for name in backends_here()]
+        if DEVICE.type == "cpu":
+            names.append(pytest.param("cuda", marks=[pytest.mark.compiles, needs_compiler]))
+        metafunc.parametrize("backend", names, indirect=True)
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a backend that is available here; blocks run on it during the test."""
-    with fastdcgan.backend(request.param):
+    with contextlib.ExitStack() as stack:
+        if request.param == "cuda" and DEVICE.type == "cpu":
+            from tests.cuda_on_cpu.host_library import cuda_backend_on_cpu
+
+            stack.enter_context(cuda_backend_on_cpu())
+        stack.enter_context(fastdcgan.backend(request.param))
         yield request.param
 
 

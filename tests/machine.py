@@ -40,8 +40,9 @@ def setup_script() -> ModuleType:
 
 def contraction_sources() -> list[Path]:
     """Those files of csrc/cpu that contractions need besides their operators and the instructions of AMX."""
-    others = {*setup_script().PASSES, "amx", "conv_ops"}
-    return sorted(path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.stem not in others)
+    folders = setup_script().WITHOUT_AVX2
+    found = [path for path in (ROOT / "csrc/cpu").rglob("*.cpp") if path.parent.name not in folders]
+    return sorted(path for path in found if path.stem not in ("amx", "contraction_ops"))
 
 
 def run_capped(file: str, capability: str, tests: str) -> None:

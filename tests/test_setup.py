@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +19,7 @@ import torch
 
 import fastdcgan
 from fastdcgan import build_info, doctor
+from fastdcgan.cli import packages
 from tests.machine import setup_script
 
 ROOT = Path(__file__).parent.parent
@@ -187,6 +191,72 @@ def test_summary_of_a_failed_build(build: ModuleType) -> None:
     assert build.summary("\n".join(calls)).splitlines() == calls  # nothing but the calls
 
 
+# --- the torch to build against --------------------------------------------------------------------------------------
+
+# As pip isolates a build: this Python, with the packages of the build alone.
+ISOLATED = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("setup_script", "{ROOT / "setup.py"}")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+sys.path[:] = [path for path in sys.path if not path.endswith("-packages")]
+"""
+
+
+def test_an_isolated_build_finds_torch() -> None:
+    code = """
+before = sys.path[:]
+script.find_torch()
+import torch
+print(torch.__version__, sys.path[: len(before)] == before)
+"""
+    assert python(ISOLATED + code) == f"{torch.__version__} True"
+
+
+def test_one_line_where_there_is_no_torch() -> None:
+    code = """
+script.pythons = lambda: []
+try:
+    script.find_torch()
+except SystemExit as error:
+    print(error)
+"""
+    error = python(ISOLATED + code)
+    assert error.startswith('error: no PyTorch here to build fastdcgan against: first `pip install "torch>=2.11"`')
+    assert "\n" not in error
+
+
+def test_an_old_torch_is_refused(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
+    with pytest.raises(SystemExit, match=r"needs PyTorch 2\.11 or later, and this environment has 2\.10\.1\+cpu"):
+        build.find_torch()
+    monkeypatch.setattr(torch, "__version__", "2.11.0a0+git1234")
+    build.find_torch()
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc here tells of the calling process")
+def test_whose_environment_a_bare_one_is_for(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    code = "arguments, environment, folder = script.caller(); print([arguments[0], environment['HERE'], folder])"
+    started = f"import os, subprocess, sys; os.chdir('/'); subprocess.run([sys.executable, '-c', {ISOLATED + code!r}])"
+    assert python(started, HERE="there") == f"['{sys.executable}', 'there', PosixPath('/')]"
+
+    for name in ("tools/python3", ".venv/bin/python", "active/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).symlink_to(sys.executable)
+    tools, own = {"PATH": str(tmp_path / "tools")}, str(tmp_path / ".venv/bin/python")
+    active = {"VIRTUAL_ENV": str(tmp_path / "active")}
+    for called, environment, found in (
+        (["python3", "-m", "build"], tools, [str(tmp_path / "tools/python3"), own]),
+        ([".venv/bin/python", "-m", "build"], {}, [own]),
+        (["uv", "build"], active, [str(tmp_path / "active/bin/python")]),
+        ([], {}, [own]),
+    ):
+        monkeypatch.setattr(build, "caller", lambda found=(called, environment, tmp_path): found)
+        assert build.pythons() == [sys.executable, *found]
+
+
 # --- what is installed -----------------------------------------------------------------------------------------------
 
 
@@ -194,6 +264,45 @@ def test_packages_are_mapped() -> None:
     found = python("from fastdcgan import kernels, benchmarks; print(kernels.__file__, benchmarks.__file__)")
     folders = [Path(path).parent.name for path in found.split()]
     assert folders == ["kernels", "benchmarks"]
+
+
+def test_every_package_is_listed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fastdcgan").rglob("*.py")}
+    found = {".".join(folder.parts) for folder in folders} | {"fastdcgan.kernels", "fastdcgan.benchmarks"}
+    assert sorted(listed) == sorted(found)
+
+
+@pytest.mark.compiles
+def test_what_is_distributed_installs(tmp_path: Path) -> None:
+    """From an sdist comes a wheel with the C++ kernels, which runs away from the source folder."""
+    script = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert names >= expected | {"LICENSE", "setup.py", "kernels/conv.py", "benchmarks/cli.py", "fastdcgan/py.typed"}
+
+    site = tmp_path / "site"
+    flags = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check"]
+    environment = {**os.environ, "PYTHONPATH": str(site), "FASTDCGAN_SKIP_CUDA": "1"}
+    install = [sys.executable, "-m", "pip", "install", *flags, "--target", str(site), str(archive)]
+    subprocess.run(install, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+
+    code = """
+import torch, fastdcgan
+net = fastdcgan.fuse(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4), torch.nn.ReLU()))
+assert net(torch.zeros(1, 3, 8, 8)).shape == (1, 8, 5, 5)
+print(fastdcgan.__file__, fastdcgan.backends()["cpu"])
+"""
+    assert run("-c", code).split() == [str(site / "fastdcgan" / "__init__.py"), "available"]
+    assert "OK: blocks on the CPU run on cpu." in run("-m", "fastdcgan", "doctor")
+    assert run("-m", "fastdcgan", "--version") == f"fastdcgan {fastdcgan.__version__}\n"
 
 
 def test_import_is_quick() -> None:
@@ -213,6 +322,49 @@ print(sorted({m.split(".")[0] for m in set(sys.modules) - before} - set(sys.stdl
 print(hasattr(torch.ops.fastdcgan_cpu, "norm_act"))
 """
     assert python(code).splitlines() == ["['fastdcgan']", "False"]
+
+
+def extras() -> dict[str, list[str]]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def test_packages_come_with_the_extras_that_commands_name() -> None:
+    for package, extra in packages.PACKAGES.values():
+        found = [name for name, texts in extras().items() if package in {re.split(r"[<>=;\[ ]", x)[0] for x in texts}]
+        assert extra in found if extra else found in ([], ["test"])
+
+
+def test_torch_and_numpy_are_enough(tmp_path: Path) -> None:
+    """Where no other package can be imported, fused training runs, and a command says in one line what it needs."""
+    code = f"""
+import sys
+from fastdcgan.cli.packages import PACKAGES
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *args):
+        return None if name.partition(".")[0] in {{*PACKAGES, "triton"}} else self.finder.find_spec(name, *args)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+assert not sys.modules.keys() & {{*PACKAGES, "triton"}}
+import torch, fastdcgan
+from fastdcgan.cli import main
+G, D = fastdcgan.Generator(32, ngf=8), fastdcgan.Discriminator(32, ndf=8)
+fastdcgan.fuse(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4), torch.nn.ReLU()))(torch.zeros(1, 3, 8, 8))
+step = fastdcgan.GANStep(G, D, fastdcgan.optim.FusedAdam(G.parameters()), fastdcgan.optim.FusedAdam(D.parameters()))
+print(step(torch.zeros(4, 3, 32, 32), torch.randn(4, 100, 1, 1)).loss_d.isfinite().item())
+print(main(["doctor"]), main(["train", r"{tmp_path}"]), main(["bench", "--quick"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "True" and lines[-1].endswith(" 2 2"), done
+    line = 'error: fastdcgan {} needs the package pillow: pip install "fastdcgan[dcgan]"'
+    assert done.stderr.splitlines() == [line.format("train"), line.format("bench")]
 
 
 def test_without_extensions_and_triton() -> None:
@@ -238,7 +390,7 @@ print(doctor.report().healthy)
     name, error, healthy = python(code).splitlines()
     assert name == "reference"
     assert (
-        error.startswith("backend 'cpu' needs the C++ extension _cpu_") and "pip install --no-build-isolation" in error
+        error.startswith("backend 'cpu' needs the C++ extension _cpu_") and "build it with `pip install -e .`" in error
     )
     assert healthy == "False"
 

@@ -2,7 +2,7 @@
 // Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979). Needs no torch.
 #pragma once
 
-#include "activations.h"
+#include "common/activations.h"
 
 namespace fastdcgan {
 

@@ -1,7 +1,7 @@
 """The registry of backends, and which one runs.
 
-A backend is a subclass of `Backend` with the primitives of `ops.py` as methods. Nothing above this package knows which
-one runs: `select` gives a name, and the primitives take that name.
+A backend is a subclass of `Backend` with the primitives as methods. Nothing above this package knows which one runs:
+`select` gives a name, and the primitives take that name.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import torch
 
 from fastdcgan.backends.base import Backend
-from fastdcgan.spec import Unavailable, memory_format
+from fastdcgan.spec import Unavailable
 
-__all__ = ["Backend", "Unavailable", "backend", "get", "memory_format", "reasons", "requested", "select", "status"]
+__all__ = ["Backend", "Unavailable", "backend", "status"]
 
 NAMES = ("triton", "cuda", "cpu", "reference")  # the order in which "auto" tries them
 _CLASSES = {"triton": "TritonBackend", "cuda": "CUDABackend", "cpu": "CPUBackend", "reference": "ReferenceBackend"}
@@ -45,12 +45,18 @@ def get(name: str) -> Backend:
 
 def _load(name: str) -> Backend:
     if name == "auto":
-        from fastdcgan.dispatch.router import AutoBackend
-
-        return AutoBackend([get(own) for own in _GPU if _why_not(own) is None])
+        return members("auto")[0]
     if name in _CLASSES:
         return getattr(importlib.import_module(f"fastdcgan.backends.{name}"), _CLASSES[name])()
     raise ValueError(f"unknown backend {name!r}: expected 'auto' or one of {', '.join(map(repr, NAMES))}")
+
+
+def members(name: str) -> list[Backend]:
+    """The backends whose algorithms run where `select` said `name`: one, or on a GPU for "auto" all that can run there.
+
+    The first does all that is no contraction.
+    """
+    return [get(name)] if name != "auto" else [get(own) for own in _GPU if _why_not(own) is None]
 
 
 def status() -> dict[str, str]:
@@ -68,17 +74,18 @@ def _why_not(name: str) -> str | None:
 
 def reasons(device_type: str, dtype: torch.dtype) -> dict[str, str | None]:
     """name -> None where the backend runs blocks of this device and dtype, else the reason why it doesn't."""
-    return {name: _why_not(name) or get(name).covers(device_type, dtype) for name in NAMES}
+    return {name: _why_not(name) or get(name).why_not(device_type, dtype) for name in NAMES}
 
 
 def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that runs a block: the one asked for, or for "auto" the first in `NAMES` that covers it.
+    """The backend that runs a block: the one asked for, or for "auto" the first in `NAMES` that can.
 
-    On a GPU that is "auto" itself where one of ours covers it: then each contraction has a choice (`auto.py`).
+    On a GPU that is "auto" itself where one of ours can: then each contraction has the algorithms of all
+    (`dispatch/router.py`).
     Raises Unavailable if the one asked for can't run it.
     """
     if requested != "auto":
-        reason = get(requested).covers(device_type, dtype)
+        reason = get(requested).why_not(device_type, dtype)
         if reason is not None:
             raise Unavailable(
                 f"backend {requested!r} can't run this block: {reason}; {_alternatives(device_type, dtype)}"
@@ -91,8 +98,16 @@ def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
     return _selected[key]
 
 
+def missing(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why blocks of this device and dtype have to do without the compiled backend that is meant for them; None if they
+    have one, or there is none for them."""
+    meant = {"cuda": "cuda", "cpu": "cpu"}.get(device_type)
+    own = None if meant is None else _load(meant)
+    return None if meant is None or own is None or own.why_not(device_type, dtype) else _why_not(meant)
+
+
 # What torch.compiler.assume_constant_result does, without importing the compiler: that takes longer than all the rest.
-select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+select._dynamo_marked_constant = missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _alternatives(device_type: str, dtype: torch.dtype) -> str:

@@ -1,6 +1,6 @@
 """The CUDA C++ kernels of csrc/cuda: norm-and-activation passes, statistics, and contractions.
 
-Image-side layers have kernels that are bound by bytes (`cuda_narrow`), all others run on tensor cores
+Image-side layers have kernels that are bound by bytes (`cuda_image_side`), all others run on tensor cores
 (`cuda_contractions`); what neither takes is PyTorch's own (cuDNN).
 
 The library is loaded when the backend is first used. It is built on torch's stable ABI, so it also runs with later
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends import cuda_contractions, cuda_narrow
+from fastdcgan.backends import cuda_contractions, cuda_facts, cuda_image_side, cuda_tiles
 from fastdcgan.backends.base import Backend
 from fastdcgan.backends.boundaries import boundaries as boundaries_by_rule
 from fastdcgan.build_info import build_info, library, why_missing, why_stale
-from fastdcgan.geometry import Geometry, Pair
-from fastdcgan.spec import STORE, Boundaries, Epilogue, Operand, Unavailable
+from fastdcgan.geometry import Pair
+from fastdcgan.spec import STORE, Algorithm, Boundaries, Call, Operand, Unavailable
 
 EXTENSION = "_cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,8 +75,9 @@ class CUDABackend(Backend):
                 f"backend 'cuda' can't load {path.name}: {error}; it was built with torch {build_info().torch}, "
                 f"and this is {torch.__version__}"
             ) from error
+        cuda_facts.require_agreement(self.ops)
 
-    def covers(self, device_type: str, dtype: torch.dtype) -> str | None:
+    def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         if device_type != self.device_type:
             return f"it runs on the device type {self.device_type!r}, not {device_type!r}"
         if dtype not in DTYPES:
@@ -97,49 +98,27 @@ class CUDABackend(Backend):
 
     # --- contractions ---
 
-    def why_not(self, op: str, *args: Any) -> str | None:
-        if getattr(cuda_narrow, f"why_not_{op}")(*args) is None:
-            return None
-        return getattr(cuda_contractions, f"why_not_{op}")(*args)
+    def settings(self) -> tuple:
+        return (cuda_contractions.exact(torch.float32),)
 
-    def _own(self, op: str, *args: Any) -> Any:
-        """The module whose kernels run this call, or None."""
-        for module in (cuda_narrow, cuda_contractions):
-            if (reason := getattr(module, f"why_not_{op}")(*args)) is None:
-                break
-        if self.seen is not None:
-            self.seen.append("" if reason is None else f"PyTorch's convolution: {reason}")
-        return module if reason is None else None
+    def algorithms(self, op: str) -> Sequence[Algorithm]:
+        return [
+            Algorithm("cuda image-side", lambda call: cuda_image_side.why_not(self.ops, call), self._image_side),
+            Algorithm(
+                "cuda",
+                cuda_contractions.why_not,
+                lambda call, tile: cuda_contractions.run(self.ops, call, tile),
+                cuda_contractions.tiles,
+                cuda_tiles.Choice,
+            ),
+        ]
 
-    def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
-        own = self._own("conv", a, weight, geometry, epilogue)
-        if own is None:
-            return super().conv(a, weight, geometry, epilogue)
-        if own is cuda_contractions:
-            return cuda_contractions.conv(self.ops, a, weight, geometry, epilogue)
-        if cuda_narrow.fuses(epilogue):
-            return cuda_narrow.conv(self.ops, a, weight, geometry, epilogue), _no_vectors(a.x)
-        return self.apply_epilogue(cuda_narrow.conv(self.ops, a, weight, geometry, STORE), epilogue)
-
-    def conv_transpose(
-        self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
-    ) -> tuple[Tensor, Tensor]:
-        own = self._own("conv_transpose", a, weight, geometry, output_size, epilogue)
-        if own is None:
-            return super().conv_transpose(a, weight, geometry, output_size, epilogue)
-        if own is cuda_contractions:
-            return cuda_contractions.conv_transpose(self.ops, a, weight, geometry, output_size, epilogue)
-        if cuda_narrow.fuses(epilogue):
-            out = cuda_narrow.conv_transpose(self.ops, a, weight, geometry, output_size, epilogue)
-            return out, _no_vectors(a.x)
-        acc = cuda_narrow.conv_transpose(self.ops, a, weight, geometry, output_size, STORE)
-        return self.apply_epilogue(acc, epilogue)
-
-    def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
-        own = self._own("weight_grad", gathered, linear, geometry)
-        if own is None:
-            return super().weight_grad(gathered, linear, geometry)
-        return own.weight_grad(self.ops, gathered, linear, geometry)
+    def _image_side(self, call: Call, tile: None) -> Any:
+        if call.op == "weight_grad":
+            return cuda_image_side.weight_grad(self.ops, call)
+        if cuda_image_side.fuses(call.epilogue):
+            return cuda_image_side.contract(self.ops, call), call.a.x.new_empty((0,), dtype=torch.float32)
+        return self.apply_epilogue(cuda_image_side.contract(self.ops, call._replace(epilogue=STORE)), call.epilogue)
 
     # --- normalisation and activation ---
 
@@ -164,7 +143,7 @@ class CUDABackend(Backend):
     ) -> Tensor:
         return self.ops.coefficients(mean, var, weight, bias, shift, eps)
 
-    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: float) -> Tensor:
+    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: int) -> Tensor:
         return self.ops.grad_coefficients(sums, coef, count)
 
     def update_running(
@@ -174,8 +153,3 @@ class CUDABackend(Backend):
             self.ops.update_running_(mean, var, stats, shift, factor, momentum)
         else:
             super().update_running(mean, var, stats, shift, factor, momentum)
-
-
-def _no_vectors(like: Tensor) -> Tensor:
-    """What a contraction returns beside its output where the epilogue has no sums."""
-    return like.new_empty((0,), dtype=torch.float32)

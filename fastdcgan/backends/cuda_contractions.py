@@ -3,48 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends import cuda_boxes, cuda_tiles
-from fastdcgan.dispatch import autotune
-from fastdcgan.geometry import Geometry, Pair, pair
-from fastdcgan.spec import Epilogue, Operand, flat, flat_epilogue, flat_operand, in_format_of_torch, memory_format
+from fastdcgan.backends import cuda_tiles, cuda_tma
+from fastdcgan.backends.cuda_facts import EPILOGUES, MOST_GEOMETRY, MOST_PIXELS
+from fastdcgan.geometry import Geometry
+from fastdcgan.spec import Call, Operand, flat, flat_epilogue, flat_operand, in_format_of_torch, memory_format
 
-MOST_PIXELS = 2**30  # of a tensor, as `kMostPixels` in csrc/cuda/contractions.cu
-_MOST_GEOMETRY = 2**20
 KIND = "cuda tiles"
-_EPILOGUES = {"none": 0, "bias": 1, "activate": 2, "stats": 3, "grad_stats": 4}  # `Epilogue` in csrc/cuda/finish.cuh
-
-
-def _choices() -> autotune.Choices[cuda_tiles.Choice]:
-    return autotune.Choices(KIND, lambda entry: cuda_tiles.Choice(**entry), asdict)
-
-
-_chosen = _choices()
-
-
-def _choose(
-    op: str,
-    problem: cuda_tiles.Problem,
-    details: tuple,
-    device: torch.device,
-    attempt: Callable[[cuda_tiles.Choice], object],
-) -> cuda_tiles.Choice:
-    """The tile: measured, or by the rule of cuda_tiles.py. `details`: what else the time depends on."""
-    on = cuda_tiles.device_of(device)
-    return _chosen.choose(
-        (op, problem, details),
-        lambda: f"{op} {problem} | {details}",
-        device,
-        lambda: cuda_tiles.choose(problem, on),
-        lambda: autotune.fastest(cuda_tiles.shortlist(problem, on), attempt, device),
-    )
 
 
 def _unfit(geometry: Geometry, tensors: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> str | None:
@@ -59,8 +29,8 @@ def _unfit(geometry: Geometry, tensors: tuple[Tensor, ...], shapes: tuple[tuple[
         if math.prod(shape) // shape[1] >= MOST_PIXELS or shape[1] >= MOST_PIXELS:
             return f"a tensor {list(shape)} of {MOST_PIXELS} pixels or more"
     reach = max(k * d for k, d in zip(g.kernel, g.dilation, strict=True))
-    if max(reach, *g.stride, *g.padding) >= _MOST_GEOMETRY:
-        return f"kernel, stride or padding of {_MOST_GEOMETRY} or more"
+    if max(reach, *g.stride, *g.padding) >= MOST_GEOMETRY:
+        return f"kernel, stride or padding of {MOST_GEOMETRY} or more"
     return None
 
 
@@ -74,30 +44,19 @@ def _coef_groups(coef: Tensor | None) -> int:
     return 1 if coef is None or coef.dim() == 1 else coef.shape[1]
 
 
-def why_not_conv(a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
-    """None if `conv` takes this call, else the reason."""
-    out = (a.x.shape[0], weight.shape[0], *geometry.conv_size(*a.x.shape[2:]))
-    return _why_not(a, weight, geometry, out, epilogue)
-
-
-def why_not_conv_transpose(
-    a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
-) -> str | None:
-    """None if `conv_transpose` takes this call, else the reason."""
-    return _why_not(a, weight, geometry, (a.x.shape[0], weight.shape[1], *output_size), epilogue)
-
-
-def _why_not(a: Operand, weight: Tensor, geometry: Geometry, out: tuple[int, ...], e: Epilogue) -> str | None:
-    if _groups(_coef_groups(a.coef), _coef_groups(e.coef), e.stat_groups) is None:
+def why_not(call: Call) -> str | None:
+    """Why the tensor-core contractions can't run a call, or None."""
+    a, b, e = call.a, call.b, call.epilogue
+    if call.op == "weight_grad":
+        groups = _groups(_coef_groups(a.coef), _coef_groups(b.coef))
+        tensors, shapes = (a.x, b.x), (a.x.shape, b.x.shape)
+    else:
+        groups = _groups(_coef_groups(a.coef), _coef_groups(e.coef), e.stat_groups)
+        out = (a.x.shape[0], b.shape[1 if call.op == "conv_transpose" else 0], *call.size)
+        tensors, shapes = (a.x, b), (a.x.shape, b.shape, out)  # type: ignore[assignment]
+    if groups is None:
         return "vectors of several numbers of statistics groups"
-    return _unfit(geometry, (a.x, weight), (a.x.shape, weight.shape, out))
-
-
-def why_not_weight_grad(gathered: Operand, linear: Operand, geometry: Geometry) -> str | None:
-    """None if `weight_grad` takes this call, else the reason."""
-    if _groups(_coef_groups(gathered.coef), _coef_groups(linear.coef)) is None:
-        return "vectors of several numbers of statistics groups"
-    return _unfit(geometry, (gathered.x, linear.x), (gathered.x.shape, linear.x.shape))
+    return _unfit(call.geometry, tensors, shapes)
 
 
 def exact(dtype: torch.dtype) -> bool:
@@ -105,122 +64,92 @@ def exact(dtype: torch.dtype) -> bool:
     return dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
 
 
-def conv(
-    ops: Any, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue, tile: cuda_tiles.Choice | None = None
-) -> tuple[Tensor, Tensor]:
-    """`a` [N, C, H, W], weight [Co, C, kh, kw] -> [N, Co, H', W'] and the epilogue's vectors. `tile`: which one."""
-    size = geometry.conv_size(*a.x.shape[2:])
-    operand, w, g = a, weight, geometry
-    if geometry.spans(*a.x.shape[2:]):
-        operand, w, g = flat_operand(a), flat(weight), Geometry((1, 1))
-    out, vectors = _contract(ops, operand, w, False, g, size, epilogue, epilogue, tile)
-    return in_format_of_torch(out, a.x, weight), vectors
+class _Contraction:
+    """A call as the operators take it, where kernels that are as large as their image became one matrix product."""
 
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.a, self.b, self.g, self.size = call.a, call.b, call.geometry, call.size
+        self.e, self.fold = call.epilogue, 1  # `fold`: channels of the output became (tap, channel)
+        g = call.geometry
+        if call.op == "conv_transpose":
+            if call.a.x.shape[2:] == (1, 1) and g.spans(*call.size):
+                self.fold = call.size[0] * call.size[1]
+                self.b, self.e = flat(call.b), flat_epilogue(call.epilogue, self.fold)
+                self.g, self.size = Geometry((1, 1)), (1, 1)
+        elif g.spans(*call.a.x.shape[2:]):
+            self.a, self.g = flat_operand(call.a), Geometry((1, 1))
+            self.b = flat(call.b) if call.op == "conv" else call.b
+        b = self.b.coef if call.op == "weight_grad" else self.e.coef
+        groups = _groups(_coef_groups(self.a.coef), _coef_groups(b), self.e.stat_groups)
+        assert groups is not None
+        self.groups = groups
 
-def conv_transpose(
-    ops: Any,
-    a: Operand,
-    weight: Tensor,
-    geometry: Geometry,
-    output_size: Pair,
-    epilogue: Epilogue,
-    tile: cuda_tiles.Choice | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`a` [N, C, H, W], weight [C, Co, kh, kw] -> [N, Co, *output_size] and the epilogue's vectors."""
-    if a.x.shape[2:] == (1, 1) and geometry.spans(*output_size):
-        taps = output_size[0] * output_size[1]
-        e = flat_epilogue(epilogue, taps)
-        out, vectors = _contract(ops, a, flat(weight), True, Geometry((1, 1)), (1, 1), e, epilogue, tile, taps)
-        out = out.view(-1, *output_size, weight.shape[1]).permute(0, 3, 1, 2)
-    else:
-        out, vectors = _contract(ops, a, weight, True, geometry, output_size, epilogue, epilogue, tile)
-    return in_format_of_torch(out, a.x, weight), vectors
+    def problem(self) -> cuda_tiles.Problem:
+        a, b, g = self.a, self.b, self.g
+        images = a.x.shape[0]
+        if self.call.op == "weight_grad":
+            return cuda_tiles.Problem(
+                b.x.shape[1],
+                a.x.shape[1],
+                images * math.prod(b.x.shape[2:]),
+                math.prod(g.kernel),
+                b.x.element_size(),
+                b.y is not None,
+                a.y is not None,
+                -(-b.x.shape[1] // cuda_tma.ROWS) if cuda_tma.weight_grad_fits(a, b, g) else 0,
+                a.coef is not None or b.coef is not None,
+            )
+        transposed = self.call.op == "conv_transpose"
+        phases = math.prod(g.stride) if transposed else 1
+        height, width = (
+            -(-side // step) if transposed else side for side, step in zip(self.size, g.stride, strict=True)
+        )
+        fits = cuda_tma.conv_transpose_fits(a, b) if transposed else cuda_tma.conv_fits(a, b, g)
+        return cuda_tiles.Problem(
+            images * height * width,
+            b.shape[1 if transposed else 0],
+            round(a.x.shape[1] * math.prod(g.kernel) / phases),
+            phases,
+            a.x.element_size(),
+            a.y is not None,
+            tma_tiles=self.groups * cuda_tma.pixel_tiles(images // self.groups, height, width) if fits else 0,
+            prologue=a.coef is not None,
+        )
 
-
-def weight_grad(
-    ops: Any, gathered: Operand, linear: Operand, geometry: Geometry, tile: cuda_tiles.Choice | None = None
-) -> Tensor:
-    """`gathered` [N, C, H, W], `linear` [N, Cl, H', W'] -> [Cl, C, kh, kw]."""
-    operand, g = gathered, geometry
-    if geometry.spans(*gathered.x.shape[2:]):
-        operand, g = flat_operand(gathered), Geometry((1, 1))
-    n, channels = operand.x.shape[:2]
-    pixels = n * math.prod(linear.x.shape[2:])
-    problem = cuda_tiles.Problem(
-        linear.x.shape[1],
-        channels,
-        pixels,
-        math.prod(g.kernel),
-        linear.x.element_size(),
-        linear.y is not None,
-        operand.y is not None,
-        -(-linear.x.shape[1] // cuda_boxes.ROWS) if cuda_boxes.weight_grad_fits(operand, linear, g) else 0,
-        operand.coef is not None or linear.coef is not None,
-    )
-    groups = _groups(_coef_groups(operand.coef), _coef_groups(linear.coef))
-
-    def run(choice: cuda_tiles.Choice) -> Tensor:
-        return ops.contract_weight_grad(
-            *_operand(operand), *_operand(linear), g.kernel, g.stride, g.padding, g.dilation, groups, choice.number,
-            choice.splits, exact(operand.x.dtype),
+    def run(self, ops: Any, choice: cuda_tiles.Choice) -> Any:
+        call, g = self.call, self.g
+        if call.op == "weight_grad":
+            dw = ops.contract_weight_grad(
+                *_operand(self.a), *_operand(self.b), g.kernel, g.stride, g.padding, g.dilation, self.groups,
+                choice.number, choice.splits, exact(self.a.x.dtype),
+            )  # fmt: skip
+            if g is not call.geometry:
+                dw = dw.view(-1, *call.geometry.kernel, call.a.x.shape[1]).permute(0, 3, 1, 2)
+            return dw.contiguous(memory_format=memory_format(call.a.x))
+        asked, e = call.epilogue, self.e
+        stat_groups = asked.stat_groups if asked.kind == "stats" else _coef_groups(asked.coef)
+        if asked.kind not in ("stats", "grad_stats"):
+            stat_groups = 1
+        out, vectors = ops.contract(
+            *_operand(self.a), self.b, call.op == "conv_transpose", g.stride, g.padding, g.dilation, self.size,
+            EPILOGUES[e.kind], e.y, e.coef, ACTIVATIONS[e.act].id, e.slope, self.groups, stat_groups, self.fold,
+            choice.number, choice.splits, exact(self.a.x.dtype),
         )  # fmt: skip
-
-    details = (_details(operand), _details(linear), tuple(operand.x.shape), g)
-    dw = run(tile or _choose("weight_grad", problem, details, operand.x.device, run))
-    if g is not geometry:
-        dw = dw.view(-1, *geometry.kernel, gathered.x.shape[1]).permute(0, 3, 1, 2)
-    return dw.contiguous(memory_format=memory_format(gathered.x))
+        if self.fold > 1:
+            out = out.view(-1, *call.size, call.b.shape[1]).permute(0, 3, 1, 2)
+        return in_format_of_torch(out, call.a.x, call.b), vectors
 
 
-def _contract(
-    ops: Any,
-    a: Operand,
-    weight: Tensor,
-    transposed: bool,
-    g: Geometry,
-    size: Pair,
-    e: Epilogue,
-    asked: Epilogue,
-    tile: cuda_tiles.Choice | None,
-    fold: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """`e` is what the operator gets, `asked` the epilogue before channels became (tap, channel)."""
-    groups = _groups(_coef_groups(a.coef), _coef_groups(e.coef), e.stat_groups)
-    assert groups is not None
-    phases = math.prod(g.stride) if transposed else 1
-    taps = math.prod(g.kernel) / phases
-    height, width = (-(-side // step) if transposed else side for side, step in zip(size, g.stride, strict=True))
-    channels = weight.shape[1 if transposed else 0]
-    pixels = a.x.shape[0] * height * width
-    fits = cuda_boxes.conv_transpose_fits(a, weight) if transposed else cuda_boxes.conv_fits(a, weight, g)
-    problem = cuda_tiles.Problem(
-        pixels,
-        channels,
-        round(a.x.shape[1] * taps),
-        phases,
-        a.x.element_size(),
-        a.y is not None,
-        box_tiles=groups * cuda_boxes.pixel_tiles(a.x.shape[0] // groups, height, width) if fits else 0,
-        prologue=a.coef is not None,
-    )
-    stat_groups = asked.stat_groups if asked.kind == "stats" else _coef_groups(asked.coef)
-    if asked.kind not in ("stats", "grad_stats"):
-        stat_groups = 1
-
-    def run(choice: cuda_tiles.Choice) -> tuple[Tensor, Tensor]:
-        return ops.contract(
-            *_operand(a), weight, transposed, g.stride, g.padding, g.dilation, pair(size), _EPILOGUES[e.kind], e.y,
-            e.coef, ACTIVATIONS[e.act].id, e.slope, groups, stat_groups, fold, choice.number, choice.splits,
-            exact(a.x.dtype),
-        )  # fmt: skip
-
-    details = (_details(a), e.kind, e.act, tuple(a.x.shape), g)
-    op = "conv_transpose" if transposed else "conv"
-    return run(tile or _choose(op, problem, details, a.x.device, run))
+def tiles(call: Call) -> list[cuda_tiles.Choice]:
+    """The tiles that tuning compares for a call."""
+    return cuda_tiles.shortlist(_Contraction(call).problem(), cuda_tiles.device_of(call.a.x.device))
 
 
-def _details(a: Operand) -> tuple:
-    return ("none" if a.coef is None else "activate" if a.y is None else "bn_backward", a.act, a.x.dtype)
+def run(ops: Any, call: Call, tile: cuda_tiles.Choice | None = None) -> Any:
+    """The contraction with this tile, or with that of the rule in `cuda_tiles`. Returns as `Call` says."""
+    made = _Contraction(call)
+    return made.run(ops, tile or cuda_tiles.choose(made.problem(), cuda_tiles.device_of(call.a.x.device)))
 
 
 def _operand(a: Operand) -> tuple:

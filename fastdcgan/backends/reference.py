@@ -22,7 +22,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
 
-    def covers(self, device_type: str, dtype: torch.dtype) -> str | None:
+    def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         return None
 
     def norm_act(self, a: Operand) -> Tensor:
@@ -79,7 +79,7 @@ class ReferenceBackend(Backend):
             t = t + bias.to(dtype)
         return torch.stack([s, t, mean, rstd])
 
-    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: float) -> Tensor:
+    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: int) -> Tensor:
         s, t, mean, rstd = coef
         p = -s * rstd * sums[1] / count
         q = -s * sums[0] / count - p * mean

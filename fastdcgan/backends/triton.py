@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdcgan.backends.base import Backend
 from fastdcgan.backends.boundaries import boundaries as boundaries_by_rule
-from fastdcgan.geometry import Geometry, Pair
-from fastdcgan.spec import Algorithm, Boundaries, Call, Epilogue, Operand, Unavailable
+from fastdcgan.geometry import Pair
+from fastdcgan.spec import Algorithm, Boundaries, Operand, Unavailable
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST = (3, 6)  # of Triton
@@ -52,7 +51,7 @@ class TritonBackend(Backend):
         if not torch.cuda.is_available() and not interpreted():
             raise Unavailable(f"backend 'triton' needs a CUDA GPU, or TRITON_INTERPRET=1, not {asked!r}; {_OTHERS}")
 
-    def covers(self, device_type: str, dtype: torch.dtype) -> str | None:
+    def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         runs_on = "cpu" if interpreted() else "cuda"
         if device_type != runs_on:
             return f"it runs on the device type {runs_on!r}, not {device_type!r}"
@@ -74,38 +73,6 @@ class TritonBackend(Backend):
         from fastdcgan.kernels.algorithms import ALGORITHMS
 
         return ALGORITHMS[op]
-
-    def why_not(self, op: str, *args: Any) -> str | None:
-        return self._first(_call(op, *args))[1]
-
-    def _first(self, call: Call) -> tuple[Algorithm | None, str | None]:
-        """The first algorithm that can run the call, or None and the reason of the most general one."""
-        reason = None
-        for algorithm in self.algorithms(call.op):
-            reason = algorithm.why_not(call)
-            if reason is None:
-                return algorithm, None
-        return None, reason
-
-    def _run(self, op: str, *args: Any) -> Any:
-        call = _call(op, *args)
-        algorithm, reason = self._first(call)
-        if self.seen is not None:
-            self.seen.append("" if reason is None else f"PyTorch's convolution: {reason}")
-        return getattr(super(), op)(*args) if algorithm is None else algorithm.run(call, None)
-
-    # --- contractions ---
-
-    def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
-        return self._run("conv", a, weight, geometry, epilogue)
-
-    def conv_transpose(
-        self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
-    ) -> tuple[Tensor, Tensor]:
-        return self._run("conv_transpose", a, weight, geometry, output_size, epilogue)
-
-    def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
-        return self._run("weight_grad", gathered, linear, geometry)
 
     # --- normalisation and activation ---
 
@@ -136,7 +103,7 @@ class TritonBackend(Backend):
 
         return norm_act.coefficients(mean, var, weight, bias, shift, eps)
 
-    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: float) -> Tensor:
+    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: int) -> Tensor:
         from fastdcgan.kernels import norm_act
 
         return norm_act.grad_coefficients(sums, coef, count)
@@ -147,11 +114,3 @@ class TritonBackend(Backend):
         from fastdcgan.kernels import norm_act
 
         norm_act.update_running(mean, var, stats, shift, factor, momentum)
-
-
-def _call(op: str, a: Operand, b: Any, geometry: Geometry, *rest: Any) -> Call:
-    if op == "conv":
-        return Call(op, a, b, geometry, geometry.conv_size(*a.x.shape[2:]), *rest)
-    if op == "conv_transpose":
-        return Call(op, a, b, geometry, *rest)
-    return Call(op, a, b, geometry, geometry.kernel)

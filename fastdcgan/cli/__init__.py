@@ -1,7 +1,7 @@
 """The command line: `fastdcgan COMMAND`, also as `python -m fastdcgan`. `COMMANDS` lists them.
 
-Exit codes: 0 done; 1 failed; 2 was given what it can't take (options, a checkpoint, a folder, a place to write to);
-130 stopped by Ctrl-C. Errors are one line; `--debug` shows the traceback.
+Exit codes: 0 done; 1 failed; 2 was given what it can't take (options, a checkpoint, a folder, a place to write to), or
+lacks a package; 130 stopped by Ctrl-C. Errors are one line; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastdcgan import __version__
+from fastdcgan.cli import packages
 from fastdcgan.cli.options import INTERRUPTED
+from fastdcgan.version import __version__
 
 # Command -> (module with its options and itself, what it does)
 COMMANDS = {
@@ -25,7 +26,7 @@ COMMANDS = {
     "features": ("fastdcgan.cli.features", "Features of a trained network, classifiers on them, a comparison."),
     "evaluate": ("fastdcgan.cli.evaluate", "Fréchet distance, precision and recall of a run's checkpoints."),
     "style": ("fastdcgan.cli.style", "Show one picture in the manner of another."),
-    "bench": ("fastdcgan.benchmarks.cli", "Time blocks and the training step against PyTorch."),
+    "bench": ("fastdcgan.cli.bench", "Time blocks and the training step against PyTorch."),
     "doctor": ("fastdcgan.cli.doctor", "Show what was built, what can run here, and why the rest can't."),
 }
 # What a file or folder that the user named can raise. Other OSErrors (a full disk) are failures.
@@ -35,20 +36,23 @@ _WRONG_PLACE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirec
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(argv).parse_args(argv)
     try:
+        args = _parser(argv).parse_args(argv)
         return args.command(args)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        if args.debug:
+        lacking = packages.what_to_install(error, argv[0])
+        if "--debug" in argv:  # there are no `args` where importing the command failed
             traceback.print_exc()
+        elif lacking is not None:
+            print(f"error: {lacking}", file=sys.stderr)
         else:
             expected = isinstance(error, ValueError | RuntimeError | OSError)
             print(f"error: {error if expected else f'{type(error).__name__}: {error}'}", file=sys.stderr)
             if not expected:
                 print("Run it with --debug to see where.", file=sys.stderr)
-        return 2 if _is_usage(error) else 1
+        return 2 if lacking is not None or _is_usage(error) else 1
 
 
 def _is_usage(error: Exception) -> bool:
@@ -67,6 +71,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, formatter_class=_HelpFormatter)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if argv[:1] == [name]:  # only the module of the command that runs is imported
+            if name != "doctor":
+                packages.require("dcgan")
             implementation = importlib.import_module(module)
             implementation.add_arguments(command)
             command.set_defaults(command=implementation.run)

@@ -16,7 +16,6 @@ import numpy as np
 
 from fastdcgan.dcgan.console import track
 from fastdcgan.dcgan.files import replacing
-from fastdcgan.dcgan.optional import needs
 
 REGULARISATIONS = (0.1, 1.0, 10.0)  # C, for features of mean squared length 1
 _FOLDS = 3
@@ -35,15 +34,15 @@ class LinearSVM:
 
     @classmethod
     def fit(cls, features: np.ndarray, labels: np.ndarray, seed: int = 0) -> LinearSVM:
-        """From features [N, F] and labels int [N]. With less than two of some class nothing can be chosen by
+        """Fit to features [N, F] and labels int [N]. With less than two of some class nothing can be chosen by
         cross-validation: then C is 1.
 
-        Raises ValueError for less than two classes, MissingPackage without scikit-learn.
+        Raises ValueError for less than two classes, ModuleNotFoundError without scikit-learn.
         """
-        with needs("scikit-learn", "classifiers"):
-            from sklearn.exceptions import ConvergenceWarning
-            from sklearn.model_selection import GridSearchCV, StratifiedKFold
-            from sklearn.svm import LinearSVC
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.model_selection import GridSearchCV, StratifiedKFold
+        from sklearn.svm import LinearSVC
+
         classes, counts = np.unique(labels, return_counts=True)
         if len(classes) < 2:
             raise ValueError(f"the labels are of {len(classes)} class: expected at least 2")

@@ -21,7 +21,7 @@ from fastdcgan.dcgan.sources import Source, open_source
 from fastdcgan.images import normalize_images
 
 _NAMED_IN_FULL = 10
-_RESIDENT_SHARE = 0.25  # of a GPU's free memory
+_RESIDENT_SHARE = 0.25  # part of a GPU's free memory that images may take
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def load_images(
 
     A cache that is damaged, cut short, of another source or older than its source is made anew, with a message. Files
     that can't be read are named, counted and left out.
-    Raises ValueError for a source without images, MissingPackage for a set whose package is not installed.
+    Raises ValueError for a source without images, ModuleNotFoundError for a set whose package is not installed.
     """
     source = open_source(data)
     fingerprint = source.fingerprint(image_size, channels)

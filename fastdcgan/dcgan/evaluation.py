@@ -17,15 +17,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastdcgan.dcgan import checkpoint, images, judge
+from fastdcgan.dcgan import checkpoint, images, judge, plots
 from fastdcgan.dcgan.console import say
 from fastdcgan.dcgan.distances import Moments, frechet_distance, moments, precision_recall
 from fastdcgan.dcgan.feature_report import Split
 from fastdcgan.dcgan.features import extract
 from fastdcgan.dcgan.files import replacing
-from fastdcgan.dcgan.optional import needs
 from fastdcgan.dcgan.sampling import sample
-from fastdcgan.dcgan.sources import MissingPackage
 from fastdcgan.dcgan.trained import load_generator
 
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the file that torch-fidelity puts into torch's hub folder
@@ -47,7 +45,7 @@ class Yardstick:
     """What a generator is measured with: a classifier, and the held-out images and their features."""
 
     classifier: judge.Classifier
-    accuracy: float  # of the classifier, on the held-out images
+    accuracy: float  # the classifier's, on the held-out images
     pixels: np.ndarray
     features: np.ndarray
     moments: Moments
@@ -55,7 +53,7 @@ class Yardstick:
 
     @classmethod
     def make(cls, split: Split, cache: Path, device: torch.device) -> Yardstick:
-        """With a classifier of the training images, taken from the folder `cache` or put there."""
+        """Measure with a classifier of the training images, taken from the folder `cache` or put there."""
         labels, test = split.data.labels, split.test
         net = judge.cached_classifier(
             cache / "classifier.safetensors", split.train_pixels, labels[~test], len(split.data.classes), device=device
@@ -117,17 +115,18 @@ class _Rgb(Dataset):
 
 
 def check_fid() -> Path:
-    """The file of Inception's weights. Raises MissingPackage where torch-fidelity or that file is missing."""
-    with needs("torch-fidelity", "Inception's FIDs"):
-        import torch_fidelity  # noqa: F401
+    """The file of Inception's weights. Raises ModuleNotFoundError without torch-fidelity, FileNotFoundError without
+    that file."""
+    import torch_fidelity  # noqa: F401
+
     weights = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION
     if not weights.is_file():
-        raise MissingPackage(f"Inception's FIDs need torch-fidelity's weights, {weights}")
+        raise FileNotFoundError(f"Inception's FIDs need torch-fidelity's weights, {weights}")
     return weights
 
 
 def inception_fid(real: np.ndarray, generated: np.ndarray, device: torch.device | str = "cpu") -> float:
-    """FID of uint8 images [N, H, W, C] as torch-fidelity computes it. Raises MissingPackage as `check_fid`."""
+    """FID of uint8 images [N, H, W, C] as torch-fidelity computes it. Raises as `check_fid` does."""
     weights = check_fid()
     import torch_fidelity
 
@@ -158,8 +157,6 @@ def to_markdown(evaluations: Sequence[Evaluation], real: Evaluation) -> str:
 
 def write(evaluations: Sequence[Evaluation], real: Evaluation, yardstick: Yardstick, out: Path, **about: Any) -> None:
     """evaluation.json and evaluation.png in the folder `out`; `about` goes into the first."""
-    from fastdcgan.dcgan.plots import plot_evaluations
-
     result = {
         **about,
         "held_out_images": len(yardstick.pixels),
@@ -169,4 +166,21 @@ def write(evaluations: Sequence[Evaluation], real: Evaluation, yardstick: Yardst
     }
     with replacing(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
-    plot_evaluations(evaluations, real, out / "evaluation.png")
+    plot(evaluations, real, out / "evaluation.png")
+
+
+def plot(evaluations: Sequence[Evaluation], real: Evaluation, path: Path) -> None:
+    """Fréchet distance, precision and recall over the steps, and of real images as lines across -> PNG."""
+    steps = [e.step for e in evaluations]
+    figure, (distances, shares) = plots.two_rows()
+    distances.plot(steps, [e.frechet for e in evaluations], marker="o", markersize=3, label="generated")
+    distances.axhline(real.frechet, color="gray", linestyle="--", label="training images")
+    distances.set_yscale("log")
+    distances.set_ylabel("Fréchet distance")
+    for key, color in (("precision", "C0"), ("recall", "C1")):
+        shares.plot(steps, [getattr(e, key) for e in evaluations], marker="o", markersize=3, color=color, label=key)
+        shares.axhline(getattr(real, key), color=color, linestyle="--", linewidth=1)
+    shares.set_ylabel("share (dashed: training images)")
+    shares.set_ylim(0, 1)
+    shares.set_xlabel("step")
+    plots.save(figure, path)

@@ -74,6 +74,7 @@ class FeatureExtractor(nn.Module):
         return found
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [-1, 1], or `z`, -> features [N, F], layer after layer."""
         return torch.cat([self._pooled(values).flatten(1) for values in self.maps(x).values()], 1)
 
     def _pooled(self, values: Tensor) -> Tensor:

@@ -136,8 +136,6 @@ def _as_text(row: dict[str, float]) -> dict[str, str]:
 
 
 def _summary_writer(run: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RuntimeError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)

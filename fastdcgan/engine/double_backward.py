@@ -13,9 +13,27 @@ from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import primitives
-from fastdcgan.engine.autograd import requested
 from fastdcgan.geometry import Geometry, Pair
 from fastdcgan.spec import STORE, Operand, Plan, of_block, stat_dtype
+
+
+def requested(ctx, needs: Sequence[bool], given: Sequence[bool]) -> list[bool]:
+    """Which gradients this very backward is asked for: `torch.autograd.grad(out, x)` wants no weight's.
+
+    `given` says which of the inputs that `needs` speaks of are tensors.
+    """
+    wants = list(needs)
+    if torch.compiler.is_compiling():
+        return wants
+    nodes = iter(ctx.next_functions)  # one for each input that is a tensor
+    for i in range(len(wants)):
+        node = next(nodes)[0] if given[i] else None
+        if wants[i] and node is not None:
+            try:  # noqa: SIM105  contextlib.suppress costs more than what it surrounds
+                wants[i] = torch._C._will_engine_execute_node(node)
+            except RuntimeError:  # it refuses to answer for a leaf that autograd.grad asks for: that is wanted
+                pass
+    return wants
 
 
 class _Conv(torch.autograd.Function):

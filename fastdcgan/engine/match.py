@@ -1,4 +1,4 @@
-"""Finding blocks among the modules of an `nn.Sequential`, and running them as chains.
+"""Finding blocks among the modules of an `nn.Sequential`.
 
 A block is a 2-d convolution, plain or transposed, then optionally a BatchNorm2d and an activation. A module counts only
 if calling it would do just what PyTorch's own class does: with hooks, a forward of its own or parameters that are not
@@ -8,25 +8,18 @@ initialised yet it is called as it is, outside any chain.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.fx
-from torch import Tensor, nn
 from torch import distributed as dist
-from torch.autograd import forward_ad
-from torch.nn import functional as F
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fastdcgan import backends, checks
 from fastdcgan.activations import from_module
-from fastdcgan.functional import block_backend, compute_dtype, run_chain
 from fastdcgan.geometry import Geometry, pair
-from fastdcgan.spec import Block, BlockTensors, Norm, Running
+from fastdcgan.spec import Block, Norm
 
 _CONVS = (nn.Conv2d, nn.ConvTranspose2d)
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm)  # they only set `weight`: a chain calls them itself
@@ -51,20 +44,7 @@ def why_alone(module: nn.Module) -> str | None:
     return None
 
 
-_OWN_FORWARD: dict[tuple, bool] = {}  # of a class as it is: asked for every module at every call
-
-
 def _own_forward(kind: type[nn.Module]) -> bool:
-    if torch.compiler.is_compiling():  # which would guard on the cache
-        return _has_own_forward(kind)
-    key = (kind, kind.forward, getattr(kind, "_conv_forward", None))
-    found = _OWN_FORWARD.get(key)
-    if found is None:
-        found = _OWN_FORWARD[key] = _has_own_forward(kind)
-    return found
-
-
-def _has_own_forward(kind: type[nn.Module]) -> bool:
     """Whether a class computes something else than PyTorch's own that it derives from."""
     if issubclass(kind, nn.Conv2d):
         return kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
@@ -82,9 +62,12 @@ def is_plain_sequential(module: nn.Module) -> bool:
     """A Sequential that does nothing but call its children in order: transparent to a chain."""
     if not isinstance(module, nn.Sequential) or why_alone(module) is not None:
         return False
-    from fastdcgan.layers import FusedSequential
+    return type(module).forward is nn.Sequential.forward or runs_blocks(module)
 
-    return type(module).forward in (nn.Sequential.forward, FusedSequential.forward)
+
+def runs_blocks(module: nn.Module) -> bool:
+    """Whether a module's forward is `FusedSequential`'s, which marks it so."""
+    return getattr(type(module).forward, "runs_blocks", False)
 
 
 @dataclass
@@ -220,162 +203,29 @@ def _pad_of(conv: nn.Conv2d | nn.ConvTranspose2d) -> tuple[list[int], str] | Non
     return None
 
 
-# --- running ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Record:
-    """What `explain` saw of one block that ran."""
-
-    conv: nn.Module
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    backend: str
-    route: str  # which of its ways the backend took, or ""
-
-
-@dataclass
-class Recorder:
-    """Collects `Record`s while `explain` runs a model."""
-
-    records: list[Record] = field(default_factory=list)
-
-    def run(self, chain: FoundChain, backend: str, x: Tensor, call: Callable[[], Tensor]) -> Tensor:
-        runs = backends.get(backend)
-        runs.seen = []
-        try:
-            out = call()
-            routes = [*runs.seen, *[""] * len(chain.blocks)]
-            for found, route in zip(chain.blocks, routes, strict=False):
-                self.records.append(Record(found.conv, tuple(x.shape), compute_dtype(x), backend, route))
-        finally:
-            runs.seen = None
-        return out
-
-
-recorder: Recorder | None = None
-
-
-def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, boundaries: str) -> Any:
-    """`nn.Sequential.forward` with every chain in it run as one."""
-    if isinstance(stat_groups, torch.fx.Proxy):
-        stat_groups = 1  # torch.fx traces the root module's default as an input
-    checks.check_stat_groups(stat_groups)
-    if _needs_every_module(x):
-        for module in sequential:
-            x = _call_alone(module, x, stat_groups)
-        return x
-    for part in segments(sequential):
-        x = (
-            _call_alone(part.module, x, stat_groups)
-            if isinstance(part, Alone)
-            else _call_chain(part, x, stat_groups, boundaries)
-        )
-    return x
-
-
-def _needs_every_module(x: Any) -> bool:
-    """Whether the call is followed module by module: by global hooks, by tracers, by transforms that know PyTorch's own
-    functions but no chain (torch.func, forward-mode differentiation); or is of complex numbers, which none takes."""
-    if isinstance(x, Tensor) and x.is_complex():
-        return True
-    if torch.compiler.is_compiling():
-        return _has_any_global_hook()
-    return (
-        _has_any_global_hook()
-        or torch.jit.is_tracing()
-        or isinstance(x, torch.fx.Proxy)
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
-def _call_alone(module: nn.Module, x: Any, stat_groups: int) -> Any:
-    from fastdcgan.layers import FusedSequential
-
-    if stat_groups == 1:
-        return module(x)
-    if isinstance(module, FusedSequential):
-        return module(x, stat_groups=stat_groups)
-    if any(isinstance(m, _BatchNorm) and m.training for m in module.modules()):
-        if x.shape[0] % stat_groups:
-            raise ValueError(f"stat_groups={stat_groups} must divide the batch size, got a batch of {x.shape[0]}")
-        return torch.cat([module(part) for part in x.chunk(stat_groups)])
-    return module(x)
-
-
-def _call_chain(chain: FoundChain, x: Tensor, stat_groups: int, boundaries: str) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
-    unbatched = x.dim() == 3 and all(b.norm is None for b in chain.blocks)
-    if unbatched:
-        x = x[None]
-    if chain.pad is not None:
-        x = F.pad(x, chain.pad[0], chain.pad[1])
-    backend = block_backend(x)
-    blocks, tensors, running = [], [], []
-    for found in chain.blocks:
-        blocks.append(block_of(found, chain.pad is not None and found is chain.blocks[0], backend))
-        tensors.append(_tensors(found))
-        running.append(_running(found.norm))
-    if recorder is not None and not torch.compiler.is_compiling():
-        out = recorder.run(chain, backend, x, lambda: run_chain(blocks, x, tensors, running, stat_groups, boundaries))
-    else:
-        out = run_chain(blocks, x, tensors, running, stat_groups, boundaries)
-    return out[0] if unbatched else out
+# --- what a chain takes of a block ------------------------------------------------------------------------------------
 
 
 def block_of(found: FoundBlock, padded: bool, backend: str) -> Block:
     """The block as a chain takes it; `padded`: its padding is applied before the chain."""
     conv, norm = found.conv, found.norm
-    normalised: tuple[float, bool] | None = None
-    group = None
+    made = None
     if norm is not None:
         batch_stats = norm.training or (norm.running_mean is None and norm.running_var is None)
-        normalised = (norm.eps, batch_stats)
-        group = _process_group(norm) if batch_stats else None
+        made = Norm(norm.eps, batch_stats, process_group(norm) if batch_stats else None)
     act, slope = ("identity", 0.0) if found.act is None else from_module(found.act)  # type: ignore[misc]
-    numbers = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.output_padding)
-    transposed = isinstance(conv, nn.ConvTranspose2d)
-    key = (numbers, transposed, padded, normalised, act, slope, backend)
-    if group is not None or torch.compiler.is_compiling() or not _hashable(numbers):  # a compiler guards on the table
-        return _block(conv, numbers, transposed, padded, normalised, group, act, slope, backend)
-    known = _BLOCKS.get(key)
-    if known is None:
-        known = _BLOCKS[key] = _block(conv, numbers, transposed, padded, normalised, group, act, slope, backend)
-    return known
-
-
-def _hashable(numbers: tuple) -> bool:
-    return list not in map(type, numbers)  # as someone may have set them
-
-
-_BLOCKS: dict[tuple, Block] = {}  # of modules as they are: asked for every block at every call
-
-
-def _block(
-    conv: nn.Conv2d | nn.ConvTranspose2d,
-    numbers: tuple,
-    transposed: bool,
-    padded: bool,
-    normalised: tuple[float, bool] | None,
-    group: Any,
-    act: str,
-    slope: float,
-    backend: str,
-) -> Block:
-    kernel, stride, padding, dilation, groups, output_padding = numbers
+    padding: Any = conv.padding
     if padded or padding == "valid":
         padding = (0, 0)
     elif padding == "same":
         around = conv._reversed_padding_repeated_twice
         padding = (around[2], around[0])
-    geometry = Geometry(pair(kernel), pair(stride), pair(padding), pair(dilation), groups)
-    norm = None if normalised is None else Norm(*normalised, group)
-    return Block(transposed, geometry, pair(output_padding), norm, act, slope, backend)
+    geometry = Geometry(pair(conv.kernel_size), pair(conv.stride), pair(padding), pair(conv.dilation), conv.groups)
+    transposed = isinstance(conv, nn.ConvTranspose2d)
+    return Block(transposed, geometry, pair(conv.output_padding), made, act, slope, backend)
 
 
-def _process_group(norm: nn.Module) -> Any:
+def process_group(norm: nn.Module) -> Any:
     """The processes that share statistics with this one, or None (`nn.SyncBatchNorm.forward`)."""
     if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
         return None
@@ -383,23 +233,3 @@ def _process_group(norm: nn.Module) -> Any:
         return None
     group = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
-
-
-def _tensors(found: FoundBlock) -> BlockTensors:
-    conv, norm = found.conv, found.norm
-    for hook in conv._forward_pre_hooks.values():  # weight_norm and spectral_norm of the old style set `weight`
-        hook(conv, ())
-    if norm is None:
-        return BlockTensors(conv.weight, conv.bias)
-    return BlockTensors(conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-
-
-def _running(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> Running | None:
-    if norm is None or not norm.training or not norm.track_running_stats:
-        return None
-    if norm.running_mean is None or norm.running_var is None:
-        return None
-    momentum = norm.momentum
-    if momentum is None and norm.num_batches_tracked is None:
-        momentum = 0.0
-    return Running(norm.running_mean, norm.running_var, momentum, norm.num_batches_tracked)

@@ -1,4 +1,4 @@
-"""The plan of a chain: the boundaries asked for, or measured, or else those of the backend's rule."""
+"""The plan of a chain: its fusion boundaries asked for, or measured, or else those of the backend's rule."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastdcgan.dispatch import autotune
 from fastdcgan.engine import autograd
 from fastdcgan.spec import Block, BlockTensors, Boundaries, Plan
 
-KIND = "boundaries"
+KIND = "boundaries"  # of what the autotune cache keeps
 
-_known: dict[Any, Boundaries | None] = {}  # what the file of measurements says, asked once
+_known: dict[Any, Boundaries | None] = {}  # what the cache says, asked once
 
 
 def plan(
@@ -23,18 +23,15 @@ def plan(
 ) -> Plan:
     """`boundaries` is "auto", or "deferred" or "finished" for all of them."""
     backend, n = backends.get(blocks[0].backend), len(blocks)
-    turned = n > 1 and backend.turns(blocks, [t.weight for t in tensors], x)
-    if backend.chooses_boundaries:
-        weights, grad = [t.weight for t in tensors], torch.is_grad_enabled()
-        needs = [grad and t.requires_grad for t in (x, *weights)]
-        chosen = backend.boundaries(blocks, weights, (x.shape[2], x.shape[3]), needs)
-    else:  # without asking: it is on the way of every call
-        chosen = Boundaries((False,) * (n - 1), (False,) * (n - 1), (False,) * n)
+    weights, grad = [t.weight for t in tensors], torch.is_grad_enabled()
+    channels_last = n > 1 and backend.prefers_channels_last(blocks, weights, x)
+    needs = [grad and t.requires_grad for t in (x, *weights)]
+    rule = backend.boundaries(blocks, weights, (x.shape[2], x.shape[3]), needs)
     if boundaries != "auto":
         wanted = (boundaries == "deferred",) * (n - 1)
-        sums = tuple(a or b for a, b in zip(wanted, chosen.epilogue_sums, strict=True))
-        return Plan(tuple(blocks), stat_groups, Boundaries(wanted, sums, chosen.lazy_grad), turned)
-    made = Plan(tuple(blocks), stat_groups, chosen, turned)
+        sums = tuple(a or b for a, b in zip(wanted, rule.epilogue_sums, strict=True))
+        return Plan(tuple(blocks), stat_groups, Boundaries(wanted, sums, rule.lazy_grad), channels_last)
+    made = Plan(tuple(blocks), stat_groups, rule, channels_last)
     if backend.chooses_boundaries and not torch.compiler.is_compiling():
         return _measured(made, x, tensors)
     return made
@@ -49,14 +46,14 @@ def _measured(rule: Plan, x: Tensor, tensors: Sequence[BlockTensors]) -> Plan:
     problem = (rule.blocks, rule.stat_groups, x.shape, x.dtype, tuple(needs), tuple(t.weight.shape for t in tensors))
     searching, key = autotune.may_search(x.device), (x.device, problem)
     if key not in _known or (searching and _known[key] is None):
-        name, gpu = repr(problem), autotune.gpu_key(x.device)
-        found = _parsed(autotune.lookup(KIND, gpu, name), len(rule.blocks))
+        name, machine = repr(problem), autotune.machine(x.device)
+        found = _parsed(autotune.lookup(KIND, machine, name), len(rule.blocks))
         if found is None and searching:
-            found = fastest(rule, lambda p: _work(p, x.detach(), flat, needs), x.device)
-            autotune.remember(KIND, gpu, name, found._asdict())
+            found = fastest(rule, lambda plan: _work(plan, x.detach(), flat, needs), x.device)
+            autotune.remember(KIND, machine, name, found._asdict())
         _known[key] = found
     found = _known[key]
-    return rule if found is None else Plan(rule.blocks, rule.stat_groups, found, rule.turned)
+    return rule if found is None else Plan(rule.blocks, rule.stat_groups, found, rule.channels_last)
 
 
 def _parsed(entry: Any, blocks: int) -> Boundaries | None:
@@ -73,35 +70,36 @@ def _parsed(entry: Any, blocks: int) -> Boundaries | None:
 
 
 def fastest(rule: Plan, work: Callable[[Plan], Callable[[], object]], device: torch.device) -> Boundaries:
-    """From the rule's boundaries on, turn round one choice after the other and keep what is faster by more than noise.
+    """From the rule's boundaries on, change one choice after the other and keep what is faster by more than noise.
 
     `work` gives what is timed for a plan.
     """
     best = rule.boundaries
     for kind, flags in enumerate(rule.boundaries):
         for i in range(len(flags)):
-            turned = tuple(flag != (j == i) for j, flag in enumerate(best[kind]))
-            other = Boundaries(*[turned if k == kind else flags for k, flags in enumerate(best)])
-            calls = {s: work(Plan(rule.blocks, rule.stat_groups, s, rule.turned)) for s in (best, other)}
+            changed = tuple(flag != (j == i) for j, flag in enumerate(best[kind]))
+            other = Boundaries(*[changed if k == kind else flags for k, flags in enumerate(best)])
+            calls = {b: work(Plan(rule.blocks, rule.stat_groups, b, rule.channels_last)) for b in (best, other)}
             times = autotune.milliseconds(calls, device)
             if times[other] < (1 - autotune.MARGIN) * times[best]:
                 best = other
     return best
 
 
-def _work(made: Plan, x: Tensor, flat: Sequence[Tensor | None], needs: Sequence[bool]) -> Callable[[], object]:
+def _work(plan: Plan, x: Tensor, flat: Sequence[Tensor | None], needs: Sequence[bool]) -> Callable[[], object]:
     """A forward, and a backward if anything needs a gradient; no buffer is updated."""
+    program = autograd.Program(plan, direct=True)
     da: Tensor | None = None
 
     @torch.no_grad()
     def call() -> None:
         nonlocal da
         if any(needs):
-            out, _, states = autograd._forward(made, x, flat, needs)
+            out, _, states = autograd.forward(program, x, flat, needs)
             da = torch.ones_like(out) if da is None else da
             # The epilogue may write to the gradient that it is given.
-            autograd._backward(made, x, flat, states, needs, da.clone())
+            autograd.backward(program, x, flat, states, needs, da.clone())
         else:
-            autograd._forward(made, x, flat, None)
+            autograd.forward(program, x, flat, None)
 
     return call

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "device/vec.h"
+#include "cuda/device/vec.h"
 #include "guarded_buffer.h"
 
 namespace test {

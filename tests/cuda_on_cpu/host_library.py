@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+from fastdcgan import backends
+from fastdcgan.backends import cuda_facts
 from fastdcgan.backends.cuda import CUDABackend
+from fastdcgan.dispatch import training_ops
 from tests.cuda_on_cpu.host_programs import BUILD, HERE, ROOT, compiled, includes
 
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
@@ -24,7 +30,7 @@ def _torch_flags() -> list[str]:
 @functools.cache
 def library() -> ctypes.CDLL:
     """Compile what has changed, register the operators as torch.ops.fastdcgan_cuda_on_cpu."""
-    sources = sorted([*(ROOT / "csrc" / "cuda").glob("*.cu"), *(ROOT / "csrc" / "cuda").glob("*.cpp")])
+    sources = sorted(path for path in (ROOT / "csrc/cuda").rglob("*") if path.suffix in (".cu", ".cpp"))
     sources.append(HERE / "host_library.cpp")
     flags = [*FLAGS, *_torch_flags(), *includes()]
     objects = [compiled(BUILD / f"{source.stem}.o", ["-c", "-x", "c++", str(source)], flags) for source in sources]
@@ -56,3 +62,19 @@ class HostCUDABackend(CUDABackend):
 
     def require(self) -> None:
         library()
+        cuda_facts.require_agreement(self.ops)
+
+
+@contextlib.contextmanager
+def cuda_backend_on_cpu() -> Iterator[None]:
+    """`backend("cuda")` runs on CPU tensors."""
+    library()
+    with mock.patch.dict(backends._loaded, cuda=HostCUDABackend()), mock.patch.dict(backends._selected, clear=True):
+        yield
+
+
+def pytest_configure() -> None:
+    """`pytest -p tests.cuda_on_cpu.host_library`: FusedAdam, the loss and images run CUDA kernels on CPU tensors."""
+    library()
+    training_ops.NAMESPACES["cpu"] = "fastdcgan_cuda_on_cpu"
+    training_ops.ADAM_CHUNK["cpu"] = training_ops.ADAM_CHUNK["cuda"]

@@ -6,6 +6,7 @@ that it includes has changed.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -41,7 +42,7 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="g++ runs CUDA ke
 
 
 def includes(root: Path = ROOT) -> list[str]:
-    return [f"-I{root / folder}" for folder in ("tests/cuda_on_cpu/shim", "csrc/cuda", "csrc")]
+    return [f"-I{root / folder}" for folder in ("tests/cuda_on_cpu/shim", "csrc")]
 
 
 def _digest(command: list[str], dependencies: Path) -> str:
@@ -61,17 +62,26 @@ def build(name: str, mode: str = "plain") -> Path:
 
 
 def compiled(target: Path, sources: list[str], flags: list[str], linked: list[str] | None = None) -> Path:
-    """`target`, made from `sources` by one call of g++ where it isn't up to date; fails with what g++ printed."""
+    """`target`, made from `sources` by one call of g++ where it isn't up to date; fails with what g++ printed.
+
+    Another process that wants it meanwhile waits, and finds it made.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _compiled(target, sources, flags, linked)
+
+
+def _compiled(target: Path, sources: list[str], flags: list[str], linked: list[str] | None) -> Path:
     gxx = compiler()
     assert gxx is not None
-    target.parent.mkdir(parents=True, exist_ok=True)
     dependencies, digest = target.with_suffix(".d"), target.with_suffix(".sha256")
     command = [gxx, *flags, *sources, *(linked or [])]
     known = target.exists() and dependencies.exists() and digest.exists()
     if known and digest.read_text() == _digest(command, dependencies):
         return target
-    # Of its own name until it is whole: another process may be at it too.
-    partial = target.with_suffix(f".{os.getpid()}")
+    # Of another name until it is whole: a process that runs the old one may go on.
+    partial = target.with_suffix(".partial")
     done = subprocess.run(
         [*command, "-MD", "-MF", str(partial) + ".d", "-o", str(partial)], capture_output=True, text=True, cwd=ROOT
     )

@@ -8,17 +8,16 @@ first. A change of what has to be known while compiling (template arguments, siz
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
 
-from tests.cuda_on_cpu import contraction_lines, warpgroup_lines
+from tests.cuda_on_cpu import contraction_lines, sm90_lines
 from tests.cuda_on_cpu.host_programs import BUILD, HERE, MODES, ROOT, compiler, includes, run
 
 CUDA = ROOT / "csrc" / "cuda"
@@ -74,8 +73,8 @@ def _each_type(name: str) -> list[Program]:
 
 
 PROGRAMS = (
-    *_each_type("streaming_tests"),
-    *_each_type("narrow_tests"),
+    *_each_type("elementwise_tests"),
+    *_each_type("image_side_tests"),
     *_each_type("training_tests"),
     Program("contraction_watched", arguments=tuple(contraction_lines.watched())),
     Program("contraction_types", arguments=tuple(contraction_lines.brief()), modes=("plain",)),
@@ -84,9 +83,9 @@ PROGRAMS = (
         arguments=tuple(line for tile in range(7) for line in contraction_lines.tiles(tile)),
         modes=("plain",),
     ),
-    Program("warpgroup_watched", arguments=tuple(warpgroup_lines.watched())),
-    Program("warpgroup_types", arguments=tuple(warpgroup_lines.everything()), modes=("plain",)),
-    Program("warpgroup_tiles", arguments=tuple(warpgroup_lines.tiles()), modes=("plain",)),
+    Program("sm90_watched", arguments=tuple(sm90_lines.watched())),
+    Program("sm90_types", arguments=tuple(sm90_lines.everything()), modes=("plain",)),
+    Program("sm90_tiles", arguments=tuple(sm90_lines.tiles()), modes=("plain",)),
 )
 
 
@@ -97,14 +96,6 @@ def dependencies(program: Program) -> list[Path]:
     command = [gxx, "-MM", *FLAGS, *program.options, *includes(), str(program.source)]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [Path(name).resolve() for name in listed.replace("\\\n", " ").split()[1:]]
-
-
-def digest(files: Iterable[Path], *others: object) -> str:
-    """Of files, and of whatever else a verdict depends on but for the change."""
-    found = hashlib.sha256(repr(others).encode())
-    for path in sorted(files):
-        found.update(path.read_bytes())
-    return found.hexdigest()
 
 
 def _compile(program: Program, mode: str, more: Sequence[str], target: Path | None) -> str:
@@ -121,6 +112,13 @@ def _run(path: Path, program: Program, seconds: float, **environment: object) ->
     words = " ".join(f"{name}={value}" for name, value in environment.items())
     script = f'ulimit -t {max(LEAST_SECONDS, int(seconds) + 1)} && exec env {words} "$0" "$@"'
     return run(Path("/bin/sh"), "-c", script, str(path), *program.arguments, timeout_s=3600)
+
+
+def _write(folder: Path, path: Path, lines: Sequence[str]) -> None:
+    """Put `lines` where an include of the kernel file `path` finds them, with `folder` among those of includes."""
+    copy = folder / path.relative_to(CUDA.parent)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text("\n".join(lines) + "\n")
 
 
 # --- many changes in one program ------------------------------------------------------------------------------------
@@ -142,7 +140,7 @@ class Switched:
             if site.switch and number not in self.left_out:
                 of_line[site.path, site.line][site.start, site.end].append(number)
         where: dict[tuple[str, int], list[tuple[int, int, tuple[int, ...]]]] = {}
-        for path in sorted(CUDA.glob("*.cuh")):
+        for path in sorted(CUDA.rglob("*.cuh")):
             lines = path.read_text().splitlines()
             for index, line in enumerate(lines):
                 places = of_line.get((path, index + 1), {})
@@ -157,7 +155,7 @@ class Switched:
                 lines[index] = written + line[at:]
                 if spans:
                     where[path.name, index + 1] = spans
-            (self.folder / path.name).write_text("\n".join(lines) + "\n")
+            _write(self.folder, path, lines)
         return where
 
     def leave_out_what_does_not_compile(self, program: Program) -> None:
@@ -186,7 +184,7 @@ class Switched:
         pending: list[tuple[str, int, int]] = []
         for found in pattern.finditer(said):
             path, place = Path(found[1]), (Path(found[1]).name, int(found[2]), int(found[3]))
-            inside = path.parent == self.folder
+            inside = self.folder in path.parents
             if found[4] != "error":
                 pending += [place] if inside else []
                 continue
@@ -247,12 +245,9 @@ class Build:
 
 def build_alone(site: Site, program: Program, mode: str, folder: Path) -> Path | None:
     """A program in `folder` that has one change and no other; None where it doesn't compile."""
-    for path in CUDA.glob("*.cuh"):
-        if path != site.path:
-            (folder / path.name).symlink_to(path)
     lines = site.path.read_text().splitlines()
     lines[site.line - 1] = site.after
-    (folder / site.path.name).write_text("\n".join(lines) + "\n")
+    _write(folder, site.path, lines)
     target = folder / "program"
     return None if _compile(program, mode, [LEVEL[mode], f"-I{folder}"], target) else target
 

@@ -5,28 +5,23 @@
 
 A change is a sign, a bound, a stride, an index, a constant, a condition or a barrier of a kernel file. For each one the
 test programs that include the file run on the CPU: plainly, and where that notices nothing, for races and for accesses
-out of bounds. What survives is listed; `survivors/` says of which that it changes no result. Verdicts are kept in
-`build/cuda_on_cpu/mutants`, so that an interrupted run goes on where it was.
-Exits with 1 if any unexplained change survives.
+out of bounds. What survives is printed: either a test is missing, or the change makes no difference to any result.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import random
 import re
 import sys
 import time
-import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cuda_on_cpu.host_programs import BUILD, HERE, MODES
+from tests.cuda_on_cpu.host_programs import BUILD, MODES
 from tests.cuda_on_cpu.mutant_programs import (
     CUDA,
     PROGRAMS,
@@ -34,11 +29,9 @@ from tests.cuda_on_cpu.mutant_programs import (
     Program,
     Switched,
     dependencies,
-    digest,
     notices_alone,
 )
 
-EXPLAINED = HERE / "survivors"
 FOLDER = BUILD / "mutants"
 
 # How a change is made at run time (mutant_switch.h). An operator keeps its precedence and its operands.
@@ -128,68 +121,6 @@ def programs_of(paths: Sequence[Path], names: Container[str] | None = None) -> d
     return {path: [program for program in files if path.resolve() in files[program]] for path in paths}
 
 
-def explanations(folder: Path = EXPLAINED) -> dict[tuple[str, str, str], str]:
-    """(file, code before, code after) -> why it changes no result. An entry may have several changes of a line."""
-    return {
-        (f"{path.stem}.cuh", entry["before"], after): entry["why"]
-        for path in sorted(folder.glob("*.toml"))
-        for entry in tomllib.loads(path.read_text())["survivor"]
-        for after in ([entry["after"]] if isinstance(entry["after"], str) else entry["after"])
-    }
-
-
-def key(mutant: Mutant) -> tuple[str, str, str]:
-    return mutant.path.name, mutant.before.strip(), mutant.after.strip()
-
-
-class Verdicts:
-    """What noticed a change, or that nothing did; kept in a file, each as soon as it is known.
-
-    What was noticed stays noticed while the kernels are the same, for tests are only added to. What wasn't is tried
-    again with every change of a test.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._known: dict[str, str | None] = {}
-        self._digests: dict[Program, tuple[str, str]] = {}
-        if file.exists():
-            for line in file.read_text().splitlines():
-                entry = json.loads(line)
-                self._known[entry["key"]] = entry["noticed"]
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-    def knows(self, mutant: Mutant, program: Program, mode: str) -> bool:
-        return any(name in self._known for name in self._names(mutant, program, mode))
-
-    def get(self, mutant: Mutant, program: Program, mode: str, find: Callable[[], str | None]) -> str | None:
-        """The verdict, by `find` where it isn't known."""
-        noticed, unnoticed = self._names(mutant, program, mode)
-        for name in (noticed, unnoticed):
-            if name in self._known:
-                return self._known[name]
-        verdict = find()
-        name = unnoticed if verdict is None else noticed
-        self._known[name] = verdict
-        with self._file.open("a") as file:
-            file.write(json.dumps({"key": name, "noticed": verdict}) + "\n")
-        return verdict
-
-    def _names(self, mutant: Mutant, program: Program, mode: str) -> tuple[str, str]:
-        """Of the verdict, if it is noticed and if it isn't."""
-        if program not in self._digests:
-            files = dependencies(program)
-            kernels = digest(path for path in files if path.suffix == ".cuh")
-            self._digests[program] = kernels, digest(files, program)
-        kernels, everything = self._digests[program]
-        change = (mutant.path.name, mutant.line, mutant.start, mutant.put)
-        return _name(kernels, *change), _name(everything, mode, *change)
-
-
-def _name(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
 class MutationRun:
     """Finds what notices the changes `mutants` of kernel files, whose programs are `tested`."""
 
@@ -197,17 +128,13 @@ class MutationRun:
         self,
         mutants: Sequence[Mutant],
         tested: dict[Path, list[Program]],
-        explained: Container[Mutant] = (),
         folder: Path = FOLDER,
     ) -> None:
         self.mutants = mutants
-        self._explained = explained  # what the first program doesn't notice of these, the others aren't asked
         self.noticed: dict[Mutant, str] = {}
-        self.unreached: set[Mutant] = set()
         self._tested = tested
         self._numbers = {mutant: number for number, mutant in enumerate(mutants, 1)}
         self._switched = Switched(dict(enumerate(mutants, 1)), folder)
-        self._verdicts = Verdicts(folder / "verdicts.jsonl")
         self._builds: dict[tuple[Program, str], Build] = {}
 
     def run(self, jobs: int, say: Callable[[str], None]) -> None:
@@ -228,8 +155,7 @@ class MutationRun:
 
     def _step(self, program: Program, mode: str, pool: ThreadPoolExecutor, say: Callable[[str], None]) -> None:
         left = [m for m in self.mutants if m not in self.noticed and program in self._tested[m.path]]
-        left = [m for m in left if m not in self._explained or (mode, program) == ("plain", self._tested[m.path][0])]
-        if any(self.switches(mutant) and not self._verdicts.knows(mutant, program, mode) for mutant in left):
+        if any(map(self.switches, left)):
             self._builds[program, mode] = Build.of(self._switched, program, mode)
         began = time.monotonic()
         found = 0
@@ -241,14 +167,9 @@ class MutationRun:
         say(f"-- {program.label}, {mode}: {found} of {len(left)} in {time.monotonic() - began:.0f} s")
 
     def _verdict(self, mutant: Mutant, program: Program, mode: str) -> str | None:
-        number = self._numbers[mutant]
-
-        def find() -> str | None:
-            if not self.switches(mutant):
-                return notices_alone(mutant, program, mode)
-            return mode if self._builds[program, mode].notices(number) else None
-
-        return self._verdicts.get(mutant, program, mode, find)
+        if not self.switches(mutant):
+            return notices_alone(mutant, program, mode)
+        return mode if self._builds[program, mode].notices(self._numbers[mutant]) else None
 
     def reached(self, mutant: Mutant) -> bool:
         """Whether any test comes to the place of a change, as far as is known."""
@@ -269,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="print what is caught too")
     args = parser.parse_args(arguments)
 
-    paths = [path for path in sorted(CUDA.glob("*.cuh")) if not args.files or path.name in args.files]
+    paths = [path for path in sorted(CUDA.rglob("*.cuh")) if not args.files or path.name in args.files]
     tested = programs_of(paths, args.programs)
     found = [mutant for path in paths for mutant in mutants_of(path) if args.match in str(mutant)]
     drawn = random.Random(args.seed).sample(found, min(args.sample or len(found), len(found)))
@@ -282,31 +203,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(text, flush=True)
 
     began = time.monotonic()
-    why = explanations()
-    everything = MutationRun(drawn, tested, {mutant for mutant in drawn if key(mutant) in why})
+    everything = MutationRun(drawn, tested)
     everything.run(args.jobs, say)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    survivors = [mutant for mutant in drawn if mutant not in everything.noticed]
     for mutant in drawn:
-        explained = "explained" if key(mutant) in why else "not explained"
         for name in (mutant.path.name, "all"):
-            counts[name][everything.noticed.get(mutant, explained)] += 1
+            counts[name][everything.noticed.get(mutant, "nothing")] += 1
     print(f"\nin {time.monotonic() - began:.0f} s; survivors:")
-    for mutant in survivors:
-        reached = "" if everything.reached(mutant) else " (no test reaches it)"
-        print(f"  {mutant}{reached}\n      {why.get(key(mutant), 'NOT EXPLAINED')}")
-    print(
-        "\n| file | changes | caught | "
-        + " | ".join(columns := ["compiler", *MODES, "explained", "not explained"])
-        + " |"
-    )
-    print("|---|" + "---|" * (2 + len(columns)))
+    for mutant in drawn:
+        if mutant not in everything.noticed:
+            print(f"  {mutant}" + ("" if everything.reached(mutant) else " (no test reaches it)"))
+    columns = ["compiler", *MODES, "nothing"]
+    print("\n| file | changes | caught by " + " | ".join(columns) + " |")
+    print("|---|---|" + "---|" * len(columns))
     for name, count in counts.items():
-        total = count.total()
-        caught = total - count["explained"] - count["not explained"]
-        each = " | ".join(str(count[column]) for column in columns)
-        print(f"| {name} | {total} | {caught / total:.1%} | {each} |")
-    return int(counts["all"]["not explained"] > 0)
+        print(f"| {name} | {count.total()} | " + " | ".join(str(count[column]) for column in columns) + " |")
+    return 0
 
 
 if __name__ == "__main__":

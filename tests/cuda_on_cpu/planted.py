@@ -44,14 +44,16 @@ def program(name: str, bugs: Sequence[Bug], mode: str) -> Path:
     places: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
     for number, bug in enumerate(bugs, 1):
         places[bug.file, bug.right].append((number, bug.wrong))
-    for path in (ROOT / "csrc" / "cuda").glob("*.cuh"):
-        text = path.read_text()
+    csrc = ROOT / "csrc"
+    for path in (csrc / "cuda").rglob("*.cuh"):
+        text, copy = path.read_text(), folder / path.relative_to(csrc)
         for (file, right), wrongs in places.items():
             if file == path.name:
                 assert right in text, f"{file} has no {right!r} any more"
                 text = text.replace(right, with_bugs(right, wrongs), 1)
-        if not (folder / path.name).exists() or (folder / path.name).read_text() != text:
-            (folder / path.name).write_text(text)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not copy.exists() or copy.read_text() != text:
+            copy.write_text(text)
     flags = [*FLAGS, "-O0", *MODES[mode], f"-include{HERE / 'mutant_switch.h'}", f"-I{folder}", *includes()]
     return compiled(folder / f"program-{mode}", [str(HERE / f"{name}.cpp")], flags)
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <map>
 
-#include "device/tensor_core.h"
+#include "cuda/device/tensor_core.h"
 #include "harness.h"
 
 namespace gpu = fastdcgan::gpu;

@@ -1,5 +1,5 @@
 // The shim itself: what each built-in returns, what numbers convert to, what a launch refuses.
-#include "device/tensor_core.h"
+#include "cuda/device/tensor_core.h"
 #include "harness.h"
 
 namespace gpu = fastdcgan::gpu;

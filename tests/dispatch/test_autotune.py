@@ -1,4 +1,4 @@
-"""The file of measurements, and when anything is measured."""
+"""The autotune cache, and when anything is measured."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    found = tmp_path / "folder" / "measured.json"
-    monkeypatch.setenv("FASTDCGAN_MEASURED", str(found))
+    found = tmp_path / "folder" / "autotune.json"
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(found))
     monkeypatch.setattr(autotune, "_files", {})
     return found
 
 
-def test_entries_survive_and_are_of_one_gpu_and_kind(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_survive_and_are_of_one_machine_and_kind(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     autotune.remember("tiles", "a GPU", "problem", {"block_m": 64})
     autotune.remember("tiles", "a GPU", "other", [1, 2])
     autotune.remember("routes", "another", "problem", 3)
@@ -33,23 +33,34 @@ def test_entries_survive_and_are_of_one_gpu_and_kind(file: Path, monkeypatch: py
     assert autotune.lookup("routes", "a GPU", "problem") is None
     assert autotune.lookup("tiles", "another", "problem") is None
     assert json.loads(file.read_text())["version"] == autotune.VERSION
-    assert [found.name for found in file.parent.iterdir()] == ["measured.json"]
+    assert [found.name for found in file.parent.iterdir()] == ["autotune.json"]
 
 
 def test_two_processes_keep_what_both_measured(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert autotune.lookup("tiles", "a GPU", "first") is None  # and remembers that the file is empty
-    content = {"format": autotune.FORMAT, "version": autotune.VERSION, "gpus": {"a GPU": {"tiles": {"first": 1}}}}
+    content = {"format": autotune.FORMAT, "version": autotune.VERSION, "machines": {"a GPU": {"tiles": {"first": 1}}}}
     file.parent.mkdir()
     file.write_text(json.dumps(content))
     autotune.remember("tiles", "a GPU", "second", 2)
-    assert json.loads(file.read_text())["gpus"] == {"a GPU": {"tiles": {"first": 1, "second": 2}}}
+    assert json.loads(file.read_text())["machines"] == {"a GPU": {"tiles": {"first": 1, "second": 2}}}
 
 
-def test_the_key_names_what_generates_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = autotune.gpu_key.__wrapped__(torch.device("cpu"))
-    assert "cpu" in key and f"torch {torch.__version__}" in key and "triton " in key and "fastdcgan " in key
-    monkeypatch.setattr(torch, "__version__", "99.0")
-    assert autotune.gpu_key.__wrapped__(torch.device("cpu")) != key
+def test_the_key_names_the_processor_and_what_generates_the_code() -> None:
+    key = autotune.machine(torch.device("cpu"))
+    assert f"{torch.get_num_threads()} threads" in key and f"torch {torch.__version__}" in key and "fastdcgan " in key
+
+
+def test_a_cache_that_can_not_be_written_is_known_to_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "file" / "autotune.json"))
+    monkeypatch.setattr(autotune, "_files", {})
+    for key, value in (("problem", 1), ("other", 2)):
+        with pytest.warns(UserWarning, match=r"autotune\.json is ignored: FileExistsError"):
+            autotune.remember("algorithms", "here", key, value)
+    assert autotune.lookup("algorithms", "here", "problem") == 1
+    assert autotune.lookup("algorithms", "here", "other") == 2
 
 
 @pytest.mark.parametrize(
@@ -59,16 +70,16 @@ def test_the_key_names_what_generates_the_code(monkeypatch: pytest.MonkeyPatch) 
         "[]",
         "{}",
         '{"format": "something-else", "version": 1}',
-        '{"format": "fastdcgan-measured", "version": 0, "gpus": {}}',
-        '{"format": "fastdcgan-measured", "version": 1, "gpus": {"gpu": {"tiles": 3}}}',
-        '{"format": "fastdcgan-measured", "version": 1, "gpus": {"gpu": 3}}',
-        '{"format": "fastdcgan-measured", "version": 1}',
+        '{"format": "fastdcgan-autotune", "version": 0, "machines": {}}',
+        '{"format": "fastdcgan-autotune", "version": 1, "machines": {"gpu": {"tiles": 3}}}',
+        '{"format": "fastdcgan-autotune", "version": 1, "machines": {"gpu": 3}}',
+        '{"format": "fastdcgan-autotune", "version": 1}',
     ],
 )
 def test_a_foreign_file_is_ignored_with_one_warning_and_kept(file: Path, content: str) -> None:
     file.parent.mkdir()
     file.write_text(content)
-    with pytest.warns(UserWarning, match=r"measured\.json are ignored"):
+    with pytest.warns(UserWarning, match=r"autotune\.json is ignored"):
         assert autotune.lookup("tiles", "gpu", "key") is None
     assert file.read_text() == content
     with warnings.catch_warnings():
@@ -93,6 +104,13 @@ def test_when_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert autotune.may_compare(CUDA) and not autotune.may_search(CUDA)
     with flags(benchmark=True, deterministic=True):
         assert not autotune.may_compare(CUDA)
+    cpu = torch.device("cpu")
+    assert autotune.may_compare_cpu(cpu) and not autotune.may_compare_cpu(CUDA)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not autotune.may_compare_cpu(cpu)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 
@@ -11,6 +12,10 @@ from torch import Tensor
 
 import fastdcgan
 from fastdcgan import backends
+from fastdcgan.backends.cpu import CPUBackend
+from fastdcgan.backends.cuda import CUDABackend
+from fastdcgan.backends.reference import ReferenceBackend
+from fastdcgan.backends.triton import TritonBackend
 from fastdcgan.dispatch import primitives
 from fastdcgan.geometry import Geometry
 from fastdcgan.spec import STORE, Epilogue, Operand, Update
@@ -237,9 +242,7 @@ def test_grad_coefficients_are_the_gradient_of_a_normalisation(backend: str) -> 
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last])
-def test_several_primitives_in_one_are_what_they_are_made_of(
-    layout: Callable, watched: bool, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_primitives_in_one_are_what_they_are_made_of(layout: Callable, watched: bool, backend: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         if backend not in backends_here(dtype):
             continue
@@ -260,14 +263,12 @@ def test_several_primitives_in_one_are_what_they_are_made_of(
         primitives.update_running(*running[0], stats, None, None, 0.1, backend)
         primitives.update_running(*running[2], stats, shift, None, 0.2, backend)
         one = torch.ones(5, device=DEVICE, dtype=coef.dtype)
-        with monkeypatch.context() as patch:
-            if watched:
-                patch.setattr(primitives, "unwatched", lambda *tensors: False)
-            found_a, found_coef = primitives.normalize(y, stats, weight, bias, 1e-3, ACT, SLOPE, backend)
-            found_dy, found_sums = primitives.normalize_backward(da, y, coef, 24, ACT, SLOPE, backend)
-            updates = [Update(*running[1], stats, None, None, 0.1), Update(*running[3], stats, shift, None, 0.2)]
-            primitives.update_all_running(updates, backend)
-            plain, shifted = (primitives.bias_coefficients(b, 5, y, backend) for b in (None, bias))
+        runs = primitives.Registered(backend) if watched else backends.get(backend)
+        found_a, found_coef = runs.normalize(y, stats, weight, bias, 1e-3, ACT, SLOPE)
+        found_dy, found_sums = runs.normalize_backward(da, y, coef, 24, ACT, SLOPE)
+        updates = [Update(*running[1], stats, None, None, 0.1), Update(*running[3], stats, shift, None, 0.2)]
+        runs.update_all_running(updates)
+        plain, shifted = (runs.bias_coefficients(y, b, 5) for b in (None, bias))
         for found, expected in (
             (found_a, a),
             (found_coef, coef),
@@ -400,3 +401,14 @@ def test_an_unknown_backend_is_named_in_the_error() -> None:
         primitives.conv(Operand(random(1, 1, 4, 4)), random(1, 1, 4, 4), PLAIN, STORE, "cudnn")
     with pytest.raises(ValueError, match="unknown backend 'gpu'"), fastdcgan.backend("gpu"):
         pass
+
+
+def test_a_backend_takes_what_an_operator_declares() -> None:
+    for name in ("norm_act", "norm_act_reduce", "coefficients", "grad_coefficients", "update_running"):
+        declared = [
+            p.replace(annotation=None) for p in inspect.signature(getattr(primitives, name)).parameters.values()
+        ]
+        assert declared.pop().name == "backend"
+        for kind in (ReferenceBackend, CPUBackend, CUDABackend, TritonBackend, primitives.Registered):
+            found = list(inspect.signature(getattr(kind, name)).parameters.values())[1:]
+            assert [p.replace(annotation=None) for p in found] == declared, f"{kind.__name__}.{name}"

@@ -1,43 +1,52 @@
-"""What "auto" does on a GPU, with backends and times that stand in for one: routes, and boundaries of chains."""
+"""What "auto" does on a GPU, with backends and times that stand in for one: algorithms, tiles, boundaries of chains."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import fastdcgan
 from fastdcgan import backends
 from fastdcgan.backends.reference import ReferenceBackend
-from fastdcgan.dispatch import autotune, primitives
-from fastdcgan.dispatch.router import LIBRARY, AutoBackend, fastest
+from fastdcgan.dispatch import autotune, primitives, router
+from fastdcgan.dispatch.router import PYTORCH, fastest
 from fastdcgan.engine import planner
 from fastdcgan.geometry import Geometry
-from fastdcgan.spec import STORE, Boundaries, Operand, Plan
+from fastdcgan.spec import Algorithm, Boundaries, Call, Operand, Plan
 from tests.helpers.twins import assert_same, discriminator, generator, numbers, outcome, twin
 
 
+@dataclass(frozen=True)
+class Tile:
+    rows: int
+
+
 class Own(ReferenceBackend):
-    """A backend with kernels of its own for every convolution but those with groups."""
+    """A backend with an algorithm for every convolution but those with groups."""
 
     name = "own"
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
-        self.calls = 0
+    def __init__(self, error: Exception | None = None, **how: Any) -> None:
+        self.error, self.how = error, how
+        self.calls: list[Tile | None] = []
 
-    def why_not(self, op: str, *args: Any) -> str | None:
-        return "it has no groups" if args[2].groups > 1 else None
+    def algorithms(self, op: str) -> list[Algorithm]:
+        def run(call: Call, tile: Tile | None) -> Any:
+            self.calls.append(tile)
+            if self.error is not None:
+                raise self.error
+            return self.pytorch(call)
 
-    def conv(self, *args: Any) -> tuple[Tensor, Tensor]:
-        self.calls += 1
-        if self.error is not None:
-            raise self.error
-        return super().conv(*args)
+        def why_not(call: Call) -> str | None:
+            return "it has no groups" if call.geometry.groups > 1 else None
+
+        return [Algorithm(self.name, why_not, run, **self.how)]
 
     def boundaries(self, blocks: Any, weights: Any, size: Any, needs: Any) -> Boundaries:
         n = len(blocks)
@@ -48,7 +57,7 @@ class Measuring:
     """Stands in for a GPU's clock."""
 
     def __init__(self) -> None:
-        self.allowed = True
+        self.allowed, self.searching = True, False
         self.times: Callable[[Any], float] = lambda name: 1.0
         self.asked: list[list[Any]] = []
 
@@ -62,49 +71,71 @@ class Measuring:
 @pytest.fixture
 def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measuring:
     found = Measuring()
-    monkeypatch.setenv("FASTDCGAN_MEASURED", str(tmp_path / "measured.json"))
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))
     monkeypatch.setattr(autotune, "_files", {})
     monkeypatch.setattr(planner, "_known", {})
+    monkeypatch.setattr(router, "_routes", {})
     monkeypatch.setattr(autotune, "milliseconds", found.milliseconds)
-    for name in ("may_compare", "may_search"):
-        monkeypatch.setattr(autotune, name, lambda device: found.allowed)
+    monkeypatch.setattr(autotune, "may_compare", lambda device: found.allowed)
+    monkeypatch.setattr(autotune, "may_search", lambda device: found.searching)
     return found
 
 
-def explained(backend: AutoBackend, groups: int = 1) -> str:
-    """Where a convolution goes."""
-    backend.seen = []
-    x, w = numbers(2, 4, 5, 5), numbers(6, 4 // groups, 3, 3)
-    out, _ = backend.conv(Operand(x), w, Geometry((3, 3), groups=groups), STORE)
-    torch.testing.assert_close(out, torch.nn.functional.conv2d(x, w, groups=groups))
-    return backend.seen[0]
+Explained = Callable[..., str]
 
 
-def test_unmeasured_calls_run_in_our_kernels(clock: Measuring) -> None:
+@pytest.fixture
+def explained(monkeypatch: pytest.MonkeyPatch) -> Explained:
+    """How a convolution runs on "auto" with these backends on the GPU."""
+
+    def explained(*members: Own, groups: int = 1, again: bool = False) -> str:
+        if not again:  # a new process
+            monkeypatch.setattr(router, "_routes", {})
+            monkeypatch.setitem(backends._loaded, "auto", members[0])
+            monkeypatch.setattr(backends, "members", lambda name: list(members))
+        x, w = numbers(2, 4, 5, 5), numbers(6, 4 // groups, 3, 3)
+        g = Geometry((3, 3), groups=groups)
+        with router.recording() as seen:
+            out, _ = router.run(Call("conv", Operand(x), w, g, (3, 3)), "auto")
+        torch.testing.assert_close(out, torch.nn.functional.conv2d(x, w, groups=groups))
+        (found,) = seen
+        return found
+
+    return explained
+
+
+def test_unmeasured_calls_run_by_the_first_algorithm(clock: Measuring, explained: Explained) -> None:
     clock.allowed = False
-    assert explained(AutoBackend([Own()])) == "own: not measured"
+    assert explained(Own()) == "own: not measured"
     assert clock.asked == []
 
 
-def test_it_is_measured_as_soon_as_that_is_welcome(clock: Measuring) -> None:
+def test_what_another_is_likely_to_beat_runs_last(clock: Measuring, explained: Explained) -> None:
     clock.allowed = False
-    backend = AutoBackend([Own()])
-    explained(backend)
+    assert explained(Own(why_last=lambda call: "it is small")) == f"{PYTORCH}: not own: it is small"
     clock.allowed = True
-    assert explained(backend).startswith("own: measured: own 1.0000 ms, pytorch 1.0000 ms")
-    explained(backend)
-    assert clock.asked == [["own", LIBRARY]]
+    assert explained(Own(why_last=lambda call: "it is small")).startswith(f"{PYTORCH}: measured: {PYTORCH} 1.0000 ms")
 
 
-@pytest.mark.parametrize(("library", "expected"), [(0.98, "own"), (0.96, LIBRARY), (1.5, "own")])
-def test_what_is_faster_by_more_than_noise_is_taken(clock: Measuring, library: float, expected: str) -> None:
-    clock.times = {"own": 1.0, LIBRARY: library}.__getitem__
+def test_it_is_measured_as_soon_as_that_is_welcome(clock: Measuring, explained: Explained) -> None:
+    clock.allowed = False
+    explained(Own())
+    clock.allowed = True
+    assert explained(again=True) == f"own: measured: own 1.0000 ms, {PYTORCH} 1.0000 ms"
+    explained(again=True)
+    assert clock.asked == [[("own", None), (PYTORCH, None)]]
+
+
+@pytest.mark.parametrize(("library", "expected"), [(0.98, "own"), (0.96, PYTORCH), (1.5, "own")])
+def test_what_is_faster_by_more_than_noise_is_taken(
+    clock: Measuring, explained: Explained, library: float, expected: str
+) -> None:
+    clock.times = lambda at: {"own": 1.0, PYTORCH: library}[at[0]]
     own = Own()
-    backend = AutoBackend([own])
-    assert explained(backend).startswith(f"{expected}: measured: own 1.0000 ms, pytorch {library:.4f} ms")
-    before = own.calls
-    explained(backend)
-    assert own.calls == before + (expected == "own")
+    assert explained(own) == f"{expected}: measured: own 1.0000 ms, {PYTORCH} {library:.4f} ms"
+    before = len(own.calls)
+    explained(again=True)
+    assert len(own.calls) == before + (expected == "own")
 
 
 def test_the_first_of_those_as_fast_as_the_fastest() -> None:
@@ -113,44 +144,123 @@ def test_the_first_of_those_as_fast_as_the_fastest() -> None:
     assert fastest({"a": 1.0, "b": 1.0 - 2 * autotune.MARGIN}) == "b"
 
 
-def test_a_later_process_measures_nothing(clock: Measuring, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock.times = {"own": 1.0, LIBRARY: 0.5}.__getitem__
-    explained(AutoBackend([Own()]))
+def test_a_later_process_measures_nothing(
+    clock: Measuring, explained: Explained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock.times = lambda at: {"own": 1.0, PYTORCH: 0.5}[at[0]]
+    explained(Own())
     monkeypatch.setattr(autotune, "_files", {})
-    assert explained(AutoBackend([Own()])).startswith(f"{LIBRARY}: measured")
+    assert explained(Own()).startswith(f"{PYTORCH}: measured")
     assert len(clock.asked) == 1
 
 
-def test_measurements_of_an_installation_with_other_backends_do_not_count(clock: Measuring) -> None:
+def test_entries_of_an_installation_with_other_algorithms_do_not_count(clock: Measuring, explained: Explained) -> None:
     class Other(Own):
         name = "other"
 
-    explained(AutoBackend([Other(), Own()]))
-    clock.times = {"own": 1.0, LIBRARY: 0.5}.__getitem__
-    assert explained(AutoBackend([Own()])).startswith(f"{LIBRARY}: measured")
+    explained(Other(), Own())
+    clock.times = lambda at: {"own": 1.0, PYTORCH: 0.5}[at[0]]
+    assert explained(Own()).startswith(f"{PYTORCH}: measured")
 
 
-def test_what_no_kernel_of_ours_covers_says_why(clock: Measuring) -> None:
-    assert explained(AutoBackend([Own()]), groups=2) == f"{LIBRARY}: not own: it has no groups"
+def test_what_no_algorithm_of_ours_can_run_says_why(clock: Measuring, explained: Explained) -> None:
+    assert explained(Own(), groups=2) == f"{PYTORCH}: not own: it has no groups"
     assert clock.asked == []
 
 
-def test_a_kernel_that_fails_is_left_out_with_a_warning(clock: Measuring) -> None:
-    with pytest.warns(UserWarning, match="'auto' leaves out backend 'own': RuntimeError: no such tile"):
-        assert explained(AutoBackend([Own(RuntimeError("no such tile"))])).startswith(LIBRARY)
+def test_an_algorithm_that_fails_is_left_out_with_a_warning(clock: Measuring, explained: Explained) -> None:
+    with pytest.warns(UserWarning, match="algorithm 'own' is left out: RuntimeError: no such tile"):
+        assert explained(Own(RuntimeError("no such tile"))).startswith(PYTORCH)
+
+
+def test_without_a_rule_a_cpu_is_measured(clock: Measuring, explained: Explained) -> None:
+    clock.allowed = False
+    clock.times = lambda at: {"own": 1.0, PYTORCH: 0.5}[at[0]]
+    assert explained(Own(compare=True)) == f"{PYTORCH}: measured: own 1.0000 ms, {PYTORCH} 0.5000 ms"
+    torch.use_deterministic_algorithms(True)
+    try:
+        clock.times = lambda at: pytest.fail("measured, though bits should not depend on it")
+        assert explained(Own(compare=True), groups=1).startswith(PYTORCH)  # what is known stays known
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+TILES: dict[str, Any] = {"tiles": lambda call: [Tile(1), Tile(2)], "tile_type": Tile}
+
+
+def test_tiles_are_searched_once_and_the_fastest_kept(
+    clock: Measuring, explained: Explained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock.times = lambda at: {None: 1.0, Tile(1): 0.9, Tile(2): 0.5}[at[1]]
+    own = Own(**TILES)
+    explained(own)  # compared, with the tile of the algorithm's own rule
+    assert own.calls[-1] is None
+    clock.searching = True
+    explained(own)
+    assert own.calls[-1] == Tile(2)
+    asked = len(clock.asked)
+    monkeypatch.setattr(autotune, "_files", {})  # a new process
+    clock.searching = False
+    explained(own)
+    assert own.calls[-1] == Tile(2) and len(clock.asked) == asked
+
+
+def test_a_stored_tile_that_is_no_candidate_is_left_out(clock: Measuring, explained: Explained) -> None:
+    clock.searching = True
+    clock.times = lambda at: {None: 1.0, Tile(1): 0.9, Tile(2): 0.5}[at[1]]
+    explained(Own(**TILES))
+    clock.searching = clock.allowed = False
+    other = Own(tiles=lambda call: [Tile(1)], tile_type=Tile)  # as after a build for another architecture
+    assert explained(other) == "own: not measured"
+    assert other.calls == [None]
+
+
+def test_a_tile_without_room_is_left_out(clock: Measuring, explained: Explained) -> None:
+    class Small(Own):
+        def algorithms(self, op: str) -> list[Algorithm]:
+            (found,) = super().algorithms(op)
+
+            def run(call: Call, tile: Tile | None) -> Any:
+                if tile == Tile(2):
+                    raise RuntimeError("out of resources")
+                return found.run(call, tile)
+
+            return [dataclasses.replace(found, run=run)]
+
+    clock.searching = True
+    clock.times = lambda at: {None: 1.0, Tile(1): 0.9}[at[1]]
+    own = Small(**TILES)
+    explained(own)
+    assert own.calls[-1] == Tile(1)
+
+
+@pytest.mark.parametrize("entry", [3, {}, {"algorithm": "own", "tile": {"columns": 1}, "milliseconds": {}}])
+def test_an_entry_that_is_none_is_ignored_with_a_warning(clock: Measuring, explained: Explained, entry: Any) -> None:
+    clock.allowed = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autotune, "lookup", lambda kind, *key: entry)
+        with pytest.warns(UserWarning, match=r"autotune\.json is ignored"):
+            assert explained(Own(**TILES)) == "own: not measured"
+
+
+# --- whole networks ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def on_auto(clock: Measuring, monkeypatch: pytest.MonkeyPatch) -> AutoBackend:
+def on_auto(clock: Measuring, monkeypatch: pytest.MonkeyPatch) -> Own:
     """Blocks of float64 on the CPU run on "auto" as on a GPU."""
-    backend = AutoBackend([Own()])
+    backend = Own()
     monkeypatch.setitem(backends._loaded, "auto", backend)
+    monkeypatch.setattr(backends, "members", lambda name: [backend])
     monkeypatch.setitem(backends._selected, ("cpu", torch.float64), "auto")
+    monkeypatch.setattr(Own, "chooses_boundaries", True)
     return backend
 
 
 @pytest.mark.parametrize("make", [generator, discriminator])
-def test_whole_networks(make: type, on_auto: AutoBackend, clock: Measuring) -> None:
+def test_whole_networks(make: type, on_auto: Own, clock: Measuring) -> None:
     x = numbers(*((4, 5, 1, 1) if make is generator else (4, 3, 16, 16)))
     model = make()
     expected = outcome(model, x)
@@ -160,10 +270,9 @@ def test_whole_networks(make: type, on_auto: AutoBackend, clock: Measuring) -> N
         rows = fastdcgan.explain(twin(model), x)
     assert {row.backend for row in rows} == {"auto"}
     assert all("measured: own" in row.why for row in rows)
-    assert any(isinstance(name, Boundaries) for asked in clock.asked for name in asked)
 
 
-def test_boundaries_are_measured_one_by_one(on_auto: AutoBackend, clock: Measuring) -> None:
+def test_boundaries_are_measured_one_by_one(on_auto: Own, clock: Measuring) -> None:
     """A clock to which the fastest plan has the first boundary finished and the last block's dy stored nowhere."""
 
     def times(boundaries: Any) -> float:
@@ -171,7 +280,7 @@ def test_boundaries_are_measured_one_by_one(on_auto: AutoBackend, clock: Measuri
             return 1.0
         return 2.0 + boundaries.deferred[0] - 0.5 * boundaries.lazy_grad[-1] - 0.01 * boundaries.epilogue_sums[0]
 
-    clock.times = times
+    clock.searching, clock.times = True, times
     model, x = twin(generator()), numbers(4, 5, 1, 1)
     plans: list[Plan] = []
     real = planner.plan
@@ -192,12 +301,12 @@ def test_boundaries_are_measured_one_by_one(on_auto: AutoBackend, clock: Measuri
     assert found.epilogue_sums == (True,) * (n - 1)  # 0.01 is noise either way
 
 
-def test_boundaries_that_are_none_are_ignored_with_a_warning(on_auto: AutoBackend, clock: Measuring) -> None:
+def test_boundaries_that_are_none_are_ignored_with_a_warning(on_auto: Own, clock: Measuring) -> None:
     clock.allowed = False
     model, x = twin(generator()), numbers(4, 5, 1, 1)
     with pytest.MonkeyPatch.context() as patch, fastdcgan.backend("auto"):
         patch.setattr(autotune, "lookup", lambda kind, *key: {"deferred": [True]} if kind == planner.KIND else None)
-        with pytest.warns(UserWarning, match=r"measured\.json are ignored"):
+        with pytest.warns(UserWarning, match=r"autotune\.json is ignored"):
             model(x)
 
 
@@ -223,6 +332,5 @@ def test_primitives_run_on_the_gpu_of_their_first_argument(
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", Guard)
-    for argument in (Elsewhere(), Operand(Elsewhere())):  # type: ignore[arg-type]
-        assert primitives._call(lambda x: list(current), argument) == ([0, 1] if entered else [0])
+    assert primitives._quietly(Elsewhere(), lambda: list(current)) == ([0, 1] if entered else [0])  # type: ignore[arg-type]
     assert current == [0]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import fastdcgan
 from fastdcgan import functional
 from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.engine import planner
 from fastdcgan.spec import Boundaries, Plan
 from tests.helpers.twins import (
     assert_as_good,
@@ -166,13 +167,13 @@ def test_no_choice_of_the_plan_changes_the_result(make: type, train: bool, monke
     lazy = [(False,) * n, (True,) * n, tuple(i % 2 == 1 for i in range(n))]
     for choice in itertools.starmap(Boundaries, itertools.product(some, some, lazy)):
         with monkeypatch.context() as patch:
-            real = functional.run
+            real = planner.plan
 
-            def run(plan: Plan, *args: Any, choice: Boundaries = choice, real: Callable = real) -> Any:
+            def plan(*args: Any, choice: Boundaries = choice, real: Callable = real) -> Plan:
                 seen.append(choice)
-                return real(dataclasses.replace(plan, boundaries=choice), *args)
+                return dataclasses.replace(real(*args), boundaries=choice)
 
-            patch.setattr(functional, "run", run)
+            patch.setattr(planner, "plan", plan)
             assert_same(outcome(twin(model), x), expected)
     assert len(set(seen)) == 27
 

@@ -148,6 +148,46 @@ def twin(model: nn.Module) -> nn.Module:
     return fastdcgan.fuse(copy.deepcopy(model))
 
 
+KINKED = (nn.ReLU, nn.LeakyReLU, nn.PReLU)  # whose derivative jumps at 0
+
+
+def without_kinks(model: nn.Module) -> nn.Module:
+    """The model with Tanh in place of activations with a kink.
+
+    Where rounding decides on which side of 0 a pre-activation lies, a derivative is simply another, and 16 bits decide
+    so for a hundredth of all: then two right gradients of a network differ by more than any bound from rounding.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, KINKED):
+                setattr(module, name, nn.Tanh())
+    return model
+
+
+@torch.no_grad()
+def settled_input(model: nn.Module, shape: tuple[int, ...], device: torch.device, steps: int = 2) -> Tensor:
+    """Float64 numbers for which no pre-activation at a kink lies so near to 0 that float32 might take it for one of the
+    other side: the first that `draw` gives. The model, in float64, goes through `steps` passes."""
+    settled: list[bool] = []
+
+    def watch(module: nn.Module, args: tuple[Tensor]) -> None:
+        z = args[0].abs()
+        settled.append(not (z[z != 0] < 1e-5 * z.square().mean().sqrt()).any())  # float32 errs by some 1e-7 per layer
+
+    hooks = [m.register_forward_pre_hook(watch) for m in model.modules() if isinstance(m, KINKED)]
+    for seed in range(1, 100):
+        x = draw(shape, torch.float64, device, seed)
+        settled.clear()
+        for step in range(steps):
+            torch.manual_seed(step)  # dropout, as in `results`
+            model(x * 1)
+        if all(settled):
+            for hook in hooks:
+                hook.remove()
+            return x
+    raise AssertionError("no input keeps away from kinks")
+
+
 def away_from_kinks(model: nn.Sequential, x: Tensor) -> Tensor:
     """A gradient for the block's output, zero where rounding decides on which side of 0 the pre-activation lies."""
     with torch.no_grad():
@@ -240,8 +280,9 @@ def assert_fuses_right(
 ) -> None:
     """Exactly the vanilla results in float64, and as good ones in float32."""
     found: list[tuple[Outcome, Outcome]] = []
+    settled = settled_input(build(factory, torch.float64, device).train(train), shape, device)
     for dtype in (torch.float64, torch.float32):
-        x = draw(shape, dtype, device)
+        x = settled.to(dtype)
         vanilla = results(build(factory, dtype, device).train(train), x)
         found.append((results(fastdcgan.fuse(build(factory, dtype, device)).train(train), x), vanilla))
     (ours64, truth), (ours32, vanilla32) = found

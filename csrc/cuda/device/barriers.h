@@ -2,7 +2,7 @@
 // for a part of the threads of a block.
 #pragma once
 
-#include "vec.h"
+#include "cuda/device/vec.h"
 
 namespace fastdcgan::gpu {
 

@@ -1,7 +1,7 @@
 // Runs of numbers as floats, moved 16 bytes at a time.
 #pragma once
 
-#include "vec.h"
+#include "cuda/device/vec.h"
 
 namespace fastdcgan::gpu {
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "launch.h"
+#include "cuda/device/launch.h"
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

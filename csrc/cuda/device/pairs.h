@@ -1,7 +1,7 @@
 // Pairs of 16-bit numbers as registers, the form in which tensor cores take them.
 #pragma once
 
-#include "vec.h"
+#include "cuda/device/vec.h"
 
 namespace fastdcgan::gpu {
 

@@ -2,7 +2,7 @@
 // each beside its meaning on the CPU.
 #pragma once
 
-#include "vec.h"
+#include "cuda/device/vec.h"
 
 namespace fastdcgan::gpu {
 

@@ -1,7 +1,7 @@
 // Vectors of numbers that move in one instruction.
 #pragma once
 
-#include "numbers.h"
+#include "cuda/device/numbers.h"
 
 namespace fastdcgan::gpu {
 

@@ -1,4 +1,4 @@
-#include "../../csrc/cpu/amx.h"
+#include "cpu/amx/amx.h"
 
 #include <atomic>
 #include <cfloat>

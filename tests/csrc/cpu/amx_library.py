@@ -20,7 +20,7 @@ BUILD = ROOT / "build" / "amx_emulated"
 WIDTH = ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx2", "-mfma", "-mf16c"]
 WIDTH += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 FLAGS = ["-std=c++20", "-O2", "-fno-math-errno", "-fopenmp", "-fPIC", "-w", "-fno-gnu-unique", *WIDTH]
-FLAGS += ["-DFASTDCGAN_AMX_EMULATED", "-DFASTDCGAN_CPU_NAMESPACE=fastdcgan_cpu_amx", f"-I{HERE}"]
+FLAGS += ["-DFASTDCGAN_AMX_EMULATED", "-DFASTDCGAN_CPU_NAMESPACE=fastdcgan_cpu_amx", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
 
 
 def why_not() -> str | None:
@@ -45,7 +45,7 @@ def torch_libraries() -> list[str]:
 @functools.cache
 def library() -> ctypes.CDLL:
     """Compile what has changed, register the operators as torch.ops.fastdcgan_cpu_amx."""
-    operators = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("conv_ops", "memory")]
+    operators = [ROOT / "csrc/cpu" / name for name in ("contraction/contraction_ops.cpp", "memory/memory.cpp")]
     sources = [*operators, *contraction_sources(), HERE / "amx_emulated.cpp"]
     flags = [*FLAGS, *torch_includes()]
     objects = [str(compiled(BUILD / f"{path.stem}.o", ["-c", str(path)], flags)) for path in sources]

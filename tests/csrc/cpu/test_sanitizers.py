@@ -13,10 +13,13 @@ from tests.csrc.cpu import amx_library
 from tests.cuda_on_cpu.host_programs import ROOT, compiled, compiler, run
 from tests.machine import contraction_sources
 
-pytestmark = pytest.mark.skipif(compiler() is None or platform.machine() != "x86_64", reason="it needs g++ on x86-64")
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(compiler() is None or platform.machine() != "x86_64", reason="it needs g++ on x86-64"),
+]
 
 HERE = Path(__file__).resolve().parent
-SANITIZED = ["-std=c++20", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZED = ["-std=c++20", "-w", f"-I{ROOT / 'csrc'}", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
 DEFAULT = ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]
 
@@ -33,7 +36,7 @@ def calls(name: str, sources: Iterable[Path], flags: list[str]) -> int:
 
 
 def test_everything() -> None:
-    sources = [path for path in (ROOT / "csrc/cpu").glob("*.cpp") if not path.name.endswith("ops.cpp")]
+    sources = [path for path in (ROOT / "csrc/cpu").rglob("*.cpp") if not path.name.endswith("ops.cpp")]
     width = DEFAULT if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else AVX2
     assert calls("everything", sources, ["-O0", *width]) > 10_000
 

@@ -1,0 +1,84 @@
+// The sums that the gradient of a normalisation needs, with or without the tensor that is summed.
+#include "cpu/elementwise/pass_rows.h"
+#include "cpu/elementwise/passes.h"
+
+namespace fastdcgan::cpu {
+namespace {
+
+// g = da*act'(s*y + t); sums of g and of g*(y - mean)*rstd
+template <class Act, bool kNormalised>
+struct GradSums {
+  static constexpr int rows = kNormalised ? 4 : 2, sums = kNormalised ? 2 : 1;
+  static constexpr bool stores = true, reads_grad = true, non_temporal = false;
+  struct Coef {
+    V s, t, mean, rstd;
+  };
+  Act act;
+
+  Coef load(const float* const* row, int64_t column) const {
+    Coef k{V::loadu(row[0] + column), V::loadu(row[1] + column), V(0.f), V(0.f)};
+    if constexpr (kNormalised) {
+      k.mean = V::loadu(row[2] + column);
+      k.rstd = V::loadu(row[3] + column);
+    }
+    return k;
+  }
+  V operator()(const Coef& k, V y, V da, V* total) const {
+    const V g = da * act.derivative(at::vec::fmadd(y, k.s, k.t));
+    total[0] = total[0] + g;
+    if constexpr (kNormalised) total[1] = at::vec::fmadd(g, (y - k.mean) * k.rstd, total[1]);
+    return g;
+  }
+};
+
+struct SumAccumulator final : Accumulator {
+  const float* coef_;
+  int64_t stride_;
+  int sums;
+  std::vector<double> totals;  // [sums, channels]
+
+  SumAccumulator(const float* coef, int64_t stride, int sums, int64_t channels)
+      : coef_(coef), stride_(stride), sums(sums), totals(sums * channels) {}
+  const float* coef() const override { return coef_; }
+  int64_t stride() const override { return stride_; }
+  void add(int64_t first, int64_t channels, const double* x, double) override {
+    const int64_t all = static_cast<int64_t>(totals.size()) / sums;
+    for (int i = 0; i < sums; ++i)
+      for (int64_t c = 0; c < channels; ++c) totals[i * all + first + c] += x[i * channels + c];
+  }
+};
+
+void run(const InnerLoop& loop, const Shape& s, Memory m, const float* coef, float* out) {
+  const int64_t stride = s.groups * s.channels, chunks = chunk_count(loop, s);
+  std::vector<SumAccumulator> accumulators;
+  std::vector<Accumulator*> pointers;
+  for (int64_t i = 0; i < s.groups * chunks; ++i)
+    accumulators.emplace_back(coef + (i / chunks) * s.channels, stride, loop.sums, s.channels);
+  for (SumAccumulator& accumulator : accumulators) pointers.push_back(&accumulator);
+  reduce(loop, s, m, pointers);
+  std::vector<double> total(loop.sums * s.channels);
+  for (int64_t g = 0; g < s.groups; ++g) {
+    std::fill(total.begin(), total.end(), 0.);
+    for (int64_t i = 0; i < chunks; ++i)
+      for (size_t k = 0; k < total.size(); ++k) total[k] += accumulators[g * chunks + i].totals[k];
+    for (int k = 0; k < loop.sums; ++k)
+      for (int64_t c = 0; c < s.channels; ++c)
+        out[k * stride + g * s.channels + c] = static_cast<float>(total[k * s.channels + c]);
+  }
+}
+
+}  // namespace
+
+bool grad_sums_pass(
+    const Shape& s, Memory m, c10::ScalarType dtype, const float* coef, int64_t rows, Activation a, float* sums) {
+  const auto run_loop = [&](const InnerLoop& loop) { run(loop, s, m, coef, sums); };
+  return with_activation<V>(a.id, a.slope, [&](auto act) {
+    if (rows == 4) {
+      with_loop(GradSums<decltype(act), true>{act}, dtype, run_loop);
+    } else {
+      with_loop(GradSums<decltype(act), false>{act}, dtype, run_loop);
+    }
+  });
+}
+
+}  // namespace fastdcgan::cpu

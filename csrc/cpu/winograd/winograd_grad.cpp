@@ -1,0 +1,224 @@
+// `weight_grad` by Winograd's algorithm: tiles are the depth of a dense product at each of the nine points; sums over all
+// tiles are transformed to taps.
+//
+//   dg0 = d0*y0 + d1*y1 = (d0 - d1)*y0 + d1*(y0 + y1)
+//   dg1 = d1*y0 + d2*y1 = d1*(y0 + y1) + (d2 - d1)*y1
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "cpu/elementwise/pass_rows.h"
+#include "cpu/winograd/winograd.h"
+#include "cpu/winograd/winograd_tiles.h"
+
+namespace fastdcgan::cpu {
+namespace {
+
+constexpr int64_t kTileStride = kDepth * kKernelRows + kWidth;  // between tiles of A; its stores are whole vectors
+constexpr int64_t kColumns = 2 * kPanel;                        // channels of a part
+constexpr int64_t kCachedFloats = 1 << 19;                       // of sums
+constexpr int64_t kRowTiles = 10;                               // whose sums stay in the cache until they are taps
+constexpr int64_t kEnoughTasks = 16;
+constexpr int64_t kSliceTiles = 1024;  // of one task, where tiles are divided among tasks
+
+// Some channels of a phase of the gathered side.
+struct Part {
+  TwoTaps y, x;
+  int64_t first, columns;
+};
+
+template <class T>
+class WinogradGrad {
+ public:
+  WinogradGrad(const Contraction& c, const T* gathered, const T* linear, T* out)
+      : c_(c), gathered_(gathered, c.batch, c.y.in, c.x.in, c.in_channels),
+        linear_(linear, c.batch, c.y.out, c.x.out, c.out_channels), out_(out), rows_(c.out_channels) {
+    for (const TwoTaps& y : two_taps(c.y))
+      for (const TwoTaps& x : two_taps(c.x))
+        for (int64_t first = 0; first < c.in_channels; first += kColumns)
+          parts_.push_back({y, x, first, std::min(kColumns, c.in_channels - first)});
+    width_ = Panels(std::min(kColumns, c.in_channels)).width;
+  }
+
+  void run() {
+    if (tiles() <= kDepth && static_cast<int64_t>(parts_.size()) * part_size() > kCachedFloats) {
+      run_by_part();
+    } else {
+      run_by_tile();
+    }
+  }
+
+ private:
+  int64_t tiles() const { return c_.batch * parts_[0].y.tiles() * parts_[0].x.tiles(); }
+  int64_t a_size() const { return kPoints * rows_.count * kTileStride; }
+  int64_t b_point() const { return kDepth * width_ + kPanel; }
+  int64_t point_size() const { return c_.out_channels * width_; }
+  int64_t part_size() const { return kPoints * point_size(); }
+
+  // The sums of some parts stay in the cache: those of all tiles, and then the taps.
+  void run_by_tile() {
+    const int64_t parts = static_cast<int64_t>(parts_.size()), all = tiles();
+    const int64_t slices = std::clamp<int64_t>(all / kSliceTiles, 1, std::max<int64_t>(kEnoughTasks / parts, 1));
+    const int64_t cuts = balanced_cuts(slices, parts);  // as few as may be: each transforms the linear side
+    static thread_local Scratch scratch;
+    float* sums = scratch.floats(slices * parts * part_size());  // [slice, part, point, output channel, column]
+    at::parallel_for(0, slices * cuts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t slice = i / cuts, cut = i % cuts, first = parts * cut / cuts, last = parts * (cut + 1) / cuts;
+        add(all * slice / slices, all * (slice + 1) / slices, first, last, sums + slice * parts * part_size());
+      }
+    });
+    at::parallel_for(0, parts * c_.out_channels, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t part = i / c_.out_channels, channel = i % c_.out_channels;
+        float* row = sums + part * part_size() + channel * width_;
+        store_taps(parts_[part], channel, row, point_size(), slices, parts * part_size());
+      }
+    });
+  }
+
+  // The sums of parts [first, last) over tiles [begin, end).
+  void add(int64_t begin, int64_t end, int64_t first, int64_t last, float* sums) const {
+    static thread_local Scratch scratch;
+    float *a = scratch.floats(a_size() + kPoints * b_point()), *b = a + a_size();
+    const Chunks chunks(end - begin, kDepth);
+    for (int64_t i = 0; i < chunks.count; ++i) {
+      const int64_t low = begin + chunks.begin(i), size = chunks.size(i);
+      pack_linear(low, 0, size, a);
+      for (int64_t part = first; part < last; ++part) {
+        pack_gathered(parts_[part], low, size, b);
+        multiply_rows(part, a, b, size, 0, rows_.count, sums + part * part_size(), point_size(), i > 0);
+      }
+    }
+  }
+
+  // The sums of all parts would leave the cache: those of one part after the other, or of some rows of it, and their taps.
+  void run_by_part() {
+    const int64_t parts = static_cast<int64_t>(parts_.size()), cuts = balanced_cuts(parts, rows_.count);
+    const Chunks chunks(tiles(), kDepth);
+    static thread_local Scratch scratch;
+    float* a = scratch.floats(chunks.count * a_size());
+    constexpr int64_t kRanges = 8;  // of each chunk
+    at::parallel_for(0, chunks.count * kRanges, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t chunk = i / kRanges, range = i % kRanges, size = chunks.size(chunk);
+        pack_linear(
+            chunks.begin(chunk), size * range / kRanges, size * (range + 1) / kRanges, a + chunk * a_size());
+      }
+    });
+    at::parallel_for(0, parts * cuts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        add_part(i / cuts, chunks, a, rows_.count * (i % cuts) / cuts, rows_.count * (i % cuts + 1) / cuts);
+    });
+  }
+
+  // Tiles of rows [first, last) of a part.
+  void add_part(int64_t part, const Chunks& chunks, const float* a, int64_t first, int64_t last) const {
+    const int64_t step = chunks.count == 1 ? kRowTiles : last - first;  // what is gathered is transformed once
+    const int64_t point = step * kKernelRows * width_ + kPanel;
+    static thread_local Scratch scratch;
+    float *b = scratch.floats(kPoints * (b_point() + point)), *sums = b + kPoints * b_point();
+    for (int64_t t = first; t < last; t += step) {
+      const int64_t end = std::min(t + step, last);
+      for (int64_t i = 0; i < chunks.count; ++i) {
+        if (t == first) pack_gathered(parts_[part], chunks.begin(i), chunks.size(i), b);
+        multiply_rows(part, a + i * a_size(), b, chunks.size(i), t, end, sums, point, i > 0);
+      }
+      for (int64_t row = rows_.begin(t); row < rows_.begin(end); ++row)
+        store_taps(parts_[part], row, sums + (row - rows_.begin(t)) * width_, point, 1, 0);
+    }
+  }
+
+  // Tiles of rows [first, last) of a part: from `sums` on, whose points are `step` apart.
+  void multiply_rows(
+      int64_t part, const float* a, const float* b, int64_t depth, int64_t first, int64_t last, float* sums, int64_t step,
+      bool add) const {
+    const Panels panels(parts_[part].columns);
+    const Piece piece{0, 0, depth};
+    for (int64_t point = 0; point < kPoints; ++point)
+      for (int64_t p = 0; p < panels.count; ++p) {
+        float* c = sums + point * step + p * kPanel - rows_.begin(first) * width_;
+        for (int64_t t = first; t < last; ++t) {
+          const float* rows = a + (point * rows_.count + t) * kTileStride;
+          multiply<1>(
+              rows_.height(t), panels.vectors(p),
+              {rows, kKernelRows, b + point * b_point() + p * kPanel * depth, c + rows_.begin(t) * width_, width_, &piece,
+               1, add, rows + kTileStride, kKernelRows});
+        }
+      }
+  }
+
+  // A: [point][rows of the result][tile][output channel], of tiles first + [low, high). Whole vectors are stored, whose ends
+  // the next tile overwrites; the last one stays within its own rows, since another thread may have written the next.
+  void pack_linear(int64_t first, int64_t low, int64_t high, float* a) const {
+    const int64_t row_size = c_.out_channels + kSpill + kKernelRows, step = rows_.count * kTileStride;
+    static thread_local Scratch scratch;
+    float* rows = scratch.floats(4 * row_size);
+    TilePlace place(parts_[0].y.tiles(), parts_[0].x.tiles(), first + low);
+    for (int64_t k = low; k < high; ++k, place.next()) {
+      for (int64_t i = 0; i < 4; ++i) {
+        const int64_t y = place.y * kOutputs + i / kOutputs, x = place.x * kOutputs + i % kOutputs;
+        linear_.widen_pixel(rows + i * row_size, linear_.pixel(place.n, y, x), c_.out_channels);
+      }
+      for (int64_t t = 0; t < rows_.count; ++t) {
+        const float* row = rows + rows_.begin(t);
+        float last[kPoints * kWidth], *to = a + t * kTileStride + k * kKernelRows;
+        const bool within = k + 1 == high;
+        transform_weight(
+            load(row), load(row + row_size), load(row + 2 * row_size), load(row + 3 * row_size), within ? last : to,
+            within ? int64_t{kWidth} : step);
+        for (int64_t point = 0; within && point < kPoints; ++point)
+          std::copy_n(last + point * kWidth, kKernelRows, to + point * step);
+      }
+    }
+  }
+
+  // B: [point][panel][tile][column], of tiles first + [0, depth).
+  void pack_gathered(const Part& part, int64_t first, int64_t depth, float* b) const {
+    const Panels panels(part.columns);
+    TilePlace place(part.y.tiles(), part.x.tiles(), first);
+    for (int64_t k = 0; k < depth; ++k, place.next()) {
+      const auto to = [&](int64_t column) {
+        const int64_t p = column / kPanel;
+        return b + p * kPanel * depth + k * panels.vectors(p) * kWidth + column % kPanel;
+      };
+      transform_input(gathered_, part.y, part.x, place, part.first, part.first + part.columns, to, b_point());
+    }
+  }
+
+  // The taps of one output channel; `row`: kPoints sums of all columns, `step` apart, in each of `slices`.
+  void store_taps(
+      const Part& part, int64_t channel, float* row, int64_t step, int64_t slices, int64_t slice_size) const {
+    for (int64_t point = 0; point < kPoints; ++point)
+      for (int64_t s = 1; s < slices; ++s)
+        for (int64_t n = 0; n < width_; n += kWidth) {
+          float* sum = row + point * step + n;
+          store(sum, load(sum) + load(sum + s * slice_size));
+        }
+    for (int64_t n = 0; n < width_; n += kWidth) transform_output(row + n, step);
+    for (int64_t i = 0; i < kOutputs * kOutputs; ++i) {
+      const int64_t ky = part.y.taps[i / kOutputs], kx = part.x.taps[i % kOutputs];
+      const int64_t tap = (channel * c_.y.kernel + ky) * c_.x.kernel + kx;
+      narrow(out_ + tap * c_.in_channels + part.first, row + i * step, part.columns);
+    }
+  }
+
+  const Contraction& c_;
+  TileImage<T> gathered_, linear_;
+  T* out_;
+  Tiles rows_;
+  std::vector<Part> parts_;
+  int64_t width_;  // of a part's sums
+};
+
+}  // namespace
+
+void winograd_weight_grad(
+    const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
+  with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    WinogradGrad<T>(c, static_cast<const T*>(gathered), static_cast<const T*>(linear), static_cast<T*>(out)).run();
+  });
+}
+
+}  // namespace fastdcgan::cpu

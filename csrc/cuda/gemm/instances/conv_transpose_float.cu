@@ -1,0 +1,5 @@
+#include "cuda/gemm/contraction_tiles.cuh"
+
+namespace fastdcgan::cuda {
+template FASTDCGAN_RUN_TILE(conv_transpose, float);
+}  // namespace fastdcgan::cuda

@@ -1,0 +1,5 @@
+#include "cuda/gemm/contraction_tiles.cuh"
+
+namespace fastdcgan::cuda {
+template FASTDCGAN_RUN_TILE(weight_grad, float);
+}  // namespace fastdcgan::cuda

@@ -1,0 +1,159 @@
+// An operand of a contraction, and what is computed where it is loaded: the prologue. See `Operand` in
+// fastdcgan/backends/base.py.
+#pragma once
+
+#include "common/activations.h"
+#include "cuda/device/tensor_core.h"
+
+namespace fastdcgan::cuda {
+
+using gpu::kVec;
+using gpu::Vec;
+
+// An activation whose id is known at run time. Identity, ReLU and leaky ReLU are one formula; the others go through a
+// switch, in loops that are not unrolled: they are rare in the place where this is used, and their code is long.
+struct RuntimeActivation {
+  int id = 0;
+  float slope = 0;
+  float negative = 1;  // the factor of what is not positive
+  bool relu = false;   // which is 0 there, and has the derivative 1 at NaN
+  bool linear = true;  // in two pieces
+
+  RuntimeActivation() = default;
+  RuntimeActivation(int id_, float slope_) : id(id_), slope(slope_) {
+    const auto is = [&](ActId other) { return id == static_cast<int>(other); };
+    relu = is(ActId::relu);
+    linear = relu || is(ActId::identity) || is(ActId::leaky_relu);
+    negative = relu ? 0.f : is(ActId::identity) ? 1.f : slope;
+  }
+
+  GPU_INLINE float linear_forward(float z) const { return z <= 0.f ? (relu ? 0.f : z * negative) : z; }
+  GPU_INLINE float linear_derivative(float z) const {
+    const bool positive = relu ? !(z <= 0.f) : z > 0.f;
+    return positive ? 1.f : negative;
+  }
+  GPU_INLINE float smooth_forward(float z) const {
+    switch (static_cast<ActId>(id)) {
+      case ActId::tanh: return Tanh<float>(slope).forward(z);
+      case ActId::sigmoid: return Sigmoid<float>(slope).forward(z);
+      case ActId::silu: return SiLU<float>(slope).forward(z);
+      case ActId::gelu: return GELU<float>(slope).forward(z);
+      default: return ELU<float>(slope).forward(z);
+    }
+  }
+  GPU_INLINE float smooth_derivative(float z) const {
+    switch (static_cast<ActId>(id)) {
+      case ActId::tanh: return Tanh<float>(slope).derivative(z);
+      case ActId::sigmoid: return Sigmoid<float>(slope).derivative(z);
+      case ActId::silu: return SiLU<float>(slope).derivative(z);
+      case ActId::gelu: return GELU<float>(slope).derivative(z);
+      default: return ELU<float>(slope).derivative(z);
+    }
+  }
+};
+
+enum class Prologue : int { none = 0, activate = 1, bn_backward = 2 };
+
+// Rows of `channels` numbers, one for each pixel of a tensor in NHWC.
+template <class T>
+struct Operand {
+  const T* x = nullptr;
+  const T* y = nullptr;         // bn_backward
+  const float* coef = nullptr;  // rows [groups, channels]
+  int groups = 1;
+  int channels = 0;
+  Prologue prologue = Prologue::none;
+  RuntimeActivation act;
+  bool affine = false;   // bn_backward with p and q
+  bool vectors = false;  // all rows begin at multiples of 16 bytes
+};
+
+// N floats of which the first `count` are there, the rest 0. `vectors`: all are, at a multiple of 16 bytes.
+template <int N>
+GPU_INLINE void load_floats(float (&to)[N], const float* from, bool vectors, int count) {
+  if (vectors) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const Vec<float, 4> four = gpu::load<4>(from + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[i + j] = four[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = i < count ? from[i] : 0.f;
+  }
+}
+
+// Begins to copy 16 bytes of a row to shared memory, zeros where `count`, which may be negative, has none left.
+template <class T>
+GPU_INLINE void load_chunk(T* to, const T* from, int count, bool vectors) {
+  if (vectors) {
+    gpu::copy_async(to, from, count > 0);
+  } else {
+    Vec<T, kVec<T>> values;
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) values[i] = i < count ? from[i] : gpu::from_float<T>(0.f);
+    gpu::store(to, values);
+  }
+}
+
+// Applies the prologue in place to a chunk from `channel` on of a pixel of the tensor; `y` is the same chunk of
+// operand.y.
+template <class T>
+GPU_INLINE void apply_prologue(const Operand<T>& operand, T* x, const T* y, int group, int channel) {
+  const int count = operand.channels - channel;
+  const int64_t row = static_cast<int64_t>(operand.groups) * operand.channels;
+  const float* coef = operand.coef + static_cast<int64_t>(group % operand.groups) * operand.channels + channel;
+  const bool backward = operand.prologue == Prologue::bn_backward;
+  if (operand.act.linear) {
+    constexpr int N = 4;  // at a time, beside all the sums that a thread holds
+#pragma unroll 1
+    for (int first = 0; first < kVec<T>; first += N) {
+      float s[N], t[N];
+      load_floats(s, coef + first, operand.vectors, count - first);
+      load_floats(t, coef + row + first, operand.vectors, count - first);
+      Vec<T, N> values = gpu::load<N>(x + first);
+      if (!backward) {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+          values[i] = gpu::from_float<T>(operand.act.linear_forward(gpu::to_float(values[i]) * s[i] + t[i]));
+      } else {
+        const Vec<T, N> raw = gpu::load<N>(y + first);
+        float grads[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const float derivative = operand.act.linear_derivative(gpu::to_float(raw[i]) * s[i] + t[i]);
+          grads[i] = s[i] * derivative * gpu::to_float(values[i]);
+        }
+        if (operand.affine) {
+          load_floats(s, coef + 2 * row + first, operand.vectors, count - first);
+          load_floats(t, coef + 3 * row + first, operand.vectors, count - first);
+#pragma unroll
+          for (int i = 0; i < N; ++i) grads[i] += s[i] * gpu::to_float(raw[i]) + t[i];
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] = gpu::from_float<T>(grads[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (first + i >= count) values[i] = gpu::from_float<T>(0.f);
+      gpu::store(x + first, values);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < min(count, kVec<T>); ++i) {
+      const float s = coef[i], t = coef[row + i], value = gpu::to_float(x[i]);
+      float result;
+      if (!backward) {
+        result = operand.act.smooth_forward(value * s + t);
+      } else {
+        const float raw = gpu::to_float(y[i]);
+        result = s * operand.act.smooth_derivative(raw * s + t) * value;
+        if (operand.affine) result += coef[2 * row + i] * raw + coef[3 * row + i];
+      }
+      x[i] = gpu::from_float<T>(result);
+    }
+  }
+}
+
+}  // namespace fastdcgan::cuda

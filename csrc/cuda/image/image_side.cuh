@@ -1,0 +1,281 @@
+// What the kernels of the image-side layers share: convolutions with 1 to 4 channels on one side and many on the other.
+//
+// Tensors of any dtype, sums in float. Tiles of both operands lie in shared memory, prologue applied and padded with
+// zeros. Numbers of 16 bits are multiplied on tensor cores (image_side_*_tensor.cuh); floats on the plain ones, where
+// every thread keeps a rectangle of sums in registers. The wide tensor moves in 16-byte accesses, and but for what
+// neighbouring tiles share is read or written once.
+#pragma once
+
+#include "common/activations.h"
+#include "cuda/device/floats.h"
+#include "cuda/device/tensor_core.h"
+
+namespace fastdcgan::cuda {
+
+constexpr int kMostImageChannels = 4;      // channels at most
+constexpr int kMostKernel = 5;  // rows and columns of the weights
+constexpr int kMostStride = 2;
+constexpr int kRun = 8;         // channels of the wide tensor that a thread of a convolution has
+
+// Pixels of the larger image under a row of `pixels` of the smaller one, at most.
+constexpr int most_under(int pixels) { return (pixels - 1) * kMostStride + kMostKernel; }
+
+// Of the convolution that goes from the larger image to the smaller one.
+struct ImageSideGeometry {
+  int kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x;
+
+  GPU_HOST_INLINE int taps() const { return kernel_y * kernel_x; }
+};
+
+template <class Act, int N>
+GPU_INLINE void forward(const Act& act, float (&z)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) z[i] = act.forward(z[i]);
+}
+
+template <class Act, int N>
+GPU_INLINE void derivative(const Act& act, float (&z)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) z[i] = act.derivative(z[i]);
+}
+
+// Several numbers, for one choice.
+template <int N>
+GPU_INLINE void activate(int id, float slope, float (&z)[N]) {
+  switch (static_cast<ActId>(id)) {
+    case ActId::relu: return forward(ReLU<float>(slope), z);
+    case ActId::leaky_relu: return forward(LeakyReLU<float>(slope), z);
+    case ActId::tanh: return forward(Tanh<float>(slope), z);
+    case ActId::sigmoid: return forward(Sigmoid<float>(slope), z);
+    case ActId::silu: return forward(SiLU<float>(slope), z);
+    case ActId::gelu: return forward(GELU<float>(slope), z);
+    case ActId::elu: return forward(ELU<float>(slope), z);
+    default: return;
+  }
+}
+
+// The derivatives at z, in its place.
+template <int N>
+GPU_INLINE void differentiate(int id, float slope, float (&z)[N]) {
+  switch (static_cast<ActId>(id)) {
+    case ActId::relu: return derivative(ReLU<float>(slope), z);
+    case ActId::leaky_relu: return derivative(LeakyReLU<float>(slope), z);
+    case ActId::tanh: return derivative(Tanh<float>(slope), z);
+    case ActId::sigmoid: return derivative(Sigmoid<float>(slope), z);
+    case ActId::silu: return derivative(SiLU<float>(slope), z);
+    case ActId::gelu: return derivative(GELU<float>(slope), z);
+    case ActId::elu: return derivative(ELU<float>(slope), z);
+    default: return derivative(Identity<float>(slope), z);
+  }
+}
+
+// A tensor [N, C, H, W] with any strides, or what is computed from it on load (`Operand` in
+// fastdcgan/backends/base.py).
+template <class T>
+struct ImageSideOperand {
+  const T* x;
+  const T* y;         // null: act(s*x + t); else s*act'(s*y + t)*x [+ p*y + q]
+  const float* coef;  // [rows, groups, C], or null: x
+  int64_t step_n, step_h, step_w, step_c;
+  int batch, channels, height, width;
+  int rows, groups;  // of coef
+  int act;
+  float slope;
+  bool vectors;  // runs of channels lie together, at multiples of 16 bytes; those of coef too
+
+  GPU_INLINE bool inside(int i, int j) const { return i >= 0 && i < height && j >= 0 && j < width; }
+  // A tensor as it is, whose pixels lie together.
+  GPU_INLINE bool plain() const { return coef == nullptr && step_c == 1 && step_w == channels; }
+  GPU_INLINE int64_t offset(int image, int i, int j) const { return image * step_n + i * step_h + j * step_w; }
+
+  // The prologue on N channels from `channel` on of a pixel: `values` are x's, and `from_y` is where y's are. More than
+  // one channel only where `vectors`.
+  template <int N>
+  GPU_INLINE void map(int image, int channel, const T* from_y, float (&values)[N]) const {
+    if (coef == nullptr) return;
+    const int64_t row = static_cast<int64_t>(groups) * channels;
+    const float* k = coef + static_cast<int64_t>(image / (batch / groups)) * channels + channel;
+    float s[N], t[N], z[N];
+    gpu::read_floats(k, s), gpu::read_floats(k + row, t);
+    if (y == nullptr) {
+#pragma unroll
+      for (int c = 0; c < N; ++c) values[c] = s[c] * values[c] + t[c];
+      return activate(act, slope, values);
+    }
+    float other[N];
+    gpu::read_floats(from_y, other);
+#pragma unroll
+    for (int c = 0; c < N; ++c) z[c] = s[c] * other[c] + t[c];
+    differentiate(act, slope, z);
+#pragma unroll
+    for (int c = 0; c < N; ++c) values[c] = s[c] * (values[c] * z[c]);
+    if (rows != 4) return;
+    gpu::read_floats(k + 2 * row, s), gpu::read_floats(k + 3 * row, t);
+#pragma unroll
+    for (int c = 0; c < N; ++c) values[c] += s[c] * other[c] + t[c];
+  }
+
+  // One value; 0 outside the image.
+  GPU_INLINE float at(int image, int i, int j, int channel) const {
+    if (!inside(i, j)) return 0.f;
+    const int64_t o = offset(image, i, j) + channel * step_c;
+    float one[1] = {gpu::to_float(x[o])};
+    map(image, channel, y + o, one);
+    return one[0];
+  }
+};
+
+// Weights [a, b, kernel_y, kernel_x] with any strides.
+template <class T>
+struct Weights {
+  const T* w;
+  int64_t step_a, step_b, step_y, step_x;
+
+  GPU_INLINE float at(int a, int b, int ky, int kx) const {
+    return gpu::to_float(w[a * step_a + b * step_b + ky * step_y + kx * step_x]);
+  }
+};
+
+// What is done to a sum before it is stored (`Epilogue` in fastdcgan/backends/base.py).
+struct ImageSideEpilogue {
+  enum Kind : int { none, bias, activated };
+  Kind kind;
+  const float* coef;  // bias [C], or [rows, groups, C] of which (s, t) are the first
+  int groups;
+  int act;
+  float slope;
+
+  GPU_INLINE float operator()(float sum, int group, int channel, int channels) const {
+    if (kind == none) return sum;
+    if (kind == bias) return sum + coef[channel];
+    const float s = coef[static_cast<int64_t>(group) * channels + channel];
+    const float t = coef[static_cast<int64_t>(groups + group) * channels + channel];
+    float one[1] = {s * sum + t};
+    activate(act, slope, one);
+    return one[0];
+  }
+
+  // It is the activation of s*sum + t, with these for channels from `first` on.
+  GPU_INLINE void coefficients(int group, int first, int channels, float (&s)[kRun], float (&t)[kRun]) const {
+#pragma unroll
+    for (int c = 0; c < kRun; ++c) {
+      s[c] = 1.f, t[c] = 0.f;
+      if (kind == none || first + c >= channels) continue;
+      if (kind == activated) s[c] = coef[static_cast<int64_t>(group) * channels + first + c];
+      t[c] = coef[(kind == bias ? 0 : static_cast<int64_t>(groups + group) * channels) + first + c];
+    }
+  }
+};
+
+// Tiles of `rows` x `columns` pixels of every image of a tensor.
+struct ImageTiles {
+  int rows, columns, across, of_image;
+  int64_t count;
+
+  static ImageTiles over(int images, int height, int width, int rows, int columns) {
+    const int across = (width + columns - 1) / columns, of_image = across * ((height + rows - 1) / rows);
+    return {rows, columns, across, of_image, static_cast<int64_t>(images) * of_image};
+  }
+};
+
+struct TilePlace {
+  int image, top, left;
+
+  GPU_INLINE TilePlace(const ImageTiles& t, int64_t tile)
+      : image(static_cast<int>(tile / t.of_image)),
+        top(static_cast<int>(tile % t.of_image) / t.across * t.rows),
+        left(static_cast<int>(tile % t.of_image) % t.across * t.columns) {}
+};
+
+// Pixels of the smaller image that a block of a convolution computes at a time: as many columns as fit an image's best.
+struct ConvTile {
+  static constexpr int kPixels = 256;
+  static constexpr int kFewestImageChannels = 8, kWidest = 32;  // columns
+  static constexpr int kRegion =
+      most_under(kPixels / kFewestImageChannels) * most_under(kFewestImageChannels);  // pixels under the longest one
+
+  static ImageTiles over(int images, int height, int width) {
+    int columns = kFewestImageChannels;
+    while (columns < kWidest && columns < width) columns *= 2;
+    return ImageTiles::over(images, height, width, kPixels / columns, columns);
+  }
+};
+
+// One axis of the input's region under a tile of `pixels` pixels of one phase of a transposed convolution.
+struct TransposeAxis {
+  int stride, padding, taps, region;
+
+  TransposeAxis(int kernel, int stride_, int padding_, int pixels) : stride(stride_), padding(padding_) {
+    taps = (kernel + stride - 1) / stride;
+    region = pixels + taps - 1 + (stride - 1 + padding) / stride - padding / stride;
+  }
+  // The region's first pixel, of a tile that begins at pixel `first` of a phase.
+  GPU_INLINE int begin(int first) const { return first + padding / stride - (taps - 1); }
+  GPU_INLINE int first_tap(int phase) const { return (phase + padding) % stride; }
+  // Where the first tap's pixel is in the region, seen from the tile's pixel.
+  GPU_INLINE int shift(int phase) const { return (phase + padding) / stride - padding / stride + taps - 1; }
+};
+
+// kChannels channels from `first` on of `count` pixels, which place(pixel, i, j) finds, as rows of kPitch numbers. By
+// the threads that call it, of which this is number `thread` of `threads`.
+template <int kChannels, int kPitch, class T, class Place>
+GPU_INLINE void stage_wide(const ImageSideOperand<T>& x, int image, int first, int count, int thread, int threads,
+                           T* to, Place place) {
+  if (!x.vectors) {
+#pragma unroll 1
+    for (int e = thread; e < count * kChannels; e += threads) {
+      const int pixel = e / kChannels, c = e % kChannels;
+      int i, j;
+      place(pixel, i, j);
+      to[pixel * kPitch + c] = gpu::from_float<T>(first + c < x.channels ? x.at(image, i, j, first + c) : 0.f);
+    }
+    return;
+  }
+  constexpr int kRun = gpu::kVec<T>, kRuns = kChannels / kRun;
+  for (int e = thread; e < count * kRuns; e += threads) {
+    const int pixel = e / kRuns, c = e % kRuns * kRun;
+    int i, j;
+    place(pixel, i, j);
+    const bool there = x.inside(i, j) && first + c < x.channels;
+    gpu::copy_async(to + pixel * kPitch + c, there ? x.x + x.offset(image, i, j) + first + c : x.x, there);
+  }
+  gpu::copy_async_commit();
+  gpu::copy_async_wait<0>();
+  if (x.coef == nullptr) return;
+#pragma unroll 1
+  for (int e = thread; e < count * kRuns; e += threads) {  // what this thread has copied
+    const int pixel = e / kRuns, c = e % kRuns * kRun;
+    int i, j;
+    place(pixel, i, j);
+    if (!x.inside(i, j) || first + c >= x.channels) continue;
+    float values[kRun];
+    gpu::read_floats(to + pixel * kPitch + c, values);
+    x.map(image, first + c, x.y + x.offset(image, i, j) + first + c, values);
+    gpu::write_floats(to + pixel * kPitch + c, values);
+  }
+}
+
+// Rows of the image under a tile: `columns` pixels of all (few) channels, from (top, left) on.
+template <int kThreads, class T>
+GPU_INLINE void stage_image(const ImageSideOperand<T>& x, int image, int top, int left, int rows, int columns,
+                            float* region) {
+  const int row = columns * x.channels;
+  if (!x.plain()) {
+    for (int e = threadIdx.x; e < rows * row; e += kThreads)
+      region[e] = x.at(image, top + e / row, left + e % row / x.channels, e % x.channels);
+    return;
+  }
+  // A row of the region is one of the image: a warp for each, without a division.
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = left * x.channels, end = x.width * x.channels;
+  for (int r = warp; r < rows; r += kThreads / 32) {
+    const int i = top + r;
+    const bool inside = i >= 0 && i < x.height;
+    const T* from = x.x + x.offset(image, inside ? i : 0, 0);
+    for (int e = lane; e < row; e += 32) {
+      const int at = begin + e;
+      region[r * row + e] = inside && at >= 0 && at < end ? gpu::to_float(from[at]) : 0.f;
+    }
+  }
+}
+
+}  // namespace fastdcgan::cuda

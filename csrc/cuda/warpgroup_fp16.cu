@@ -1,5 +1,0 @@
-#include "warpgroup_tiles.cuh"
-
-namespace fastdcgan::cuda {
-FASTDCGAN_RUN_WARPGROUP_TILES(template, gpu::fp16);
-}  // namespace fastdcgan::cuda

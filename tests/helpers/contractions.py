@@ -1,0 +1,49 @@
+"""One contraction on one backend, by an algorithm of its own or by PyTorch's, without the router."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastdcgan.backends.base import Backend
+from fastdcgan.geometry import Geometry, Pair
+from fastdcgan.spec import STORE, Call, Epilogue, Operand
+
+
+def why_not(on: Backend, call: Call, name: str | None = None) -> str | None:
+    """Why no algorithm of the backend can run the call, or not that of this name; None if one can."""
+    reasons = [a.why_not(call) for a in on.algorithms(call.op) if name in (None, a.name)]
+    assert reasons, f"{on.name} has no algorithm {name}"
+    return None if None in reasons else reasons[-1]
+
+
+def run(on: Backend, call: Call, name: str | None = None, tile: Any = None) -> Any:
+    """The call by the algorithm of this name, or by the first that can run it, or else by PyTorch's own."""
+    able = [a for a in on.algorithms(call.op) if name in (None, a.name) and a.why_not(call) is None]
+    assert able or name is None, f"{name} of {on.name}: {why_not(on, call, name)}"
+    return able[0].run(call, tile) if able else on.pytorch(call)
+
+
+def conv_call(a: Operand, weight: Tensor, g: Geometry, e: Epilogue = STORE) -> Call:
+    return Call("conv", a, weight, g, g.conv_size(a.x.shape[2], a.x.shape[3]), e)
+
+
+def conv_transpose_call(a: Operand, weight: Tensor, g: Geometry, size: Pair, e: Epilogue = STORE) -> Call:
+    return Call("conv_transpose", a, weight, g, size, e)
+
+
+def weight_grad_call(gathered: Operand, linear: Operand, g: Geometry) -> Call:
+    return Call("weight_grad", gathered, linear, g, g.kernel)
+
+
+def conv(on: Backend, *args: Any, name: str | None = None) -> tuple[Tensor, Tensor]:
+    return run(on, conv_call(*args), name)
+
+
+def conv_transpose(on: Backend, *args: Any, name: str | None = None) -> tuple[Tensor, Tensor]:
+    return run(on, conv_transpose_call(*args), name)
+
+
+def weight_grad(on: Backend, *args: Any, name: str | None = None) -> Tensor:
+    return run(on, weight_grad_call(*args), name)
