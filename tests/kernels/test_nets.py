@@ -12,9 +12,9 @@ import fastdcgan
 from fastdcgan import backends
 from fastdcgan.geometry import Geometry
 from fastdcgan.spec import Operand
+from tests.helpers.contractions import conv_call
 from tests.helpers.networks import Discriminator, Generator
 from tests.helpers.twins import assert_as_good, build, draw, results, settled_input
-from tests.kernels import calls
 from tests.machine import DEVICE
 
 STEPS = 1
@@ -63,7 +63,7 @@ def test_what_no_kernel_takes_has_a_reason() -> None:
 
     def why(x: tuple[int, ...], groups: int = 1) -> str | None:
         a, w = Operand(torch.empty(x, device="meta")), torch.empty(4, x[1] // groups, 3, 3, device="meta")
-        call = calls.conv(a, w, Geometry((3, 3), (1, 1), (1, 1), groups=groups))
+        call = conv_call(a, w, Geometry((3, 3), (1, 1), (1, 1), groups=groups))
         return backend.algorithms("conv")[-1].why_not(call)
 
     assert why((2, 8, 4, 4)) is None
