@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from fastdcgan.version import __version__
+
 FORMAT = "fastdcgan-autotune"
 VERSION = 1
 # What is slower by less than this is taken for as fast: the choice should not change with noise.
@@ -143,8 +145,8 @@ def machine(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{_processor()} | {torch.get_num_threads()} threads"
-    versions = ["fastdcgan", "torch", "triton"] if device.type == "cuda" else ["fastdcgan", "torch"]
-    return " | ".join([name, *(f"{package} {_version(package)}" for package in versions)])
+    triton = [f"triton {_triton_version()}"] if device.type == "cuda" else []
+    return " | ".join([name, f"fastdcgan {__version__}", f"torch {torch.__version__}", *triton])
 
 
 @lru_cache
@@ -158,11 +160,9 @@ def _processor() -> str:
 
 
 @lru_cache
-def _version(package: str) -> str:
-    if package == "torch":
-        return torch.__version__
+def _triton_version() -> str:
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "none"
 
