@@ -54,6 +54,7 @@ class Program:
         self.run: Any = backends.get(name) if direct else primitives.Registered(name)
         self._routes: dict[Any, router.Route] = {}
         self._steps: dict[tuple, list[_Step]] = {}
+        self.without_bias: dict[int, Tensor] = {}  # by channels: the coef (1, 0)
 
     def contract(self, place: tuple, call: Call) -> Any:
         """Run a contraction; `place` sets it apart within the chain, where the same calls come every time."""
@@ -192,7 +193,12 @@ def _known_coefficients(program: Program, block: Block, t: BlockTensors, x: Tens
         mean, var = t.running_mean[None], t.running_var[None]
         return program.run.coefficients(mean, var, t.bn_weight, t.bn_bias, t.bias, block.norm.eps)
     channels = t.weight.shape[1] * block.geometry.groups if block.transposed else t.weight.shape[0]
-    return program.run.bias_coefficients(x, t.bias, channels)
+    if t.bias is not None or not program.direct or x.is_cuda:  # what a graph captures belongs to its memory
+        return program.run.bias_coefficients(x, t.bias, channels)
+    ones = program.without_bias.get(channels)  # always the same
+    if ones is None:
+        ones = program.without_bias[channels] = program.run.bias_coefficients(x, None, channels)
+    return ones
 
 
 def forward(
@@ -408,7 +414,10 @@ def _norm_act_backward(
     if need.bias:
         assert bias is not None and sums is not None
         # With batch statistics the mean takes every constant out.
-        d_bias = torch.zeros_like(bias) if batch_stats else _over_groups(sums[0] * coef[0])
+        if batch_stats:
+            d_bias = torch.zeros_like(bias)
+        else:
+            d_bias = _over_groups(sums[0] if norm is None else sums[0] * coef[0])
     if need.bn_weight:
         assert sums is not None
         d_bn_weight = _over_groups(sums[1])
@@ -416,7 +425,7 @@ def _norm_act_backward(
         assert sums is not None
         d_bn_bias = _over_groups(sums[0])
     if dy is None:
-        grad_coef = coef[:2]
+        grad_coef = coef if norm is None else coef[:2]
         if norm is not None and batch_stats:
             assert sums is not None
             count = _count(y, stat_groups)
