@@ -23,7 +23,7 @@ from fastdcgan.cli import packages
 from tests.machine import setup_script
 
 ROOT = Path(__file__).parent.parent
-CUDA_SOURCES = ["csrc/cuda/ops.cu"]
+CUDA_SOURCES = ["csrc/cuda/elementwise/norm_act.cu"]
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +396,7 @@ print(doctor.report().healthy)
 
 
 def test_the_original_error_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    error = "csrc/cpu/ops.cpp:1:1: error: expected\nninja: build stopped"
+    error = "csrc/cpu/elementwise/pass.cpp:1:1: error: expected\nninja: build stopped"
     write_record(tmp_path, "2.13.0", {"_cpu_avx2": error, "_cpu_default": None})
     monkeypatch.setattr(build_info, "PACKAGE", tmp_path)
     assert error in build_info.why_missing("_cpu_avx2")

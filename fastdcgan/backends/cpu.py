@@ -185,7 +185,7 @@ class CPUBackend(Backend):
         if name not in self.contractions.algorithms(
             call.op, *channels, g.kernel, g.stride, g.dilation, x.dtype, call.epilogue.kind == "stats"
         ):
-            return f"{name} is not for {call.op} with {g} between {channels[0]} and {channels[1]} channels"
+            return f"it is not for such a {call.op}"
         return None
 
     def _why_last(self, name: str, call: Call) -> str | None:

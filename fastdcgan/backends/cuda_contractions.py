@@ -1,4 +1,4 @@
-"""The tensor-core contractions of the CUDA backend (csrc/cuda/contraction.cuh): from operands to an operator's call."""
+"""The tensor-core contractions of the CUDA backend (csrc/cuda/gemm): from operands to an operator's call."""
 
 from __future__ import annotations
 

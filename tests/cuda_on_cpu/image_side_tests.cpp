@@ -14,10 +14,10 @@ using test::Buffer, test::require;
 enum class Prologue { none, activate, gradient, bn_backward };
 
 struct Case {
-  int batch, narrow, wide, height, width;  // of the image on the narrow side
+  int batch, image_channels, wide, height, width;  // of the image
   ImageSideGeometry g;
-  Prologue prologue = Prologue::none;  // of the wide operand; the narrow one has the next
-  bool image_last = true;              // channels of the narrow tensors lie together
+  Prologue prologue = Prologue::none;  // of the wide operand; the image has the next
+  bool image_last = true;              // channels of the image lie together
   size_t offset = 0;                   // 1 keeps the wide tensor from being read in vectors
   int groups = 1;
   bool infinite = false;  // one value of what is read: in the middle of an image, or where no tap comes to
@@ -26,7 +26,7 @@ struct Case {
   int small_width() const { return (width + 2 * g.padding_x - g.kernel_x) / g.stride_x + 1; }
   std::string name() const {
     const auto text = [](int i) { return std::to_string(i); };
-    return text(batch) + "x" + text(narrow) + "x" + text(height) + "x" + text(width) + " and " + text(wide) +
+    return text(batch) + "x" + text(image_channels) + "x" + text(height) + "x" + text(width) + " and " + text(wide) +
            " channels, k" + text(g.kernel_y) + text(g.kernel_x) + " s" + text(g.stride_y) + text(g.stride_x) + " p" +
            text(g.padding_y) + text(g.padding_x) + ", prologue " + text(static_cast<int>(prologue)) +
            (image_last ? "" : ", planes") + (offset ? ", misaligned" : "") + (infinite ? ", an infinite value" : "");
@@ -120,20 +120,22 @@ struct Epilogues {
   }
 };
 
-// Weights [wide, narrow, ky, kx], channels_last.
+// Weights [wide, image_channels, ky, kx], channels_last.
 template <class T>
 struct WeightValues {
   const Case& c;
   Buffer<T> w;
 
-  explicit WeightValues(const Case& c_) : c(c_), w("weight", size_t(c_.wide) * c_.narrow * c_.g.taps()) {
+  explicit WeightValues(const Case& c_) : c(c_), w("weight", size_t(c_.wide) * c_.image_channels * c_.g.taps()) {
     test::fill(w, 5, 0, 0.3f);
   }
   Weights<T> kernel() {
-    return {w.data(), int64_t{c.g.taps()} * c.narrow, 1, int64_t{c.g.kernel_x} * c.narrow, c.narrow};
+    return {
+        w.data(), int64_t{c.g.taps()} * c.image_channels, 1, int64_t{c.g.kernel_x} * c.image_channels,
+        c.image_channels};
   }
   double operator()(int a, int b, int ky, int kx) const {
-    return gpu::to_float(w[(size_t(a) * c.g.taps() + ky * c.g.kernel_x + kx) * c.narrow + b]);
+    return gpu::to_float(w[(size_t(a) * c.g.taps() + ky * c.g.kernel_x + kx) * c.image_channels + b]);
   }
 };
 
@@ -142,7 +144,7 @@ std::string conv(const Case& c) {
   const int h = c.small_height(), w = c.small_width();
   const Prologue prologue = static_cast<Prologue>((static_cast<int>(c.prologue) + 1) % 4);
   const auto infinite = c.infinite ? std::optional(std::pair(c.height / 2, c.width / 2)) : std::nullopt;
-  Tensor<T> x("x", c.batch, c.narrow, c.height, c.width, c.image_last, 0, prologue, c.groups, 1, infinite);
+  Tensor<T> x("x", c.batch, c.image_channels, c.height, c.width, c.image_last, 0, prologue, c.groups, 1, infinite);
   WeightValues<T> weight(c);
   Epilogues epilogues(c.wide, c.groups);
   const bool vectors = c.wide % gpu::kVec<T> == 0 && c.offset == 0;
@@ -156,7 +158,7 @@ std::string conv(const Case& c) {
       double sum = 0, size = 0;
       for (int ky = 0; ky < c.g.kernel_y; ++ky)
         for (int kx = 0; kx < c.g.kernel_x; ++kx)
-          for (int ci = 0; ci < c.narrow; ++ci) {
+          for (int ci = 0; ci < c.image_channels; ++ci) {
             const double term =
                 x(n, ci, oy * c.g.stride_y - c.g.padding_y + ky, ox * c.g.stride_x - c.g.padding_x + kx) *
                 weight(o, ci, ky, kx);
@@ -175,8 +177,8 @@ std::string transpose(const Case& c) {
   const auto infinite = c.infinite ? std::optional(std::pair(h / 2, w / 2)) : std::nullopt;
   Tensor<T> x("x", c.batch, c.wide, h, w, true, c.offset, c.prologue, c.groups, 1, infinite);
   WeightValues<T> weight(c);
-  Epilogues epilogues(c.narrow, c.groups);
-  const size_t image = size_t(c.narrow) * c.height * c.width;
+  Epilogues epilogues(c.image_channels, c.groups);
+  const size_t image = size_t(c.image_channels) * c.height * c.width;
   std::vector<double> sum(c.batch * image), size(c.batch * image);  // NCHW
   for (int n = 0; n < c.batch; ++n)
     for (int iy = 0; iy < h; ++iy)
@@ -187,8 +189,8 @@ std::string transpose(const Case& c) {
             for (int kx = 0; kx < c.g.kernel_x; ++kx) {
               const int oy = iy * c.g.stride_y - c.g.padding_y + ky, ox = ix * c.g.stride_x - c.g.padding_x + kx;
               if (oy < 0 || oy >= c.height || ox < 0 || ox >= c.width) continue;
-              for (int o = 0; o < c.narrow; ++o) {
-                const size_t at = ((size_t(n) * c.narrow + o) * c.height + oy) * c.width + ox;
+              for (int o = 0; o < c.image_channels; ++o) {
+                const size_t at = ((size_t(n) * c.image_channels + o) * c.height + oy) * c.width + ox;
                 const double term = value * weight(ci, o, ky, kx);
                 sum[at] += term, size[at] += std::abs(term);
               }
@@ -197,20 +199,20 @@ std::string transpose(const Case& c) {
   std::string bytes;
   for (const int kind : {0, 1, 2}) {
     Buffer<T> out("out", c.batch * image);
-    const int64_t last[4] = {int64_t(image), int64_t{c.width} * c.narrow, c.narrow, 1};
+    const int64_t last[4] = {int64_t(image), int64_t{c.width} * c.image_channels, c.image_channels, 1};
     const int64_t planes[4] = {int64_t(image), c.width, 1, int64_t{c.height} * c.width};
     const auto launch = [&](auto co) {
       launch_image_side_transpose<T, decltype(co)::value>(
           x.operand, weight.kernel(), c.g, epilogues[kind], out.data(), c.height, c.width, c.image_last ? last : planes,
           nullptr);
     };
-    if (c.narrow == 1) launch(std::integral_constant<int, 1>{});
-    if (c.narrow == 2) launch(std::integral_constant<int, 2>{});
-    if (c.narrow == 3) launch(std::integral_constant<int, 3>{});
-    if (c.narrow == 4) launch(std::integral_constant<int, 4>{});
+    if (c.image_channels == 1) launch(std::integral_constant<int, 1>{});
+    if (c.image_channels == 2) launch(std::integral_constant<int, 2>{});
+    if (c.image_channels == 3) launch(std::integral_constant<int, 3>{});
+    if (c.image_channels == 4) launch(std::integral_constant<int, 4>{});
     for (size_t i = 0; i < out.size(); ++i) {
       const int n = i / image, o = i % image / (c.height * c.width), pixel = i % (c.height * c.width);
-      const size_t at = c.image_last ? n * image + size_t(pixel) * c.narrow + o : i;
+      const size_t at = c.image_last ? n * image + size_t(pixel) * c.image_channels + o : i;
       close("out", i, out[at], epilogues.apply(kind, sum[i], n / (c.batch / c.groups), o), size[i], x.error());
     }
     bytes += test::bytes(out);
@@ -223,10 +225,10 @@ std::string weight_grad(const Case& c) {
   const int h = c.small_height(), w = c.small_width();
   const Prologue prologue = static_cast<Prologue>((static_cast<int>(c.prologue) + 1) % 4);
   const auto infinite = c.infinite ? std::optional(std::pair(c.height - 1, c.width - 1)) : std::nullopt;
-  Tensor<T> x("x", c.batch, c.narrow, c.height, c.width, c.image_last, 0, prologue, c.groups, 1, infinite);
+  Tensor<T> x("x", c.batch, c.image_channels, c.height, c.width, c.image_last, 0, prologue, c.groups, 1, infinite);
   Tensor<T> linear("linear", c.batch, c.wide, h, w, true, c.offset, c.prologue, c.groups, 4);
-  Buffer<T> dw("dw", size_t(c.wide) * c.narrow * c.g.taps());
-  const int64_t steps[4] = {int64_t{c.narrow} * c.g.taps(), c.g.taps(), c.g.kernel_x, 1};
+  Buffer<T> dw("dw", size_t(c.wide) * c.image_channels * c.g.taps());
+  const int64_t steps[4] = {int64_t{c.image_channels} * c.g.taps(), c.g.taps(), c.g.kernel_x, 1};
   std::unique_ptr<Buffer<float>> partials;
   const auto allocate = [&](int64_t count) {
     partials = std::make_unique<Buffer<float>>("partials", count);
@@ -237,7 +239,7 @@ std::string weight_grad(const Case& c) {
   for (int n = 0; n < c.batch; ++n)
     for (int iy = 0; iy < h; ++iy)
       for (int ix = 0; ix < w; ++ix)
-        for (int ci = 0; ci < c.narrow; ++ci)
+        for (int ci = 0; ci < c.image_channels; ++ci)
           for (int ky = 0; ky < c.g.kernel_y; ++ky)
             for (int kx = 0; kx < c.g.kernel_x; ++kx) {
               const double value =

@@ -1,6 +1,6 @@
-// Advanced Matrix Extensions: eight tile registers of 16 rows of 64 bytes, and the product of two tiles of bfloat16 added
-// to one of float (Intel, "Intel 64 and IA-32 Architectures Software Developer's Manual", chapter "Programming with Intel
-// AMX"). Nothing else in csrc/cpu names an instruction of it.
+// Advanced Matrix Extensions: eight tile registers of 16 rows of 64 bytes, and the product of two tiles of bfloat16
+// added to one of float (Intel, "Intel 64 and IA-32 Architectures Software Developer's Manual", chapter "Programming
+// with Intel AMX"). Nothing else in csrc/cpu names an instruction of it.
 //
 // With FASTDCGAN_AMX_EMULATED the same functions are those of tests/cpu/amx_emulated.h, for any processor.
 #pragma once

@@ -109,7 +109,8 @@ void amx_weight_grad(
       c, static_cast<const Element*>(gathered), static_cast<const Element*>(linear), static_cast<Element*>(out)).run();
 }
 
-bool split_bf16_contract(const Contraction& c, const void* in, const Weight& weight, void* out, const Epilogue& epilogue) {
+bool split_bf16_contract(
+    const Contraction& c, const void* in, const Weight& weight, void* out, const Epilogue& epilogue) {
   if (!epilogue.stats && can_col2im(c)) return col2im_with<float, SplitProducts>(c, in, weight, out, epilogue);
   static thread_local Scratch scratch;
   const int64_t size = packed_size<SplitProducts>(c);

@@ -96,7 +96,7 @@ class TilePixels {
 
   static constexpr int64_t kUnit = Products::kDepthUnit;
   static_assert(kUnit == 2 * amx::kRows && kDepth % kUnit == 0);
-  // Of two pixels, as they are gathered and then split into terms: rows of Elements.
+  // Room for two pixels, as they are gathered and then split into terms: rows of Elements.
   static constexpr int64_t kRows = kTerms == 1 ? 2 : 2 * (int64_t{sizeof(T) / sizeof(Element)} + kTerms);
   static int64_t row_size(int64_t rows, int64_t width) { return std::max(rows, width) + kSpill; }
 

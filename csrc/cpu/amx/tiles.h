@@ -1,5 +1,5 @@
-// Products of bfloat16 rows on AMX tiles, summed in float. For libraries of AVX-512 vectors: every processor with AMX has
-// them.
+// Products of bfloat16 rows on AMX tiles, summed in float. For libraries of AVX-512 vectors: every processor with AMX
+// has them.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -45,7 +45,8 @@ struct TileProductsOf {
     using Strip = void (*)(const Element*, const Element*, float*, int64_t, const std::vector<Piece>&, bool);
     static constexpr Strip strips[2][2] = {{strip<1, 1>, strip<1, 2>}, {strip<2, 1>, strip<2, 2>}};
     for (int64_t row = 0; row < rows; row += 2 * amx::kRows)
-      strips[rows - row > amx::kRows][vectors - 1](a + row * kRowStride, panel, c + row * c_stride, c_stride, pieces, add);
+      strips[rows - row > amx::kRows][vectors - 1](
+          a + row * kRowStride, panel, c + row * c_stride, c_stride, pieces, add);
   }
 
  private:

@@ -9,7 +9,8 @@
 
 namespace fastdcgan::cpu {
 
-// to[2i] = first[i] for i < n_first, to[2i + 1] = second[i] for i < n_second, else 0, for `width` pairs: a multiple of 16.
+// to[2i] = first[i] for i < n_first, to[2i + 1] = second[i] for i < n_second, else 0, for `width` pairs: a multiple
+// of 16.
 inline void interleave(
     const c10::BFloat16* first, int64_t n_first, const c10::BFloat16* second, int64_t n_second, int64_t width,
     c10::BFloat16* to) {
@@ -22,11 +23,13 @@ inline void interleave(
         to + 2 * i, _mm512_or_si512(some(first, i, n_first), _mm512_slli_epi32(some(second, i, n_second), 16)));
 }
 
-// to[column][row] = from[row][column], for pairs, of which there are at most 16 in a row and in a column. Strides are in
-// single elements.
+// to[column][row] = from[row][column], for pairs, of which there are at most 16 in a row and in a column. Strides are
+// in single elements.
 inline void transpose_vnni_pairs(
-    const c10::BFloat16* from, int64_t from_stride, c10::BFloat16* to, int64_t to_stride, int64_t rows, int64_t columns) {
-  const auto row_mask = static_cast<__mmask16>((1u << rows) - 1), column_mask = static_cast<__mmask16>((1u << columns) - 1);
+    const c10::BFloat16* from, int64_t from_stride, c10::BFloat16* to, int64_t to_stride, int64_t rows,
+    int64_t columns) {
+  const auto row_mask = static_cast<__mmask16>((1u << rows) - 1),
+             column_mask = static_cast<__mmask16>((1u << columns) - 1);
   __m512i a[16], b[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i)

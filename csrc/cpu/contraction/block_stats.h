@@ -25,10 +25,11 @@ void moments(const Row& row, int64_t rows, int64_t width, float* mean, float* m2
   }
 }
 
-// [3, groups, channels] from those of the blocks: [blocks, 2, width]. A block has `rows` rows, of samples that share the
-// statistics `stat_group`.
+// [3, groups, channels] from those of the blocks: [blocks, 2, width]. A block has `rows` rows, of samples that share
+// the statistics `stat_group`.
 template <class Block>
-void combine(const std::vector<Block>& blocks, const float* partial, int64_t width, int64_t channels, const Epilogue& f) {
+void combine(
+    const std::vector<Block>& blocks, const float* partial, int64_t width, int64_t channels, const Epilogue& f) {
   std::vector<Moments<double>> all(f.stat_groups * channels);
   for (size_t i = 0; i < blocks.size(); ++i) {
     const float *mean = partial + i * 2 * width, *m2 = mean + width;

@@ -12,7 +12,7 @@
 #include "cpu/contraction/packed_weights.h"
 #include "cpu/memory/memory.h"
 
-// Of the operators: tests load a second library of them.
+// The namespace of the operators: tests load a second library of them.
 #ifndef FASTDCGAN_CPU_NAMESPACE
 #define FASTDCGAN_CPU_NAMESPACE fastdcgan_cpu
 #endif
@@ -153,8 +153,9 @@ Tensor grad_of_weight(
   return out;
 }
 
-// The names of the algorithms for an operator, in the order of algorithms.h. Sizes of tensors make no difference to which
-// can run. Channels: of what is read and of what is written; of the gathered and of the linear operand for `weight_grad`.
+// The names of the algorithms for an operator, in the order of algorithms.h. Sizes of tensors make no difference to
+// which can run. Channels: of what is read and of what is written; of the gathered and of the linear operand for
+// `weight_grad`.
 std::vector<std::string> names_of_algorithms(
     std::string_view op, int64_t in_channels, int64_t out_channels, IntArrayRef kernel, IntArrayRef stride,
     IntArrayRef dilation, at::ScalarType dtype, bool stats) {

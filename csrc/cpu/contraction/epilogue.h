@@ -10,7 +10,7 @@ namespace fastdcgan::cpu {
 
 class RowEpilogue {
  public:
-  // For rows of `repeats` times all `channels`.
+  // The rows have all `channels`, `repeats` times.
   RowEpilogue(const Epilogue& epilogue, int64_t channels, int64_t repeats = 1) : act_(epilogue.act) {
     const bool nothing = !epilogue.scale && !epilogue.shift && epilogue.act.id == 0;
     if (nothing) return;

@@ -20,7 +20,8 @@ Rounded::Rounded(const Weight& weight, c10::ScalarType dtype) : weight_(weight) 
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     T* to = scratch.get<T>(count);
-    at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) { narrow(to + begin, from + begin, end - begin); });
+    at::parallel_for(
+        0, count, kGrain, [&](int64_t begin, int64_t end) { narrow(to + begin, from + begin, end - begin); });
     weight_.data = to;
     weight_.bytes = count * int64_t{sizeof(T)};
   });

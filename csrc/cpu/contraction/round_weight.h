@@ -5,8 +5,8 @@
 
 namespace fastdcgan::cpu {
 
-// A weight with elements of `dtype`: as it lies, or where it is wide rounded to nearest, ties to even, as a cast tensor's
-// are. It holds until this thread makes the next one.
+// A weight with elements of `dtype`: as it lies, or where it is wide rounded to nearest, ties to even, as a cast
+// tensor's are. It holds until this thread makes the next one.
 class Rounded {
  public:
   Rounded(const Weight&, c10::ScalarType dtype);

@@ -6,8 +6,8 @@
 
 namespace fastdcgan::cpu {
 
-// One axis of a convolution (output o reads inputs o*stride - padding + tap*dilation) or of its adjoint (input i adds to
-// outputs i*stride - padding + tap*dilation).
+// One axis of a convolution (output o reads inputs o*stride - padding + tap*dilation) or of its adjoint (input i adds
+// to outputs i*stride - padding + tap*dilation).
 struct Axis {
   int64_t kernel, stride, padding, dilation, in, out;
   bool transposed;
@@ -47,13 +47,13 @@ class TapOrder {
   std::vector<int64_t> phase_, within_, count_;
 };
 
-// The order of a weight's rows when it is packed: by phase along y, phase along x, tap, input channel. The rows of a phase
-// are filled up to a multiple of `unit`.
+// The order of a weight's rows when it is packed: by phase along y, phase along x, tap, input channel. The rows of a
+// phase are filled up to a multiple of `unit`.
 class DepthOrder {
  public:
   DepthOrder(const Axis& y, const Axis& x, int64_t channels, int64_t unit);
   int64_t rows() const { return first_.back(); }
-  // Of the first channel of a tap.
+  // The row of the first channel of a tap.
   int64_t row(int64_t ky, int64_t kx) const {
     const int64_t py = y_.phase(ky), px = x_.phase(kx);
     return first_[py * x_.phases() + px] + (y_.within(ky) * x_.count(px) + x_.within(kx)) * channels_;

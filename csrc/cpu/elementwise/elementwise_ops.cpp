@@ -38,7 +38,8 @@ Shape shape_of(const Tensor& y, int64_t groups) {
   TORCH_CHECK_VALUE(
       groups > 0 && y.size(0) % groups == 0, "a batch of ", y.size(0), " can't have ", groups, " statistics groups");
   // A tensor that is both (one channel, or one pixel) goes the way of channels_last, which needs no planes.
-  return {groups, y.size(0) / groups, y.size(1), y.size(2) * y.size(3), y.is_contiguous(at::MemoryFormat::ChannelsLast)};
+  return {
+      groups, y.size(0) / groups, y.size(1), y.size(2) * y.size(3), y.is_contiguous(at::MemoryFormat::ChannelsLast)};
 }
 
 Tensor checked_coef(const Tensor& coef, const Tensor& y, bool two_rows_too) {
@@ -52,7 +53,8 @@ Tensor checked_coef(const Tensor& coef, const Tensor& y, bool two_rows_too) {
 void check_grad(const Tensor& da, const Tensor& y) {
   TORCH_CHECK_VALUE(da.sizes() == y.sizes(), "expected a gradient of shape ", y.sizes(), ", got ", da.sizes());
   TORCH_CHECK_TYPE(
-      da.scalar_type() == y.scalar_type(), "expected a gradient of dtype ", y.scalar_type(), ", got ", da.scalar_type());
+      da.scalar_type() == y.scalar_type(), "expected a gradient of dtype ", y.scalar_type(), ", got ",
+      da.scalar_type());
 }
 
 void check_activation(bool known, int64_t id) { TORCH_CHECK_VALUE(known, "unknown activation id ", id); }
@@ -211,8 +213,8 @@ Tensor grad_coefficients(const Tensor& sums_, const Tensor& coef_, double count)
   return out;
 }
 
-// For each group in order: running = momentum*batch + (1 - momentum)*running, with the roundings of PyTorch's kernel: the
-// mean in float, the batch's variance in double. `factor` [groups], where given, takes the place of `momentum`.
+// For each group in order: running = momentum*batch + (1 - momentum)*running, with the roundings of PyTorch's kernel:
+// the mean in float, the batch's variance in double. `factor` [groups], where given, takes the place of `momentum`.
 void update_running_(
     const Tensor& mean, const Tensor& var, const Tensor& stats_, const optional<Tensor>& shift_,
     const optional<Tensor>& factor_, double momentum) {
@@ -292,7 +294,8 @@ Tensor bias_coefficients(const optional<Tensor>& bias, int64_t channels) {
   const auto shifts = by_channel(bias, 0, 1, channels);
   float* values = coef.data_ptr<float>();
   std::fill_n(values, channels, 1.f);
-  std::transform(shifts.begin(), shifts.end(), values + channels, [](double shift) { return static_cast<float>(shift); });
+  std::transform(
+      shifts.begin(), shifts.end(), values + channels, [](double shift) { return static_cast<float>(shift); });
   return coef;
 }
 
@@ -328,7 +331,8 @@ TORCH_LIBRARY(fastdcgan_cpu, m) {
       "update_running_(Tensor(a!) mean, Tensor(b!) var, Tensor stats, Tensor? shift, Tensor? factor, float momentum) "
       "-> ()");
   m.def(
-      "update_all_running_(Tensor(a!)[] mean, Tensor(b!)[] var, Tensor[] stats, Tensor[] shift, float[] momentum) -> ()");
+      "update_all_running_(Tensor(a!)[] mean, Tensor(b!)[] var, Tensor[] stats, Tensor[] shift, float[] momentum) -> "
+      "()");
   m.def(
       "normalize(Tensor y, Tensor stats, Tensor? weight, Tensor? bias, float eps, int act, float slope) "
       "-> (Tensor, Tensor)");

@@ -110,8 +110,8 @@ struct Tile {
 
 constexpr int64_t kAllRows = int64_t{1} << 40;
 
-// How one group of the tensor is cut: into chunks (of pixels in channels_last, else of samples) and, if contiguous, into
-// blocks of channels. It is the same for any number of threads.
+// How one group of the tensor is cut: into chunks (of pixels in channels_last, else of samples) and, if contiguous,
+// into blocks of channels. It is the same for any number of threads.
 class Cut {
  public:
   Cut(const Shape& s, int64_t step) : s_(s), step_(step) {
@@ -183,7 +183,8 @@ void pass_tile(
   }
 }
 
-void reduce_chunk(const InnerLoop& loop, const Cut& cut, Memory m, int64_t chunk, int64_t block, Accumulator& accumulator) {
+void reduce_chunk(
+    const InnerLoop& loop, const Cut& cut, Memory m, int64_t chunk, int64_t block, Accumulator& accumulator) {
   const Columns columns = cut.columns(block);
   const int64_t channel = cut.first_channel(block);
   ColumnSums sums(loop.sums, columns, loop.step);

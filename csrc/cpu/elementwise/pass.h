@@ -1,5 +1,6 @@
 // One pass over a tensor [groups * samples, channels, height, width], channels_last or contiguous, with per-channel
-// coefficients: elementwise (`map`) or down to per-channel sums (`reduce`). What is done to the elements is an `InnerLoop`.
+// coefficients: elementwise (`map`) or down to per-channel sums (`reduce`). What is done to the elements is an
+// `InnerLoop`.
 //
 // How work is cut into chunks depends on the shape alone and partial sums are combined in a fixed order, in double:
 // the same input gives the same bits for any number of threads.

@@ -107,7 +107,8 @@ void pass(
 
 // `pass` of whole steps that stores past the caches.
 template <class Op, class T>
-void pass_non_temporal(const Op& op, Tensors<T> t, const float* const* coef, int64_t rows, int64_t columns, int64_t stride) {
+void pass_non_temporal(
+    const Op& op, Tensors<T> t, const float* const* coef, int64_t rows, int64_t columns, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) pass_rows<1, true>(op, t.at(r * stride), coef, nullptr, columns, stride);
   end_non_temporal();
 }

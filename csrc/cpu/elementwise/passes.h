@@ -10,7 +10,7 @@ struct Activation {
   float slope;
 };
 
-// Those with an activation return false if it is unknown. `coef` is [rows, groups, channels].
+// The passes with an activation return false if it is unknown. `coef` is [rows, groups, channels].
 bool norm_act_pass(const Shape&, Memory, c10::ScalarType, const float* coef, Activation);
 bool norm_act_backward_pass(const Shape&, Memory, c10::ScalarType, const float* coef, int64_t rows, Activation);
 // sums [rows / 2, groups, channels]; stores g where `out` is given (it may be `da`).

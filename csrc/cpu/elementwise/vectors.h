@@ -13,8 +13,8 @@ namespace fastdcgan {
 
 using V = at::vec::Vectorized<float>;
 
-// A polynomial near 0 (a minimax fit of (tanh(x) - x)/x^3 in x^2), beyond it (1 - e)/(1 + e) with e = exp(-2|x|): within
-// 2 units of the last place, several times as fast as the vector's own.
+// A polynomial near 0 (a minimax fit of (tanh(x) - x)/x^3 in x^2), beyond it (1 - e)/(1 + e) with e = exp(-2|x|):
+// within 2 units of the last place, several times as fast as the vector's own.
 inline V tanh(V x) {
   const V size = x.abs(), square = x * x;
   V p = at::vec::fmadd(V(-5.6669681826e-3f), square, V(2.0606167683e-2f));

@@ -1,6 +1,6 @@
-// `conv_transpose` to few channels, such as those of an image: every input pixel is multiplied by the weights of all taps
-// at once, and the outputs add up what falls on them. The products of a band of rows stay in the cache. `Products` says
-// how rows are multiplied.
+// `conv_transpose` to few channels, such as those of an image: every input pixel is multiplied by the weights of all
+// taps at once, and the outputs add up what falls on them. The products of a band of rows stay in the cache. `Products`
+// says how rows are multiplied.
 #pragma once
 
 #include <ATen/Parallel.h>

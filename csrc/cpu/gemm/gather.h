@@ -55,8 +55,8 @@ struct Image {
   const T* end;
 };
 
-// The part of a run that belongs to some columns: of tap `y` along y, columns [low, low + columns) of its run, which are
-// of the taps `first` to `last` along x.
+// The part of a run that belongs to some columns: of tap `y` along y, columns [low, low + columns) of its run, which
+// are of the taps `first` to `last` along x.
 struct Segment {
   int64_t y, low, columns, first, last;
 };
@@ -89,7 +89,8 @@ void gather_taps(To* to, const Image<T>& in, const T* row, int64_t ix, int64_t s
 
 // The columns of `parts` of the row at `p`, as floats or as they are. May write kSpill elements beyond them.
 template <class To, class T>
-inline void gather_row(To* to, const Image<T>& in, const RowClass& c, const Place& p, const std::vector<Segment>& parts) {
+inline void gather_row(
+    To* to, const Image<T>& in, const RowClass& c, const Place& p, const std::vector<Segment>& parts) {
   const int64_t y = c.y->first[p.y], y_step = c.y->step, ix = c.x->first[p.x], step = c.x->step;
   const T* sample = in.data + p.n * in.height * in.width * in.channels;
   if (c.whole) {

@@ -1,8 +1,8 @@
 // C[m][n] (+)= sum over k of A[m][k]*B[k][n] in float: the inner loop of every contraction.
 //
-// B lies in panels of kPanel columns, row after row; a last panel of at most kWidth columns has rows of kWidth. A is read
-// one element at a time, from rows that are a fixed `kRowStride` apart: rows of pixels that were gathered (kDepthStride),
-// or columns of a panel (1).
+// B lies in panels of kPanel columns, row after row; a last panel of at most kWidth columns has rows of kWidth. A is
+// read one element at a time, from rows that are a fixed `kRowStride` apart: rows of pixels that were gathered
+// (kDepthStride), or columns of a panel (1).
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ constexpr int kKernelRows = 12;  // two vectors each: 24 accumulators in 32 regi
 constexpr int kKernelRows = 6;  // 12 of 16
 #endif
 constexpr int64_t kPanel = kStep;
-constexpr int64_t kDepth = 256;                    // between two visits of C: a panel of B stays in the first-level cache
+constexpr int64_t kDepth = 256;  // between two visits of C: a panel of B stays in the first-level cache
 constexpr int64_t kDepthStride = kDepth + kPanel;  // no power of two: the rows of a tile would share cache sets
 
 // kWidth floats; ATen's class of them does not stay in registers when it is kept in an array.
@@ -45,7 +45,8 @@ struct Tile {
   const Piece* pieces;
   int64_t count;
   bool add;
-  const float* ahead = nullptr;  // where given, what is multiplied later, to be fetched: one address at every step along k
+  const float* ahead =
+      nullptr;  // where given, what is multiplied later, to be fetched: one address at every step along k
   int64_t ahead_step = 0;
 };
 
@@ -156,7 +157,8 @@ int64_t whole_units(int64_t depth) {
 // Floats that gathered rows take.
 template <class Products>
 constexpr int64_t rows_size() {
-  return Products::kBlockRows * Products::kRowStride * int64_t{sizeof(typename Products::Element)} / int64_t{sizeof(float)};
+  return Products::kBlockRows * Products::kRowStride * int64_t{sizeof(typename Products::Element)} /
+         int64_t{sizeof(float)};
 }
 
 // Sets those to zero that are multiplied beside the first `rows`.

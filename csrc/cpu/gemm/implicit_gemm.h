@@ -1,5 +1,6 @@
-// `conv` and `conv_transpose` on rows that are gathered: outputs that read through the same taps are the rows of a dense
-// product, with nothing multiplied by padding or by zeros between pixels. `Products` says how rows are multiplied.
+// `conv` and `conv_transpose` on rows that are gathered: outputs that read through the same taps are the rows of a
+// dense product, with nothing multiplied by padding or by zeros between pixels. `Products` says how rows are
+// multiplied.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -1,5 +1,5 @@
-// Rows of outputs from the products of every input pixel with all taps: along x, what falls on an output comes from a few
-// neighbours, each of which has the values of its taps side by side.
+// Rows of outputs from the products of every input pixel with all taps: along x, what falls on an output comes from a
+// few neighbours, each of which has the values of its taps side by side.
 #pragma once
 
 #include <algorithm>
@@ -56,8 +56,8 @@ class Overlap {
       }
   }
 
-  // Groups [begin, end), all inputs of which are inside; what is written beyond a group belongs to the next one. kTerms 0:
-  // any number of them.
+  // Groups [begin, end), all inputs of which are inside; what is written beyond a group belongs to the next one. kTerms
+  // 0: any number of them.
   template <int kTerms>
   void add_whole(const std::vector<const float*>& rows, int64_t begin, int64_t end, float* frame) const {
     if (begin >= end) return;

@@ -1,5 +1,5 @@
-// C[m][n] (+)= sum over k of A[m][k]*B[k][n] in float where k is short or m are few: tiles are as wide as registers allow,
-// up to 4 vectors, and both strides of A are free, so that it is read where it lies.
+// C[m][n] (+)= sum over k of A[m][k]*B[k][n] in float where k is short or m are few: tiles are as wide as registers
+// allow, up to 4 vectors, and both strides of A are free, so that it is read where it lies.
 #pragma once
 
 #include <array>
@@ -29,7 +29,8 @@ struct ShortTile {
   bool add;
 };
 
-// kDeep: small tiles sum even and odd k apart, since one chain of sums would wait for itself; so bits depend on the tile.
+// kDeep: small tiles sum even and odd k apart, since one chain of sums would wait for itself; so bits depend on the
+// tile.
 template <int kRows, int kVectors, bool kDeep>
 void multiply_short_tile(const ShortTile& t) {
   constexpr int kGroups = (kRows + 2) / 3;  // of rows with one pointer: an address may have one stride, once or twice

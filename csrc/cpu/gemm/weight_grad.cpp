@@ -5,7 +5,8 @@
 
 namespace fastdcgan::cpu {
 
-void gemm_weight_grad(const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
+void gemm_weight_grad(
+    const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     WeightGrad<T, FloatPixels<T>>(

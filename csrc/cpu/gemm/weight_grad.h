@@ -1,6 +1,6 @@
-// `weight_grad`: pixels are the depth of a dense product. Taps with whole panels of channels leave out the pixels at which
-// they read padding; else all taps of a row or more are columns side by side. `Pixels` says how they are packed and
-// multiplied: FloatPixels, or TilePixels (tile_pixels.h).
+// `weight_grad`: pixels are the depth of a dense product. Taps with whole panels of channels leave out the pixels at
+// which they read padding; else all taps of a row or more are columns side by side. `Pixels` says how they are packed
+// and multiplied: FloatPixels, or TilePixels (tile_pixels.h).
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -53,7 +53,8 @@ class FloatPixels {
   static int64_t sum_rows(int64_t out_channels) { return out_channels; }
   // Floats of memory for up to kDepth pixels and `width` columns.
   static int64_t size(const Contraction& c, int64_t width) {
-    return Tiles(c.out_channels).count * kTileStride + kDepth * width + std::max(c.out_channels, width) + kSpill + kWidth;
+    return Tiles(c.out_channels).count * kTileStride + kDepth * width + std::max(c.out_channels, width) + kSpill +
+           kWidth;
   }
 
   FloatPixels(const Sides<T>& sides, int64_t width, float* memory)
@@ -97,12 +98,13 @@ class FloatPixels {
       for (int64_t t = 0; t < tiles_.count; ++t)
         cpu::multiply<1>(
             tiles_.height(t), panels.vectors(p),
-            {a_ + t * kTileStride, kKernelRows, b_ + p * kPanel * depth, c + tiles_.begin(t) * width_ + p * kPanel, width_,
-             &piece, 1, true});
+            {a_ + t * kTileStride, kKernelRows, b_ + p * kPanel * depth, c + tiles_.begin(t) * width_ + p * kPanel,
+             width_, &piece, 1, true});
   }
 
  private:
-  static constexpr int64_t kTileStride = kDepth * kKernelRows + kWidth;  // between tiles of A; its stores are whole vectors
+  static constexpr int64_t kTileStride =
+      kDepth * kKernelRows + kWidth;  // between tiles of A; its stores are whole vectors
 
   const Sides<T>& s_;
   Tiles tiles_;

@@ -93,8 +93,8 @@ class ImageSideConv {
         multiply_short(
             tiles.size(t), vectors,
             {strip + tiles.begin(t) * strips_.x_step(), strips_.x_step(), 1, weight_ + columns_.begin(i) * depth_,
-             vectors * kWidth, sums + tiles.begin(t) * columns_.width + columns_.begin(i), columns_.width, pieces_.data(),
-             static_cast<int64_t>(pieces_.size()), false});
+             vectors * kWidth, sums + tiles.begin(t) * columns_.width + columns_.begin(i), columns_.width,
+             pieces_.data(), static_cast<int64_t>(pieces_.size()), false});
     }
   }
 
@@ -126,7 +126,8 @@ bool can_image_side(const Contraction& c) {
 }
 
 void image_side_contract(
-    const Contraction& c, c10::ScalarType dtype, const void* in, const Weight& weight, void* out, const Epilogue& epilogue) {
+    const Contraction& c, c10::ScalarType dtype, const void* in, const Weight& weight, void* out,
+    const Epilogue& epilogue) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     ImageSideConv<T>(c, static_cast<const T*>(in), weight, static_cast<T*>(out), epilogue).run();

@@ -1,6 +1,6 @@
-// `conv` and `weight_grad` whose gathered side has few channels, such as those of an image. Products are short there, so
-// nothing is gathered: the rows of the image that an output row reads are widened once, with their padding, and read as
-// they lie.
+// `conv` and `weight_grad` whose gathered side has few channels, such as those of an image. Products are short there,
+// so nothing is gathered: the rows of the image that an output row reads are widened once, with their padding, and read
+// as they lie.
 #pragma once
 
 #include "cpu/contraction/contraction.h"

@@ -12,13 +12,20 @@ constexpr int64_t kBandFloats = 4096;   // of the linear side between two visits
 constexpr int64_t kSlicePixels = 4096;  // of one task
 constexpr int64_t kMostSlices = 32;
 
-// Sums [tap along y, along x, input channel][output channel]: pixels are the depth, and the linear side is read as it lies.
+// Sums [tap along y, along x, input channel][output channel]: pixels are the depth, and the linear side is read as it
+// lies.
 template <class T>
 class ImageSideGrad {
  public:
   ImageSideGrad(const Contraction& c, const T* gathered, const T* linear, T* out)
-      : c_(c), strips_(c, gathered), stretches_(strips_.stretches()), columns_(c.out_channels), linear_(linear),
-        linear_end_(linear + c.batch * c.y.out * c.x.out * c.out_channels), out_(out), bands_(c, kBandFloats / columns_.width) {}
+      : c_(c),
+        strips_(c, gathered),
+        stretches_(strips_.stretches()),
+        columns_(c.out_channels),
+        linear_(linear),
+        linear_end_(linear + c.batch * c.y.out * c.x.out * c.out_channels),
+        out_(out),
+        bands_(c, kBandFloats / columns_.width) {}
 
   void run() const {
     const int64_t rows = c_.taps() * c_.in_channels, size = rows * columns_.width;
@@ -64,7 +71,8 @@ class ImageSideGrad {
           multiply_short<true>(
               tiles.size(t), vectors,
               {strip + s.a + tiles.begin(t), 1, strips_.x_step(), b + column, columns_.width,
-               sums + (s.b + tiles.begin(t)) * columns_.width + column, columns_.width, pieces.data(), rows.count, true});
+               sums + (s.b + tiles.begin(t)) * columns_.width + column, columns_.width, pieces.data(), rows.count,
+               true});
       }
     }
   }
@@ -80,7 +88,8 @@ class ImageSideGrad {
 
 }  // namespace
 
-void image_side_weight_grad(const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
+void image_side_weight_grad(
+    const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     ImageSideGrad<T>(c, static_cast<const T*>(gathered), static_cast<const T*>(linear), static_cast<T*>(out)).run();

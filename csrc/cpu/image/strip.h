@@ -26,8 +26,8 @@ class Strips {
   int64_t x_step() const { return c_.x.stride * c_.in_channels; }
   int64_t y_step() const { return c_.y.stride * row_; }
 
-  // Stretches of an output's values that are neighbours in a strip, in the order of the taps: where in the strip, and in
-  // all of them.
+  // Stretches of an output's values that are neighbours in a strip, in the order of the taps: where in the strip, and
+  // in all of them.
   std::vector<Piece> stretches() const {
     std::vector<Piece> found;
     const int64_t together = c_.x.dilation == 1 ? c_.x.kernel : 1, depth = together * c_.in_channels;
@@ -71,7 +71,9 @@ struct OutputRows {
 class Bands {
  public:
   Bands(const Contraction& c, int64_t pixels)
-      : height_(c.y.out), rows_(std::clamp<int64_t>(pixels / c.x.out, 1, c.y.out)), in_one_((height_ + rows_ - 1) / rows_),
+      : height_(c.y.out),
+        rows_(std::clamp<int64_t>(pixels / c.x.out, 1, c.y.out)),
+        in_one_((height_ + rows_ - 1) / rows_),
         count_(c.batch * in_one_) {}
   int64_t count() const { return count_; }
   int64_t most_rows() const { return (height_ + in_one_ - 1) / in_one_; }

@@ -19,10 +19,11 @@ namespace {
 constexpr size_t kLeastBytes = size_t{1} << 18;
 constexpr size_t kSlack = 8;     // a block is taken for as little as 8/9 of its size
 constexpr size_t kHugeBytes = size_t{1} << 22;
-constexpr int64_t kIdle = 512;  // blocks that lay free for so many allocations are given back: several steps of training
+constexpr int64_t kIdle =
+    512;  // blocks that lay free for so many allocations are given back: several steps of training
 
-// Fresh memory. Large blocks are on huge pages, as `Pages` are, but take no more than their bytes and go back whole: they
-// are the user's tensors, of any size.
+// Fresh memory. Large blocks are on huge pages, as `Pages` are, but take no more than their bytes and go back whole:
+// they are the user's tensors, of any size.
 c10::DataPtr fresh(size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (bytes >= kHugeBytes) {
@@ -55,7 +56,7 @@ class Pool final : public c10::Allocator {
     const std::lock_guard<std::mutex> lock(mutex_);
     ++now_;
     while (!free_.empty() && now_ - free_.front().since > kIdle) old.splice(old.end(), free_, free_.begin());
-    // Of the smallest blocks that do, the one that was used last.
+    // The one that was used last among the smallest blocks that are large enough.
     auto best = free_.end();
     for (auto i = free_.begin(); i != free_.end(); ++i)
       if (i->bytes >= bytes && i->bytes - bytes <= bytes / kSlack && (best == free_.end() || i->bytes <= best->bytes))

@@ -1,5 +1,6 @@
 // Memory of results. What large tensors leave behind is kept for the next ones of about that size: at each step of
-// training the system would take back the pages of all activations, and clearing fresh ones costs more than most passes.
+// training the system would take back the pages of all activations, and clearing fresh ones costs more than most
+// passes.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -127,7 +127,8 @@ void adam_pass(const std::vector<AdamTensor>& tensors, const AdamSettings& setti
   std::vector<Coefficients> coefficients;
   for (size_t i = 0; i < tensors.size(); ++i) {
     coefficients.emplace_back(settings, tensors[i].step);
-    for (int64_t first = 0; first < tensors[i].size; first += kChunk) chunks.push_back({static_cast<int64_t>(i), first});
+    for (int64_t first = 0; first < tensors[i].size; first += kChunk)
+      chunks.push_back({static_cast<int64_t>(i), first});
   }
   at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {

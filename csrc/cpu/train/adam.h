@@ -1,5 +1,5 @@
-// One Adam step (Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015, algorithm 1) over a list of tensors,
-// with the roundings of torch.optim.Adam: coefficients in double, elements in float.
+// One Adam step (Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015, algorithm 1) over a list of
+// tensors, with the roundings of torch.optim.Adam: coefficients in double, elements in float.
 #pragma once
 
 #include <c10/core/ScalarType.h>

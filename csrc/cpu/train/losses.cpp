@@ -13,7 +13,8 @@ namespace {
 // Logits are few (one an image): plain code on one thread.
 template <class T>
 void bce(
-    const T* logits, int64_t parts, int64_t size, const float* labels, float* losses, float* probabilities, float* grad) {
+    const T* logits, int64_t parts, int64_t size, const float* labels, float* losses, float* probabilities,
+    float* grad) {
   for (int64_t part = 0; part < parts; ++part) {
     const float y = labels[part], other = 1.f - y;
     double loss = 0, probability = 0;

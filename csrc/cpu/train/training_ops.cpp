@@ -36,7 +36,8 @@ void adam_(
     double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
     const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf) {
   for (const at::TensorList& list : {grads, exp_avgs, exp_avg_sqs, copies, steps})
-    TORCH_CHECK_VALUE(list.size() == weights.size(), "expected lists of ", weights.size(), ", got one of ", list.size());
+    TORCH_CHECK_VALUE(
+        list.size() == weights.size(), "expected lists of ", weights.size(), ", got one of ", list.size());
   if (found_inf.has_value() && found_inf->item<double>() != 0) return;
   std::vector<AdamTensor> tensors;
   tensors.reserve(weights.size());
@@ -76,7 +77,8 @@ Tensor images(const Tensor& pixels_, const optional<Tensor>& flip_, at::ScalarTy
   const Tensor out =
       new_tensor({s.images, s.channels, s.height, s.width}, dtype, at::MemoryFormat::ChannelsLast);
   images_pass(
-      s, pixels.const_data_ptr<uint8_t>(), flip.defined() ? flip.const_data_ptr<bool>() : nullptr, out.data_ptr(), dtype);
+      s, pixels.const_data_ptr<uint8_t>(), flip.defined() ? flip.const_data_ptr<bool>() : nullptr, out.data_ptr(),
+      dtype);
   return out;
 }
 

@@ -1,5 +1,5 @@
-// `conv` and `conv_transpose` by Winograd's algorithm: a block of tiles is transformed, multiplied at each of the nine points
-// and transformed back while it stays in the second-level cache.
+// `conv` and `conv_transpose` by Winograd's algorithm: a block of tiles is transformed, multiplied at each of the nine
+// points and transformed back while it stays in the second-level cache.
 #include "cpu/winograd/winograd.h"
 
 #include <ATen/Parallel.h>
@@ -18,8 +18,8 @@ namespace {
 
 constexpr int64_t kBlockFloats = 1 << 19;  // inputs and products of a block
 constexpr int64_t kMaxTiles = 8 * kKernelRows;
-// Up to so many tiles are one block that transforms the weight panel by panel, in the second-level cache: that costs less
-// than a transformed weight's way through memory.
+// Up to so many tiles are one block that transforms the weight panel by panel, in the second-level cache: that costs
+// less than a transformed weight's way through memory.
 constexpr int64_t kFewTiles = 132;
 constexpr int64_t kFewDepth = kDepth / 2;  // there: so that inputs and panels stay in that cache
 
@@ -63,8 +63,14 @@ template <class T>
 class Winograd {
  public:
   Winograd(const Contraction& c, const T* in, T* out, const Epilogue& epilogue)
-      : c_(c), in_(in, c.batch, c.y.in, c.x.in, c.in_channels), out_(out), epilogue_(epilogue), row_epilogue_(epilogue, c.out_channels),
-        panels_(c.out_channels), sets_(sets(c)), terms_(static_cast<int64_t>(sets_[0].terms.size())),
+      : c_(c),
+        in_(in, c.batch, c.y.in, c.x.in, c.in_channels),
+        out_(out),
+        epilogue_(epilogue),
+        row_epilogue_(epilogue, c.out_channels),
+        panels_(c.out_channels),
+        sets_(sets(c)),
+        terms_(static_cast<int64_t>(sets_[0].terms.size())),
         few_(most_tiles() * epilogue.stat_groups <= kFewTiles),
         chunks_(c.in_channels, (few_ ? kFewDepth : kDepth) / terms_) {}
 
@@ -74,7 +80,7 @@ class Winograd {
   // Sets the order of the transformed weight apart from others.
   int64_t layout() const { return kPoints * (few_ ? kFewDepth : kDepth); }
 
-  // Of the transformed weight: [set][chunk][point][panel][term][input channel][column].
+  // Floats of the transformed weight, which is [set][chunk][point][panel][term][input channel][column].
   int64_t weight_size() const {
     return static_cast<int64_t>(sets_.size()) * terms_ * kPoints * panels_.width * c_.in_channels;
   }
@@ -148,7 +154,8 @@ class Winograd {
       const Term& t = sets_[set].terms[f];
       const T* taps[4];
       for (int i = 0; i < 4; ++i)
-        taps[i] = static_cast<const T*>(w.data) + t.y.taps[i / 2] * w.y + t.x.taps[i % 2] * w.x + column * w.n + low * w.k;
+        taps[i] =
+            static_cast<const T*>(w.data) + t.y.taps[i / 2] * w.y + t.x.taps[i % 2] * w.x + column * w.n + low * w.k;
       transform_weights(taps, w.k, size, w.n, columns, width, to + f * size * width, step);
     }
   }
@@ -201,7 +208,8 @@ class Winograd {
   }
 
   void store_outputs(
-      const Block& b, const Term& term, float* sums, int64_t c_point, int64_t begin, int64_t width, float* partial) const {
+      const Block& b, const Term& term, float* sums, int64_t c_point, int64_t begin, int64_t width,
+      float* partial) const {
     const TwoTaps &y = term.y, &x = term.x;
     const int64_t columns = std::min(width, c_.out_channels - begin);
     const auto store_row = [&](float* row, int64_t to) {
@@ -270,7 +278,8 @@ bool can_winograd(const Contraction& c) {
 }
 
 void winograd_contract(
-    const Contraction& c, c10::ScalarType dtype, const void* in, const Weight& weight, void* out, const Epilogue& epilogue) {
+    const Contraction& c, c10::ScalarType dtype, const void* in, const Weight& weight, void* out,
+    const Epilogue& epilogue) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     Winograd<T> winograd(c, static_cast<const T*>(in), static_cast<T*>(out), epilogue);

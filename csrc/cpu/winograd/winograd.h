@@ -1,14 +1,15 @@
-// Contractions whose kernel is twice their stride (DCGAN's 4x4 with stride 2), by Winograd's minimal filtering: Winograd, Arithmetic
-// Complexity of Computations (1980); Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2015).
+// Contractions whose kernel is twice their stride (DCGAN's 4x4 with stride 2), by Winograd's minimal filtering:
+// Winograd, Arithmetic Complexity of Computations (1980); Lavin and Gray, Fast Algorithms for Convolutional Neural
+// Networks (2015).
 //
-// Along each axis such a `conv` is, for each phase of its input, a dense convolution of two taps, added up over phases; a
-// `conv_transpose` is one for each phase of its output. Two outputs of two taps take three products instead of four,
+// Along each axis such a `conv` is, for each phase of its input, a dense convolution of two taps, added up over phases;
+// a `conv_transpose` is one for each phase of its output. Two outputs of two taps take three products instead of four,
 //
 //   y0 = d0*g0 + d1*g1 = (d0 - d1)*g0 + d1*(g0 + g1)
 //   y1 = d1*g0 + d2*g1 = d1*(g0 + g1) + (d2 - d1)*g1
 //
-// and tiles of 2x2 outputs nine instead of sixteen, all with factors of 1: the rounding is about that of plain sums. For
-// each of the nine points, tiles times channels are one dense product (gemm.h).
+// and tiles of 2x2 outputs nine instead of sixteen, all with factors of 1: the rounding is about that of plain sums.
+// For each of the nine points, tiles times channels are one dense product (gemm.h).
 #pragma once
 
 #include <array>

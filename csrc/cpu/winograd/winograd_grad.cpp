@@ -1,5 +1,5 @@
-// `weight_grad` by Winograd's algorithm: tiles are the depth of a dense product at each of the nine points; sums over all
-// tiles are transformed to taps.
+// `weight_grad` by Winograd's algorithm: tiles are the depth of a dense product at each of the nine points; sums over
+// all tiles are transformed to taps.
 //
 //   dg0 = d0*y0 + d1*y1 = (d0 - d1)*y0 + d1*(y0 + y1)
 //   dg1 = d1*y0 + d2*y1 = d1*(y0 + y1) + (d2 - d1)*y1
@@ -92,7 +92,8 @@ class WinogradGrad {
     }
   }
 
-  // The sums of all parts would leave the cache: those of one part after the other, or of some rows of it, and their taps.
+  // The sums of all parts would leave the cache: those of one part after the other, or of some rows of it, and their
+  // taps.
   void run_by_part() {
     const int64_t parts = static_cast<int64_t>(parts_.size()), cuts = balanced_cuts(parts, rows_.count);
     const Chunks chunks(tiles(), kDepth);
@@ -131,8 +132,8 @@ class WinogradGrad {
 
   // Tiles of rows [first, last) of a part: from `sums` on, whose points are `step` apart.
   void multiply_rows(
-      int64_t part, const float* a, const float* b, int64_t depth, int64_t first, int64_t last, float* sums, int64_t step,
-      bool add) const {
+      int64_t part, const float* a, const float* b, int64_t depth, int64_t first, int64_t last, float* sums,
+      int64_t step, bool add) const {
     const Panels panels(parts_[part].columns);
     const Piece piece{0, 0, depth};
     for (int64_t point = 0; point < kPoints; ++point)
@@ -142,14 +143,15 @@ class WinogradGrad {
           const float* rows = a + (point * rows_.count + t) * kTileStride;
           multiply<1>(
               rows_.height(t), panels.vectors(p),
-              {rows, kKernelRows, b + point * b_point() + p * kPanel * depth, c + rows_.begin(t) * width_, width_, &piece,
-               1, add, rows + kTileStride, kKernelRows});
+              {rows, kKernelRows, b + point * b_point() + p * kPanel * depth, c + rows_.begin(t) * width_, width_,
+               &piece, 1, add, rows + kTileStride, kKernelRows});
         }
       }
   }
 
-  // A: [point][rows of the result][tile][output channel], of tiles first + [low, high). Whole vectors are stored, whose ends
-  // the next tile overwrites; the last one stays within its own rows, since another thread may have written the next.
+  // A: [point][rows of the result][tile][output channel], of tiles first + [low, high). Whole vectors are stored, whose
+  // ends the next tile overwrites; the last one stays within its own rows, since another thread may have written the
+  // next.
   void pack_linear(int64_t first, int64_t low, int64_t high, float* a) const {
     const int64_t row_size = c_.out_channels + kSpill + kKernelRows, step = rows_.count * kTileStride;
     static thread_local Scratch scratch;

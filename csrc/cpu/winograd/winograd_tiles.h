@@ -12,7 +12,8 @@
 
 namespace fastdcgan::cpu {
 
-// Into how many parts, at most `most`, each of `tasks` is cut so that no thread waits for more than a tenth of the time.
+// Into how many parts, at most `most`, each of `tasks` is cut so that no thread waits for more than a tenth of the
+// time.
 inline int64_t balanced_cuts(int64_t tasks, int64_t most) {
   const int64_t threads = at::get_num_threads();
   const auto idle = [&](int64_t cuts) { return (threads - tasks * cuts % threads) % threads; };
@@ -70,7 +71,7 @@ struct TileImage {
   }
 };
 
-// Of three inputs along an axis.
+// The transform of three inputs along an axis.
 inline void transform_three(Floats d[kSide]) {
   d[0] -= d[1];
   d[2] -= d[1];
@@ -94,8 +95,8 @@ inline void transform_nine(const float* const* from, int64_t at, float* to, int6
   }
 }
 
-// Channels [low, high) of a tile's inputs, at most kDepth of them, at nine points `step` apart: a vector of channels from
-// low + c on goes to `to(c)`. Zeros fill the last vector.
+// Channels [low, high) of a tile's inputs, at most kDepth of them, at nine points `step` apart: a vector of channels
+// from low + c on goes to `to(c)`. Zeros fill the last vector.
 template <class T, class To>
 inline void transform_input(
     const TileImage<T>& in, const TwoTaps& y, const TwoTaps& x, const TilePlace& place, int64_t low, int64_t high,
@@ -177,7 +178,8 @@ inline void transform_weights(
     const int64_t rows = std::min<int64_t>(kWidth, depth - k);
     for (int i = 0; i < 4; ++i) widen_tap(taps[i], from[i] + k * k_step, k_step, rows, n_step, columns, width);
     for (int64_t i = 0; i < rows * width; i += kWidth)
-      transform_weight(load(taps[0] + i), load(taps[1] + i), load(taps[2] + i), load(taps[3] + i), to + k * width + i, step);
+      transform_weight(
+          load(taps[0] + i), load(taps[1] + i), load(taps[2] + i), load(taps[3] + i), to + k * width + i, step);
   }
 }
 

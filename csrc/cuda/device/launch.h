@@ -119,7 +119,7 @@ GPU_INLINE void trap() {
 #endif
 }
 
-// Of the current device.
+// The multiprocessors of the current device.
 inline int multiprocessors() {
 #ifdef __CUDACC__
   int device = 0, count = 0;
@@ -143,7 +143,7 @@ inline size_t most_shared_bytes() {
 #endif
 }
 
-// Of the current device, 90 for 9.0.
+// The compute capability of the current device, 90 for 9.0.
 inline int compute_capability() {
 #ifdef __CUDACC__
   int device = 0, major = 0, minor = 0;

@@ -180,7 +180,7 @@ inline void multiply_add(
     cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
   detail::multiply_add_16<fp16>(c, a, b, site);
 }
-// Of a number that round_to_tf32 did not give, a tensor core ignores the last 13 bits.
+// A tensor core ignores the last 13 bits of a number that round_to_tf32 did not give.
 inline void multiply_add(
     float, float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2],
     cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {

@@ -33,7 +33,7 @@ using TensorMap = CUtensorMap;
 template <class T>
 TensorMap tensor_map(const T* base, const TensorView& view) {
   static_assert(sizeof(T) == 2);
-  // From the driver that is loaded, so that nothing has to be linked with it.
+  // The function is taken from the driver that is loaded, so that nothing has to be linked with it.
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult status;

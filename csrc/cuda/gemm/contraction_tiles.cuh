@@ -17,7 +17,7 @@ using Tile4 = TileShape<128, 32, 32, 4, 1, 4, 4>;
 // float
 using Tile5 = TileShape<128, 64, 32, 4, 2, 3, 2>;
 using Tile6 = TileShape<64, 64, 32, 2, 2, 3, 4>;
-// In the place of all of them where the shim runs the operators: threads take their time there.
+// The shim has this tile in the place of all of them when it runs the operators, because its threads are slow.
 using HostTile = TileShape<32, 32, 32, 1, 2, 3, 2>;
 
 // Calls f with the tile of that number, which has to be one for T.

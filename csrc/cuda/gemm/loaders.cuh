@@ -26,7 +26,7 @@ struct Divider {
 
 enum class Op : int { conv = 0, conv_transpose = 1, weight_grad = 2 };
 
-// Of one axis of the image. The gathered operand is the one that the taps shift: the input of conv and conv_transpose,
+// One axis of the image. The gathered operand is the one that the taps shift: the input of conv and conv_transpose,
 // and of weight_grad the larger of the two.
 struct Axis {
   int size = 0;    // of the gathered operand
@@ -102,7 +102,7 @@ GPU_INLINE BlockPlace block_place(const Problem<T>& p) {
   return {column % p.tiles_n * C::kN, column / p.tiles_n, m % p.tiles_m, m / p.tiles_m};
 }
 
-// Of the phases of both axes, those of the columns.
+// How many phases there are along the columns.
 template <class C, class T>
 GPU_INLINE int phases_x(const Problem<T>& p) {
   return C::kOp == Op::conv ? 1 : p.columns.stride;

@@ -279,7 +279,7 @@ void set_tma_tiles(TmaProblem<T>& w) {
   w.tiles.rows = tiles_along(rows, w.tma_tile.rows), w.tiles.columns = tiles_along(columns, w.tma_tile.columns);
 }
 
-// As partial_slots.
+// The same as partial_slots, for these contractions.
 template <Op op, class T>
 int64_t sm90_slots(const Problem<T>& p) {
   if (p.splits > 1) return partial_slots<op>(p, 0);
@@ -289,7 +289,7 @@ int64_t sm90_slots(const Problem<T>& p) {
   return int64_t{w.tiles.images} * w.tiles.rows * w.tiles.columns * (op == Op::conv_transpose ? p.phases() : 1);
 }
 
-// As run_contraction, for problems that why_not_tma has nothing against.
+// The same as run_contraction, for problems that why_not_tma has nothing against.
 template <class C>
 void run_sm90(const Problem<typename C::T>& problem, float* workspace, gpu::Stream stream) {
   using T = typename C::T;

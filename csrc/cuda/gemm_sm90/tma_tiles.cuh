@@ -201,7 +201,7 @@ class TmaChannelLoader : public ChannelPlace<C> {
 
 // --- on the host -----------------------------------------------------------------------------------------------------
 
-// Of `pixels` pixels, a power of two: as long a run of columns as there is use for, then of rows, then of images.
+// A tile of `pixels` pixels, a power of two: as many columns as there is use for, then as many rows, then images.
 inline PixelTile pixel_tile(int pixels, int rows, int columns) {
   const auto side = [](int needed, int most) {
     int side = 1;

@@ -20,7 +20,7 @@ constexpr int kRun = 8;         // channels of the wide tensor that a thread of 
 // Pixels of the larger image under a row of `pixels` of the smaller one, at most.
 constexpr int most_under(int pixels) { return (pixels - 1) * kMostStride + kMostKernel; }
 
-// Of the convolution that goes from the larger image to the smaller one.
+// The geometry of the convolution that goes from the larger image to the smaller one.
 struct ImageSideGeometry {
   int kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x;
 
@@ -138,7 +138,7 @@ struct Weights {
 
 // What is done to a sum before it is stored (`Epilogue` in fastdcgan/backends/base.py).
 struct ImageSideEpilogue {
-  enum Kind : int { none, bias, activated };
+  enum Kind : int { none, bias, activated };  // the first of EpilogueKind (gemm/epilogue.cuh)
   Kind kind;
   const float* coef;  // bias [C], or [rows, groups, C] of which (s, t) are the first
   int groups;

@@ -24,9 +24,8 @@ struct ImageSideTransposeTensor {
     int pitch;   // of a pixel's
     bool apart;  // pixels are staged apart from the products, to which several parts of the channels add
 
-    // Of images with phases of height x width pixels and `channels` channels, from `wide` channels. The tallest tile
-    // that takes no more than `most` bytes, or one of a single row (as `transpose_bytes` of backends/cuda_narrow.py has
-    // it).
+    // The plan for images with phases of height x width pixels and `channels` channels, from `wide` channels. The
+    // tallest tile that takes no more than `most` bytes, or one of a single row.
     Plan(int images, int height, int width, int channels, int wide, const ImageSideGeometry& g, size_t most)
         : axis_y(g.kernel_y, g.stride_y, g.padding_y, kMostRows), axis_x(g.kernel_x, g.stride_x, g.padding_x, kColumns),
           tiles(ImageTiles::over(images, height, width, kMostRows, kColumns)), blocks((g.taps() * channels + 7) / 8),
@@ -65,7 +64,7 @@ __global__ void __launch_bounds__(ImageSideTransposeTensor::kThreads, ImageSideT
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = lane / 4, pair = lane % 4 * 2;
   const int pixels = plan.pixels(), pitch = plan.pitch, region = plan.axis_x.region, values = g.taps() * CO;
 
-  // Of the image: a thread has one column of a tile, and rows of one phase.
+  // A thread has one column of a tile of the image, and rows of one phase.
   const int tile_rows = plan.tiles.rows * g.stride_y, tile_columns = C::kColumns * g.stride_x;
   const int column = threadIdx.x % tile_columns, phase_x = column % g.stride_x;
   const int phase_y = threadIdx.x / tile_columns % g.stride_y;

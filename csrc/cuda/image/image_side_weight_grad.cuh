@@ -106,17 +106,17 @@ struct CombineWeightGrad {
   };
 };
 
-// dw [channels, narrow channels, kernel_y, kernel_x] of any strides from `partials` [shares, channels, values].
+// dw [channels, image_channels, kernel_y, kernel_x] of any strides from `partials` [shares, channels, values].
 template <class T>
 __global__ void __launch_bounds__(CombineWeightGrad::kThreads)
-    combine_weight_grad(const float* __restrict__ partials, int shares, int channels, int narrow,
+    combine_weight_grad(const float* __restrict__ partials, int shares, int channels, int image_channels,
                         const __grid_constant__ ImageSideGeometry g, T* __restrict__ dw, int64_t step_a, int64_t step_b,
                         int64_t step_y, int64_t step_x) {
   gpu::await_kernels_before();
   using C = CombineWeightGrad;
   auto& shared = gpu::shared_memory<C::Shared>();
   const int abreast = threadIdx.x % C::kAbreast, strand = threadIdx.x / C::kAbreast;
-  const int64_t values = g.taps() * narrow, size = channels * values;
+  const int64_t values = g.taps() * image_channels, size = channels * values;
   const int64_t e = static_cast<int64_t>(blockIdx.x) * C::kAbreast + abreast;
   double total = 0;
   if (e < size) {
@@ -128,8 +128,9 @@ __global__ void __launch_bounds__(CombineWeightGrad::kThreads)
   if (strand != 0 || e >= size) return;
 #pragma unroll
   for (int s = 1; s < C::kStrands; ++s) total += shared.sums[s][abreast];
-  const int k = static_cast<int>(e % values), ky = k / (g.kernel_x * narrow), kx = k / narrow % g.kernel_x;
-  dw[e / values * step_a + k % narrow * step_b + ky * step_y + kx * step_x] =
+  const int k = static_cast<int>(e % values), ky = k / (g.kernel_x * image_channels);
+  const int kx = k / image_channels % g.kernel_x;
+  dw[e / values * step_a + k % image_channels * step_b + ky * step_y + kx * step_x] =
       gpu::from_float<T>(static_cast<float>(total));
 }
 

@@ -101,7 +101,8 @@ inline Tensor dense(const Tensor& y) {
   return laid_out(y, y.stride(1) == 1);
 }
 
-// Of a dense tensor. One that is both, with one channel or one pixel, counts as channels_last.
+// Whether a dense tensor is channels_last. A tensor with one channel or one pixel, which is contiguous too, counts as
+// it.
 inline Shape shape_of(const Tensor& y, int64_t groups) {
   STD_TORCH_CHECK(groups > 0 && groups <= kMostGroups && y.size(0) % groups == 0, "a batch of ", y.size(0),
                   " can't have ", groups, " statistics groups");

@@ -1,4 +1,4 @@
-// The operators of torch.ops.fastdcgan_cuda that training needs beside the blocks; fastdcgan/native.py finds them.
+// The operators of torch.ops.fastdcgan_cuda that training needs beside the blocks; fastdcgan/dispatch/training_ops.py finds them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -34,7 +34,7 @@ struct AdamTensor {
   bool vectors : 8;  // all addresses are multiples of 16 bytes
 };
 
-// As many as fit into 4 KiB of parameters, the limit of every driver, and into the 32 KiB from CUDA 12.1 on.
+// As many tensors as fit into 4 KiB of parameters, the limit of every driver, and into the 32 KiB from CUDA 12.1 on.
 template <int kMost_>
 struct AdamTable {
   static constexpr int kMost = kMost_;

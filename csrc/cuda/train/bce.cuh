@@ -25,8 +25,8 @@ GPU_INLINE double sum_of_warp(double value) {
   return value;
 }
 
-// Of part i, `size` logits and label y: the means of (1 - y)*x + max(-x, 0) + log(1 + exp(-|x|)) and of sigmoid(x) to
-// losses[i] and probabilities[i], and (sigmoid(x) - y) / size to `grad`, which may be null.
+// For part i, with `size` logits and label y: the means of (1 - y)*x + max(-x, 0) + log(1 + exp(-|x|)) and of
+// sigmoid(x) to losses[i] and probabilities[i], and (sigmoid(x) - y) / size to `grad`, which may be null.
 template <class T>
 __global__ void __launch_bounds__(Bce::kThreads)
     bce(const T* __restrict__ logits, const __grid_constant__ Bce::Labels labels, int64_t size,

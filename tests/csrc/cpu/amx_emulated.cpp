@@ -110,9 +110,11 @@ void store(int number, void* to, int64_t stride) {
 }
 
 void multiply(int sum_number, int a_number, int b_number) {
-  if (sum_number == a_number || sum_number == b_number || a_number == b_number) fault("a tile is used twice in a product");
+  if (sum_number == a_number || sum_number == b_number || a_number == b_number)
+    fault("a tile is used twice in a product");
   Tile &sum = tile(sum_number), &a = tile(a_number), &b = tile(b_number);
-  if (sum.rows != a.rows || sum.row_bytes != b.row_bytes || a.row_bytes != 4 * b.rows || a.row_bytes % 4 || b.row_bytes % 4)
+  if (sum.rows != a.rows || sum.row_bytes != b.row_bytes || a.row_bytes != 4 * b.rows || a.row_bytes % 4 ||
+      b.row_bytes % 4)
     fault("the shapes of a product do not fit");
   for (int m = 0; m < sum.rows; ++m) multiply_row(reinterpret_cast<float*>(sum.data[m]), a.data[m], b);
   sum.clear_below();

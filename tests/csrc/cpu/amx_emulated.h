@@ -1,5 +1,6 @@
-// The functions of csrc/cpu/amx.h in plain C++: what the manual says of each instruction. What the processor answers with
-// an exception (a tile that was never configured or has another shape, a shape that there isn't) throws std::logic_error.
+// The functions of csrc/cpu/amx/amx.h in plain C++: what the manual says of each instruction. What the processor
+// answers with an exception (a tile that was never configured or has another shape, a shape that there isn't) throws
+// std::logic_error.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The passes and contractions of csrc/cpu on heap blocks that are exactly as long as the tensors, for AddressSanitizer and UBSan.
-// Prints the number of calls.
+// The passes and contractions of csrc/cpu on heap blocks that are exactly as long as the tensors, for AddressSanitizer
+// and UBSan. Prints the number of calls.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -48,7 +48,8 @@ template <class T>
 int run_training(c10::ScalarType dtype) {
   int calls = 0;
   for (int64_t n : {0, 1, 31, 40000}) {
-    const auto weight = std::make_unique<float[]>(n), m = std::make_unique<float[]>(n), v = std::make_unique<float[]>(n);
+    const auto weight = std::make_unique<float[]>(n), m = std::make_unique<float[]>(n),
+               v = std::make_unique<float[]>(n);
     const auto grad = std::make_unique<T[]>(n);
     const auto copy = std::make_unique<c10::BFloat16[]>(n);
     const auto half = std::make_unique<c10::Half[]>(n);
@@ -161,10 +162,9 @@ int main() {
   const auto axis = [](int64_t k, int64_t s, int64_t p, int64_t d, int64_t in) {
     return Axis{k, s, p, d, in, (in + 2 * p - d * (k - 1) - 1) / s + 1, false};
   };
-  const Axis axes[][2] = {
-      {axis(4, 2, 1, 1, 8), axis(4, 2, 1, 1, 6)}, {axis(2, 1, 1, 1, 2), axis(4, 2, 2, 1, 7)}, {axis(4, 1, 0, 1, 4), axis(4, 1, 0, 1, 4)},
-      {axis(3, 1, 1, 1, 5), axis(1, 1, 0, 1, 3)}, {axis(3, 3, 2, 2, 7), axis(2, 3, 4, 3, 5)},
-      {axis(4, 2, 1, 1, 22), axis(3, 1, 1, 1, 27)}};
+  const Axis axes[][2] = {{axis(4, 2, 1, 1, 8), axis(4, 2, 1, 1, 6)}, {axis(2, 1, 1, 1, 2), axis(4, 2, 2, 1, 7)},
+                          {axis(4, 1, 0, 1, 4), axis(4, 1, 0, 1, 4)}, {axis(3, 1, 1, 1, 5), axis(1, 1, 0, 1, 3)},
+                          {axis(3, 3, 2, 2, 7), axis(2, 3, 4, 3, 5)}, {axis(4, 2, 1, 1, 22), axis(3, 1, 1, 1, 27)}};
   for (const auto& [y, x] : axes)
     for (int64_t batch : {1, 4})
       for (int64_t channels : {1, 3, 16, 33})

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fastdcgan
 from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.backends import cpu as cpu_backend
 from fastdcgan.backends.base import Backend
 from fastdcgan.backends.cpu import CPUBackend
 from fastdcgan.backends.reference import ReferenceBackend
@@ -49,13 +50,18 @@ BLOCKS = {
 }
 
 
+DIRECT = ("col2im", "image_side", "gemm")
+
+
 class Kernels(CPUBackend):
     """The algorithms of these names; those that need no transforms and no splitting by default."""
 
     def __init__(self, *names: str) -> None:
         super().__init__()
         self.require()
-        self.names = names or ("amx_col2im", "amx", "col2im", "image_side", "gemm")
+        self.names = names or ("amx_col2im", "amx", *DIRECT)
+        if not any("amx" in name or name == "split_bf16" for name in self.names):
+            self.amx = False  # else bfloat16 is for AMX tiles alone
 
     def algorithms(self, op: str) -> Sequence[Algorithm]:
         return [a for a in super().algorithms(op) if a.name.removeprefix("cpu ") in self.names]
@@ -153,6 +159,8 @@ def block(name: str, dtype: torch.dtype) -> Case:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks(cpu: Kernels, name: str, dtype: torch.dtype) -> None:
     block(name, dtype).check(cpu)
+    if cpu.amx and dtype == torch.bfloat16:
+        block(name, dtype).check(Kernels(*DIRECT))
 
 
 @settings(max_examples=120)
@@ -287,15 +295,20 @@ def test_what_can_not_run_goes_to_pytorch(cpu: Kernels) -> None:
     assert empty.shape == (0, 6, 4, 4) and torch.equal(stats, torch.zeros(3, 1, 6))
 
 
-def why_last(cpu: CPUBackend, call: Call) -> str | None:
+def why_last(cpu: Kernels, call: Call) -> str | None:
     """Why the algorithms that can run a call are likely to be slower than PyTorch's own, or None."""
     reasons = [a.why_last(call) for a in cpu.algorithms(call.op) if a.why_not(call) is None]
     return None if None in reasons else reasons[-1]
 
 
-def test_the_rule_where_nothing_was_measured() -> None:
-    cpu = CPUBackend()
+def test_the_rule_where_nothing_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = Kernels("winograd", *DIRECT)
     cpu._processor_has_amx = False
+    few = block("wide", torch.float32).calls()["conv"]
+    assert why_last(cpu, few) is not None
+    monkeypatch.setattr(cpu_backend, "FEW_PRODUCTS", 2**30)
+    assert why_last(cpu, few) is None  # setting PyTorch's own up takes longer
+    monkeypatch.setattr(cpu_backend, "FEW_PRODUCTS", 0)
     small, large = Case(32, 32, (8, 8), 8, K4, torch.float32), Case(1, 32, (32, 32), 8, K4, torch.float32)
     half, bf16 = Case(2, 32, (32, 32), 8, K4, torch.half), Case(2, 32, (32, 32), 8, K4, torch.bfloat16)
     for case, expected in [
