@@ -13,10 +13,11 @@ from fastdcgan import backends
 from fastdcgan.backends.base import Backend
 from fastdcgan.benchmarks import harness
 from fastdcgan.dcgan import Generator
+from fastdcgan.dispatch import router
 from fastdcgan.geometry import Geometry
 from fastdcgan.images import normalize_images
 from fastdcgan.optim import FusedAdam
-from fastdcgan.spec import STORE, Operand
+from fastdcgan.spec import Call, Operand
 
 # (channels, height, width) of the normalised layers of a 64x64 DCGAN with 64 features
 LAYERS = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4))
@@ -91,12 +92,18 @@ def image_side(backend: Backend, batch: int, device: torch.device, dtype: torch.
     y = torch.randn(batch, wide, side // 2, side // 2, device=device).to(dtype).contiguous(memory_format=last)
     weight = torch.randn(wide, 3, 4, 4, device=device).to(dtype).contiguous(memory_format=last)
     moved, image, features = (x.numel() + y.numel()) * x.element_size(), Operand(x), Operand(y)
-    runs: dict[str, Callable[[], object]] = {
-        "image conv": lambda: backend.conv(image, weight, geometry, STORE),
-        "image conv_transpose": lambda: backend.conv_transpose(features, weight, geometry, (side, side), STORE),
-        "image weight_grad": lambda: backend.weight_grad(image, features, geometry),
-    }
-    return [Work(name, tuple(y.shape), dtype, run, moved) for name, run in runs.items()]
+    calls = [
+        Call("conv", image, weight, geometry, (side // 2, side // 2)),
+        Call("conv_transpose", features, weight, geometry, (side, side)),
+        Call("weight_grad", image, features, geometry, geometry.kernel),
+    ]
+    return [Work(f"image {c.op}", tuple(y.shape), dtype, _first_choice(backend, c), moved) for c in calls]
+
+
+def _first_choice(backend: Backend, call: Call) -> Callable[[], object]:
+    """The call by the first algorithm of the backend that can run it."""
+    algorithm = next(a for a in router.offered(backend.name, call.op) if a.why_not(call) is None)
+    return lambda: algorithm.run(call, None)
 
 
 def training(batch: int, device: torch.device, dry: bool = False) -> list[Work]:

@@ -1,4 +1,4 @@
-"""The bare contractions, without prologue or epilogue: backends with kernels of their own against PyTorch's (cuDNN's).
+"""The bare contractions, without prologue or epilogue: every algorithm of the backends against PyTorch's (cuDNN's).
 
 Forward, input gradient and weight gradient of one layer, channels_last, each call with a cold second-level cache.
 """
@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdcgan import backends
+from fastdcgan import backends, spec
 from fastdcgan.benchmarks import harness, peers
 from fastdcgan.benchmarks.results import Case, Row
 from fastdcgan.benchmarks.shapes import Block
 from fastdcgan.benchmarks.suites import device_settings
 from fastdcgan.geometry import Geometry
-from fastdcgan.spec import STORE, Operand
+from fastdcgan.spec import Operand
 
 LIBRARY = "pytorch"
 PARTS = ("forward", "input gradient", "weight gradient")
@@ -25,7 +25,7 @@ Call = Callable[[], Tensor]
 
 
 def run_layer(block: Block, batch: int, device: torch.device, dtype: str, timing: harness.Timing) -> list[Case]:
-    """A case for each part: a row for PyTorch's, and one for each backend that runs it in a kernel of its own."""
+    """A case for each part: a row for PyTorch's, and one for each algorithm of a backend that can run it."""
     torch.manual_seed(0)
     shapes = (
         (batch, block.in_channels, block.in_size, block.in_size),
@@ -66,11 +66,8 @@ def _case(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor, dtype: str,
     samples = harness.interleave(segments, harness.timer_for(x.device, cold=True), timing)
     for row in rows:
         if row.peer in samples:
-            row.samples_ms = [1e3 * value for value in samples[row.peer][0]]
-            row.ms = harness.summarise(row.samples_ms)
-            row.ratio = harness.ratio(samples[row.peer][0], samples[reference][0])
-    name = f"{block.name} {block.in_channels}->{block.out_channels} {block.in_size}->{block.out_size}"
-    return Case("contractions", name, part, len(x), dtype, reference, rows)
+            row.enter(samples[row.peer][0], samples[reference][0])
+    return Case("contractions", block.title, part, len(x), dtype, reference, rows)
 
 
 def _library(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor) -> Call:
@@ -82,25 +79,20 @@ def _library(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor) -> Call:
 
 
 def _own(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor) -> dict[str, Call]:
-    """The call by the name of its backend."""
+    """A call by the name of every algorithm that can run it."""
     geometry = Geometry((block.kernel,) * 2, (block.stride,) * 2, (block.padding,) * 2)
-    arguments: tuple
     if part == "weight gradient":
         gathered, linear = (dy, x) if block.transposed else (x, dy)
-        op, arguments = "weight_grad", (Operand(gathered), Operand(linear), geometry)
+        call = spec.Call("weight_grad", Operand(gathered), Operand(linear), geometry, geometry.kernel)
     else:
-        a, size = (x, dy.shape[2:]) if part == "forward" else (dy, x.shape[2:])
-        if block.transposed == (part == "forward"):
-            op, arguments = "conv_transpose", (Operand(a), w, geometry, tuple(size), STORE)
-        else:
-            op, arguments = "conv", (Operand(a), w, geometry, STORE)
+        a, out = (x, dy) if part == "forward" else (dy, x)
+        op = "conv_transpose" if block.transposed == (part == "forward") else "conv"
+        call = spec.Call(op, Operand(a), w, geometry, (out.shape[2], out.shape[3]))
     able = [name for name, reason in backends.reasons(x.device.type, x.dtype).items() if reason is None]
-    own = [backends.get(name) for name in able]
-    return {
-        b.name: functools.partial(_first, getattr(b, op), arguments) for b in own if b.why_not(op, *arguments) is None
-    }
+    own = [algorithm for name in able for algorithm in backends.get(name).algorithms(call.op)]
+    return {a.name: functools.partial(_run, a, call) for a in own if a.why_not(call) is None}
 
 
-def _first(function: Callable, arguments: tuple) -> Tensor:
-    out = function(*arguments)
+def _run(algorithm: spec.Algorithm, call: spec.Call) -> Tensor:
+    out = algorithm.run(call, None)
     return out if isinstance(out, Tensor) else out[0]

@@ -94,9 +94,7 @@ def run_end_to_end(
         segments = {name: (call,) for name, call in calls.items()}
         samples = harness.interleave(segments, harness.timer_for(device, cold=False), timing)
     for name, row in rows.items():
-        row.samples_ms = [1e3 * value for value in samples[name][0]]
-        row.ms = harness.summarise(row.samples_ms)
-        row.ratio = harness.ratio(samples[name][0], samples["train"][0])
+        row.enter(samples[name][0], samples["train"][0])
     net = f"{shape.image_size}x{shape.image_size} from JPEG"
     return Case("step", net, "step", batch, dtype, "train", list(rows.values()))
 

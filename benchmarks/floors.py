@@ -68,7 +68,7 @@ def backward(
     if not (input_grad or weight_grad):
         return
     x, y, w = block.inputs(batch), block.outputs(batch), block.weights
-    operands = y  # of the contractions: dy, or the two tensors it is computed from
+    operands = y  # the values that each contraction reads: dy, or the two tensors that it is computed from
     if block.norm:
         if fused < 1:
             yield Work(f"{block.name} gradient sums", 0, ACTIVATION_BYTES * 2 * y)

@@ -63,12 +63,6 @@ DRY_COMPILED = (("fp32", "compile", "compile-max", "train"),)
 DRY_BLOCKS = (("fp32", "eager-nhwc", "graph", "fused"),)
 
 
-def device_tests() -> list[Path]:
-    """The test files that ask which device to test; the others run on a CPU, and `make test` has them."""
-    asks = re.compile(r"^from (twins import|machine import (\([^)]*|.*)\b(DEVICE|backends_here)\b)", re.MULTILINE)
-    return sorted(path for path in (ROOT / "tests").rglob("test_*.py") if asks.search(path.read_text()))
-
-
 @dataclass
 class Part:
     """A step of the check: a command, or why there is none.
@@ -183,11 +177,12 @@ class Check:
         return [sys.executable, "-m", "pip", "install", *dry, *flags, "-e", str(ROOT)]
 
     def _tests(self) -> Sequence[str]:
-        # A dry run shows that the suite starts on this device; `make test` is what runs it there.
-        tests = [str(ROOT / "tests" / "test_tolerance.py")] if self.dry else list(map(str, device_tests()))
+        """The tests that ask which device to test; the others run on a CPU, and `make test` has them."""
         # What fails is named as it does (-v, over the project's -q): the end may not be reached.
         options = ["-vv", "-rf", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-        return [sys.executable, "-m", "pytest", *options, *self._parallel(), *tests]
+        # A dry run shows that they are found on this device; `make test` is what runs them there.
+        how = ["--collect-only", "-q"] if self.dry else self._parallel()
+        return [sys.executable, "-m", "pytest", *options, *how, "-m", "device", str(ROOT / "tests")]
 
     def _parallel(self) -> list[str]:
         """Arguments that spread tests over processes, where pytest-xdist is there and the machine has cores for it."""

@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import fastdcgan
-from fastdcgan import backends
+from fastdcgan import backends, functional
 from fastdcgan.benchmarks import bandwidth, harness, plots, profiling, results, steps, suites, tables
 from fastdcgan.benchmarks.contractions import run_layer
 from fastdcgan.benchmarks.floors import step_flops
 from fastdcgan.benchmarks.results import Case, Results
 from fastdcgan.benchmarks.shapes import NetShape, inputs
+from fastdcgan.fuse import fuse
 
 SHAPE = NetShape()
 DRY_SHAPE = NetShape(16, ngf=8, ndf=8)
-OWN_GPU_BACKENDS = ("triton", "cuda")  # those with kernels that a sanitizer has something to say about
+OWN_GPU_BACKENDS = ("triton", "cuda")  # the backends whose kernels a sanitizer can judge
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,7 +109,7 @@ def _bandwidth(args: argparse.Namespace, device: torch.device) -> int:
         for batch in (2,) if args.dry else (128, 1024):
             entries += bandwidth.as_entries(bandwidth.measure(name, batch, device, torch.bfloat16, args.dry))
             work = bandwidth.image_side(backends.get(name), batch, device, torch.bfloat16, args.dry)
-            if name == device.type:  # who brings the operators of `native.py`
+            if name == device.type:  # which brings the operators of `dispatch/training_ops.py`
                 work += bandwidth.training(batch, device, args.dry)
             entries += bandwidth.as_entries(bandwidth.measure_work(name, work, device, args.dry))
     found.extra["bandwidth"] = entries
@@ -135,7 +135,8 @@ def _step(args: argparse.Namespace, device: torch.device) -> int:
     found = _empty(args, device)
     shape = DRY_SHAPE if args.dry else SHAPE
     for dtype, *names in args.case:
-        _add(found, [suites.run_step(shape, args.batch, names, device, dtype, _timing(args), _say)], args.file)
+        contest = suites.Contest(names, device, dtype, _say)
+        _add(found, [suites.run_step(contest, shape, args.batch, _timing(args))], args.file)
     return int(bool(found.bad))
 
 
@@ -145,7 +146,8 @@ def _blocks(args: argparse.Namespace, device: torch.device) -> int:
     blocks = shape.generator() + shape.discriminator()
     for dtype, *names in args.case:
         for block in blocks[1:3] if args.dry else blocks:
-            _add(found, suites.run_block(block, args.batch, names, device, dtype, _timing(args)), args.file)
+            contest = suites.Contest(names, device, dtype)
+            _add(found, suites.run_block(contest, block, args.batch, _timing(args)), args.file)
     return int(bool(found.bad))
 
 
@@ -188,16 +190,16 @@ def _smallest(args: argparse.Namespace, device: torch.device) -> int:
                 work.run()
         for work in bandwidth.training(2, device, dry=True):
             work.run()
-        fastdcgan.functional.bce_with_logits(torch.randn(6, device=device), (0.9, 0.0))
-        for dtype in (None, torch.bfloat16):
-            generator, discriminator = (fastdcgan.fuse(net.to(device)) for net in DRY_SHAPE.nets())
+        functional.bce_with_logits(torch.randn(6, device=device), (0.9, 0.0))
+        for autocast in (None, torch.bfloat16):
+            generator, discriminator = (fuse(net.to(device)) for net in DRY_SHAPE.nets())
             opt_g, opt_d = steps.adam(generator, device), steps.adam(discriminator, device)
-            with fastdcgan.backend(name):
+            with backends.backend(name):
                 losses: tuple[Tensor, ...] = ()
                 for _ in range(2):
-                    losses = steps.gan_step(generator, discriminator, opt_g, opt_d, real, noise, dtype)
+                    losses = steps.gan_step(generator, discriminator, opt_g, opt_d, real, noise, autocast)
             values = [loss.item() for loss in losses]
-            _say(f"backend {name}, autocast {dtype}: losses {values}")
+            _say(f"backend {name}, autocast {autocast}: losses {values}")
             if not all(map(torch.isfinite, losses)):
                 return 1
     _empty(args, device).write(args.file)

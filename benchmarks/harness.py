@@ -41,7 +41,7 @@ def summarise(samples: Sequence[float]) -> Summary:
 
 
 def ratio(samples: Sequence[float], reference: Sequence[float]) -> Summary:
-    """Of `samples[i] / reference[i]`: how many times longer than the reference, round by round."""
+    """The summary of `samples[i] / reference[i]`: how many times longer than the reference, round by round."""
     if len(samples) != len(reference):
         raise ValueError(f"expected as many samples as the reference has ({len(reference)}), got {len(samples)}")
     summarise(samples)
@@ -165,7 +165,7 @@ class Timing:
 def interleave(
     candidates: Mapping[str, Segments], timer: Timer, timing: Timing, clock: Callable[[], float] = time.monotonic
 ) -> dict[str, list[list[float]]]:
-    """Times all candidates in every round, in an order that turns round each time.
+    """Times all candidates in every round, in an order that is reversed each time.
 
     Args:
         candidates: name -> the segments of one call.

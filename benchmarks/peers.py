@@ -14,7 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-import fastdcgan
+from fastdcgan.folding import fold_batchnorm
+from fastdcgan.fuse import fuse
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 WARMUP_CALLS = 3
@@ -68,13 +69,11 @@ class Peer:
         if self.inplace_abn:
             module = _with_inplace_abn(module)
         if self.folded:
-            module = fastdcgan.fold_batchnorm(module)
+            module = fold_batchnorm(module)
         if self.fused:
-            module = fastdcgan.fuse(module)
+            module = fuse(module)
         if self.compile_mode is not None:
-            from torch import _inductor
-
-            options = dict(_inductor.list_mode_options(self.compile_mode))
+            options = dict(torch._inductor.list_mode_options(self.compile_mode))
             if self.force_layout:
                 options["force_layout_optimization"] = True
             # Not `module.compile()`: Dynamo skips frames of torch.nn, so for a Sequential nothing is compiled.
@@ -127,7 +126,7 @@ _ALL = (
     Peer("fused-folded", "fastdcgan, BN folded", folded=True, fused=True),
 )
 PEERS = {peer.name: peer for peer in _ALL}
-TRUTH = PEERS["eager"]  # in float64
+TRUTH = PEERS["eager"]  # which runs in float64
 YARDSTICK = PEERS["eager-nhwc"]  # vanilla PyTorch, whose rounding error in the same dtype is the measure of others
 
 
@@ -172,9 +171,7 @@ def _with_inplace_abn(module: nn.Module) -> nn.Module:
 
 
 def _compiled_frames() -> int:
-    from torch._dynamo.utils import counters
-
-    return counters["frames"]["ok"]
+    return torch._dynamo.utils.counters["frames"]["ok"]
 
 
 def distance(result: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
@@ -187,7 +184,8 @@ def distance(result: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
-PROGRESS_TOLERANCE = 0.5  # of a change of the losses: whether it learns at all; how exactly is `observe`'s to say
+# How far an update's change of the losses may be off: it shows whether a peer learns at all, `observe` how exactly.
+PROGRESS_TOLERANCE = 0.5
 
 
 def tolerance(yardstick: float, dtype: torch.dtype, kinked: int) -> float:

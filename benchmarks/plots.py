@@ -11,7 +11,7 @@ from fastdcgan.benchmarks.peers import PEERS
 from fastdcgan.benchmarks.results import Results
 from fastdcgan.benchmarks.tables import FLOOR_NET, caption
 
-# Both readable on white and, as labels have a white ground of their own, in a dark page.
+# Both colours are readable on white, which is the plot's ground in a dark page too.
 _OURS, _OTHERS = "tab:orange", "tab:blue"
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdcgan.benchmarks import harness
-from fastdcgan.dispatch import primitives
-from fastdcgan.spec import Operand
+from fastdcgan.spec import Epilogue, Operand
 
 _HOST_CALLS = 7
 _PREFIX = "fastdcgan: "
@@ -61,70 +59,50 @@ class _Cost:
     bytes: int
 
 
-def _operand_bytes(a: Operand) -> int:
-    return sum(t.nbytes for t in (a.x, a.y) if t is not None)
+_SECOND = len(Operand._fields)  # where a contraction's second tensor is: an operator takes an operand field by field
 
 
-def _cost(name: str, args: tuple, result: object) -> _Cost:
-    """FLOPs and bytes, every operand moved once."""
-    out = result[0] if isinstance(result, tuple) else result
-    assert isinstance(out, Tensor)
-    if name in ("conv", "conv_transpose"):
-        a, weight, epilogue = args[0], args[1], args[-2]
-        positions = out if name == "conv" else a.x
-        flops = 2.0 * positions.shape[0] * math.prod(positions.shape[2:]) * weight.numel()
-        extra = epilogue.y.nbytes if epilogue.y is not None else 0
-        return _Cost(flops, _operand_bytes(a) + weight.nbytes + out.nbytes + extra)
-    if name == "weight_grad":
-        gathered, linear = args[0], args[1]
-        flops = 2.0 * linear.x.shape[0] * math.prod(linear.x.shape[2:]) * out.numel()
-        return _Cost(flops, _operand_bytes(gathered) + _operand_bytes(linear) + out.nbytes)
-    if name == "norm_act":
-        return _Cost(0.0, _operand_bytes(args[0]) + out.nbytes)
-    return _Cost(0.0, sum(t.nbytes for t in args if isinstance(t, Tensor)) + out.nbytes)
+def _cost(name: str, args: Sequence, out: Tensor) -> _Cost:
+    """FLOPs and bytes of an operator, with every image-shaped tensor and weight moved once."""
+    moved = sum(t.nbytes for t in (*args, out) if isinstance(t, Tensor) and t.dim() == 4)
+    if name not in ("conv", "conv_transpose", "weight_grad"):
+        return _Cost(0.0, moved)
+    weights = (out if name == "weight_grad" else args[_SECOND]).numel()
+    positions = {"conv": out, "conv_transpose": args[0], "weight_grad": args[_SECOND]}[name]
+    return _Cost(2.0 * positions.shape[0] * math.prod(positions.shape[2:]) * weights, moved)
 
 
-def _label(name: str, args: tuple, result: object) -> str:
-    out = result[0] if isinstance(result, tuple) else result
-    first = args[0].x if isinstance(args[0], Operand) else args[0]
-    kinds = [a.kind for a in args if hasattr(a, "kind") and a.kind != "none"]
-    sizes = f"{'x'.join(map(str, first.shape))} -> {'x'.join(map(str, out.shape))}"  # type: ignore[union-attr]
-    return " ".join([name, sizes, *kinds])
+def _label(name: str, args: Sequence, out: Tensor) -> str:
+    sizes = f"{'x'.join(map(str, args[0].shape))} -> {'x'.join(map(str, out.shape))}"
+    if name not in ("conv", "conv_transpose"):
+        return f"{name} {sizes}"
+    kind = Epilogue(*args[-1 - len(Epilogue._fields) : -1]).kind  # the last argument is the backend
+    return f"{name} {sizes}" if kind == "none" else f"{name} {sizes} {kind}"
 
 
-_PRIMITIVES = (
-    "conv",
-    "conv_transpose",
-    "weight_grad",
-    "norm_act",
-    "norm_act_reduce",
-    "normalize",
-    "normalize_backward",
-)
-_Entry = tuple[str, _Cost]
+class _Annotated(TorchDispatchMode):
+    """Inside a `with`, call number i of one of our operators is a region of the trace, and `entries[i]` says what it
+    was; it stays None for operators on per-channel vectors alone.
 
+    Where a dispatch mode watches, blocks call their primitives as registered operators, in place of a backend's own
+    methods for several of them: the same passes over memory, and some host time more."""
 
-@contextlib.contextmanager
-def _annotated(entries: list[_Entry | None]) -> Iterator[None]:
-    """Inside a `with`, call number i of a primitive is a region of the trace, and `entries[i]` says what it was."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[tuple[str, _Cost] | None] = []
 
-    def wrapped(name: str) -> Callable:
-        real = getattr(primitives, name)
-
-        def call(*args):
-            index = len(entries)
-            entries.append(None)
-            with record_function(f"{_PREFIX}{index}"):
-                result = real(*args)
-            entries[index] = (_label(name, args, result), _cost(name, args, result))
-            return result
-
-        return call
-
-    with contextlib.ExitStack() as stack:
-        for name in _PRIMITIVES:
-            stack.enter_context(mock.patch.object(primitives, name, wrapped(name)))
-        yield
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "fastdcgan":
+            return func(*args, **(kwargs or {}))
+        index = len(self.entries)
+        self.entries.append(None)
+        with record_function(f"{_PREFIX}{index}"):
+            result = func(*args, **(kwargs or {}))
+        out = result[0] if isinstance(result, tuple) else result
+        name = func._opname
+        if isinstance(out, Tensor) and _cost(name, args, out).bytes:
+            self.entries[index] = _label(name, args, out), _cost(name, args, out)
+        return result
 
 
 def trace(
@@ -136,16 +114,17 @@ def trace(
     `path`: where a Chrome trace goes, if anywhere.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    for _ in range(2):
-        step()
-    entries: list[_Entry | None] = []
-    with _annotated(entries), profile(activities=activities) as found:
-        begin = time.perf_counter()
-        for _ in range(calls):
+    with _Annotated() as annotated:
+        for _ in range(2):
             step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        total_ms = 1e3 * (time.perf_counter() - begin)
+        annotated.entries.clear()
+        with profile(activities=activities) as found:
+            begin = time.perf_counter()
+            for _ in range(calls):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            total_ms = 1e3 * (time.perf_counter() - begin)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         found.export_chrome_trace(str(path))
@@ -153,8 +132,9 @@ def trace(
     for event in found.events():
         if not event.name.startswith(_PREFIX) or event.device_type != torch.autograd.DeviceType.CPU:
             continue
-        entry = entries[int(event.name.removeprefix(_PREFIX))]
-        assert entry is not None
+        entry = annotated.entries[int(event.name.removeprefix(_PREFIX))]
+        if entry is None:
+            continue
         label, cost = entry
         ms = (event.device_time_total if device.type == "cuda" else event.cpu_time_total) / 1e3
         floor_ms = 1e3 * max(cost.flops / rates.flops_per_s, cost.bytes / rates.bytes_per_s)

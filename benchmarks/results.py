@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fastdcgan import backends
+from fastdcgan.benchmarks import harness
 from fastdcgan.benchmarks.harness import Summary
 
 SCHEMA = 1
@@ -27,7 +29,7 @@ class Row:
     """One peer in a case.
 
     Args:
-        peer, label: of `peers.Peer`.
+        peer, label: name and label of its `peers.Peer`.
         dtype: "fp32" or "bf16".
         status: "ok"; "wrong" (its result is further from the truth than `tolerance`: it was not timed); "failed" (the
             error is in `detail`); "unavailable" (this machine can't run it, why is in `detail`).
@@ -36,7 +38,7 @@ class Row:
         error, tolerance: distance from float64, and how much was allowed.
         saved_bytes: what autograd keeps for the backward. peak_bytes: of GPU memory, weights and optimisers included.
         prepare_s: compilation, warm-up and capture.
-        kernels: of a step on a GPU, copies and fills included. host_ms: how long a step keeps the host there.
+        kernels: how many a step runs on a GPU, with copies and fills. host_ms: how long a step keeps the host there.
     """
 
     peer: str
@@ -59,17 +61,23 @@ class Row:
         if self.status not in STATUSES:
             raise ValueError(f"unknown status {self.status!r}: expected one of {', '.join(STATUSES)}")
 
+    def enter(self, seconds: Sequence[float], reference: Sequence[float]) -> None:
+        """Enter the seconds of every round, of this peer and of the reference."""
+        self.samples_ms = [1e3 * value for value in seconds]
+        self.ms = harness.summarise(self.samples_ms)
+        self.ratio = harness.ratio(seconds, reference)
+
 
 @dataclass
 class Case:
     """Peers side by side on one thing.
 
     Args:
-        suite: "step", "generate", "blocks" or "contractions".
+        suite: "step", "generate", "blocks", "contractions" or "host".
         name: the block, or the net.
-        part: "step"; "eval"; "forward" or "backward"; of a contraction one of `contractions.PARTS`.
+        part: "step"; "eval"; "forward" or "backward"; one of `contractions.PARTS`; one of `host.PARTS`.
         batch: images.
-        dtype: of its rows.
+        dtype: the dtype of its rows.
         reference: the peer that ratios are relative to.
     """
 
@@ -106,7 +114,7 @@ class Results:
         ]
 
     def write(self, path: Path) -> None:
-        """As JSON; the file appears whole or not at all."""
+        """Write it as JSON; the file appears whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         data = {name: value for name, value in asdict(self).items() if name != "plot"}

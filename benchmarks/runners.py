@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastdcgan
 from fastdcgan.benchmarks import steps
 from fastdcgan.benchmarks.peers import NotHere, Peer
 from fastdcgan.benchmarks.pix2pix import pix2pix_step
+from fastdcgan.gan_step import GANStep
 from fastdcgan.optim import FusedAdam
 
 
@@ -99,9 +99,9 @@ class StepRunner:
         self.real, self.noise = self.data[0]
         self.losses: tuple[Tensor, Tensor] | None = None
 
-    def _whole_step(self, graph: bool | None) -> fastdcgan.GANStep:
+    def _whole_step(self, graph: bool | None) -> GANStep:
         nets, optimisers = (self.generator, self.discriminator), (self.opt_g, self.opt_d)
-        return fastdcgan.GANStep(*nets, *optimisers, real_label=1.0, dtype=_autocast(self.dtype), graph=graph)
+        return GANStep(*nets, *optimisers, real_label=1.0, dtype=_autocast(self.dtype), graph=graph)
 
     def prepare(self) -> None:
         """Warm-up, compilation and capture. Ends in the initial state."""

@@ -37,6 +37,11 @@ class Block:
         return (self.in_size + 2 * self.padding - self.kernel) // self.stride + 1
 
     @property
+    def title(self) -> str:
+        """Its name and sizes, as tables show them."""
+        return f"{self.name} {self.in_channels}->{self.out_channels} {self.in_size}->{self.out_size}"
+
+    @property
     def weights(self) -> int:
         """Number of convolution weights."""
         return self.in_channels * self.out_channels * self.kernel**2
@@ -50,7 +55,7 @@ class Block:
         return batch * self.out_channels * self.out_size**2
 
     def flops(self, batch: int) -> int:
-        """Of any one of its three contractions (forward, input gradient, weight gradient).
+        """FLOPs of any one of its three contractions (forward, input gradient, weight gradient).
 
         A multiply-add counts 2, and taps that fall on the padding count too."""
         positions = self.in_size if self.transposed else self.out_size
@@ -96,7 +101,7 @@ class NetShape:
             raise ValueError(f"image_size has to be a power of two of at least 16, not {self.image_size}")
 
     def generator(self) -> tuple[Block, ...]:
-        """From a [N, nz, 1, 1] noise up to a [N, channels, image_size, image_size] image."""
+        """The blocks from noise [N, nz, 1, 1] up to images [N, channels, image_size, image_size]."""
         width = self.ngf * self.image_size // 8
         blocks = [Block("G0", True, self.nz, width, 1, "relu", True, stride=1, padding=0)]
         while blocks[-1].out_size < self.image_size // 2:
@@ -107,7 +112,7 @@ class NetShape:
         return tuple(blocks)
 
     def discriminator(self) -> tuple[Block, ...]:
-        """From an image down to a [N, 1, 1, 1] logit."""
+        """The blocks from images down to logits [N, 1, 1, 1]."""
         blocks = [Block("D0", False, self.channels, self.ndf, self.image_size, "leaky_relu", False)]
         width = self.ndf
         while blocks[-1].out_size > 4:

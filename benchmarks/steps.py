@@ -24,7 +24,7 @@ def adam(net: nn.Module, device: torch.device) -> Adam:
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """In place, so that a CUDA graph sees it. For optimisers made by `adam`."""
+    """Set the rate in place, where a CUDA graph sees it, of an optimiser made by `adam`."""
     for group in optimiser.param_groups:
         group["lr"].fill_(rate)
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +52,22 @@ def _explain(error: Exception) -> str:
     return "\n".join(dict.fromkeys(chain))
 
 
-class _Contest:
-    """The peers of one case, from building them to timing them."""
+class Contest:
+    """The peers of one case, from building them to timing them.
 
-    def __init__(self, names: Sequence[str], device: torch.device, dtype: str, say: Say) -> None:
+    Args:
+        peers: who takes part, by name of `PEERS` or as they are.
+        device, dtype: where, and a key of `DTYPES`.
+        say: is told what is being done.
+    """
+
+    def __init__(
+        self, peers: Sequence[Peer | str], device: torch.device, dtype: str, say: Say = lambda text: None
+    ) -> None:
         self.device, self.dtype, self.say = device, dtype, say
-        self.rows = {name: Row(name, PEERS[name].label, dtype) for name in names}
+        found = [PEERS[peer] if isinstance(peer, str) else peer for peer in peers]
+        self.peers = {peer.name: peer for peer in found}
+        self.rows = {peer.name: Row(peer.name, peer.label, dtype) for peer in found}
         self.runners: dict[str, Runner] = {}
         self.samples: dict[str, list[list[float]]] = {}
 
@@ -93,7 +104,7 @@ class _Contest:
         cuda = self.device.type == "cuda"
         allocated = torch.cuda.memory_allocated(self.device) if cuda else 0
         began = time.perf_counter()
-        runner = make(PEERS[name], DTYPES[self.dtype])
+        runner = make(self.peers[name], DTYPES[self.dtype])
         runner.prepare()
         row.prepare_s = time.perf_counter() - began
         row.error = peers.distance(runner.observe(), truth)
@@ -120,72 +131,64 @@ class _Contest:
         runner()
         return torch.cuda.max_memory_allocated(self.device)
 
-    def time(self, segments: Mapping[str, harness.Segments], timing: harness.Timing, cold: bool) -> None:
-        """Time the segments of the peers that are right; `case` makes a case of each segment."""
+    def time(
+        self, segments: Mapping[str, harness.Segments], timing: harness.Timing, timer: harness.Timer | None = None
+    ) -> None:
+        """Time the segments of the peers that are right; `case` makes a case of each segment.
+
+        `timer` None is one that times what the device does, with whatever its caches hold."""
         if segments:
             self.say("timing")
-            self.samples = harness.interleave(segments, harness.timer_for(self.device, cold), timing)
+            self.samples = harness.interleave(segments, timer or harness.timer_for(self.device, cold=False), timing)
 
-    def case(self, suite: str, name: str, part: str, batch: int, segment: int) -> Case:
-        """The case of one segment, with ratios to the reference."""
-        reference = reference_of(list(self.samples) or list(self.rows))
+    def case(
+        self, suite: str, name: str, part: str, batch: int, segment: int = 0, reference: str | None = None
+    ) -> Case:
+        """The case of one segment, with ratios to the peer `reference`, or to `reference_of` those that were timed."""
+        timed_peers = list(self.samples) or list(self.rows)
+        reference = reference if reference in timed_peers else reference_of(timed_peers)
         rows = []
         for peer, row in self.rows.items():
-            series = self.samples[peer][segment] if peer in self.samples else []
-            timed = Row(**{**vars(row), "samples_ms": [1e3 * value for value in series]})
-            if series:
-                timed.ms = harness.summarise(timed.samples_ms)
-                timed.ratio = harness.ratio(series, self.samples[reference][segment])
-            rows.append(timed)
+            rows.append(replace(row))  # a case for each segment, and a row of its own in each
+            if peer in self.samples:
+                rows[-1].enter(self.samples[peer][segment], self.samples[reference][segment])
         return Case(suite, name, part, batch, self.dtype, reference, rows)
 
 
-def _kinked(block: Block, batch: int) -> int:
+def kinked(block: Block, batch: int) -> int:
+    """How many values of a block's output go through a ReLU's kink, as `peers.tolerance` takes them."""
     return block.outputs(batch) if block.act in ("relu", "leaky_relu") else 0
 
 
-def run_step(
-    shape: NetShape,
-    batch: int,
-    names: Sequence[str],
-    device: torch.device,
-    dtype: str,
-    timing: harness.Timing,
-    say: Say = lambda text: None,
-) -> Case:
-    """The training step of a DCGAN. `names` are keys of `PEERS`, `dtype` of `DTYPES`."""
-    blocks = shape.generator() + shape.discriminator()
-    kinked = min(_kinked(block, batch) for block in blocks if _kinked(block, batch))
+def least_kinked(blocks: Sequence[Block], batch: int) -> int:
+    """The fewest of any block that has kinks at all."""
+    return min(count for count in (kinked(block, batch) for block in blocks) if count)
+
+
+def run_step(contest: Contest, shape: NetShape, batch: int, timing: harness.Timing) -> Case:
+    """The training step of a DCGAN."""
     data = [inputs(shape, batch, seed) for seed in range(DATA_SETS)]
-    contest = _Contest(names, device, dtype, say)
-    _train(contest, shape.nets, data, DCGAN, kinked, timing)
-    return contest.case("step", f"{shape.image_size}x{shape.image_size}", "step", batch, 0)
+    train(contest, shape.nets, data, DCGAN, least_kinked(shape.generator() + shape.discriminator(), batch), timing)
+    return contest.case("step", f"{shape.image_size}x{shape.image_size}", "step", batch)
 
 
-def run_pix2pix(
-    shape: Pix2PixShape,
-    batch: int,
-    names: Sequence[str],
-    device: torch.device,
-    dtype: str,
-    timing: harness.Timing,
-    say: Say = lambda text: None,
-) -> Case:
+def run_pix2pix(contest: Contest, shape: Pix2PixShape, batch: int, timing: harness.Timing) -> Case:
     """The training step of a U-Net and a PatchGAN that know nothing of fused layers."""
     data = [shape.inputs(batch, seed) for seed in range(DATA_SETS)]
-    contest = _Contest(names, device, dtype, say)
-    _train(contest, shape.nets, data, PIX2PIX, shape.kinked(batch), timing)
-    return contest.case("step", f"pix2pix {shape.image_size}x{shape.image_size}", "step", batch, 0)
+    train(contest, shape.nets, data, PIX2PIX, shape.kinked(batch), timing)
+    return contest.case("step", f"pix2pix {shape.image_size}x{shape.image_size}", "step", batch)
 
 
-def _train(
-    contest: _Contest,
+def train(
+    contest: Contest,
     make_nets: Callable[[], tuple[nn.Module, nn.Module]],
     data: Sequence[tuple[Tensor, Tensor]],
     algorithm: Algorithm,
     kinked: int,
     timing: harness.Timing,
+    timer: harness.Timer | None = None,
 ) -> None:
+    """Check and time a whole training step of every peer; `kinked` as in `peers.tolerance`, `timer` as in `time`."""
     torch.compiler.reset()
     torch.manual_seed(0)
     nets = make_nets()
@@ -194,67 +197,50 @@ def _train(
         segments = {name: (runner,) for name, runner in contest.runners.items() if isinstance(runner, StepRunner)}
         for (runner,) in segments.values():
             runner.learn(False)  # faster peers take more steps: all stay on the same weights, so on the same values
-        contest.time(segments, timing, cold=False)
+        contest.time(segments, timing, timer)
         if contest.device.type == "cuda":
             for name, (runner,) in segments.items():
                 contest.rows[name].kernels = profiling.kernels(runner, contest.device)
                 contest.rows[name].host_ms = profiling.host_ms(runner, contest.device)
 
 
-def run_generate(
-    shape: NetShape,
-    batch: int,
-    names: Sequence[str],
-    device: torch.device,
-    dtype: str,
-    timing: harness.Timing,
-    say: Say = lambda text: None,
-) -> Case:
+def run_generate(contest: Contest, shape: NetShape, batch: int, timing: harness.Timing) -> Case:
     """The generator in eval mode."""
     torch.compiler.reset()
     torch.manual_seed(0)
     net = shape.nets()[0]
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):  # as after some training: neither 0 nor 1
+        if isinstance(module, nn.BatchNorm2d):  # neither 0 nor 1, as after some training
             module.running_mean = torch.randn(module.num_features) / 10
             module.running_var = torch.rand(module.num_features) + 0.5
     noise = torch.randn(batch, shape.nz, 1, 1)
-    contest = _Contest(names, device, dtype, say)
-    with device_settings(device):
-        contest.build(lambda peer, compute: EvalRunner(peer, net, noise, device, compute), 0)
-        contest.time({name: (runner,) for name, runner in contest.runners.items()}, timing, cold=False)  # type: ignore[dict-item]
-    return contest.case("generate", f"{shape.image_size}x{shape.image_size}", "eval", batch, 0)
+    with device_settings(contest.device):
+        contest.build(lambda peer, compute: EvalRunner(peer, net, noise, contest.device, compute), 0)
+        contest.time({name: (runner,) for name, runner in contest.runners.items() if callable(runner)}, timing)
+    return contest.case("generate", f"{shape.image_size}x{shape.image_size}", "eval", batch)
 
 
-def run_block(
-    block: Block,
-    batch: int,
-    names: Sequence[str],
-    device: torch.device,
-    dtype: str,
-    timing: harness.Timing,
-    say: Say = lambda text: None,
-) -> tuple[Case, Case]:
+def run_block(contest: Contest, block: Block, batch: int, timing: harness.Timing) -> tuple[Case, Case]:
     """Forward and backward of one block, as two cases. The noise's gradient is not computed, as in training."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    module = block.module()
+    module, device = block.module(), contest.device
     x = torch.randn(batch, block.in_channels, block.in_size, block.in_size)
     grad = torch.randn(batch, block.out_channels, block.out_size, block.out_size)
-    contest = _Contest(names, device, dtype, say)
     with device_settings(device):
         contest.build(
             lambda peer, compute: BlockRunner(peer, module, x, grad, device, compute, input_grad=block.in_size > 1),
-            _kinked(block, batch),
+            kinked(block, batch),
         )
         segments = {
             name: (runner.forward, runner.backward)
             for name, runner in contest.runners.items()
             if isinstance(runner, BlockRunner)
         }
-        contest.time(segments, timing, cold=True)
-    name = f"{block.name} {block.in_channels}->{block.out_channels} {block.in_size}->{block.out_size}"
-    return contest.case("blocks", name, "forward", batch, 0), contest.case("blocks", name, "backward", batch, 1)
+        contest.time(segments, timing, harness.timer_for(device, cold=True))
+    return contest.case("blocks", block.title, "forward", batch), contest.case(
+        "blocks", block.title, "backward", batch, 1
+    )
 
 
 def step_floors(shape: NetShape, batch: int, flops_per_s: float, bytes_per_s: float) -> dict[str, float]:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 NOT_MEASURED = "not measured yet"
-FLOOR_NET = "64x64"  # whose floors gpu-check computes
+FLOOR_NET = "64x64"  # the net whose floors gpu-check computes
 
 
 def format_ratio(summary: Summary | None) -> str:
@@ -130,13 +130,31 @@ def contraction_cells(results: Results) -> Cells:
     return block_cells(results, "contractions")
 
 
+def host_cells(results: Results) -> Cells:
+    """One line per net, memory format and part: microseconds of the plain modules and of ours, and their ratio."""
+    lines: list[Sequence[str]] = []
+    for case in (case for case in results.cases if case.suite == "host"):
+        plain = next(row for row in case.rows if row.peer == case.reference)
+        fused = next(row for row in case.rows if row is not plain)
+        times = (f"{1e3 * row.ms.median:.0f}" if row.ms else reason(row) for row in (plain, fused))
+        lines.append((case.name, case.part, str(case.batch), case.dtype, *times, format_ratio(fused.ratio)))
+    return ("net", "part", "batch", "dtype", "plain modules, us", "fused, us", "fused over plain"), lines
+
+
 CELLS: dict[str, Callable[[Results], Cells]] = {
     "step": step_cells,
     "generate": generate_cells,
     "blocks": block_cells,
     "contractions": contraction_cells,
+    "host": host_cells,
 }
-TITLES = {"step": "Training step", "generate": "Generation", "blocks": "Blocks", "contractions": "Contractions alone"}
+TITLES = {
+    "step": "Training step",
+    "generate": "Generation",
+    "blocks": "Blocks",
+    "contractions": "Contractions alone",
+    "host": "Host time of tiny nets on one thread",
+}
 
 
 def markdown(results: Results, suite: str) -> str:

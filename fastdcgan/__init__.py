@@ -17,8 +17,7 @@ from fastdcgan.layers import (
     FusedSequential,
 )
 from fastdcgan.spec import Unavailable
-
-__version__ = "0.1.0"
+from fastdcgan.version import __version__
 
 __all__ = [
     "ConvAct2d",
@@ -34,6 +33,7 @@ __all__ = [
     "GANStep",
     "Generator",
     "Unavailable",
+    "__version__",
     "backend",
     "backends",
     "explain",

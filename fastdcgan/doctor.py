@@ -41,7 +41,7 @@ class Report:
             return f"OK: blocks on the {where} run on {', '.join(self.fast)}."
         failed = [name for name, error in self.build.errors.items() if error is not None]
         todo = f"see the errors of {', '.join(failed)} above, then " if failed else ""
-        return f"SLOW: blocks on the {where} run on the reference alone. To change that, {todo}{HOW_TO_BUILD}."
+        return f"SLOW: blocks on the {where} run no faster than PyTorch's own. To change that, {todo}{HOW_TO_BUILD}."
 
     def __str__(self) -> str:
         lines = ["versions", *(f"  {name:<10} {version}" for name, version in self.versions.items())]
@@ -96,7 +96,7 @@ def _cpu() -> str:
     threads = torch.get_num_threads()
     has_kernels = backends.status()["cpu"] == AVAILABLE
     instructions = torch.backends.cpu.get_cpu_capability()
-    if has_kernels and instructions == "AVX512" and torch.ops.fastdcgan_cpu.bfloat16_on_tiles():
+    if has_kernels and instructions == "AVX512" and torch.ops.fastdcgan_cpu.amx_usable():
         instructions += " with AMX tiles"
     text = f"{platform.machine()}, {instructions}, {threads} threads"
     if has_kernels:

@@ -119,11 +119,15 @@ def _rows(part: FoundChain | Alone, prefix: str, fused: bool, ran: dict[int, run
             rows.append(Row(name, block.pattern, False, None, "in a plain nn.Sequential: call fastdcgan.fuse(model)"))
             continue
         record = ran.get(id(block.conv))
+        stored = next(block.conv.parameters())  # reading `weight` would run a parametrization
+        device, dtype = stored.device.type, stored.dtype if record is None else record.dtype
+        plain = run.why_plain(device, dtype)
+        if plain is not None:
+            rows.append(Row(name, block.pattern, False, None, f"runs as PyTorch's own modules: {plain}"))
+            continue
         if observed and record is None:
             rows.append(Row(name, block.pattern, False, None, "was not reached by this input"))
             continue
-        stored = next(block.conv.parameters())  # reading `weight` would run a parametrization
-        device, dtype = stored.device.type, stored.dtype if record is None else record.dtype
         name_of = record.backend if record else backends.select(backends.requested(), device, dtype)
         why = _why_backend(name_of, device, dtype)
         if record:

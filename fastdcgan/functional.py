@@ -9,9 +9,18 @@ from fastdcgan import checks
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.engine.run import block_backend, run_chain
 from fastdcgan.geometry import Geometry, Pair, pair
-from fastdcgan.images import normalize_images as normalize_images
-from fastdcgan.losses import bce_with_logits as bce_with_logits
+from fastdcgan.images import normalize_images
+from fastdcgan.losses import bce_with_logits
 from fastdcgan.spec import Block, BlockTensors, Norm, Running
+
+__all__ = [
+    "bce_with_logits",
+    "conv_act",
+    "conv_bn_act",
+    "conv_transpose_act",
+    "conv_transpose_bn_act",
+    "normalize_images",
+]
 
 
 def _single(

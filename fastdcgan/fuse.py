@@ -51,6 +51,7 @@ def unfuse(model: ModuleT) -> ModuleT:
             if type(module) is not FusedSequential and plain is nn.Sequential:
                 module.__dict__[_KEY] = type(module)  # so that fuse() gives a drop-in layer its own class back
             module.__class__ = plain  # type: ignore[assignment]
+            module.__dict__.pop("_plans", None)
     return model
 
 

@@ -1,6 +1,6 @@
 """A whole training step of a GAN as one object: captured as one CUDA graph on a GPU, run eagerly anywhere else.
 
-What a step does is written in `steps.py`; here is what a graph needs around it. A graph replays the very kernels
+What a step does is written in `train_step.py`; here is what a graph needs around it. A graph replays the very kernels
 that were captured, on the very memory: so inputs are copied to fixed places, learning rates are tensors, and whatever
 the warm-up runs changed is put back before the capture, which itself computes nothing.
 """
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from fastdcgan.train_step import GANLoss, GradientPenalty, StepMetrics, train_step, unwrapped
 
-_WARM_UPS = 3  # of autotuners, cuDNN's search and lazily made state
+_WARM_UPS = 3  # calls, for autotuners, cuDNN's search and lazily made state
 OTHER_SHAPES = ("eager", "capture")
 # What these make at their first step begins as zeros, so that zeroing it undoes a warm-up.
 _START_AT_ZERO = (
@@ -54,7 +54,7 @@ class GANStep:
             capturable=True)`, or PyTorch's with `capturable=True` where they have that.
         noise: the shape of one z, drawn on the device by `rng` (default: PyTorch's own generator), say (100,) or
             (100, 1, 1); without it each call needs `z`.
-        loss, real_label, penalty, dtype, scaler, accumulate: of `dcgan.train_step`.
+        loss, real_label, penalty, dtype, scaler, accumulate: as in `train_step`.
         ema: decay of a moving average of G's weights in `self.ema`, a copy of G in eval mode; 0 for none.
         graph: whether to capture; None where that is possible: on a GPU, without DistributedDataParallel.
         other_shapes: what becomes of batches of another shape than the first, such as a last short one: they run

@@ -28,7 +28,7 @@ class _Counter(NamedTuple):
 
     chunks: Tensor
     step: Tensor  # what `state["step"]` is: a view of the first
-    version: int  # of `step`: another one means that somebody wrote to it
+    version: int  # the version of `step`: another one means that somebody wrote to it
 
 
 class FusedAdam(torch.optim.Adam):

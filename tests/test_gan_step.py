@@ -257,37 +257,42 @@ def test_noise_is_drawn_anew_and_repeats_with_the_seed(recorded: list[Any]) -> N
     assert len(set(runs[0].tolist())) == 3
 
 
-@pytest.mark.parametrize(("other_shapes", "graphs_made"), [("eager", 1), ("capture", 2)])
-def test_a_last_short_batch(other_shapes: str, graphs_made: int, recorded: list[Any]) -> None:
-    runs = []
+def eager_and_captured(
+    train: Callable[[GANStep, Nets, list[FusedAdam]], None], **settings: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `train(step, nets, optimizers)` leaves, without a graph and with one."""
+    left = []
     for graph in (False, True):
         nets = networks()
         opts = adams(nets)
-        step = GANStep(*nets, *opts, graph=graph, other_shapes=other_shapes)
-        for _ in range(2):
-            for size in (8, 8, 3):
-                step(*batches(1, size)[0])
-        runs.append(state_of(nets, opts))
+        train(GANStep(*nets, *opts, graph=graph, **settings), nets, opts)
+        left.append(state_of(nets, opts))
+    return left[0], left[1]
+
+
+@pytest.mark.parametrize(("other_shapes", "graphs_made"), [("eager", 1), ("capture", 2)])
+def test_a_last_short_batch(other_shapes: str, graphs_made: int, recorded: list[Any]) -> None:
+    def train(step: GANStep, nets: Nets, opts: list[FusedAdam]) -> None:
+        for size in (8, 8, 3) * 2:
+            step(*batches(1, size)[0])
+
+    assert_equal(*eager_and_captured(train, other_shapes=other_shapes))
     assert len(recorded) == graphs_made
-    assert_equal(*runs)
 
 
 def test_learning_rates_change_without_a_new_capture(recorded: list[Any]) -> None:
-    runs = []
-    for graph in (False, True):
-        nets = networks()
-        opts = adams(nets)
+    def train(step: GANStep, nets: Nets, opts: list[FusedAdam]) -> None:
         schedule = torch.optim.lr_scheduler.StepLR(opts[0], 1, 0.5)
-        step = GANStep(*nets, *opts, graph=graph)
         for i, (real, z) in enumerate(batches(4)):
             step(real, z)
             schedule.step()
             opts[1].param_groups[0]["lr"] = 1e-3 / (i + 1)  # by hand
-        runs.append(state_of(nets, opts))
         assert float(opts[0].param_groups[0]["lr"]) == RATE / 16
+
+    eager, captured = eager_and_captured(train)
     assert len(recorded) == 1
-    for name, value in runs[0].items():  # a rate in a tensor is float32
-        torch.testing.assert_close(runs[1][name], value, rtol=1e-5, atol=1e-7)
+    for name, value in eager.items():  # a rate in a tensor is float32
+        torch.testing.assert_close(captured[name], value, rtol=1e-5, atol=1e-7)
 
 
 def _move(net: nn.Module) -> None:
@@ -306,26 +311,18 @@ def _move(net: nn.Module) -> None:
     ids=["weights moved", "eval", "betas", "frozen"],
 )
 def test_what_a_graph_took_for_granted_is_captured_anew(change: Callable, recorded: list[Any]) -> None:
-    runs = []
-    for graph in (False, True):
-        nets = networks()
-        opts = adams(nets)
-        step = GANStep(*nets, *opts, graph=graph)
+    def train(step: GANStep, nets: Nets, opts: list[FusedAdam]) -> None:
         for i, (real, z) in enumerate(batches(4)):
             if i == 2:
                 change(*nets, opts[0])
             step(real, z)
-        runs.append(state_of(nets, opts))
+
+    assert_equal(*eager_and_captured(train))
     assert len(recorded) == 2
-    assert_equal(*runs)
 
 
 def test_loaded_weights_are_trained_on(recorded: list[Any]) -> None:
-    runs = []
-    for graph in (False, True):
-        nets = networks()
-        opts = adams(nets)
-        step = GANStep(*nets, *opts, graph=graph)
+    def train(step: GANStep, nets: Nets, opts: list[FusedAdam]) -> None:
         data = batches(4)
         step(*data[0])
         saved = [copy.deepcopy(x.state_dict()) for x in (*nets, *opts)]
@@ -333,9 +330,9 @@ def test_loaded_weights_are_trained_on(recorded: list[Any]) -> None:
         for x, state in zip((*nets, *opts), saved, strict=True):
             x.load_state_dict(state)
         step(*data[2])
-        runs.append(state_of(nets, opts))
+
+    assert_equal(*eager_and_captured(train))
     assert len(recorded) == 2  # the optimisers' state is in other memory now
-    assert_equal(*runs)
 
 
 # --- options ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -263,6 +264,45 @@ def test_packages_are_mapped() -> None:
     found = python("from fastdcgan import kernels, benchmarks; print(kernels.__file__, benchmarks.__file__)")
     folders = [Path(path).parent.name for path in found.split()]
     assert folders == ["kernels", "benchmarks"]
+
+
+def test_every_package_is_listed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fastdcgan").rglob("*.py")}
+    found = {".".join(folder.parts) for folder in folders} | {"fastdcgan.kernels", "fastdcgan.benchmarks"}
+    assert sorted(listed) == sorted(found)
+
+
+@pytest.mark.compiles
+def test_what_is_distributed_installs(tmp_path: Path) -> None:
+    """From an sdist comes a wheel with the C++ kernels, which runs away from the source folder."""
+    script = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert names >= expected | {"LICENSE", "setup.py", "kernels/conv.py", "benchmarks/cli.py", "fastdcgan/py.typed"}
+
+    site = tmp_path / "site"
+    flags = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check"]
+    environment = {**os.environ, "PYTHONPATH": str(site), "FASTDCGAN_SKIP_CUDA": "1"}
+    install = [sys.executable, "-m", "pip", "install", *flags, "--target", str(site), str(archive)]
+    subprocess.run(install, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+
+    code = """
+import torch, fastdcgan
+net = fastdcgan.fuse(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4), torch.nn.ReLU()))
+assert net(torch.zeros(1, 3, 8, 8)).shape == (1, 8, 5, 5)
+print(fastdcgan.__file__, fastdcgan.backends()["cpu"])
+"""
+    assert run("-c", code).split() == [str(site / "fastdcgan" / "__init__.py"), "available"]
+    assert "OK: blocks on the CPU run on cpu." in run("-m", "fastdcgan", "doctor")
+    assert run("-m", "fastdcgan", "--version") == f"fastdcgan {fastdcgan.__version__}\n"
 
 
 def test_import_is_quick() -> None:

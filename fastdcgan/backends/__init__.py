@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import torch
 
 from fastdcgan.backends.base import Backend
-from fastdcgan.spec import Unavailable, memory_format
+from fastdcgan.spec import Unavailable
 
-__all__ = ["Backend", "Unavailable", "backend", "get", "memory_format", "reasons", "requested", "select", "status"]
+__all__ = ["Backend", "Unavailable", "backend", "status"]
 
 NAMES = ("triton", "cuda", "cpu", "reference")  # the order in which "auto" tries them
 _CLASSES = {"triton": "TritonBackend", "cuda": "CUDABackend", "cpu": "CPUBackend", "reference": "ReferenceBackend"}

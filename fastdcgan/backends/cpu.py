@@ -37,8 +37,8 @@ FEWEST_WIDE_CACHED = 32  # of `conv` in float32 with a weight in the packed-weig
 FEW_PRODUCTS, FEW_ROWS = 2**20, 8
 
 NAMESPACE = "fastdcgan_cpu"  # of the operators
-_NAMES = {"conv": ("split_bf16", "amx", "winograd", "gemm")}
-_NAMES |= {"conv_transpose": _NAMES["conv"], "weight_grad": _NAMES["conv"]}
+# Of the algorithms in csrc/cpu/contraction/algorithms.cpp; the library says which of them can run a call.
+_NAMES = ("split_bf16", "amx_col2im", "amx", "winograd", "col2im", "image_side", "gemm")
 
 Size = Sequence[int]
 
@@ -130,7 +130,7 @@ class CPUBackend(Backend):
             raise Unavailable(
                 f"backend 'cpu' can't load {path.name}: {error}" + ("" if built == torch.__version__ else f"; {hint}")
             ) from error
-        self.amx = not self._only_passes and self.contractions.bfloat16_on_tiles()
+        self.amx = not self._only_passes and self.contractions.amx_usable()
 
     def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         if device_type != "cpu":
@@ -155,9 +155,9 @@ class CPUBackend(Backend):
                 functools.partial(self._why_not_run, name),
                 functools.partial(self._run, name),
                 why_last=functools.partial(self._why_last, name),
-                compare=name in ("amx", "split_bf16"),
+                compare=name in ("amx_col2im", "amx", "split_bf16"),
             )
-            for name in _NAMES[op]
+            for name in _NAMES
         ]
 
     def _why_not_run(self, name: str, call: Call) -> str | None:
@@ -175,22 +175,18 @@ class CPUBackend(Backend):
                 return f"the contractions of csrc/cpu take elements of one dtype, not {list(t.shape)} of {t.dtype}"
         if name == "split_bf16" and not (x.dtype == torch.float32 and self.amx and _less_precision()):
             return "it is for float32 on AMX tiles, where torch.set_float32_matmul_precision is not 'highest'"
-        if name == "amx" and not (x.dtype == torch.bfloat16 and self.amx):
-            return "it is for bfloat16 on AMX tiles"
-        if name == "winograd" and not self._filters(call):
-            return "minimal filtering needs kernels of twice the stride, strides of 1 or 2 and no dilation"
-        if name == "gemm" and x.dtype == torch.bfloat16 and self.amx:
+        if not name.startswith("amx") and x.dtype == torch.bfloat16 and self.amx:
             return "bfloat16 is multiplied on AMX tiles"
+        g, channels = call.geometry, (x.shape[1], other.shape[0 if call.op == "conv" else 1])
+        if name not in self.contractions.algorithms(
+            call.op, *channels, g.kernel, g.stride, g.dilation, x.dtype, call.epilogue.kind == "stats"
+        ):
+            return f"{name} is not for {call.op} with {g} between {channels[0]} and {channels[1]} channels"
         return None
-
-    @staticmethod
-    def _filters(call: Call) -> bool:
-        g = call.geometry
-        return g.dilation == (1, 1) and max(g.stride) <= 2 and g.kernel == (2 * g.stride[0], 2 * g.stride[1])
 
     def _why_last(self, name: str, call: Call) -> str | None:
         """Why another algorithm is likely to be faster, or None."""
-        if name in ("amx", "split_bf16"):
+        if name in ("amx_col2im", "amx", "split_bf16"):
             return None
         s = sides(call)
         if name == "winograd":
@@ -226,11 +222,10 @@ class CPUBackend(Backend):
         return weights[-1].shape[1 if blocks[-1].transposed else 0] < FEWEST_CHANNELS or size == (1, 1)
 
     def _run(self, name: str, call: Call, tile: None) -> Any:
-        flags = (name == "winograd", name == "split_bf16")
         g, x = call.geometry, self.finished(call.a)
         if call.op == "weight_grad":
             dy = self.finished(call.b)
-            dw = self.contractions.weight_grad(x, dy, g.kernel, g.stride, g.padding, g.dilation, *flags)
+            dw = self.contractions.weight_grad(x, dy, g.kernel, g.stride, g.padding, g.dilation, name)
             return dw.contiguous(memory_format=memory_format(x))
         e = call.epilogue
         fused, act, slope, groups = None, 0, 0.0, 0
@@ -243,7 +238,7 @@ class CPUBackend(Backend):
             fused, act, slope = e.coef, ACTIVATIONS[e.act].id, e.slope
         contract = self.contractions.conv if call.op == "conv" else self.contractions.conv_transpose
         out, stats = contract(
-            x, call.b, g.stride, g.padding, g.dilation, call.size, fused, act, slope, groups, *flags
+            x, call.b, g.stride, g.padding, g.dilation, call.size, fused, act, slope, groups, name
         )  # fmt: skip
         if fused is None and groups == 0 and e.kind != "none":
             return self.apply_epilogue(out, e)

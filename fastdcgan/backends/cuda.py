@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends import cuda_contractions, cuda_image_side, cuda_tiles
+from fastdcgan.backends import cuda_contractions, cuda_facts, cuda_image_side, cuda_tiles
 from fastdcgan.backends.base import Backend
 from fastdcgan.backends.boundaries import boundaries as boundaries_by_rule
 from fastdcgan.build_info import build_info, library, why_missing, why_stale
@@ -75,6 +75,7 @@ class CUDABackend(Backend):
                 f"backend 'cuda' can't load {path.name}: {error}; it was built with torch {build_info().torch}, "
                 f"and this is {torch.__version__}"
             ) from error
+        cuda_facts.require_agreement(self.ops)
 
     def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         if device_type != self.device_type:
@@ -102,7 +103,7 @@ class CUDABackend(Backend):
 
     def algorithms(self, op: str) -> Sequence[Algorithm]:
         return [
-            Algorithm("cuda image-side", cuda_image_side.why_not, self._image_side),
+            Algorithm("cuda image-side", lambda call: cuda_image_side.why_not(self.ops, call), self._image_side),
             Algorithm(
                 "cuda",
                 cuda_contractions.why_not,

@@ -10,13 +10,11 @@ from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends import cuda_tiles, cuda_tma
+from fastdcgan.backends.cuda_facts import EPILOGUES, MOST_GEOMETRY, MOST_PIXELS
 from fastdcgan.geometry import Geometry
 from fastdcgan.spec import Call, Operand, flat, flat_epilogue, flat_operand, in_format_of_torch, memory_format
 
-MOST_PIXELS = 2**30  # of a tensor, as `kMostPixels` in csrc/cuda/contractions.cu
-_MOST_GEOMETRY = 2**20
 KIND = "cuda tiles"
-_EPILOGUES = {"none": 0, "bias": 1, "activate": 2, "stats": 3, "grad_stats": 4}  # `Epilogue` in csrc/cuda/finish.cuh
 
 
 def _unfit(geometry: Geometry, tensors: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> str | None:
@@ -31,8 +29,8 @@ def _unfit(geometry: Geometry, tensors: tuple[Tensor, ...], shapes: tuple[tuple[
         if math.prod(shape) // shape[1] >= MOST_PIXELS or shape[1] >= MOST_PIXELS:
             return f"a tensor {list(shape)} of {MOST_PIXELS} pixels or more"
     reach = max(k * d for k, d in zip(g.kernel, g.dilation, strict=True))
-    if max(reach, *g.stride, *g.padding) >= _MOST_GEOMETRY:
-        return f"kernel, stride or padding of {_MOST_GEOMETRY} or more"
+    if max(reach, *g.stride, *g.padding) >= MOST_GEOMETRY:
+        return f"kernel, stride or padding of {MOST_GEOMETRY} or more"
     return None
 
 
@@ -115,7 +113,7 @@ class _Contraction:
             phases,
             a.x.element_size(),
             a.y is not None,
-            box_tiles=self.groups * cuda_tma.pixel_tiles(images // self.groups, height, width) if fits else 0,
+            tma_tiles=self.groups * cuda_tma.pixel_tiles(images // self.groups, height, width) if fits else 0,
             prologue=a.coef is not None,
         )
 
@@ -135,7 +133,7 @@ class _Contraction:
             stat_groups = 1
         out, vectors = ops.contract(
             *_operand(self.a), self.b, call.op == "conv_transpose", g.stride, g.padding, g.dilation, self.size,
-            _EPILOGUES[e.kind], e.y, e.coef, ACTIVATIONS[e.act].id, e.slope, self.groups, stat_groups, self.fold,
+            EPILOGUES[e.kind], e.y, e.coef, ACTIVATIONS[e.act].id, e.slope, self.groups, stat_groups, self.fold,
             choice.number, choice.splits, exact(self.a.x.dtype),
         )  # fmt: skip
         if self.fold > 1:

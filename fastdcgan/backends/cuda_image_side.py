@@ -1,4 +1,4 @@
-"""The image-side layers of the CUDA backend (csrc/cuda/narrow*.cuh): contractions with 1 to 4 channels on one side.
+"""The image-side layers of the CUDA backend (csrc/cuda/image): contractions with 1 to 4 channels on one side.
 
 A wide tensor is read or written once, prologue and epilogue included; sums are float32, in a fixed order.
 """
@@ -13,45 +13,30 @@ from torch._prims_common import suggest_memory_format
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends import cuda_tiles
+from fastdcgan.backends.cuda_facts import EPILOGUES, IMAGE_CHANNELS, IMAGE_KERNEL, IMAGE_STRIDE
 from fastdcgan.geometry import Geometry
 from fastdcgan.spec import Call, Epilogue, Operand, memory_format
 
-NARROW = 4  # channels at most, as in csrc/cuda/narrow.cuh; likewise the next two
-MOST_KERNEL = 5
-MOST_STRIDE = 2
 LEAST_WIDE = 16  # of the other side: with fewer, most threads would have nothing to do
-_EPILOGUES = {"none": 0, "bias": 1, "activate": 2}  # `NarrowEpilogue::Kind`
+_FUSED = ("none", "bias", "activate")  # epilogues
 
 
-def _unfit(geometry: Geometry, narrow: int, wide: int, *tensors: Tensor) -> str | None:
+def _unfit(geometry: Geometry, channels: int, wide: int, *tensors: Tensor) -> str | None:
     g = geometry
-    if not 1 <= narrow <= NARROW:
-        return f"{narrow} channels on the image's side, more than {NARROW}"
+    if not 1 <= channels <= IMAGE_CHANNELS:
+        return f"{channels} channels on the image's side, more than {IMAGE_CHANNELS}"
     if wide < LEAST_WIDE:
         return f"{wide} channels on the other side, fewer than {LEAST_WIDE}"
     if g.groups != 1 or g.dilation != (1, 1):
         return f"{g.groups} groups and dilation {g.dilation}"
-    if max(g.kernel) > MOST_KERNEL or max(g.stride) > MOST_STRIDE:
-        return f"a kernel {g.kernel} with stride {g.stride}, more than {MOST_KERNEL} or {MOST_STRIDE}"
+    if max(g.kernel) > IMAGE_KERNEL or max(g.stride) > IMAGE_STRIDE:
+        return f"a kernel {g.kernel} with stride {g.stride}, more than {IMAGE_KERNEL} or {IMAGE_STRIDE}"
     if len({t.dtype for t in tensors}) > 1 or any(t.numel() == 0 for t in tensors):
         return "tensors of several dtypes, or none"
     return None
 
 
-def transpose_bytes(geometry: Geometry, narrow: int, wide: int) -> int:
-    """Bytes of shared memory that a block of `conv_transpose` of 16-bit numbers takes at least: the `Plan` of
-    csrc/cuda/narrow_transpose_tensor.cuh for tiles of 1 x 32 pixels of a phase."""
-    staged, threads, of_warp = 64 + 8, 256, 48
-    boxes = []
-    for pixels, k, s, p in zip((1, 32), geometry.kernel, geometry.stride, geometry.padding, strict=True):
-        boxes.append(pixels + (k + s - 1) // s - 1 + (s - 1 + p) // s - p // s)
-    blocks = (geometry.kernel[0] * geometry.kernel[1] * narrow + 7) // 8
-    pitch = (max(blocks, (staged // 2 + 7) // 8) | 1) * 8
-    apart = threads // 32 * of_warp * staged * 2 if wide > 64 else 0
-    return blocks * 8 * staged * 2 + boxes[0] * boxes[1] * pitch * 4 + apart
-
-
-def why_not(call: Call) -> str | None:
+def why_not(ops: Any, call: Call) -> str | None:
     """Why the image-side kernels can't run a call, or None."""
     a, b, g = call.a, call.b, call.geometry
     if call.op == "conv":
@@ -64,7 +49,7 @@ def why_not(call: Call) -> str | None:
             return "an input that is contiguous"
         if reason is None and a.x.element_size() == 2:
             room = cuda_tiles.device_of(a.x.device).shared_memory
-            needed = transpose_bytes(g, b.shape[1], a.x.shape[1])
+            needed = ops.image_side_transpose_bytes(b.shape[1], a.x.shape[1], g.kernel, g.stride, g.padding)
             if needed > room:
                 return f"tiles that need {needed} bytes of shared memory, where a block has {room}"
     else:
@@ -79,20 +64,20 @@ def contract(ops: Any, call: Call) -> Tensor:
     [N, C, H, W] in channels_last and weight [C, 1..4, kh, kw] -> [N, 1..4, *size]."""
     a, weight, g, epilogue = call.a, call.b, call.geometry, _epilogue(call.epilogue)
     if call.op == "conv":
-        return ops.narrow_conv(*_operand(a), weight, g.stride, g.padding, *epilogue)
+        return ops.image_side_conv(*_operand(a), weight, g.stride, g.padding, *epilogue)
     last = _channels_last(a.x, weight)
-    return ops.narrow_conv_transpose(*_operand(a), weight, g.stride, g.padding, call.size, *epilogue, last)
+    return ops.image_side_conv_transpose(*_operand(a), weight, g.stride, g.padding, call.size, *epilogue, last)
 
 
 def weight_grad(ops: Any, call: Call) -> Tensor:
     """Gathered operand [N, 1..4, H, W] and linear one [N, C, H', W'] in channels_last -> [C, 1..4, kh, kw]."""
     g, last = call.geometry, memory_format(call.a.x) == torch.channels_last
-    return ops.narrow_weight_grad(*_operand(call.a), *_operand(call.b), g.kernel, g.stride, g.padding, last)
+    return ops.image_side_weight_grad(*_operand(call.a), *_operand(call.b), g.kernel, g.stride, g.padding, last)
 
 
 def fuses(epilogue: Epilogue) -> bool:
     """Whether a contraction here does that itself; else it stores its sums, and passes follow."""
-    return epilogue.kind in _EPILOGUES
+    return epilogue.kind in _FUSED
 
 
 def _operand(a: Operand) -> tuple:
@@ -100,7 +85,7 @@ def _operand(a: Operand) -> tuple:
 
 
 def _epilogue(e: Epilogue) -> tuple:
-    return (_EPILOGUES[e.kind], e.coef, ACTIVATIONS[e.act].id, e.slope)
+    return (EPILOGUES[e.kind], e.coef, ACTIVATIONS[e.act].id, e.slope)
 
 
 def _channels_last(x: Tensor, weight: Tensor) -> bool:

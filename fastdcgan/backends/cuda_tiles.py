@@ -12,7 +12,7 @@ from fastdcgan.build_info import build_info
 
 @dataclass(frozen=True)
 class Tile:
-    """A block's share of a matrix product [m, k] x [k, n], as `TileShape` in csrc/cuda/contraction.cuh."""
+    """A block's share of a matrix product [m, k] x [k, n], as `TileShape` in csrc/cuda/gemm/contraction.cuh."""
 
     m: int
     n: int
@@ -31,8 +31,8 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class WarpgroupTile(Tile):
-    """One of csrc/cuda/warpgroup.cuh, for GPUs of compute capability 9.0."""
+class Sm90Tile(Tile):
+    """One of csrc/cuda/gemm_sm90, for GPUs of compute capability 9.0."""
 
     ring: int  # bytes of a block's stages where there is no prologue
 
@@ -44,8 +44,8 @@ class WarpgroupTile(Tile):
         return self.ring * self.blocks // self.blocks_with(prologue)
 
 
-# By number, as in csrc/cuda/contraction_tiles.cuh and warpgroup_tiles.cuh: of 16-bit numbers, of floats, of 16-bit
-# numbers on warpgroups.
+# By number, as in csrc/cuda/gemm/contraction_tiles.cuh and gemm_sm90/sm90_tiles.cuh (cuda_facts.py compares them): of
+# 16-bit numbers, of floats, of 16-bit numbers on sm_90a.
 TILES = (
     Tile(128, 128, 32, 8, 4, 2, 1.0),
     Tile(128, 64, 32, 4, 4, 3, 0.85),
@@ -54,18 +54,18 @@ TILES = (
     Tile(128, 32, 32, 4, 4, 4, 0.5),
     Tile(128, 64, 32, 8, 3, 2, 1.0),
     Tile(64, 64, 32, 4, 3, 4, 0.8),
-    WarpgroupTile(128, 256, 64, 8, 4, 1, 2.0, 192 * 1024),
-    WarpgroupTile(128, 128, 64, 8, 3, 2, 1.6, 96 * 1024),
-    WarpgroupTile(128, 64, 64, 8, 4, 2, 1.15, 96 * 1024),
+    Sm90Tile(128, 256, 64, 8, 4, 1, 2.0, 192 * 1024),
+    Sm90Tile(128, 128, 64, 8, 3, 2, 1.6, 96 * 1024),
+    Sm90Tile(128, 64, 64, 8, 4, 2, 1.15, 96 * 1024),
 )
 OF_SIZE = {2: range(5), 4: range(5, 7)}
-OF_WARPGROUPS = range(7, 10)
+OF_SM90 = range(7, 10)
 _MAX_SPLITS = 64
 MAX_PARTS = 1024  # that the operators take
 _MIN_STEPS = 8  # of the depth in one block: filling its pipeline takes about half as many
 _BYTE = 64  # multiply-adds in the time of moving one byte of workspace through the second-level cache
 _ALONE = 0.6  # of a multiprocessor's rate, for a block that has it to itself: nothing hides its waits
-_WARPGROUPS_ALONE = 0.85  # the same where a warp of its own copies: nothing hides the epilogue
+_SM90_ALONE = 0.85  # the same where a warp of its own copies: nothing hides the epilogue
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Device:
     processors: int
     shared_memory: int  # bytes that one block may have
     shared_in_all: int  # bytes of a multiprocessor
-    warpgroups: bool = False  # compute capability 9.0, and a library that was built for it
+    sm90: bool = False  # compute capability 9.0, and a library that was built for it
 
 
 H100 = Device(132, 227 * 1024, 228 * 1024, True)  # CUDA C++ Programming Guide, Compute Capabilities
@@ -92,7 +92,7 @@ class Problem:
     itemsize: int
     second_left: bool = False  # whether bn_backward is computed on load
     second_right: bool = False
-    box_tiles: int = 0  # tiles of `m` in boxes of pixels (cuda_tma.py); 0 where no boxes can be cut
+    tma_tiles: int = 0  # TMA tiles of pixels that cover `m` (cuda_tma.py); 0 where TMA can't copy them
     prologue: bool = False  # of the left factor, or of weight_grad's right one
 
 
@@ -120,20 +120,20 @@ def device_of(device: torch.device) -> Device:
     found = torch.cuda.get_device_properties(device)
     block = getattr(found, "shared_memory_per_block_optin", 99 * 1024)
     in_all = getattr(found, "shared_memory_per_multiprocessor", block)
-    warpgroups = (found.major, found.minor) == (9, 0) and "9.0a" in build_info().cuda.architectures
-    return Device(found.multi_processor_count, block, in_all, warpgroups)
+    sm90 = (found.major, found.minor) == (9, 0) and "9.0a" in build_info().cuda.architectures
+    return Device(found.multi_processor_count, block, in_all, sm90)
 
 
 def blocks(problem: Problem, tile: Tile) -> int:
     """Tiles of the result."""
-    if isinstance(tile, WarpgroupTile):
-        return problem.box_tiles * _ceil_div(problem.n, tile.n) * problem.count
+    if isinstance(tile, Sm90Tile):
+        return problem.tma_tiles * _ceil_div(problem.n, tile.n) * problem.count
     return _ceil_div(problem.m, tile.m) * _ceil_div(problem.n, tile.n) * problem.count
 
 
 def resident(problem: Problem, tile: Tile, device: Device) -> int:
     """Blocks that a multiprocessor has room for at a time; 0 if a block has not enough shared memory."""
-    if isinstance(tile, WarpgroupTile):
+    if isinstance(tile, Sm90Tile):
         return tile.blocks_with(problem.prologue)
     size = tile.shared_memory(problem.itemsize, problem.second_left, problem.second_right)
     return min(tile.blocks, device.shared_in_all // (size + 1024)) if size <= device.shared_memory else 0
@@ -141,7 +141,7 @@ def resident(problem: Problem, tile: Tile, device: Device) -> int:
 
 def candidates(problem: Problem, device: Device) -> list[int]:
     """Numbers of the tiles that the problem may have."""
-    own = OF_WARPGROUPS if device.warpgroups and problem.box_tiles and problem.itemsize == 2 else ()
+    own = OF_SM90 if device.sm90 and problem.tma_tiles and problem.itemsize == 2 else ()
     return [*OF_SIZE[problem.itemsize], *own]
 
 
@@ -182,7 +182,7 @@ def cost(problem: Problem, choice: Choice, device: Device) -> float:
     steps = _ceil_div(_ceil_div(problem.k, tile.k), choice.splits) + tile.stages
     full, rest = divmod(all_blocks, device.processors * room)
     last = _ceil_div(rest, device.processors)  # blocks of the busiest multiprocessor in the last turn
-    alone = _WARPGROUPS_ALONE if isinstance(tile, WarpgroupTile) else _ALONE
+    alone = _SM90_ALONE if isinstance(tile, Sm90Tile) else _ALONE
     turns = full * room / (alone if room == 1 else 1.0) + (max(last, 1 / alone) if last else 0)
     work = turns * steps * tile.m * tile.n * tile.k / tile.rate
     if choice.splits > 1:  # float32, written and read

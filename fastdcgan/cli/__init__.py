@@ -12,9 +12,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastdcgan import __version__
 from fastdcgan.cli import packages
 from fastdcgan.cli.options import INTERRUPTED
+from fastdcgan.version import __version__
 
 # Command -> (module with its options and itself, what it does)
 COMMANDS = {
@@ -26,7 +26,7 @@ COMMANDS = {
     "features": ("fastdcgan.cli.features", "Features of a trained network, classifiers on them, a comparison."),
     "evaluate": ("fastdcgan.cli.evaluate", "Fréchet distance, precision and recall of a run's checkpoints."),
     "style": ("fastdcgan.cli.style", "Show one picture in the manner of another."),
-    "bench": ("fastdcgan.benchmarks.cli", "Time blocks and the training step against PyTorch."),
+    "bench": ("fastdcgan.cli.bench", "Time blocks and the training step against PyTorch."),
     "doctor": ("fastdcgan.cli.doctor", "Show what was built, what can run here, and why the rest can't."),
 }
 # What a file or folder that the user named can raise. Other OSErrors (a full disk) are failures.
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         lacking = packages.what_to_install(error, argv[0])
-        if "--debug" in argv:
+        if "--debug" in argv:  # there are no `args` where importing the command failed
             traceback.print_exc()
         elif lacking is not None:
             print(f"error: {lacking}", file=sys.stderr)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from fastdcgan.benchmarks import demo
 from fastdcgan.cli.options import INTERRUPTED, add_device, add_out
+from fastdcgan.dcgan.demo import DemoSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastdcgan.dcgan import demo
-
-    settings = demo.DemoSettings(args.out, args.minutes, args.device, args.seed)
+    settings = DemoSettings(args.out, args.minutes, args.device, args.seed)
     outcome = demo.run(settings)
     if outcome.reason == "interrupted":
         return INTERRUPTED

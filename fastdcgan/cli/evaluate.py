@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastdcgan.cli.options import add_checkpoint, add_labelled_data, at_least, folder_to_fill
+from fastdcgan.dcgan import checkpoint, distributed, evaluation, feature_report, trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastdcgan.dcgan import checkpoint, distributed, evaluation, feature_report, trained
-
     at_least("--count", args.count, 10)
     device = distributed.choose_device(args.device)
     if args.fid:

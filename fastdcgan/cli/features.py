@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastdcgan.cli.options import add_checkpoint, add_labelled_data, add_out, at_least, folder_to_fill
+from fastdcgan.dcgan import augmentation, distributed, feature_report, trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastdcgan.dcgan import augmentation, distributed, feature_report, trained
-
     at_least("--pool", args.pool, 0)
     at_least("--draws", args.draws, 1)
     at_least("--search-steps", args.search_steps, 1)

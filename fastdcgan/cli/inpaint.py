@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from fastdcgan.cli.options import add_checkpoint, add_out, at_least
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fastdcgan.dcgan.trained import Trained
+from fastdcgan.dcgan import distributed, inpainting, masks, trained
+from fastdcgan.dcgan.console import Bar, say
+from fastdcgan.dcgan.data import held_out, load_images
+from fastdcgan.dcgan.files import new_folder, replacing
+from fastdcgan.dcgan.images import save_numbered, to_pixels
+from fastdcgan.dcgan.trained import Trained
+from fastdcgan.images import normalize_images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,11 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastdcgan.dcgan import distributed, inpainting, masks, trained
-    from fastdcgan.dcgan.console import Bar, say
-    from fastdcgan.dcgan.files import new_folder, replacing
-    from fastdcgan.dcgan.images import save_numbered, to_pixels
-
     at_least("--count", args.count, 1)
     at_least("--steps", args.steps, 1)
     at_least("--restarts", args.restarts, 1)
@@ -93,13 +93,6 @@ def run(args: argparse.Namespace) -> int:
 def _images(run: Trained, args: argparse.Namespace) -> tuple[Tensor, Tensor | None]:
     """The images to fill in [N, C, H, W], and the mean of those that the run was trained on, where they are of its own
     data."""
-    import numpy as np
-    import torch
-
-    from fastdcgan.dcgan.console import say
-    from fastdcgan.dcgan.data import held_out, load_images
-    from fastdcgan.images import normalize_images
-
     config = run.config
     data = args.images or config.data
     array = load_images(data, config.image_size, config.channels, cache_folder=args.cache or config.cache or None).array

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from fastdcgan.cli.options import add_checkpoint
+from fastdcgan.dcgan import distributed, interpolation, trained
+from fastdcgan.dcgan.images import save_image
 
 _SEEDS = ["0", "1", "2", "3", "4"]
 
@@ -36,9 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastdcgan.dcgan import distributed, interpolation, trained
-    from fastdcgan.dcgan.images import save_image
-
     out = args.out or Path("walk.png" if args.arithmetic is None else "arithmetic.png")
     kinds = (".png", ".gif") if args.arithmetic is None else (".png",)
     if out.suffix not in kinds:

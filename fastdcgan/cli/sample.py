@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastdcgan.cli.options import add_device, at_least
+from fastdcgan.dcgan import distributed, sampling, trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastdcgan.dcgan import distributed, sampling, trained
-
     at_least("--count", args.count, 1)
     device = distributed.choose_device(args.device)
     how = {"seed": args.seed, "truncation": args.truncation}

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastdcgan.cli.options import add_checkpoint, add_out, at_least, file_to_write
+from fastdcgan.dcgan import console, distributed, images, pictures, style, trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,14 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastdcgan.dcgan import console, distributed, images, pictures, style, trained
-
     at_least("--size", args.size, style.LEAST_SIDE)
     at_least("--steps", args.steps, 1)
     device = distributed.choose_device(args.device)
     nets = trained.load_trained(args.checkpoint, device)
     channels = nets.discriminator.channels
-    square = args.optimize == "z"  # of the size that is generated
+    square = args.optimize == "z"  # then pictures have the size that is generated
     side = nets.generator.image_size if square else args.size
     content, manner = (
         pictures.load_picture(path, channels, side, square=square) for path in (args.content, args.style)

@@ -8,7 +8,9 @@ import typing
 from collections.abc import Sequence
 
 from fastdcgan.cli.options import INTERRUPTED
+from fastdcgan.dcgan import distributed
 from fastdcgan.dcgan.config import TrainConfig
+from fastdcgan.dcgan.training import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +39,6 @@ def _metavar(choices: Sequence | None, field: dataclasses.Field) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastdcgan.dcgan import distributed
-    from fastdcgan.dcgan.training import Trainer
-
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
     try:
         trainer = Trainer.resume(args.resume, **given) if args.resume else Trainer(TrainConfig(**given))

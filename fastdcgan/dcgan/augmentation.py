@@ -36,7 +36,7 @@ from fastdcgan.optim import FusedAdam
 
 ALONE, PER_CLASS, PSEUDO = "labels alone", "with a DCGAN per class", "with images of the run's G, labelled by its D"
 REAL, SVM = "with real images, labelled by the run's D", "linear SVM on the run's D"
-_WIDTH = 16  # of the DCGANs of few images
+_WIDTH = 16  # ngf and ndf of the DCGANs that learn few images
 _LR = 5e-4
 
 

@@ -34,7 +34,7 @@ class LinearSVM:
 
     @classmethod
     def fit(cls, features: np.ndarray, labels: np.ndarray, seed: int = 0) -> LinearSVM:
-        """From features [N, F] and labels int [N]. With less than two of some class nothing can be chosen by
+        """Fit to features [N, F] and labels int [N]. With less than two of some class nothing can be chosen by
         cross-validation: then C is 1.
 
         Raises ValueError for less than two classes, ModuleNotFoundError without scikit-learn.

@@ -21,7 +21,7 @@ from fastdcgan.dcgan.sources import Source, open_source
 from fastdcgan.images import normalize_images
 
 _NAMED_IN_FULL = 10
-_RESIDENT_SHARE = 0.25  # of a GPU's free memory
+_RESIDENT_SHARE = 0.25  # part of a GPU's free memory that images may take
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ROWS = 1024  # of distances at a time
+_ROWS = 1024  # rows of the matrix of distances that are computed at a time
 
 
 class Moments(NamedTuple):
@@ -19,7 +19,7 @@ class Moments(NamedTuple):
 
 
 def moments(features: np.ndarray) -> Moments:
-    """Of features [N, F]. Raises ValueError for less than two rows or values that are not finite."""
+    """The moments of features [N, F]. Raises ValueError for less than two rows or values that are not finite."""
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features have shape {list(features.shape)}: expected [N, F] with N of at least 2")
     if not np.isfinite(features).all():
@@ -57,9 +57,11 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> PrecisionRecall:
-    """Of features [N, F] and [M, F]: Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing
-    Generative Models" (2019), section 2. A set's manifold is the union of the balls around its points that reach to the
-    `k`th nearest other point; precision is the share of generated points in the real manifold, recall the other way.
+    """Precision and recall of features [N, F] and [M, F].
+
+    Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models" (2019), section 2.
+    A set's manifold is the union of the balls around its points that reach to the `k`th nearest other point; precision
+    is the share of generated points in the real manifold, recall the other way.
 
     Raises ValueError for sets of `k` points or less.
     """

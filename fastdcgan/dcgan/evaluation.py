@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastdcgan.dcgan import checkpoint, images, judge
+from fastdcgan.dcgan import checkpoint, images, judge, plots
 from fastdcgan.dcgan.console import say
 from fastdcgan.dcgan.distances import Moments, frechet_distance, moments, precision_recall
 from fastdcgan.dcgan.feature_report import Split
@@ -45,7 +45,7 @@ class Yardstick:
     """What a generator is measured with: a classifier, and the held-out images and their features."""
 
     classifier: judge.Classifier
-    accuracy: float  # of the classifier, on the held-out images
+    accuracy: float  # the classifier's, on the held-out images
     pixels: np.ndarray
     features: np.ndarray
     moments: Moments
@@ -53,7 +53,7 @@ class Yardstick:
 
     @classmethod
     def make(cls, split: Split, cache: Path, device: torch.device) -> Yardstick:
-        """With a classifier of the training images, taken from the folder `cache` or put there."""
+        """Measure with a classifier of the training images, taken from the folder `cache` or put there."""
         labels, test = split.data.labels, split.test
         net = judge.cached_classifier(
             cache / "classifier.safetensors", split.train_pixels, labels[~test], len(split.data.classes), device=device
@@ -157,8 +157,6 @@ def to_markdown(evaluations: Sequence[Evaluation], real: Evaluation) -> str:
 
 def write(evaluations: Sequence[Evaluation], real: Evaluation, yardstick: Yardstick, out: Path, **about: Any) -> None:
     """evaluation.json and evaluation.png in the folder `out`; `about` goes into the first."""
-    from fastdcgan.dcgan.plots import plot_evaluations
-
     result = {
         **about,
         "held_out_images": len(yardstick.pixels),
@@ -168,4 +166,21 @@ def write(evaluations: Sequence[Evaluation], real: Evaluation, yardstick: Yardst
     }
     with replacing(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
-    plot_evaluations(evaluations, real, out / "evaluation.png")
+    plot(evaluations, real, out / "evaluation.png")
+
+
+def plot(evaluations: Sequence[Evaluation], real: Evaluation, path: Path) -> None:
+    """Fréchet distance, precision and recall over the steps, and of real images as lines across -> PNG."""
+    steps = [e.step for e in evaluations]
+    figure, (distances, shares) = plots.two_rows()
+    distances.plot(steps, [e.frechet for e in evaluations], marker="o", markersize=3, label="generated")
+    distances.axhline(real.frechet, color="gray", linestyle="--", label="training images")
+    distances.set_yscale("log")
+    distances.set_ylabel("Fréchet distance")
+    for key, color in (("precision", "C0"), ("recall", "C1")):
+        shares.plot(steps, [getattr(e, key) for e in evaluations], marker="o", markersize=3, color=color, label=key)
+        shares.axhline(getattr(real, key), color=color, linestyle="--", linewidth=1)
+    shares.set_ylabel("share (dashed: training images)")
+    shares.set_ylim(0, 1)
+    shares.set_xlabel("step")
+    plots.save(figure, path)

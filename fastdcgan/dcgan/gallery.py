@@ -25,7 +25,7 @@ from fastdcgan.dcgan.trained import Trained, load_trained
 from fastdcgan.dcgan.training import Trainer
 from fastdcgan.images import normalize_images
 
-MOST_BYTES = 300_000  # of a picture
+MOST_BYTES = 300_000  # that a picture's file may have
 _SIDE = 64  # pixels: smaller images are enlarged to it
 _SHOWN, _FILLED, _CANDIDATES, _FRAMES = 64, 12, 256, 7
 _EMA = 0.998
@@ -122,7 +122,7 @@ def draw(run: Trained, out: Path, prefix: str) -> list[Picture]:
 
     add("samples", "Samples", grid(sampling.sample(generator, _SHOWN)))
     add("walk", "Walks from one input to the next", interpolation.walk_sheet(generator, points))
-    if run.config.channels == 1:  # of colour pictures the sum is plain white
+    if run.config.channels == 1:  # with colours the sum is plain white
         sums = interpolation.arithmetic_sheet(generator, _by_brightness(run))
         add("arithmetic", "Bold ones minus thin ones plus middling ones", sums)
     animation = Picture(f"{prefix}-walk.gif", "A walk, moving")

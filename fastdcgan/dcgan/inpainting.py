@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-import fastdcgan
 from fastdcgan.dcgan import blending, masks
 from fastdcgan.dcgan.images import grid
 from fastdcgan.dcgan.models import Discriminator, Generator
+from fastdcgan.folding import fold_batchnorm
 
 WINDOW = 7  # pixels: the neighbourhood that the context loss weighs a pixel by (section 3.2)
 
@@ -66,8 +66,8 @@ def inpaint(
     n = len(images)
     images, known = images.to(device, torch.float32), known.to(device).expand(n, 1, *images.shape[2:])
     # Copies, so that nobody's requires_grad changes.
-    paint = fastdcgan.fold_batchnorm(generator).requires_grad_(False)
-    judge = fastdcgan.fold_batchnorm(discriminator).requires_grad_(False)
+    paint = fold_batchnorm(generator).requires_grad_(False)
+    judge = fold_batchnorm(discriminator).requires_grad_(False)
 
     target, weights = _repeated(images, restarts), _repeated(context_weights(known), restarts)
     z = torch.randn(n * restarts, generator.nz, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -133,7 +133,7 @@ def sheet(images: Tensor, known: Tensor, filled: Tensor, columns: int = 12) -> I
 
 
 def _losses(made: Tensor, target: Tensor, weights: Tensor, judge: Discriminator, prior: float) -> Tensor:
-    """Of each image: context loss (equation 4) plus `prior` times log(1 - D(G(z))) (equation 6)."""
+    """The loss of each image: context loss (equation 4) plus `prior` times log(1 - D(G(z))) (equation 6)."""
     context = (weights * (made - target).abs()).flatten(1).sum(1)
     return context - prior * F.softplus(judge(made))
 

@@ -65,7 +65,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def walk(points: Tensor, steps: int) -> Tensor:
-    """From each of the `points` [K, nz] to the next one in `steps` images, both ends among them: [K-1, steps, nz]."""
+    """The inputs [K-1, steps, nz] on the way from each of the `points` [K, nz] to the next one, both ends included."""
     if len(points) < 2:
         raise ValueError(f"a walk between {len(points)} inputs: expected at least 2")
     if steps < 2:

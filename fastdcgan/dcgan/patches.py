@@ -29,7 +29,7 @@ class PatchKMeans:
 
     @classmethod
     def fit(cls, pixels: np.ndarray, *, centres: int = 200, side: int = 6, seed: int = 0) -> PatchKMeans:
-        """From uint8 images [N, H, W, C], without labels. Raises ModuleNotFoundError without scikit-learn."""
+        """Learn from uint8 images [N, H, W, C], without labels. Raises ModuleNotFoundError without scikit-learn."""
         from sklearn.cluster import MiniBatchKMeans
 
         random = np.random.default_rng(seed)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import fastdcgan
 from fastdcgan.dcgan.features import GRID, FeatureExtractor
 from fastdcgan.dcgan.models import Generator
+from fastdcgan.folding import fold_batchnorm
 
 _PRIOR = 1e-3  # weight of z's length, which keeps it where the generator was trained
 
@@ -31,7 +31,7 @@ def encode(generator: Generator, images: Tensor, *, steps: int = 200, lr: float 
         raise ValueError(f"steps is {steps}: expected at least 1")
     random = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), torch.enable_grad():
-        paint = fastdcgan.fold_batchnorm(generator).eval().requires_grad_(False)
+        paint = fold_batchnorm(generator).eval().requires_grad_(False)
         target = images.detach().clone()
         z = torch.randn(len(images), generator.nz, generator=random).to(images.device).requires_grad_()
         adam = torch.optim.Adam([z], lr)

@@ -30,10 +30,10 @@ class Source(ABC):
     """Numbered images, and an identity that changes when they do."""
 
     title: str  # for people
-    identity: list  # of plain values: what the images are
+    identity: list  # plain values that say which images these are
 
     def fingerprint(self, image_size: int, channels: int) -> str:
-        """Of the decoded images: the source, and what they are decoded to."""
+        """What tells the decoded images from others: the source, and what they are decoded to."""
         text = json.dumps([self.identity, image_size, channels])
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import fastdcgan
 from fastdcgan.dcgan.features import FeatureExtractor
 from fastdcgan.dcgan.models import Discriminator, Generator
+from fastdcgan.folding import fold_batchnorm
 
-LEAST_SIDE = 16  # of an image: below it the deeper layers see nothing but their padding
+LEAST_SIDE = 16  # pixels: of a smaller image the deeper layers see nothing but their padding
 _LR = 0.05
 
 
@@ -37,7 +37,7 @@ class Transferred:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the content's loss, the style's, and the total variation (Mahendran and Vedaldi, 2015, section 3)."""
+    """Weights of the content's loss, the style's, and the total variation (Mahendran and Vedaldi, 2015, section 3)."""
 
     content: float = 1.0
     style: float = 3.0
@@ -89,7 +89,7 @@ def transfer(
     _check(discriminator, generator, content, style, weights, steps)
     device = next(discriminator.parameters()).device
     content, style = (x.detach().to(device, torch.float32) for x in (content, style))
-    eyes = fastdcgan.fold_batchnorm(discriminator).eval().requires_grad_(False)
+    eyes = fold_batchnorm(discriminator).eval().requires_grad_(False)
     extractor = FeatureExtractor(eyes, [*dict.fromkeys([*layers, content_layer])])
 
     with torch.no_grad():
@@ -120,7 +120,7 @@ def transfer(
         paint, loss = torch.tanh, shifted_loss
     else:
         u = torch.randn(1, generator.nz, generator=random).to(device)
-        paint, loss = fastdcgan.fold_batchnorm(generator).eval().requires_grad_(False), loss_of
+        paint, loss = fold_batchnorm(generator).eval().requires_grad_(False), loss_of
     first = paint(u)
     image = _optimize(lambda u: loss(paint(u)), paint, u, steps, progress)
     with torch.no_grad():

@@ -229,7 +229,7 @@ class Trainer:
             path = self.out / "samples" / f"step-{self.step:08}.png"
             images.save_image(picture, path)
             for later in self._sample_files():
-                if later.name > path.name:  # of a run that went another way from here
+                if later.name > path.name:  # a run that went another way from here has left it
                     later.unlink()
             self._log.add_picture("samples", np.asarray(picture), self.step)
             self._log.skip_time()

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from fastdcgan import backends
+from fastdcgan.backends import cuda_facts
 
 NAMESPACES = {"cpu": "fastdcgan_cpu", "cuda": "fastdcgan_cuda"}
 
-# Elements for which Adam keeps a step counter of their own: `Adam::kChunk` in csrc/cuda/adam.cuh. Elsewhere a parameter
-# has one counter.
-ADAM_CHUNK = {"cuda": 4096}
+# Elements for which Adam keeps a step counter of their own. Elsewhere a parameter has one counter.
+ADAM_CHUNK = {"cuda": cuda_facts.ADAM_CHUNK}
 
 _reasons: dict[str, str | None] = {}  # each device is asked for once: this is on the way of every step
 

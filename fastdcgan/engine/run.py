@@ -45,7 +45,7 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
     if isinstance(stat_groups, torch.fx.Proxy):
         stat_groups = 1  # torch.fx traces the root module's default as an input
     checks.check_stat_groups(stat_groups)
-    if _needs_every_module(x) or (isinstance(x, Tensor) and plain_modules(x) is not None):
+    if _needs_every_module(x) or _runs_plain(x):
         for module in sequential:
             x = _call_alone(module, x, stat_groups)
         return x
@@ -74,19 +74,25 @@ def _needs_every_module(x: Any) -> bool:
     )
 
 
+def why_plain(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why "auto" runs PyTorch's own modules, or None: where the compiled backend that is meant for this device and
+    dtype is missing, they are faster than the reference."""
+    if backends.requested() != "auto" or backends.select("auto", device_type, dtype) != "reference":
+        return None
+    return backends.missing(device_type, dtype)
+
+
 _warned: set[str] = set()
 
 
-def plain_modules(x: Tensor) -> str | None:
-    """Why "auto" runs PyTorch's own modules: where the compiled backend that is meant for `x` is missing, they are
-    faster than the reference. Else None."""
-    if backends.requested() != "auto" or block_backend(x) != "reference":
-        return None
-    reason = backends.missing(x.device.type, compute_dtype(x))
+def _runs_plain(x: Any) -> bool:
+    if not isinstance(x, Tensor):
+        return False
+    reason = why_plain(x.device.type, compute_dtype(x))
     if reason is not None and reason not in _warned and not torch.compiler.is_compiling():
         _warned.add(reason)
-        warnings.warn(f"blocks run as PyTorch's own modules: {reason}", stacklevel=4)
-    return reason
+        warnings.warn(f"blocks run as PyTorch's own modules: {reason}", stacklevel=5)
+    return reason is not None
 
 
 def _call_alone(module: nn.Module, x: Any, stat_groups: int) -> Any:
@@ -128,14 +134,14 @@ class _Structure:
 
     def __init__(self, sequential: nn.Sequential) -> None:
         self.parts = [_Chain(p) if isinstance(p, FoundChain) else p for p in segments(sequential)]
-        self._opened: list[tuple[dict, list]] = []
+        self._opened: list[tuple[nn.Module, list]] = []
         self._modules: list[tuple] = []
         self._forwards: dict[Any, Any] = {}
         self._watch(sequential)
 
     def _watch(self, sequential: nn.Module) -> None:
         children = sequential._modules
-        self._opened.append((children, list(children.values())))
+        self._opened.append((sequential, list(children.values())))
         for child in children.values():
             assert child is not None
             names = _watched(child)
@@ -147,8 +153,8 @@ class _Structure:
                 self._watch(child)
 
     def holds(self) -> bool:
-        for children, modules in self._opened:
-            if list(children.values()) != modules:
+        for sequential, modules in self._opened:
+            if list(sequential._modules.values()) != modules:
                 return False
         for module, kind, attributes, count, get, state in self._modules:
             if module.__class__ is not kind or len(attributes) != count or get(attributes) != state:

@@ -263,10 +263,10 @@ def test_bad_calls(cpu: Backend) -> None:
         torch.ops.fastdcgan_cpu.norm_act(y, coef, 99, 0.0)
 
 
-def test_covers(cpu: Backend) -> None:
-    assert all(cpu.covers("cpu", dtype) is None for dtype in DTYPES)
-    assert cpu.covers("cpu", torch.float64) == "it takes float32, bfloat16, float16, not float64"
-    assert "not 'cuda'" in (cpu.covers("cuda", torch.float32) or "")
+def test_what_it_takes(cpu: Backend) -> None:
+    assert all(cpu.why_not("cpu", dtype) is None for dtype in DTYPES)
+    assert cpu.why_not("cpu", torch.float64) == "it takes float32, bfloat16, float16, not float64"
+    assert "not 'cuda'" in (cpu.why_not("cuda", torch.float32) or "")
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

@@ -53,14 +53,14 @@ def write_record(folder: Path, error: str | None, architectures: list[str] | Non
     (folder / "_build.json").write_text(json.dumps({**record, "extensions": extensions, "cuda": built}))
 
 
-def test_covers(gpu: Path) -> None:
+def test_what_it_takes(gpu: Path) -> None:
     write_record(gpu, None, ["8.0", "9.0a"])
     backend = cuda.CUDABackend()
-    assert all(backend.covers("cuda", dtype) is None for dtype in cuda.DTYPES)
-    assert "device type 'cuda', not 'cpu'" in backend.covers("cpu", torch.float32)
-    assert "float32, bfloat16, float16, not torch.float64" in backend.covers("cuda", torch.float64)
+    assert all(backend.why_not("cuda", dtype) is None for dtype in cuda.DTYPES)
+    assert "device type 'cuda', not 'cpu'" in backend.why_not("cpu", torch.float32)
+    assert "float32, bfloat16, float16, not torch.float64" in backend.why_not("cuda", torch.float64)
     write_record(gpu, None, ["8.0", "10.0+PTX"])
-    reason = backend.covers("cuda", torch.float32)
+    reason = backend.why_not("cuda", torch.float32)
     assert reason == (
         "it was built for 8.0 10.0+PTX, and GPU 0 has compute capability 9.0: build it with TORCH_CUDA_ARCH_LIST"
     )

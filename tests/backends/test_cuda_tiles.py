@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fastdcgan.backends import cuda_boxes, cuda_contractions, cuda_tiles
+from fastdcgan.backends import cuda_contractions, cuda_tiles, cuda_tma
 from fastdcgan.backends.cuda_tiles import (
     H100,
     OF_SIZE,
-    OF_WARPGROUPS,
+    OF_SM90,
     TILES,
     Device,
     Problem,
-    WarpgroupTile,
+    Sm90Tile,
     blocks,
     candidates,
     choose,
     cost,
     resident,
 )
-from fastdcgan.benchmarks import cuda_plan
-from fastdcgan.benchmarks.shapes import Block, NetShape
-from fastdcgan.dispatch import autotune
 from fastdcgan.geometry import Geometry
-from fastdcgan.spec import STORE, Operand
+from fastdcgan.spec import Operand
+from tests.helpers.contractions import conv_call
 
 LARGE = Problem(128 * 16 * 16, 256, 512 * 16, 1, 2)
 
@@ -65,44 +62,44 @@ def test_parts_fill_a_gpu_where_tiles_are_few() -> None:
     assert choose(Problem(64, 64, 64, 1, 2), H100).splits == 1  # too short to be cut
 
 
-# --- warpgroups -------------------------------------------------------------------------------------------------------
+# --- sm_90a -----------------------------------------------------------------------------------------------------------
 
-BOXED = replace(LARGE, box_tiles=LARGE.m // 128)
-
-
-def test_tiles_of_warpgroups_are_for_their_devices_and_for_boxes() -> None:
-    ampere = replace(H100, warpgroups=False)
-    for problem, device in ((LARGE, H100), (BOXED, ampere), (replace(BOXED, itemsize=4), H100)):
-        assert not set(candidates(problem, device)) & set(OF_WARPGROUPS)
-        assert choose(problem, device).number not in OF_WARPGROUPS
-    assert set(candidates(BOXED, H100)) == {*OF_SIZE[2], *OF_WARPGROUPS}
-    assert choose(BOXED, H100).number in OF_WARPGROUPS
+TILED = replace(LARGE, tma_tiles=LARGE.m // 128)
 
 
-def test_tiles_of_warpgroups_fit_with_a_prologue_and_without() -> None:
-    for number in OF_WARPGROUPS:
+def test_sm90_tiles_are_for_their_devices_and_for_what_tma_can_copy() -> None:
+    ampere = replace(H100, sm90=False)
+    for problem, device in ((LARGE, H100), (TILED, ampere), (replace(TILED, itemsize=4), H100)):
+        assert not set(candidates(problem, device)) & set(OF_SM90)
+        assert choose(problem, device).number not in OF_SM90
+    assert set(candidates(TILED, H100)) == {*OF_SIZE[2], *OF_SM90}
+    assert choose(TILED, H100).number in OF_SM90
+
+
+def test_sm90_tiles_fit_with_a_prologue_and_without() -> None:
+    for number in OF_SM90:
         tile = TILES[number]
-        assert isinstance(tile, WarpgroupTile)
+        assert isinstance(tile, Sm90Tile)
         for prologue in (False, True):
-            room = resident(replace(BOXED, prologue=prologue), tile, H100)
+            room = resident(replace(TILED, prologue=prologue), tile, H100)
             stage = (tile.m * (1 + prologue) + tile.n) * tile.k * 2
             assert tile.ring_with(prologue) >= 2 * stage  # bn_backward's second tensor takes as much as the first
             assert room * (tile.ring_with(prologue) + 2048) <= H100.shared_in_all
 
 
-def test_boxes_cover_pixels() -> None:
-    assert cuda_boxes.pixel_box(128, 32, 32) == (1, 4, 32)
-    assert cuda_boxes.pixel_box(128, 4, 4) == (8, 4, 4)
-    assert cuda_boxes.pixel_box(128, 1, 1) == (128, 1, 1)
-    assert cuda_boxes.pixel_box(64, 3, 5) == (2, 4, 8)
-    assert cuda_boxes.pixel_tiles(128, 4, 4) == 16 and cuda_boxes.pixel_tiles(3, 5, 33) == 3 * 3
+def test_tma_tiles_cover_pixels() -> None:
+    assert cuda_tma.pixel_tile(128, 32, 32) == (1, 4, 32)
+    assert cuda_tma.pixel_tile(128, 4, 4) == (8, 4, 4)
+    assert cuda_tma.pixel_tile(128, 1, 1) == (128, 1, 1)
+    assert cuda_tma.pixel_tile(64, 3, 5) == (2, 4, 8)
+    assert cuda_tma.pixel_tiles(128, 4, 4) == 16 and cuda_tma.pixel_tiles(3, 5, 33) == 3 * 3
 
 
 @pytest.mark.parametrize(
     ("op", "size", "channels", "geometry", "act", "fits"),
     [
         ("conv", (8, 8), (64, 3), Geometry((4, 4), (2, 2), (1, 1)), "tanh", True),
-        ("conv", (8, 8), (72, 64), Geometry((4, 4), (2, 2), (1, 1)), None, False),  # a box would reach the next pixel
+        ("conv", (8, 8), (72, 64), Geometry((4, 4), (2, 2), (1, 1)), None, False),  # a tile would reach the next pixel
         ("conv", (8, 8), (72, 64), Geometry((4, 4), (2, 1), (1, 1)), None, True),
         ("conv", (9, 8), (64, 64), Geometry((4, 4), (2, 2), (1, 1)), None, False),
         ("conv", (9, 9), (12, 64), Geometry((3, 3)), None, False),
@@ -112,10 +109,10 @@ def test_boxes_cover_pixels() -> None:
         ("conv_transpose", (5, 3), (8, 12), Geometry((5, 5), (3, 3)), None, False),
         ("weight_grad", (8, 8), (72, 8), Geometry((4, 4), (2, 2), (1, 1)), None, True),
         ("weight_grad", (8, 8), (72, 8), Geometry((4, 4), (2, 2), (1, 1)), "elu", True),
-        ("weight_grad", (6, 6), (72, 8), Geometry((4, 4), (2, 2), (1, 1)), None, False),  # 3 pixels are no box
+        ("weight_grad", (6, 6), (72, 8), Geometry((4, 4), (2, 2), (1, 1)), None, False),  # 3 pixels are no tile
     ],
 )
-def test_what_boxes_can_be_cut_of(
+def test_what_tma_can_copy(
     op: str, size: tuple[int, int], channels: tuple[int, int], geometry: Geometry, act: str | None, fits: bool
 ) -> None:
     x = torch.zeros(2, channels[0], *size, dtype=torch.bfloat16)
@@ -124,27 +121,21 @@ def test_what_boxes_can_be_cut_of(
     weight = torch.zeros(*shape, *geometry.kernel, dtype=torch.bfloat16)
     if op == "weight_grad":
         linear = Operand(torch.zeros(2, channels[1], *geometry.conv_size(*size), dtype=torch.bfloat16))
-        assert cuda_boxes.weight_grad_fits(a, linear, geometry) == fits
+        assert cuda_tma.weight_grad_fits(a, linear, geometry) == fits
     elif op == "conv":
-        assert cuda_boxes.conv_fits(a, weight, geometry) == fits
-        assert not cuda_boxes.conv_fits(Operand(x.float()), weight, geometry)
+        assert cuda_tma.conv_fits(a, weight, geometry) == fits
+        assert not cuda_tma.conv_fits(Operand(x.float()), weight, geometry)
     else:
-        assert cuda_boxes.conv_transpose_fits(a, weight) == fits
+        assert cuda_tma.conv_transpose_fits(a, weight) == fits
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- from a call to its tiles ----------------------------------------------------------------------------------------
 
 
-def test_tuning_measures_tiles_once_and_keeps_the_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTDCGAN_MEASURED", str(tmp_path / "measured.json"))
-    monkeypatch.setattr(autotune, "_files", {})
-    monkeypatch.setattr(autotune, "gpu_key", lambda device: "a GPU")
-    monkeypatch.setattr(autotune, "_idle", lambda device: True)
-    monkeypatch.setattr(
-        autotune, "milliseconds", lambda calls, device: {c: abs(c.number - 3) + c.splits for c in calls}
-    )
+def test_tuning_compares_the_shortlist_and_a_call_runs_with_the_tile_it_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(cuda_tiles, "device_of", lambda device: H100)
-    monkeypatch.setattr(cuda_contractions, "_chosen", cuda_contractions._choices())
     tried: list[tuple[int, int]] = []
 
     def contract(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,76 +143,18 @@ def test_tuning_measures_tiles_once_and_keeps_the_fastest(tmp_path: Path, monkey
         return torch.zeros(4, 24, 4, 6), torch.zeros(0)
 
     x, weight = torch.zeros(4, 64, 8, 12, dtype=torch.bfloat16), torch.zeros(24, 64, 4, 4, dtype=torch.bfloat16)
-    ops, geometry = SimpleNamespace(contract=contract), Geometry((4, 4), (2, 2), (1, 1))
-
-    def run() -> tuple[int, int]:
-        tried.clear()
-        cuda_contractions.conv(ops, Operand(x), weight, geometry, STORE)
-        return tried[-1]
-
-    problem = Problem(4 * 4 * 6, 24, 64 * 16, 1, 2, box_tiles=cuda_boxes.pixel_tiles(4, 4, 6))
-    by_rule = choose(problem, H100)
-    assert run() == (by_rule.number, by_rule.splits) and len(tried) == 1
-    with autotune.tuning():
-        best = run()
-    assert [cuda_tiles.Choice(*each) for each in tried[:-1]] == cuda_tiles.shortlist(problem, H100)
-    assert {number for number, _ in tried} == {*OF_SIZE[2], *OF_WARPGROUPS}
-    assert best == (3, 1) and run() == best and len(tried) == 1
-    monkeypatch.setattr(cuda_contractions, "_chosen", cuda_contractions._choices())  # a new process
-    monkeypatch.setattr(autotune, "_files", {})
-    assert run() == best
+    ops, call = SimpleNamespace(contract=contract), conv_call(Operand(x), weight, Geometry((4, 4), (2, 2), (1, 1)))
+    problem = Problem(4 * 4 * 6, 24, 64 * 16, 1, 2, tma_tiles=cuda_tma.pixel_tiles(4, 4, 6))
+    found = cuda_contractions.tiles(call)
+    assert found == cuda_tiles.shortlist(problem, H100)
+    assert {choice.number for choice in found} == {*OF_SIZE[2], *OF_SM90}
+    for choice in (None, *found):
+        cuda_contractions.run(ops, call, choice)
+        expected = choice or choose(problem, H100)
+        assert tried[-1] == (expected.number, expected.splits)
 
 
-@pytest.mark.parametrize("entry", [{"number": 99, "splits": 1}, {"number": 1, "splits": 0}, {"tile": 3}, 5])
-def test_an_entry_that_is_no_choice_is_ignored(entry: object) -> None:
+@pytest.mark.parametrize("entry", [{"number": 99, "splits": 1}, {"number": 1, "splits": 0}, {"tile": 3}])
+def test_what_is_no_choice_is_refused(entry: dict[str, int]) -> None:
     with pytest.raises((TypeError, ValueError)):
-        cuda_contractions._chosen._choice_of(entry)
-
-
-# --- the committed plan ----------------------------------------------------------------------------------------------
-
-
-def chosen_for(block: Block, part: str, monkeypatch: pytest.MonkeyPatch) -> Problem:
-    """What the backend asks a tile for, in a call on tensors without memory."""
-    asked: list[Problem] = []
-
-    def choose(problem: Problem, device: Device) -> cuda_tiles.Choice:
-        asked.append(problem)
-        return cuda_tiles.Choice(0, 1)
-
-    def results(shape: Any) -> torch.Tensor:
-        return torch.empty(shape, device="meta").contiguous(memory_format=torch.channels_last)
-
-    small, large = (block.in_size, block.out_size) if block.transposed else (block.out_size, block.in_size)
-    of_small, of_large = block.in_channels, block.out_channels
-    if not block.transposed:
-        of_small, of_large = of_large, of_small
-    geometry = Geometry((block.kernel,) * 2, (block.stride,) * 2, (block.padding,) * 2)
-    image, grid = results((128, of_large, large, large)).bfloat16(), results((128, of_small, small, small)).bfloat16()
-    weight = results((of_small, of_large, block.kernel, block.kernel)).bfloat16()
-    taps = of_large * block.kernel**2
-    ops = SimpleNamespace(
-        contract=lambda x, *rest: (results((128, taps, 1, 1) if small == 1 and x is grid else (128, 1, 1, 1)), None),
-        contract_weight_grad=lambda *rest: results((of_small, taps, 1, 1)),
-    )
-    monkeypatch.setattr(cuda_tiles, "choose", choose)
-    monkeypatch.setattr(cuda_contractions, "_chosen", cuda_contractions._choices())
-    if part == "weight gradient":
-        cuda_contractions.weight_grad(ops, Operand(image), Operand(grid), geometry)
-    elif block.transposed == (part == "forward"):
-        cuda_contractions.conv_transpose(ops, Operand(grid), weight, geometry, (large, large), STORE)
-    else:
-        cuda_contractions.conv(ops, Operand(image), weight, geometry, STORE)
-    (problem,) = asked
-    return problem
-
-
-@pytest.mark.parametrize("part", cuda_plan.PARTS)
-def test_the_plan_is_of_the_problems_that_the_backend_has(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for block in (*NetShape().generator()[:4], *NetShape().discriminator()[1:4]):
-        assert cuda_plan.problem_of(block, part, 128) == chosen_for(block, part, monkeypatch), block.name
-
-
-def test_the_committed_plan_is_what_is_planned(tmp_path: Path) -> None:
-    cuda_plan.write(tmp_path / "plan.md")
-    assert (tmp_path / "plan.md").read_text() == cuda_plan.PLAN.read_text(), "python -m fastdcgan.benchmarks.cuda_plan"
+        cuda_tiles.Choice(**entry)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastdcgan import backends
 from fastdcgan.backends.reference import ReferenceBackend
@@ -15,6 +14,7 @@ from fastdcgan.benchmarks.contractions import LIBRARY, PARTS, run_layer
 from fastdcgan.benchmarks.harness import Timing
 from fastdcgan.benchmarks.results import Results, environment
 from fastdcgan.benchmarks.shapes import NetShape
+from fastdcgan.spec import Algorithm, Call
 
 CPU = torch.device("cpu")
 TIMING = Timing(2, 0.001)
@@ -27,13 +27,17 @@ class Own(ReferenceBackend):
     def __init__(self, scale: float = 1.0, error: Exception | None = None) -> None:
         self.scale, self.error = scale, error
 
-    def why_not(self, op: str, *args: Any) -> str | None:
-        return None
+    def algorithms(self, op: str) -> list[Algorithm]:
+        return [
+            Algorithm("own", lambda call: None, self.wrong),
+            Algorithm("unable", lambda call: "it has no kernel", self.pytorch),
+        ]
 
-    def finished(self, a: Any) -> Tensor:
+    def wrong(self, call: Call, tile: None) -> Any:
         if self.error is not None:
             raise self.error
-        return super().finished(a) * self.scale
+        a = call.a._replace(x=call.a.x * self.scale)
+        return self.pytorch(call._replace(a=a))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, own: Own, index: int = 0) -> list:

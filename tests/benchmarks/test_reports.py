@@ -1,28 +1,19 @@
-"""The benchmark suite as a user has it: results files, tables, `fastdcgan bench`, gpu-check without a GPU."""
+"""What a run leaves behind: results files, tables, the plot."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastdcgan.benchmarks import cli, gpu_check, peers, plots, results, tables
-from fastdcgan.benchmarks.harness import Summary, Timing
-from fastdcgan.benchmarks.peers import PEERS
+from fastdcgan.benchmarks import plots, results, tables
+from fastdcgan.benchmarks.harness import Summary
 from fastdcgan.benchmarks.results import Case, Results, Row
-from fastdcgan.benchmarks.shapes import Block, NetShape
-from tests.benchmarks.broken_peers import change_fused, scale_a_weight
 
 CPU = torch.device("cpu")
-TINY = NetShape(16, ngf=8, ndf=8)
-BLOCK = Block("G1", True, 8, 4, 4, "relu", True)
 
 
 # --- results and tables ----------------------------------------------------------------------------------------------
@@ -184,175 +175,5 @@ def test_plot_is_drawn(tmp_path):
         plots.plot_steps(Results("bench", {}, []), {}, tmp_path / "q.png")
 
 
-# --- fastdcgan bench -------------------------------------------------------------------------------------------------
-
-
-def _bench(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    return cli.run(parser.parse_args(arguments))
-
-
-QUICK = ("--quick", "--device", "cpu", "--batch", "2", "--rounds", "2")
-
-
-@pytest.fixture
-def tiny_plan(monkeypatch):
-    timing = Timing(2, 1e-4)
-    monkeypatch.setattr(cli, "_QUICK", cli.Plan(TINY, 2, timing, timing, all_blocks=False))
-
-
-def test_bench_from_end_to_end(tiny_plan, tmp_path, capsys):
-    file = tmp_path / "bench.json"
-    assert _bench(*QUICK, "--peers", "eager", "eager-nhwc", "graph", "fused", "--json", str(file)) == 0
-    found = Results.read(file)
-    assert [case.name for case in found.cases if case.suite == "step"] == [
-        "16x16",
-        "16x16 from JPEG",
-        "pix2pix 16x16",
-    ]
-    assert [case.batch for case in found.cases if case.suite == "generate"] == [2]
-    assert {case.part for case in found.cases} == {"step", "eval", "forward", "backward"}
-    for case in found.cases:
-        expected = ["ok", "ok"] if "JPEG" in case.name else ["ok", "ok", "unavailable", "ok"]
-        assert [row.status for row in case.rows] == expected
-    shown = capsys.readouterr().out
-    for text in (
-        "Training step",
-        "Generation",
-        "Blocks",
-        "PyTorch eager, NCHW",
-        "needs a CUDA device",
-        "~ where the spread",
-    ):
-        assert text in shown
-
-
-def test_bench_warns_on_a_busy_machine(tiny_plan, monkeypatch, capsys):
-    monkeypatch.setattr(os, "getloadavg", lambda: (1e3, 0.0, 0.0))
-    assert _bench(*QUICK, "--suite", "step", "--peers", "eager") == 0
-    assert "load 1000.0 on" in capsys.readouterr().err
-
-
-def test_bench_fails_if_ours_is_wrong(tiny_plan, monkeypatch, capsys):
-    change_fused(monkeypatch, scale_a_weight)
-    assert _bench(*QUICK, "--suite", "step", "--peers", "eager", "fused") == 1
-    assert "wrong: 16x16 step, batch 2, fastdcgan in fp32" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--batch", "0"), "--batch has to be at least 1, not 0"),
-        (("--rounds", "-1"), "--rounds has to be at least 1, not -1"),
-    ],
-)
-def test_bench_rejects(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        _bench("--device", "cpu", *arguments)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_bench_on_a_missing_gpu():
-    with pytest.raises(ValueError, match="finds no GPU"):
-        _bench("--device", "cuda")
-
-
 def test_the_documents_show_the_committed_results():
     assert tables.main(["--check"]) == 0
-
-
-# --- gpu-check -------------------------------------------------------------------------------------------------------
-
-
-def _parts(tmp_path: Path, dry: bool) -> dict[str, gpu_check.Part]:
-    check = gpu_check.Check(tmp_path, dry)
-    with contextlib.closing(check.log):
-        return {part.name: part for part in check.parts()}
-
-
-def test_gpu_check_has_its_parts(tmp_path):
-    timed = [f"{kind}-{batch}" for kind in ("step", "compiled") for batch in (32, 128, 1024)]
-    timed += [f"contractions-{batch}" for batch in (128, 1024)]
-    found = _parts(tmp_path, dry=False)
-    single = {"build", "environment", "ceilings", "bandwidth", "tests", "memcheck", "racecheck", "blocks"}
-    assert set(found) == {*single, *timed}
-    assert not any(found[name].required for name in timed if not name.startswith("step"))
-    assert all(found[name].required for name in ("build", "environment", "ceilings", "tests", "step-128"))
-    assert found["tests"].environment["FASTDCGAN_TEST_DEVICE"] == "cuda"
-    command = found["step-1024"].command()
-    assert command[command.index("--device") + 1] == "cuda"
-    assert "--dry" not in command
-
-
-def test_gpu_check_runs_the_tests_that_ask_for_the_device():
-    names = {path.relative_to(gpu_check.ROOT / "tests").as_posix() for path in gpu_check.device_tests()}
-    assert {"test_ops.py", "test_chain.py", "test_graphs.py", "test_optim.py"} <= names
-    assert "triton/interpreter/test_contractions.py" in names
-    assert not {name for name in names if name.startswith(("cpu/", "cuda_on_cpu/", "dcgan/", "test_cpu_"))}
-
-
-def test_gpu_check_names_only_peers_that_are_there():
-    for cases in (gpu_check.EAGER, gpu_check.COMPILED, gpu_check.BLOCKS, gpu_check.DRY_EAGER, gpu_check.DRY_COMPILED):
-        for dtype, *names in cases:
-            assert dtype in peers.DTYPES
-            assert set(names) <= set(PEERS)
-
-
-def test_dry_run_has_the_same_kinds_of_parts(tmp_path):
-    kinds = [{name.split("-")[0] for name in _parts(tmp_path, dry)} for dry in (True, False)]
-    assert kinds[0] == kinds[1]
-    dry = _parts(tmp_path, dry=True)
-    assert "--dry-run" in dry["build"].command()
-    assert dry["tests"].environment["FASTDCGAN_TEST_DEVICE"] == "cpu"
-
-
-def test_sanitizer_is_skipped_with_a_reason_where_there_is_nothing_to_check(tmp_path):
-    command = _parts(tmp_path, dry=False)["memcheck"].command()
-    assert isinstance(command, str)
-    assert "no backend with GPU kernels" in command
-
-
-class OddCheck(gpu_check.Check):
-    """Parts that go wrong in every way, and one real one after them."""
-
-    def parts(self):
-        def python(code):
-            return lambda: [sys.executable, "-c", code]
-
-        return [
-            gpu_check.Part("fails", 20, python("print('about to fail'); raise SystemExit(3)")),
-            gpu_check.Part("hangs", 1, python("import time; print('hanging', flush=True); time.sleep(60)")),
-            gpu_check.Part("absent", 20, lambda: ["/does/not/exist"], required=False),
-            gpu_check.Part("pointless", 20, lambda: "there is no need"),
-            gpu_check.Part("environment", 60, lambda: self._worker("environment", self._file("environment"))),
-        ]
-
-
-def test_gpu_check_goes_on_after_parts_that_go_wrong(tmp_path, capsys):
-    check = OddCheck(tmp_path, dry=True)
-    assert check.run() == 1
-    by_name = {outcome.name: outcome for outcome in check.outcomes}
-    assert [by_name[name].status for name in ("fails", "hangs", "absent", "pointless", "environment", "report")] == [
-        "failed",
-        "out of time",
-        "failed",
-        "skipped",
-        "ok",
-        "ok",
-    ]
-    assert by_name["fails"].detail == "exit code 3; last line: about to fail"
-    assert by_name["hangs"].seconds < 15
-    assert "failed: fails, hangs\n" in capsys.readouterr().out
-    found = Results.read(tmp_path / "gpu-check-dry.json")
-    assert found.dry
-    assert [part["name"] for part in found.extra["parts"]] == ["fails", "hangs", "absent", "pointless", "environment"]
-    assert "about to fail" in (tmp_path / "gpu-check.log").read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"gpu-check-dry.json", "gpu-check.log"}
-
-
-def test_gpu_check_stops_starting_parts_when_its_time_is_up(tmp_path):
-    check = OddCheck(tmp_path, dry=True, budget_s=0.0)
-    assert check.run() == 1
-    assert {outcome.status for outcome in check.outcomes if outcome.name in ("fails", "environment")} == {"out of time"}
-    assert not list(tmp_path.glob("*.json"))

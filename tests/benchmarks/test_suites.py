@@ -1,9 +1,10 @@
-"""The benchmark suite: statistics, the check of the peers, FLOP counts (reports: `test_benchmark_reports.py`)."""
+"""The benchmark suite: statistics, the check of the peers, FLOP counts."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import time
 
 import pytest
 import torch
@@ -109,8 +110,6 @@ def test_timing_rejects_what_makes_no_sense():
 
 
 def test_cpu_timer_times_each_segment():
-    import time
-
     short, long = harness.CPUTimer()((lambda: None, lambda: time.sleep(0.01)), 2)
     assert 0 <= short < 0.005
     assert long >= 0.01
@@ -215,11 +214,11 @@ def test_floors_reject():
 
 
 def _step_case(names: list[str], dtype: str = "fp32") -> Case:
-    return suites.run_step(TINY, 4, names, CPU, dtype, Timing(2, 1e-4))
+    return suites.run_step(suites.Contest(names, CPU, dtype), TINY, 4, Timing(2, 1e-4))
 
 
 def _block_cases(names: list[str], dtype: str = "fp32") -> tuple[Case, Case]:
-    return suites.run_block(BLOCK, 4, names, CPU, dtype, Timing(2, 1e-4))
+    return suites.run_block(suites.Contest(names, CPU, dtype), BLOCK, 4, Timing(2, 1e-4))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -363,8 +362,8 @@ def test_a_captured_step_reads_its_own_buffers(fake_cuda_graphs):
 def test_real_cuda_graphs_are_right_and_timed(dtype):
     names, device, timing = ["eager-nhwc", "graph", "fused", "fused-graph"], torch.device("cuda"), Timing(2, 1e-3)
     cases = [
-        suites.run_step(TINY, 4, names, device, dtype, timing),
-        *suites.run_block(BLOCK, 4, names, device, dtype, timing),
+        suites.run_step(suites.Contest(names, device, dtype), TINY, 4, timing),
+        *suites.run_block(suites.Contest(names, device, dtype), BLOCK, 4, timing),
     ]
     for case in cases:
         assert case.reference == "fused-graph"

@@ -50,7 +50,7 @@ def test_fuse_takes_it_as_it_is() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_pix2pix_peers_agree_and_are_timed(dtype: str) -> None:
-    case = suites.run_pix2pix(IMAGES, 4, ["eager", "eager-nhwc", "fused", "train"], CPU, dtype, TIMING)
+    case = suites.run_pix2pix(suites.Contest(["eager", "eager-nhwc", "fused", "train"], CPU, dtype), IMAGES, 4, TIMING)
     assert (case.suite, case.name, case.part) == ("step", "pix2pix 16x16", "step")
     *able, whole = case.rows
     for row in able:
@@ -61,7 +61,9 @@ def test_pix2pix_peers_agree_and_are_timed(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_generation_peers_agree_and_are_timed(dtype: str) -> None:
-    case = suites.run_generate(TINY, 2, ["eager-nhwc", "folded", "fused", "fused-folded"], CPU, dtype, TIMING)
+    case = suites.run_generate(
+        suites.Contest(["eager-nhwc", "folded", "fused", "fused-folded"], CPU, dtype), TINY, 2, TIMING
+    )
     assert (case.suite, case.name, case.part) == ("generate", "16x16", "eval")
     for row in case.rows:
         assert row.status == "ok", row.detail
@@ -70,13 +72,13 @@ def test_generation_peers_agree_and_are_timed(dtype: str) -> None:
 
 def test_wrong_images_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     change_fused(monkeypatch, scale_a_weight)
-    plain, fused = suites.run_generate(TINY, 2, ["eager-nhwc", "fused"], CPU, "fp32", TIMING).rows
+    plain, fused = suites.run_generate(suites.Contest(["eager-nhwc", "fused"], CPU, "fp32"), TINY, 2, TIMING).rows
     assert (plain.status, fused.status) == ("ok", "wrong")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_whole_step_is_the_plain_one(dtype: str) -> None:
-    case = suites.run_step(TINY, 4, ["eager-nhwc", "train"], CPU, dtype, TIMING)
+    case = suites.run_step(suites.Contest(["eager-nhwc", "train"], CPU, dtype), TINY, 4, TIMING)
     assert case.reference == "train"
     for row in case.rows:
         assert row.status == "ok", row.detail
@@ -85,7 +87,7 @@ def test_the_whole_step_is_the_plain_one(dtype: str) -> None:
 
 def test_a_whole_step_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     change_fused(monkeypatch, scale_a_weight)
-    plain, whole = suites.run_step(TINY, 4, ["eager-nhwc", "train"], CPU, "fp32", TIMING).rows
+    plain, whole = suites.run_step(suites.Contest(["eager-nhwc", "train"], CPU, "fp32"), TINY, 4, TIMING).rows
     assert (plain.status, whole.status) == ("ok", "wrong")
 
 
@@ -122,7 +124,7 @@ def test_inplace_abn_is_a_peer_where_it_is_installed(monkeypatch: pytest.MonkeyP
             return nn.functional.leaky_relu(super().forward(x), self.slope)
 
     if importlib.util.find_spec("inplace_abn") is None:
-        absent = suites.run_step(TINY, 4, ["eager", "inplace-abn"], CPU, "fp32", TIMING).rows[1]
+        absent = suites.run_step(suites.Contest(["eager", "inplace-abn"], CPU, "fp32"), TINY, 4, TIMING).rows[1]
         assert (absent.status, absent.detail) == ("unavailable", "the package inplace_abn is not installed")
         assert "inplace-abn" not in peers.default_peers(CPU, "fp32")
     package = ModuleType("inplace_abn")
@@ -132,5 +134,5 @@ def test_inplace_abn_is_a_peer_where_it_is_installed(monkeypatch: pytest.MonkeyP
     assert "inplace-abn" in peers.default_peers(CPU, "fp32")
     discriminator = peers.PEERS["inplace-abn"].transform(TINY.nets()[1], CPU, torch.float32)
     assert sum(isinstance(m, InPlaceABN) for m in discriminator) == 1
-    row = suites.run_step(TINY, 4, ["eager", "inplace-abn"], CPU, "fp32", TIMING).rows[1]
+    row = suites.run_step(suites.Contest(["eager", "inplace-abn"], CPU, "fp32"), TINY, 4, TIMING).rows[1]
     assert row.status == "ok", row.detail

@@ -18,7 +18,7 @@ namespace test {
 
 namespace cuda = fastdcgan::cuda;
 namespace gpu = fastdcgan::gpu;
-using cuda::Op, cuda::Prologue, cuda::Epilogue, cuda::Problem, cuda::Multiplied;
+using cuda::Op, cuda::Prologue, cuda::EpilogueKind, cuda::Problem, cuda::Multiplied;
 using gpu::bf16, gpu::fp16, gpu::from_float, gpu::to_float;
 
 class Case {
@@ -111,7 +111,7 @@ struct Exact {
   void add(size_t i, double term) { sum[i] += term, size[i] += std::abs(term); }
 };
 
-// A contraction with a tile; those of warpgroups have one of their own.
+// A contraction with a tile; those for sm_90a have one of their own.
 template <Op op, class T, class Math, class Shape>
 struct Runner {
   using C = cuda::Contraction<op, Math, Shape>;
@@ -170,8 +170,8 @@ class ContractionTest {
                     out_pixels_, co_);
     p_.other = linear.operand;
     Buffer<T> out("out", size_t(co_) * taps_ * ci_);
-    Buffer<float> workspace("workspace", (p_.finish.channels = ci_, cuda::workspace_size<op>(p_)), Flush::end, 16);
-    p_.finish.out = out.data();
+    Buffer<float> workspace("workspace", (p_.epilogue.channels = ci_, cuda::workspace_size<op>(p_)), Flush::end, 16);
+    p_.epilogue.out = out.data();
     Run::run(p_, p_.splits > 1 ? workspace.data() : nullptr);
     Exact exact(out.size());
     each_pair([&](int64_t from, int64_t to, int tap) {
@@ -207,16 +207,16 @@ class ContractionTest {
   std::string convolution(const Input<T>& gathered) {
     constexpr bool kTransposed = op == Op::conv_transpose;
     const int epilogue = c_.one_of("epilogue", {"none", "bias", "activate", "stats", "grad_stats"});
-    const Epilogue kind = static_cast<Epilogue>(epilogue);
-    const int rows = kind == Epilogue::activate ? 2 : c_.number("rows", 4), groups = p_.groups;
+    const EpilogueKind kind = static_cast<EpilogueKind>(epilogue);
+    const int rows = kind == EpilogueKind::activate ? 2 : c_.number("rows", 4), groups = p_.groups;
     const size_t values = size_t(images_) * out_pixels_ * co_;
     Buffer<T> weight("weight", size_t(co_) * taps_ * ci_), out("out", values);
-    Buffer<T> y("e_y", kind == Epilogue::grad_stats ? values : 0);
-    const bool with_coef = kind == Epilogue::activate || kind == Epilogue::grad_stats;
-    Buffer<float> coef("e_coef", kind == Epilogue::bias ? co_ : with_coef ? rows * groups * co_ : 0);
+    Buffer<T> y("e_y", kind == EpilogueKind::grad_stats ? values : 0);
+    const bool with_coef = kind == EpilogueKind::activate || kind == EpilogueKind::grad_stats;
+    Buffer<float> coef("e_coef", kind == EpilogueKind::bias ? co_ : with_coef ? rows * groups * co_ : 0);
     fill(weight, 21, 0, 1 / std::sqrt(float(taps_ * ci_))), fill(y, 22), fill(coef, 23, .2f, .7f);
     p_.other.x = weight.data();
-    cuda::Finish<T>& f = p_.finish;
+    cuda::Epilogue<T>& f = p_.epilogue;
     f = {};
     f.out = out.data(), f.kind = kind, f.channels = co_, f.coef_rows = rows, f.coef_groups = groups;
     f.act = cuda::RuntimeActivation(c_.number("act", 0), std::stof(c_.word("slope", "0")));
@@ -246,26 +246,27 @@ class ContractionTest {
       double v = exact.sum[i], spread = exact.size[i], raw = y.size() > 0 ? to_float(y[i]) : 0;
       const int id = f.act.id;
       const size_t at = i / group_values * co_ + i % co_;
-      if (kind == Epilogue::bias) v += coef[i % co_];
-      if (kind == Epilogue::activate) {
+      if (kind == EpilogueKind::bias) v += coef[i % co_];
+      if (kind == EpilogueKind::activate) {
         spread *= std::abs(coefficient(0, i)) * 1.5, v = coefficient(0, i) * v + coefficient(1, i);
         spread += std::abs(v) / 64, v = act(id, f.act.slope, v, false);
       }
-      if (kind == Epilogue::grad_stats) {
+      if (kind == EpilogueKind::grad_stats) {
         const double slope = act(id, f.act.slope, coefficient(0, i) * raw + coefficient(1, i), true);
         v *= slope, spread *= std::abs(slope);
         const double xhat = rows == 4 ? (raw - coefficient(2, i)) * coefficient(3, i) : 0;
         want[0][at] += v, want[1][at] += v * xhat, size[0][at] += spread, size[1][at] += spread * std::abs(xhat);
       }
-      if (kind == Epilogue::stats) want[0][at] += v, want[1][at] += v * v, size[0][at] += spread;
+      if (kind == EpilogueKind::stats) want[0][at] += v, want[1][at] += v * v, size[0][at] += spread;
       check("out", i, to_float(out[i]), v, allowed(v, spread));
     }
     if (f.rows() > 0) check_partials(f, partials, slots, want, size);
     return bytes(out) + bytes(partials);
   }
 
-  void check_partials(const cuda::Finish<T>& f, const Buffer<float>& partials, int64_t slots,
-                      const std::vector<std::vector<double>>& want, const std::vector<std::vector<double>>& size) const {
+  void check_partials(
+      const cuda::Epilogue<T>& f, const Buffer<float>& partials, int64_t slots,
+      const std::vector<std::vector<double>>& want, const std::vector<std::vector<double>>& size) const {
     const double count = double(p_.batch) * out_pixels_, inner = allowed(0, 1) - 1e-7;
     for (int group = 0; group < p_.groups; ++group)
       for (int channel = 0; channel < co_; ++channel) {
@@ -276,10 +277,10 @@ class ContractionTest {
             return double(partials[((group * slots + slot) * f.rows() + r) * co_ + channel]);
           };
           for (int r = 0; r < f.rows(); ++r) got[r] += row(r);
-          if (f.kind == Epilogue::stats) all.merge({row(0), row(1), row(2)});
+          if (f.kind == EpilogueKind::stats) all.merge({row(0), row(1), row(2)});
         }
         const size_t at = group * co_ + channel;
-        if (f.kind == Epilogue::stats) {
+        if (f.kind == EpilogueKind::stats) {
           const double mean = want[0][at] / count, m2 = want[1][at] - want[0][at] * mean;
           const double slack = inner * size[0][at] / count + 1e-6;
           check("count", at, all.count, count, 0);

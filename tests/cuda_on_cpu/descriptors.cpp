@@ -1,4 +1,5 @@
-// Prints the matrix descriptors of tiles at the beginning of shared memory: what kernels of csrc/cuda add to their place.
+// Prints the matrix descriptors of tiles at the beginning of shared memory: what kernels of csrc/cuda add to their
+// place.
 #include <cstdio>
 
 #include "cuda/device/wgmma.h"
@@ -8,5 +9,6 @@ int main() {
   const void* begin = cuda_on_cpu::engine.at_shared_address(0);
   for (const int apart : {0, 64 * 128})
     for (const int bytes : {0, 32, 16 * 128})
-      std::printf("%llu\n", static_cast<unsigned long long>(gpu::advanced(gpu::matrix_descriptor(begin, apart), bytes)));
+      std::printf(
+          "%llu\n", static_cast<unsigned long long>(gpu::advanced(gpu::matrix_descriptor(begin, apart), bytes)));
 }

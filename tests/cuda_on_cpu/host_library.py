@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 
 from fastdcgan import backends
+from fastdcgan.backends import cuda_facts
 from fastdcgan.backends.cuda import CUDABackend
 from fastdcgan.dispatch import training_ops
 from tests.cuda_on_cpu.host_programs import BUILD, HERE, ROOT, compiled, includes
@@ -61,6 +62,7 @@ class HostCUDABackend(CUDABackend):
 
     def require(self) -> None:
         library()
+        cuda_facts.require_agreement(self.ops)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
 
-from tests.cuda_on_cpu import contraction_lines, warpgroup_lines
+from tests.cuda_on_cpu import contraction_lines, sm90_lines
 from tests.cuda_on_cpu.host_programs import BUILD, HERE, MODES, ROOT, compiler, includes, run
 
 CUDA = ROOT / "csrc" / "cuda"
@@ -73,8 +73,8 @@ def _each_type(name: str) -> list[Program]:
 
 
 PROGRAMS = (
-    *_each_type("streaming_tests"),
-    *_each_type("narrow_tests"),
+    *_each_type("elementwise_tests"),
+    *_each_type("image_side_tests"),
     *_each_type("training_tests"),
     Program("contraction_watched", arguments=tuple(contraction_lines.watched())),
     Program("contraction_types", arguments=tuple(contraction_lines.brief()), modes=("plain",)),
@@ -83,9 +83,9 @@ PROGRAMS = (
         arguments=tuple(line for tile in range(7) for line in contraction_lines.tiles(tile)),
         modes=("plain",),
     ),
-    Program("warpgroup_watched", arguments=tuple(warpgroup_lines.watched())),
-    Program("warpgroup_types", arguments=tuple(warpgroup_lines.everything()), modes=("plain",)),
-    Program("warpgroup_tiles", arguments=tuple(warpgroup_lines.tiles()), modes=("plain",)),
+    Program("sm90_watched", arguments=tuple(sm90_lines.watched())),
+    Program("sm90_types", arguments=tuple(sm90_lines.everything()), modes=("plain",)),
+    Program("sm90_tiles", arguments=tuple(sm90_lines.tiles()), modes=("plain",)),
 )
 
 

@@ -1,5 +1,5 @@
-// Many changes of the kernels in one program: `mutants.py` writes them all into its sources, and MUTANT in the environment
-// says which one is made, by its number. Compiled before everything else.
+// Many changes of the kernels in one program: `mutants.py` writes them all into its sources, and MUTANT in the
+// environment says which one is made, by its number. Compiled before everything else.
 #pragma once
 
 #include <atomic>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends import cuda_contractions, cuda_tiles
-from fastdcgan.backends.base import Backend
+from fastdcgan.backends import cuda_facts, cuda_tiles
 from fastdcgan.backends.cuda_tiles import Choice, Device, Problem
 from fastdcgan.backends.reference import ReferenceBackend
 from fastdcgan.geometry import Geometry
-from fastdcgan.spec import STORE, Epilogue, Operand
+from fastdcgan.spec import STORE, Call, Epilogue, Operand, Unavailable
 from tests.cuda_on_cpu.host_library import ORDERS, HostCUDABackend, set_order
 from tests.cuda_on_cpu.host_programs import needs_compiler
+from tests.helpers.contractions import conv_call, run, why_not
 from tests.helpers.elementwise import coefficients
 from tests.helpers.tolerance import assert_as_accurate
 
@@ -39,7 +40,7 @@ GEOMETRIES = {
 
 
 @pytest.fixture(scope="module")
-def cuda() -> Backend:
+def cuda() -> HostCUDABackend:
     backend = HostCUDABackend()
     backend.require()
     return backend
@@ -69,15 +70,15 @@ def epilogue(kind: str, out: tuple[int, ...], groups: int, rows: int, act: str, 
     return Epilogue(kind, y, coefficients(rows, groups, out[1]), act, slope)
 
 
-def wide(value: Operand | Epilogue | Tensor) -> Operand | Epilogue | Tensor:
+def wide(value: Any) -> Any:
     """The same in float64."""
     if isinstance(value, Tensor):
         return value.double()
-    return type(value)(*(v.double() if isinstance(v, Tensor) else v for v in value))
+    return type(value)(*map(wide, value)) if isinstance(value, Call | Operand | Epilogue) else value
 
 
 def check(
-    cuda: Backend,
+    cuda: HostCUDABackend,
     op: str,
     kinds: tuple[str, str],
     geometry: Geometry,
@@ -98,24 +99,22 @@ def check(
     a = operand(kinds[0], normal(n, ci, *size, seed=1, dtype=dtype, last=last), groups, rows, act)
     if op == "weight_grad":
         linear = operand(kinds[1], normal(n, co, *out, seed=2, dtype=dtype, last=last), groups, rows, act)
-        arguments: tuple = (a, linear, geometry)
+        call = Call(op, a, linear, geometry, geometry.kernel)
         terms = n * math.prod(out)
     else:
         terms = ci * math.prod(geometry.kernel)
         shape = (ci, co) if op == "conv_transpose" else (co, ci)
         weight = normal(*shape, *geometry.kernel, seed=2, dtype=dtype, scale=terms**-0.5, last=last)
         e = epilogue(kinds[1], (n, co, *out), groups, rows, act, dtype)
-        arguments = (a, weight, geometry, *([out] if op == "conv_transpose" else []), e)
-    assert cuda_contractions.__dict__[f"why_not_{op}"](*arguments) is None
-    module = cuda_contractions.__dict__[op]
-    found = module(cuda.ops, *arguments)  # type: ignore[attr-defined]
+        call = Call(op, a, weight, geometry, out, e)
+    found = run(cuda, call, "cuda")
     if op == "weight_grad":
         # Operands rounded as they are stored; PyTorch's own in 16 bits leaves values unwritten on some CPUs.
-        operands = (Operand(REFERENCE.finished(v).float()) for v in arguments[:2])
-        vanilla = REFERENCE.weight_grad(*operands, geometry).to(dtype)
+        a, linear = (Operand(REFERENCE.finished(v).float()) for v in (call.a, call.b))
+        vanilla = run(REFERENCE, call._replace(a=a, b=linear)).to(dtype)
     else:
-        vanilla = getattr(REFERENCE, op)(*arguments)
-    truth = getattr(REFERENCE, op)(*(wide(v) if isinstance(v, Operand | Epilogue | Tensor) else v for v in arguments))
+        vanilla = run(REFERENCE, call)
+    truth = run(REFERENCE, wide(call))
     if op == "weight_grad":
         found, vanilla, truth = (found,), (vanilla,), (truth,)
     assert found[0].dtype == dtype and found[0].shape == vanilla[0].shape
@@ -132,7 +131,7 @@ def check(
 
 
 @pytest.mark.parametrize("op", ["conv", "conv_transpose"])
-def test_prologues_and_epilogues(cuda: Backend, op: str) -> None:
+def test_prologues_and_epilogues(cuda: HostCUDABackend, op: str) -> None:
     pairs = itertools.product(PROLOGUES, EPILOGUES)
     for i, kinds in enumerate(pairs):
         geometry, size, extra = list(GEOMETRIES.values())[i % 4]
@@ -141,14 +140,14 @@ def test_prologues_and_epilogues(cuda: Backend, op: str) -> None:
         check(cuda, op, kinds, geometry, size, DTYPES[i % 3], extra=extra, groups=groups, rows=rows)
 
 
-def test_prologues_of_weight_grad(cuda: Backend) -> None:
+def test_prologues_of_weight_grad(cuda: HostCUDABackend) -> None:
     for i, kinds in enumerate(itertools.product(PROLOGUES, PROLOGUES)):
         geometry, size, _ = list(GEOMETRIES.values())[i % 4]
         check(cuda, "weight_grad", kinds, geometry, size, DTYPES[i % 3], groups=1 + i % 2)
 
 
 @pytest.mark.parametrize("kind", EPILOGUES)
-def test_kernels_as_large_as_their_image(cuda: Backend, kind: str) -> None:
+def test_kernels_as_large_as_their_image(cuda: HostCUDABackend, kind: str) -> None:
     for prologue, groups in (("none", 1), ("activate", 2)):
         check(cuda, "conv", (prologue, kind), Geometry((4, 3)), (4, 3), torch.float32, (8, 12), groups=groups)
         check(cuda, "conv_transpose", (prologue, kind), Geometry((4, 3)), (1, 1), torch.float32, (12, 8), groups=groups)
@@ -166,7 +165,7 @@ def test_kernels_as_large_as_their_image(cuda: Backend, kind: str) -> None:
     last=st.booleans(),
 )
 def test_any_size(
-    cuda: Backend, op: str, name: str, size: tuple, channels: tuple, dtype: torch.dtype, act: str, last: bool
+    cuda: HostCUDABackend, op: str, name: str, size: tuple, channels: tuple, dtype: torch.dtype, act: str, last: bool
 ) -> None:
     geometry = GEOMETRIES[name][0]
     out = geometry.conv_transpose_size(*size) if op == "conv_transpose" else geometry.conv_size(*size)
@@ -176,28 +175,26 @@ def test_any_size(
 
 
 @pytest.mark.parametrize("op", ["conv", "conv_transpose", "weight_grad"])
-def test_tiles_of_warpgroups(cuda: Backend, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU that has them: what boxes can be cut of runs on them, with the rule's parts."""
+def test_sm90_tiles(cuda: HostCUDABackend, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that has them: what TMA can copy runs on them, with the rule's parts."""
     asked = []
 
     def choose(problem: Problem, device: Device) -> Choice:
-        asked.append(problem.box_tiles > 0)
+        asked.append(problem.tma_tiles > 0)
         return Choice(8, 2) if asked[-1] else Choice(0, 1)
 
     monkeypatch.setattr(cuda_tiles, "choose", choose)
-    monkeypatch.setattr(cuda_contractions, "_chosen", cuda_contractions._choices())
     geometry = GEOMETRIES["k4s2p1"][0]
     with_sums = [("none", "stats"), ("bn_backward", "grad_stats")]
     kinds = [("none", "none"), ("activate", "bn_backward")] if op == "weight_grad" else with_sums
     for kind in kinds:
         check(cuda, op, kind, geometry, (8, 8), torch.bfloat16, channels=(64, 24), groups=2)
     assert all(asked) and len(asked) == len(kinds)
-    monkeypatch.setattr(cuda_contractions, "_chosen", cuda_contractions._choices())
     check(cuda, op, ("activate", "none"), geometry, (8, 8), torch.bfloat16, channels=(64, 24), act="tanh")
     assert asked[-1] == (op == "weight_grad")  # others have prologues in registers, without smooth activations
 
 
-def test_the_same_bits_in_every_order_of_threads_and_with_parts(cuda: Backend) -> None:
+def test_the_same_bits_in_every_order_of_threads_and_with_parts(cuda: HostCUDABackend) -> None:
     geometry, size, _ = GEOMETRIES["k4s2p1"]
     x, w = normal(4, 40, *size, seed=1, dtype=torch.bfloat16), normal(24, 40, 4, 4, seed=2, dtype=torch.bfloat16)
     tile = Choice(0, 3)
@@ -206,32 +203,45 @@ def test_the_same_bits_in_every_order_of_threads_and_with_parts(cuda: Backend) -
         for order in ORDERS:
             set_order(order)
             stats = Epilogue("stats", stat_groups=2)
-            found.append(cuda_contractions.conv(cuda.ops, Operand(x), w, geometry, stats, tile))  # type: ignore[attr-defined]
+            found.append(run(cuda, conv_call(Operand(x), w, geometry, stats), "cuda", tile))
     finally:
         set_order("forward")
     for out, vectors in found[1:]:
         assert torch.equal(out, found[0][0]) and torch.equal(vectors, found[0][1])
 
 
-def test_what_is_not_covered_has_a_reason(cuda: Backend) -> None:
-    x, w = torch.randn(2, 24, 4, 4), torch.randn(24, 12, 3, 3)
-    assert "2 groups" in str(cuda.why_not("conv", Operand(x), w, Geometry((3, 3), groups=2), STORE))
-    w = torch.randn(24, 24, 3, 3)
-    assert "several dtypes" in str(cuda.why_not("conv", Operand(x), w.bfloat16(), Geometry((3, 3)), STORE))
-    assert "no element" in str(cuda.why_not("conv", Operand(x[:0]), w, Geometry((3, 3)), STORE))
+def test_what_can_not_run_has_a_reason(cuda: HostCUDABackend) -> None:
+    def reason(*args: Any) -> str:
+        return str(why_not(cuda, conv_call(*args), "cuda"))
+
+    x, w, g = torch.randn(2, 24, 4, 4), torch.randn(24, 24, 3, 3), Geometry((3, 3))
+    assert "2 groups" in reason(Operand(x), torch.randn(24, 12, 3, 3), Geometry((3, 3), groups=2))
+    assert "several dtypes" in reason(Operand(x), w.bfloat16(), g)
+    assert "no element" in reason(Operand(x[:0]), w, g)
     a = Operand(x, None, coefficients(2, 2, 24), "relu")
-    assert "statistics groups" in str(cuda.why_not("conv", a, w, Geometry((3, 3)), Epilogue("stats", stat_groups=3)))
-    assert cuda.why_not("conv", a, w, Geometry((3, 3)), Epilogue("stats", stat_groups=2)) is None
+    assert "statistics groups" in reason(a, w, g, Epilogue("stats", stat_groups=3))
+    assert reason(a, w, g, Epilogue("stats", stat_groups=2)) == "None"
 
 
-def test_operators_check_what_they_get(cuda: Backend) -> None:
+@pytest.mark.parametrize("name", ["tiles", "sm90_tiles", "epilogues", "image_side_limits", "adam_chunk"])
+def test_a_library_of_other_kernels_is_refused(
+    cuda: HostCUDABackend, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    cuda_facts.require_agreement(cuda.ops)
+    known = cuda_facts.known()
+    monkeypatch.setattr(cuda_facts, "known", lambda: known | {name: [1]})
+    with pytest.raises(Unavailable, match=rf"its {name} are .*, not \[1\]; build it again"):
+        cuda_facts.require_agreement(cuda.ops)
+
+
+def test_operators_check_what_they_get(cuda: HostCUDABackend) -> None:
     x, w = torch.randn(2, 24, 4, 4), torch.randn(24, 24, 3, 3)
     good = {
         "x": x, "y": None, "coef": None, "act": 0, "slope": 0.0, "weight": w, "transposed": False, "stride": [1, 1],
         "padding": [1, 1], "dilation": [1, 1], "output_size": [4, 4], "e_kind": 0, "e_y": None, "e_coef": None,
         "e_act": 0, "e_slope": 0.0, "groups": 1, "stat_groups": 1, "fold": 1, "tile": 6, "splits": 1, "exact": True,
     }  # fmt: skip
-    ops = cuda.ops  # type: ignore[attr-defined]
+    ops = cuda.ops
     assert ops.contract(*good.values())[0].shape == (2, 24, 4, 4)
     for name, bad, message in (
         ("weight", w[:, :3], "input channels"),

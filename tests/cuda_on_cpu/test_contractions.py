@@ -105,10 +105,10 @@ PLANTED = {
     "a_stage_too_early": Bug("contraction.cuh", LOAD, LOAD.replace("free", "next(slot)"), "plain", WRONG),
     "no_barrier_in_the_loop": Bug("contraction.cuh", "__syncthreads();  // the step", "", "thread", RACE),
     "no_barrier_before_the_sums": Bug("contraction.cuh", "__syncthreads();  // the sums", "", "thread", RACE),
-    "no_barrier_after_the_tile": Bug("finish.cuh", "Team::sync();               // all", "", "thread", RACE),
-    "prologue_of_padding": Bug("gather.cuh", "if (!(valid >> i & 1)) continue;", "", "plain", WRONG),
+    "no_barrier_after_the_tile": Bug("epilogue.cuh", "Team::sync();               // all", "", "thread", RACE),
+    "prologue_of_padding": Bug("loaders.cuh", "if (!(valid >> i & 1)) continue;", "", "plain", WRONG),
     "valid_of_another_step": Bug("contraction.cuh", "valid >> (kAhead - 1) * kBits", "valid", "plain", WRONG),
-    "last_channels": Bug("gather.cuh", "inside ? a.channels - channel : 0", "inside ? 8 : 0", "plain", "past its end"),
+    "last_channels": Bug("loaders.cuh", "inside ? a.channels - channel : 0", "inside ? 8 : 0", "plain", "past its end"),
 }
 
 

@@ -125,7 +125,8 @@ std::string adam_steps(const AdamCase& c, std::deque<Parameter>& parameters, boo
     adam_pass(table.data(), static_cast<int64_t>(table.size()), settings, nullptr);
     size_t at = 0;
     for (const Parameter& p : parameters)
-      for (size_t i = 0; i < p.size; ++i) close("grad", i, p.grad(i), given[at++], p.grads == Storage::float32 ? 2e-7 : 8e-3);
+      for (size_t i = 0; i < p.size; ++i)
+        close("grad", i, p.grad(i), given[at++], p.grads == Storage::float32 ? 2e-7 : 8e-3);
   }
   std::string bytes;
   for (Parameter& p : parameters) {
@@ -135,11 +136,16 @@ std::string adam_steps(const AdamCase& c, std::deque<Parameter>& parameters, boo
       close("exp_avg", i, p.m[p.offset + i], p.want_m[i], 1e-6);
       close("exp_avg_sq", i, p.v[p.offset + i], p.want_v[i], 1e-6);
       if (p.copied == Storage::bfloat16)
-        require(p.copy_bf16[p.offset + i].bits == gpu::from_float<bf16>(p.weight[p.offset + i]).bits, "the copy is another");
+        require(
+            p.copy_bf16[p.offset + i].bits == gpu::from_float<bf16>(p.weight[p.offset + i]).bits,
+            "the copy is another");
       if (p.copied == Storage::float16)
-        require(p.copy_fp16[p.offset + i].bits == gpu::from_float<fp16>(p.weight[p.offset + i]).bits, "the copy is another");
+        require(
+            p.copy_fp16[p.offset + i].bits == gpu::from_float<fp16>(p.weight[p.offset + i]).bits,
+            "the copy is another");
     }
-    for (size_t i = 0; i < p.offset; ++i) require(p.weight[i] == 7 && p.m[i] == 7 && p.v[i] == 7, "what is before changed");
+    for (size_t i = 0; i < p.offset; ++i)
+      require(p.weight[i] == 7 && p.m[i] == 7 && p.v[i] == 7, "what is before changed");
     for (size_t i = 0; i < p.steps.size(); ++i) require(p.steps[i] == (infinite ? 4 : 5), "a step was miscounted");
     bytes += p.bytes();
   }
@@ -163,12 +169,14 @@ std::string many_tensors(size_t count) {
   return adam_steps({"many"}, parameters, false);
 }
 
-// --- the loss ----------------------------------------------------------------------------------------------------------
+// --- the loss
+// ----------------------------------------------------------------------------------------------------------
 
 template <class T>
 std::string loss(int64_t parts, int64_t size, bool with_grad) {
   Buffer<T> logits("logits", parts * size);
-  Buffer<float> losses("losses", parts), probabilities("probabilities", parts), grad("grad", with_grad ? parts * size : 0);
+  Buffer<float> losses("losses", parts), probabilities("probabilities", parts),
+      grad("grad", with_grad ? parts * size : 0);
   test::fill(logits, 1, 0, 4);
   std::vector<double> labels;
   for (int64_t i = 0; i < parts; ++i) labels.push_back(i % 2 ? 0.0 : 0.9);
@@ -186,7 +194,8 @@ std::string loss(int64_t parts, int64_t size, bool with_grad) {
   return test::bytes(losses) + test::bytes(probabilities) + test::bytes(grad);
 }
 
-// --- images ------------------------------------------------------------------------------------------------------------
+// --- images
+// ------------------------------------------------------------------------------------------------------------
 
 template <class T>
 std::string normalise(const ImageShape& s, bool flips, size_t offset) {
@@ -216,9 +225,20 @@ bool all(const char* type) {
       ok &= test::run(std::string("bce ") + type, [&] { return loss<T>(2, size, with_grad); });
   for (const int64_t parts : {Bce::kMostParts, Bce::kMostParts + 3})
     ok &= test::run(std::string("bce of many parts, ") + type, [&] { return loss<T>(parts, 2, true); });
-  const ImageShape shapes[] = {{5, 8, 8, 3}, {3, 7, 5, 3}, {2, 64, 64, 3}, {4, 4, 4, 1}, {2, 3, 16, 4}, {4, 4, 12, 2}, {3, 7, 7, 1},
-                               // Images of less than a vector and of one value more; one value more than a block; none.
-                               {5, 2, 2, 2}, {16, 17, 1, 1}, {1, 257, 1, 1}, {1, 1, 1, 1}, {0, 4, 4, 3}};
+  const ImageShape shapes[] = {
+      {5, 8, 8, 3},
+      {3, 7, 5, 3},
+      {2, 64, 64, 3},
+      {4, 4, 4, 1},
+      {2, 3, 16, 4},
+      {4, 4, 12, 2},
+      {3, 7, 7, 1},
+      // Images of less than a vector and of one value more; one value more than a block; none.
+      {5, 2, 2, 2},
+      {16, 17, 1, 1},
+      {1, 257, 1, 1},
+      {1, 1, 1, 1},
+      {0, 4, 4, 3}};
   for (const ImageShape& s : shapes)
     for (const bool flips : {false, true})
       for (const size_t offset : {0, 1})

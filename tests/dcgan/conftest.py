@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastdcgan.dcgan import Images, TrainConfig, Trainer
+from fastdcgan.dcgan import Generator, Images, TrainConfig, Trainer, load_generator
+
+# Networks as small as they get, and the same as options of `fastdcgan train`
+TINY = {"image_size": 28, "channels": 1, "nz": 8, "ngf": 4, "ndf": 4, "samples": 4, "device": "cpu"}
+TINY_OPTIONS = ["--image-size", "28", "--nz", "8", "--ngf", "4", "--ndf", "4", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -45,16 +49,10 @@ def config(tmp_path: Path) -> TrainConfig:
     return TrainConfig(
         out=str(tmp_path / "run"),
         data="squares",
-        image_size=28,
-        channels=1,
-        nz=8,
-        ngf=4,
-        ndf=4,
+        **TINY,
         batch_size=8,
         epochs=3,
-        samples=4,
         log_every=1,
-        device="cpu",
         flips=True,
     )
 
@@ -66,18 +64,46 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = TrainConfig(
         out=str(run),
         data="digits",
-        image_size=28,
-        channels=1,
-        nz=8,
-        ngf=4,
-        ndf=4,
+        **TINY,
         batch_size=16,
         max_steps=8,
         checkpoint_every=4,
-        samples=4,
-        device="cpu",
         ema=0.9,
         cache=str(run.parent / "cache"),
     )
     Trainer(config).run()
     return run
+
+
+def squares(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Noise with a bright square in one of three corners, which is the class."""
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 60, (count, 28, 28, 1), dtype=np.uint8)
+    labels = np.arange(count) % 3
+    for picture, label in zip(pixels, labels, strict=True):
+        top, left = ((2, 2), (2, 18), (18, 2))[label]
+        picture[top : top + 8, left : left + 8] += 190
+    return pixels, labels
+
+
+def lively(generator: Generator) -> Generator:
+    """In `eval`, with statistics that give images of some contrast."""
+    for module in generator.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    torch.nn.init.normal_(generator.blocks.image.conv.weight, std=0.2)
+    with torch.no_grad():
+        generator(torch.randn(64, generator.nz))
+    return generator.eval()
+
+
+def clouds(count: int, dimensions: int, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    centres = 3 * np.random.default_rng(9).normal(size=(classes, dimensions))
+    return (centres[labels] + random.normal(size=(count, dimensions))).astype(np.float32) + 5, labels + 4
+
+
+@pytest.fixture
+def generator(trained_run: Path) -> Generator:
+    return load_generator(trained_run)

@@ -1,4 +1,4 @@
-"""Decoding, the cache and when it is trusted, batches."""
+"""Decoding, the cache and when it is trusted, batches, the classes of images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import json
 import operator
 import os
-import re
 from importlib import metadata
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from PIL import Image
 
 from fastdcgan.dcgan import Batches, Images, cache, load_images
 from fastdcgan.dcgan.data import held_out, load_labelled
-from fastdcgan.dcgan.sources import FolderSource, open_source
+from fastdcgan.dcgan.sources import FolderSource
 from tests.machine import needs_mnist
 
 
@@ -90,73 +89,6 @@ def test_grey(tmp_path: Path) -> None:
     uniform("RGB", (20, 20), (255, 0, 0)).save(tmp_path / "red.png")
     assert decoded(tmp_path, "red.png", channels=1).shape == (16, 16, 1)
     assert decoded(tmp_path, "red.png", channels=1)[0, 0, 0] == 76  # ITU-R 601-2 luma
-
-
-def test_centre_crop_and_antialiased_resize(tmp_path: Path) -> None:
-    wide = np.zeros((32, 96), dtype=np.uint8)
-    wide[:, :32] = wide[:, 64:] = 255  # black only in the middle third
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert decoded(tmp_path, "wide.png").max() < 30  # the cut edges ring a little
-    fine = np.indices((64, 64)).sum(0) % 2 * 255  # a checkerboard of single pixels averages out
-    Image.fromarray(fine.astype(np.uint8)).save(tmp_path / "fine.png")
-    inside = decoded(tmp_path, "fine.png")[2:-2, 2:-2]
-    assert abs(inside.astype(int) - 127).max() <= 3
-
-
-def test_rotated_by_exif(tmp_path: Path) -> None:
-    picture = np.zeros((32, 32), dtype=np.uint8)
-    picture[:16] = 255  # white above black
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
-    assert decoded(tmp_path, "turned.png")[0, 8, 0] == 0
-    assert decoded(tmp_path, "turned.png")[-1, 8, 0] == 255
-
-
-def test_sources_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no folder, and no built-in set"):
-        load_images(str(tmp_path / "nowhere"), 16, 3, cache_folder=tmp_path / "cache")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no images"):
-        load_images(str(tmp_path / "empty"), 16, 3, cache_folder=tmp_path / "cache")
-    (tmp_path / "empty" / "broken.png").touch()
-    with pytest.raises(ValueError, match=r"none of the 1 files .* could be read"):
-        load_images(str(tmp_path / "empty"), 16, 3, cache_folder=tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
-
-
-@needs_mnist
-def test_mnist_and_digits() -> None:
-    mnist = load_images("mnist", 32, 1).array
-    assert mnist.shape == (5000, 32, 32, 1)
-    assert mnist.max() == 255
-    assert not mnist[:, :2].any()
-    assert not mnist[:, :, -2:].any()
-    source = open_source("mnist")
-    assert np.array_equal(source.decode(7, 28, 1), mnist[7, 2:-2, 2:-2])
-    assert source.decode(7, 64, 3).shape == (64, 64, 3)
-    assert load_images("digits", 32, 3).array.shape == (1797, 32, 32, 3)
-
-
-def test_photo_crops() -> None:
-    """Squares of the photographs as they are, none of sky alone; each one's class is its photograph."""
-    found = load_labelled("photo-crops", 64, 3)
-    assert found.images.array.shape == (len(found), 64, 64, 3)
-    assert len(found) > 4000
-    assert found.classes == ["china", "flower"]
-    assert np.bincount(found.labels).min() > 1500
-    china, flower = (found.images.array[found.labels == i].mean((0, 1, 2)) for i in range(2))
-    assert china[2] > 1.5 * flower[2]  # there is a lot of blue in a sky, little in an orange dahlia
-
-    source = open_source("photo-crops")
-    photograph = Image.fromarray(source.photographs[0])
-    name = source.name_of(40)
-    box = tuple(int(number) for number in re.findall(r"\d+", name))
-    assert name.startswith("china")
-    assert box[2] - box[0] == box[3] - box[1] == 128
-    assert np.array_equal(source.decode(40, 128, 3), np.asarray(photograph.crop(box)))
-    assert source.decode(40, 32, 1).shape == (32, 32, 1)
-    assert source.decode(40, 32, 1).std() > 30
 
 
 @pytest.mark.parametrize(
@@ -397,3 +329,59 @@ def test_batches_that_can_not_be() -> None:
         Batches(numbered(4), 5)
     with pytest.raises(ValueError, match="batch_size is 5: expected a multiple of the 2 processes"):
         Batches(numbered(10), 5, world=2)
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, level: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (20, 20), level).save(path)
+
+
+def test_folders_are_classes(tmp_path: Path) -> None:
+    """Broken files take no label with them, the first time or from the cache."""
+    folder = tmp_path / "images"
+    for name, level in (("dogs/deep/2.png", 20), ("cats/1.png", 10), ("dogs/4.png", 40), ("emus/3.png", 30)):
+        save(folder / name, level)
+    for name in ("cats/0.png", "dogs/3.png"):
+        (folder / name).write_text("no image")
+    for _ in range(2):
+        found = load_labelled(str(folder), 16, 1, cache_folder=tmp_path / "cache")
+        assert found.classes == ["cats", "dogs", "emus"]
+        assert found.labels.dtype == np.int64
+        levels = found.images.array[:, 0, 0, 0]
+        assert dict(zip(levels.tolist(), found.labels.tolist(), strict=True)) == {10: 0, 20: 1, 40: 1, 30: 2}
+        assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["1.png", "2.png"], "0 and 2 images"),
+        (["a/1.png", "a/2.png"], "1 and 0 images"),
+        (["a/1.png", "b/1.png", "1.png"], "2 and 1 images"),
+    ],
+)
+def test_folders_without_classes(files: list[str], found: str, tmp_path: Path) -> None:
+    for name in files:
+        save(tmp_path / "images" / name, 0)
+    with pytest.raises(
+        ValueError, match=f"has no classes: expected a folder for each of two or more, found {found} outside"
+    ):
+        load_labelled(str(tmp_path / "images"), 16, 1, cache_folder=tmp_path / "cache")
+    assert len(load_images(str(tmp_path / "images"), 16, 1, cache_folder=tmp_path / "cache")) == len(files)
+
+
+@needs_mnist
+def test_classes_of_mnist_and_digits() -> None:
+    mnist = load_labelled("mnist", 32, 1)
+    assert mnist.classes == list("0123456789")
+    assert np.bincount(mnist.labels).tolist() == [500] * 10
+    # The mean zero has a hole, the mean one has none.
+    centre = [mnist.images.array[mnist.labels == digit, 14:18, 14:18].mean() for digit in (0, 1)]
+    assert centre[0] < 20
+    assert centre[1] > 150
+    digits = load_labelled("digits", 32, 1)
+    assert len(digits.labels) == len(digits.images) == 1797
+    assert sorted(set(digits.labels.tolist())) == list(range(10))

@@ -13,24 +13,11 @@ from torch import Tensor
 from fastdcgan.cli import main
 from fastdcgan.dcgan import checkpoint
 from fastdcgan.dcgan.metrics import read_metrics
+from tests.dcgan.conftest import TINY_OPTIONS
 
 STEPS = 6
-OPTIONS = [
-    "digits",
-    "--image-size",
-    "28",
-    "--nz",
-    "8",
-    "--ngf",
-    "4",
-    "--ndf",
-    "4",
-    "--batch-size",
-    "16",
-    "--device",
-    "cpu",
-]
-OPTIONS += ["--max-steps", str(STEPS), "--checkpoint-every", "3", "--samples", "4", "--log-every", "1"]
+OPTIONS = ["digits", *TINY_OPTIONS, "--batch-size", "16", "--max-steps", str(STEPS), "--checkpoint-every", "3"]
+OPTIONS += ["--samples", "4", "--log-every", "1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

@@ -1,9 +1,8 @@
-"""Features out of networks and patches, and the classifiers on them."""
+"""Features out of networks."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +11,7 @@ from torch.nn import functional as F
 
 import fastdcgan
 from fastdcgan.dcgan import Discriminator, Generator
-from fastdcgan.dcgan.classify import LinearSVM, Score, balanced, compare, to_markdown
 from fastdcgan.dcgan.features import FeatureExtractor, extract, raw_pixels
-from fastdcgan.dcgan.patches import PatchKMeans
 
 
 @pytest.fixture
@@ -130,120 +127,3 @@ def test_extract(discriminator: Discriminator) -> None:
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, extract(extractor, pixels), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(extract(raw_pixels, pixels), pixels.reshape(5, -1) / 127.5 - 1, atol=1e-6)
-
-
-# --- k-means ---------------------------------------------------------------------------------------------------------
-
-
-def test_patches() -> None:
-    """Whitened patches, triangle activations and quadrants, computed one patch at a time."""
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 12, 3), dtype=np.uint8)
-    features = PatchKMeans.fit(pixels, centres=7, side=5, seed=0)
-    x = torch.from_numpy(pixels[:1]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    sums = torch.zeros(2, 2, 7)
-    for top in range(8):
-        for left in range(8):
-            patch = x[0, :, top : top + 5, left : left + 5].flatten()
-            patch = (patch - patch.mean()) / (patch.var() + 10 / 127.5**2).sqrt()
-            distance = ((patch - features.mean) @ features.whitening - features.centres).norm(dim=1)
-            sums[top // 4, left // 4] += (distance.mean() - distance).clamp_min(0) / 16
-    expected = (sums.permute(2, 0, 1).flatten() - features.shift) / features.scale
-    torch.testing.assert_close(features(x)[0], expected, rtol=1e-3, atol=1e-3)
-    again = PatchKMeans.fit(pixels, centres=7, side=5, seed=0)
-    assert torch.equal(again(x), features(x))
-
-
-# --- the SVM ---------------------------------------------------------------------------------------------------------
-
-
-def clouds(count: int, dimensions: int, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(seed)
-    labels = np.arange(count) % classes
-    centres = 3 * np.random.default_rng(9).normal(size=(classes, dimensions))
-    return (centres[labels] + random.normal(size=(count, dimensions))).astype(np.float32) + 5, labels + 4
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-def test_svm(classes: int, tmp_path: Path) -> None:
-    svm = LinearSVM.fit(*clouds(60, 5, classes))
-    x, labels = clouds(300, 5, classes, seed=1)
-    assert svm.accuracy(x, labels) > 0.95
-    assert svm.accuracy(x, np.roll(labels, 1)) < 0.1
-    svm.save(tmp_path / "svm.npz", note=np.arange(3))
-    again = LinearSVM.load(tmp_path / "svm.npz")
-    assert np.array_equal(again.predict(x), svm.predict(x))
-    with pytest.raises(ValueError, match=r"expected \[N, 5\]"):
-        svm.predict(x[:, :4])
-
-
-def test_svm_of_fewer_points_than_dimensions_is_the_same() -> None:
-    """Fitting in the space of the points against fitting with all dimensions."""
-    from sklearn.svm import LinearSVC
-
-    x, labels = clouds(12, 40)
-    found = LinearSVM.fit(x, labels)
-    centred = x - x.mean(0)
-    scaled = centred / np.sqrt(np.square(centred).sum(1).mean())
-    direct = LinearSVC(C=found.c, tol=1e-7, max_iter=100_000).fit(scaled, labels)
-    np.testing.assert_allclose(found.decision(x), direct.decision_function(scaled), atol=2e-3)
-
-
-def test_svm_chooses_its_regularisation() -> None:
-    """Strong where the classes lie along the longest direction and the rest is noise, weak where they lie along a short
-    one; with one label of each class there is nothing to choose by."""
-    x = np.random.default_rng(0).normal(size=(200, 100))
-    x[:, 0] *= 10
-    assert LinearSVM.fit(x, x[:, 0] > 0).c == 0.1
-    x[:, 0] *= 3
-    assert LinearSVM.fit(x[:, :10], x[:, 1] > 0).c == 10.0
-    assert LinearSVM.fit(*clouds(3, 5)).c == 1.0
-
-
-def test_svm_of_one_class() -> None:
-    with pytest.raises(ValueError, match="the labels are of 1 class: expected at least 2"):
-        LinearSVM.fit(np.zeros((4, 2)), np.zeros(4, int))
-
-
-def test_file_that_is_no_classifier(tmp_path: Path) -> None:
-    np.savez(tmp_path / "other.npz", weight=np.zeros(3))
-    (tmp_path / "text.npz").write_text("text")
-    for name in ("other.npz", "text.npz", "none.npz"):
-        with pytest.raises(ValueError, match=f"{name} is no classifier"):
-            LinearSVM.load(tmp_path / name)
-
-
-def test_balanced_draws() -> None:
-    labels = np.array([0] * 50 + [1] * 50 + [2] * 3)
-    chosen = balanced(labels, 30, np.random.RandomState(0))
-    assert len({*chosen.tolist()}) == 30
-    counts = np.bincount(labels[chosen])
-    assert counts[2] == 3
-    assert sorted(counts[:2].tolist()) == [13, 14]
-    assert not np.array_equal(chosen, balanced(labels, 30, np.random.RandomState(1)))
-    for count in (2, 104):
-        with pytest.raises(ValueError, match=f"can't draw {count} labels"):
-            balanced(labels, count, np.random.RandomState(0))
-
-
-def test_comparison() -> None:
-    """Features that tell the classes apart beat noise; all get the same draws; impossible counts are left out."""
-    x, labels = clouds(200, 4)
-    noise = np.random.default_rng(0).normal(size=x.shape)
-    test = np.arange(200) % 4 == 3
-    scores = compare({"good": x, "noise": noise, "good again": x}, labels, test, counts=(2, 6, 150), draws=3)
-    assert [(s.features, s.labels) for s in scores] == [
-        (name, count) for name in ("good", "noise", "good again") for count in (6, 150)
-    ]
-    good, all_good, bad, _, again, _ = scores
-    assert good.mean > 0.9 > 0.6 > bad.mean
-    assert good.accuracies == again.accuracies
-    assert len(good.accuracies) == 3
-    assert len(all_good.accuracies) == 1
-    table = to_markdown(scores).splitlines()
-    assert table[0] == "| features | dimensions | 6 labels | 150 labels |"
-    assert table[2].startswith(f"| good | 4 | {100 * good.mean:.1f} ± ")
-
-
-def test_spread() -> None:
-    assert str(Score("x", 3, 10, [0.5, 0.7, 0.9])) == "70.0 ± 20.0"
-    assert str(Score("x", 3, 10, [0.5])) == "50.0"

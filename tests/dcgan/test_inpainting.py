@@ -1,19 +1,16 @@
-"""Filling in what is missing: masks, the loss, blending, the search, the command."""
+"""Filling in what is missing: the loss, the search, the sheet."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdcgan.cli import main
-from fastdcgan.dcgan import Discriminator, Trained, blending, inpainting, load_trained, masks
+from fastdcgan.dcgan import Discriminator, Trained, inpainting, load_trained, masks
 from fastdcgan.dcgan.inpainting import context_weights, inpaint, psnr
 
 
@@ -26,57 +23,6 @@ def trained(trained_run: Path) -> Trained:
 def targets(trained: Trained) -> torch.Tensor:
     """Images that the generator can make."""
     return trained.generator(F.normalize(torch.randn(3, 8)) * 8**0.5).detach()
-
-
-# --- masks -----------------------------------------------------------------------------------------------------------
-
-
-def test_centre() -> None:
-    known = masks.make("centre", 32)
-    assert known.shape == (1, 1, 32, 32)
-    hole = ~known[0, 0]
-    assert hole[8:24, 8:24].all()
-    assert hole.sum() == 256
-    assert (~masks.make("centre", 28, share=0.5)).sum() == 20**2  # the nearest square to half of 784
-
-
-def test_scattered() -> None:
-    known = masks.make("random", 32, 3, seed=1)
-    assert known.shape == (3, 1, 32, 32)
-    assert (~known).flatten(1).sum(1).tolist() == [round(0.8 * 1024)] * 3
-    assert not torch.equal(known[0], known[1])
-    assert torch.equal(masks.make("random", 32, 3, seed=1), known)
-    assert not torch.equal(masks.make("random", 32, 3, seed=2), known)
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "columns"),
-    [
-        ("top", slice(0, 7), slice(None)),
-        ("bottom", slice(21, 28), slice(None)),
-        ("left", slice(None), slice(0, 7)),
-        ("right", slice(None), slice(21, 28)),
-    ],
-)
-def test_sides(name: str, rows: slice, columns: slice) -> None:
-    hole = ~masks.make(name, 28, share=0.25)[0, 0]
-    assert hole[rows, columns].all()
-    assert hole.sum() == 7 * 28
-    assert (~masks.make(name, 28)).sum() == 14 * 28
-
-
-@pytest.mark.parametrize("share", [1e-9, 1 - 1e-9])
-@pytest.mark.parametrize("name", masks.MASKS)
-def test_masks_leave_something_to_do_and_to_go_by(name: str, share: float) -> None:
-    masks.check(masks.make(name, 28, 2, share=share))
-
-
-def test_mask_of_a_file(tmp_path: Path) -> None:
-    """White is missing."""
-    pixels = np.zeros((28, 28), np.uint8)
-    pixels[3:5, 7] = [127, 128]
-    Image.fromarray(pixels).save(tmp_path / "mask.png")
-    assert (~masks.make(str(tmp_path / "mask.png"), 28)).nonzero().tolist() == [[0, 0, 4, 7]]
 
 
 # --- the loss, and figures -------------------------------------------------------------------------------------------
@@ -116,46 +62,6 @@ def test_means() -> None:
     filled = inpainting.fill_with(images, known, mean)
     assert torch.equal(filled[..., 4:], images[..., 4:])
     torch.testing.assert_close(filled[..., :4], mean.expand(2, 3, 8, 4))
-
-
-# --- blending --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", masks.MASKS)
-def test_blending_keeps_gradients_and_meets_the_border(name: str) -> None:
-    """The least squares solution over all pairs of neighbours, found densely."""
-    images, source = torch.rand(2, 2, 8, 8).sub(0.5), torch.rand(2, 2, 8, 8).sub(0.5)
-    known = masks.make(name, 8, 2)
-    result = blending.poisson(images, source, known)
-    pixel = torch.arange(64).view(8, 8)
-    pairs = torch.cat(
-        [torch.stack([a, b], 1) for rows in (pixel, pixel.T) for a, b in pairwise(rows)]  # below, beside
-    )
-    differences = torch.zeros(len(pairs), 64, dtype=torch.float64)
-    differences[torch.arange(len(pairs)), pairs[:, 0]] = 1
-    differences[torch.arange(len(pairs)), pairs[:, 1]] = -1
-    for n in range(2):
-        here = known[n % len(known), 0].flatten()
-        for channel in range(2):
-            fixed, wanted = images[n, channel].flatten().double(), source[n, channel].flatten().double()
-            right = differences @ wanted - differences[:, here] @ fixed[here]
-            inside = torch.linalg.lstsq(differences[:, ~here], right[:, None], driver="gelsd").solution[:, 0]
-            found = result[n, channel].flatten().double()
-            assert torch.equal(found[here], fixed[here])
-            torch.testing.assert_close(found[~here], inside.clamp(-1, 1), rtol=0, atol=1e-6)
-
-
-def test_blending_undoes_a_shift() -> None:
-    images = torch.rand(1, 3, 16, 16).sub(0.5)
-    found = blending.poisson(images, images + 0.4, masks.make("centre", 16))
-    torch.testing.assert_close(found, images)
-
-
-def test_blending_without_a_border() -> None:
-    images, source = torch.rand(1, 1, 8, 8), torch.rand(1, 1, 8, 8)
-    nothing = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
-    torch.testing.assert_close(blending.poisson(images, source, nothing), source)
-    torch.testing.assert_close(blending.poisson(images, source, ~nothing), images)
 
 
 # --- the search ------------------------------------------------------------------------------------------------------
@@ -278,41 +184,3 @@ def test_sheet() -> None:
     rows = [[64, 64], [128, 64], [191, 191]]
     assert at[:3] == [[row] * 3 for row in rows]
     assert at[3:] == [[row, row, [0, 0]] for row in rows]
-
-
-@pytest.mark.parametrize("mask", ["centre", "random", "top"])
-def test_command(mask: str, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, files = tmp_path / "filled.png", tmp_path / "files"
-    options = ["--mask", mask, "--count", "5", "--steps", "3", "--device", "cpu", "--separate", str(files)]
-    assert main(["inpaint", str(trained_run), *options, "--out", str(out)]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[-1] == str(out)
-    assert f"PSNR over the missing pixels of 5 images of 28x28, mask {mask}:" in said
-    figures = [float(line.split()[-2]) for line in said if line.endswith(" dB")]
-    assert len(figures) == 3
-    assert all(np.isfinite(figures))
-    assert "The run was trained on all of digits: these are images that it has seen." in said
-    with Image.open(out) as picture:
-        assert picture.size == (5 * 30 + 2, 3 * 30 + 2)
-    assert sorted(path.name for path in files.iterdir()) == [f"{i}.png" for i in range(5)]
-
-
-def test_command_on_a_folder_and_a_mask_of_a_file(
-    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i in range(3):
-        Image.new("RGB", (40, 30), (50 * i, 90, 10)).save(folder / f"{i}.png")
-    (folder / "broken.png").write_text("no picture")
-    mask = np.zeros((28, 28), np.uint8)
-    mask[10:12] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    options = ["--mask", str(tmp_path / "mask.png"), "--steps", "2", "--device", "cpu"]
-    out = tmp_path / "filled.png"
-    cache = ["--cache", str(tmp_path / "cache")]
-    assert main(["inpaint", str(trained_run), str(folder), *options, *cache, "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "1 of 4 files could not be read" in said
-    assert "of 3 images of 28x28" in said
-    assert "trained on" not in said

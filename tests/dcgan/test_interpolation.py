@@ -10,15 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdcgan.cli import main
-from fastdcgan.dcgan import Generator, interpolation, load_generator, sample
+from fastdcgan.dcgan import Generator, interpolation, sample
 from fastdcgan.dcgan.images import to_pixels
-
-
-@pytest.fixture
-def generator(trained_run: Path) -> Generator:
-    return load_generator(trained_run)
-
 
 # --- inputs and what lies between them -------------------------------------------------------------------------------
 
@@ -151,18 +144,3 @@ def test_arithmetic_sheet(expression: str, generator: Generator) -> None:
             assert abs(sheet[2 + 30 * j : 30 + 30 * j, left : left + 28] - picture).max() <= 1
         (mean,) = pixels_of(generator, points.mean(0)[None])
         assert abs(sheet[height - 30 : height - 2, left : left + 28] - mean).max() <= 1
-
-
-def test_command(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    options = [str(trained_run), "--device", "cpu"]
-    for arguments, out, size in (
-        (["--seeds", "3", "0:5", "7", "--steps", "6"], "walk.png", (182, 62)),
-        (["--seeds", "3", "4", "--out", "there/walk.gif", "--steps", "3"], "there/walk.gif", (140, 140)),
-        (["--arithmetic", "1,2 - 3 + 4"], "arithmetic.png", (3 * 32 + 3 * 14 + 92, 107)),
-        (["--ema", "--out", "average.png"], "average.png", (8 * 30 + 2, 4 * 30 + 2)),
-    ):
-        assert main(["interpolate", *options, *arguments]) == 0
-        assert capsys.readouterr().out == f"{out}\n"
-        with Image.open(out) as picture:
-            assert picture.size == size

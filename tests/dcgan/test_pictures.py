@@ -1,4 +1,4 @@
-"""Grids, GIFs, and what is shown while something runs."""
+"""Pictures from files."""
 
 from __future__ import annotations
 
@@ -6,89 +6,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from fastdcgan.dcgan import console, images
+from fastdcgan.dcgan import pictures
 
 
-def test_levels() -> None:
-    x = torch.tensor([-1.0, 0.0, 1.0, -7.0, 7.0, 1 / 255]).view(1, 1, 1, 6)
-    assert images.to_pixels(x).ravel().tolist() == [0, 128, 255, 0, 255, 128]
-    assert np.array_equal(images.to_pixels(x.to(torch.bfloat16)).ravel()[:5], [0, 128, 255, 0, 255])
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_grid(channels: int) -> None:
-    """Row by row, with gaps; five images make three columns and two rows."""
-    expected = [25, 76, 128, 179, 230]
-    levels = torch.tensor(expected) / 127.5 - 1
-    picture = images.grid(levels.view(5, 1, 1, 1).expand(5, channels, 4, 6), gap=1)
-    assert picture.size == (3 * 7 + 1, 2 * 5 + 1)
-    assert picture.mode == ("L" if channels == 1 else "RGB")
-    pixels = np.asarray(picture).reshape(11, 22, channels)
-    found = [pixels[row, column, 0] for row in (2, 7) for column in (3, 10, 17)]
-    assert found == [*expected, 0]
-    assert not pixels[:, [0, 7, 14, 21]].any()
-    assert not pixels[[0, 5, 10]].any()
-
-
-def test_grid_of_given_columns() -> None:
-    assert images.grid(torch.zeros(6, 1, 4, 4), columns=6, gap=0).size == (24, 4)
-
-
-def test_gif_of_many_frames(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{i}.png" for i in range(150)]
-    for i, path in enumerate(paths):
-        images.save_image(Image.new("L", (8, 8), i), path)
-    images.save_gif(paths, tmp_path / "all.gif")
-    with Image.open(tmp_path / "all.gif") as animation:
-        assert animation.n_frames == 100
-        assert animation.convert("L").getpixel((0, 0)) == 0
-        animation.seek(99)
-        assert animation.convert("L").getpixel((0, 0)) == 149
-        assert animation.info["duration"] == 2000
-
-
-def show() -> None:
-    with console.Bar("training", 3) as bar:
-        for done in (1, 2, 3):
-            bar.text = f"loss {done}"
-            bar.update(done)
-            if done == 2:
-                console.say("a [message]")
-
-
-def test_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.0)
-    show()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "training 1/3  eta 0:00  loss 1",
-        "training 2/3  eta 0:00  loss 2",
-        "a [message]",
-        "training 3/3  eta 0:00  loss 3",
-    ]
-
-
-def test_live_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich's way to be told that this is a terminal
-    monkeypatch.setenv("COLUMNS", "150")
-    show()
-    out = capsys.readouterr().out
-    assert "a [message]\n" in out
-    assert "3/3" in out
-    assert "loss 3" in out
-    assert "\x1b[" in out
-
-
-def test_muted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(console, "_muted", True)
-    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.0)
-    show()
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
-def test_clock(seconds: float, text: str) -> None:
-    assert console._clock(seconds) == text
+def test_pictures_from_files(tmp_path: Path) -> None:
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, 20:] = (255, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    wide = pictures.load_picture(tmp_path / "wide.png", 3, 80)
+    assert wide.shape == (1, 3, 40, 80)
+    assert wide[0, :, 20, 10].tolist() == [-1, -1, -1]
+    assert wide[0, :, 20, 70].tolist() == [1, -1, 1]
+    square = pictures.load_picture(tmp_path / "wide.png", 1, 16, square=True)
+    assert square.shape == (1, 1, 16, 16)
+    sheet = np.asarray(pictures.beside([wide, wide[:, :, :10]], gap=3))
+    assert sheet.shape == (40, 163, 3)
+    assert (sheet[:, 80:83] == 255).all()
+    assert (sheet[:15, 83:] == 255).all()
+    assert (sheet[15:25, 90] == 0).all()
+    (tmp_path / "text.png").write_text("text")
+    for name, message in (("none.png", "there is no picture"), ("text.png", "is no picture that can be read")):
+        with pytest.raises(ValueError, match=message):
+            pictures.load_picture(tmp_path / name, 3, 16)

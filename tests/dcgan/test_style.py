@@ -1,36 +1,23 @@
-"""Style transfer: its losses, what it optimises, pictures from files."""
+"""Style transfer: its losses, what it optimises."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from fastdcgan.dcgan import Discriminator, Generator, pictures
+from fastdcgan.dcgan import Discriminator, Generator
 from fastdcgan.dcgan.features import FeatureExtractor
-from fastdcgan.dcgan.projection import InverseProjection, encode
+from fastdcgan.dcgan.projection import encode
 from fastdcgan.dcgan.style import Weights, gram, total_variation, transfer
+from tests.dcgan.conftest import lively
 
 
 @pytest.fixture
 def discriminator() -> Discriminator:
     torch.manual_seed(0)
     return Discriminator(28, 3, ndf=4).eval()
-
-
-def lively(generator: Generator) -> Generator:
-    """In `eval`, with statistics that give images of some contrast."""
-    for module in generator.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    torch.nn.init.normal_(generator.blocks.image.conv.weight, std=0.2)
-    with torch.no_grad():
-        generator(torch.randn(64, generator.nz))
-    return generator.eval()
 
 
 def stripes(height: int, width: int, period: int, across: bool) -> torch.Tensor:
@@ -107,47 +94,3 @@ def test_arguments_that_do_not_fit(change: dict, message: str, discriminator: Di
     arguments = {"content": torch.zeros(1, 3, 30, 30), "style": torch.zeros(1, 3, 30, 30), **change}
     with pytest.raises(ValueError, match=message):
         transfer(discriminator, **arguments)
-
-
-# --- the generator's inverse -----------------------------------------------------------------------------------------
-
-
-def test_encode_finds_images_of_the_generator() -> None:
-    torch.manual_seed(0)
-    generator = lively(Generator(28, 1, nz=4, ngf=8))
-    with torch.no_grad():
-        images = generator(torch.randn(3, 4))
-    z = encode(generator, images, steps=150)
-    error = (generator(z) - images).square().mean((1, 2, 3))
-    spread = (images - images.mean(0)).square().mean()
-    assert (error < 0.2 * spread).all()
-    with torch.inference_mode():  # as features are extracted
-        assert torch.equal(InverseProjection(generator, steps=150)(images), z)
-        features = InverseProjection(generator, ["up1"], steps=2)(images)
-    assert features.shape == (3, 8 * 16)
-    with pytest.raises(ValueError, match=r"expected \[N, 1, 28, 28\]"):
-        encode(generator, images[:, :, :20])
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def test_pictures_from_files(tmp_path: Path) -> None:
-    pixels = np.zeros((20, 40, 3), np.uint8)
-    pixels[:, 20:] = (255, 0, 255)
-    Image.fromarray(pixels).save(tmp_path / "wide.png")
-    wide = pictures.load_picture(tmp_path / "wide.png", 3, 80)
-    assert wide.shape == (1, 3, 40, 80)
-    assert wide[0, :, 20, 10].tolist() == [-1, -1, -1]
-    assert wide[0, :, 20, 70].tolist() == [1, -1, 1]
-    square = pictures.load_picture(tmp_path / "wide.png", 1, 16, square=True)
-    assert square.shape == (1, 1, 16, 16)
-    sheet = np.asarray(pictures.beside([wide, wide[:, :, :10]], gap=3))
-    assert sheet.shape == (40, 163, 3)
-    assert (sheet[:, 80:83] == 255).all()
-    assert (sheet[:15, 83:] == 255).all()
-    assert (sheet[15:25, 90] == 0).all()
-    (tmp_path / "text.png").write_text("text")
-    for name, message in (("none.png", "there is no picture"), ("text.png", "is no picture that can be read")):
-        with pytest.raises(ValueError, match=message):
-            pictures.load_picture(tmp_path / name, 3, 16)

@@ -147,3 +147,15 @@ def test_assertions_fail_and_say_what() -> None:
     with pytest.raises(AssertionError, match="float64"):
         assert_same_float64(truth.float(), truth)
     assert_same_float64(truth + 1e-12, truth)
+
+
+def test_terms_that_are_rounded_widen_the_bound_by_a_rounding_and_no_more() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(8, 64, dtype=torch.float64, generator=generator)
+    rounded = (values * (1 + torch.finfo(torch.float16).eps * (torch.rand(8, 64, generator=generator) - 0.5))).float()
+    truth, got = values.sum(1), rounded.sum(1)
+    vanilla = truth.float()  # which happened to have almost no error
+    assert verdict(got, vanilla, truth, reduction=64, scale=8.0)
+    assert verdict(got, vanilla, truth, reduction=64, scale=8.0, terms=torch.float16) == []
+    wrong = truth.float() + 0.002 * 8.0
+    assert verdict(wrong, vanilla, truth, reduction=64, scale=8.0, terms=torch.float16)

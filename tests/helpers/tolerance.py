@@ -31,12 +31,20 @@ def allowance(dtype: torch.dtype, reduction: int = 1) -> float:
 
 
 def verdict(
-    got: Tensor, vanilla: Tensor, truth: Tensor, *, reduction: int = 1, scale: float | None = None
+    got: Tensor,
+    vanilla: Tensor,
+    truth: Tensor,
+    *,
+    reduction: int = 1,
+    scale: float | None = None,
+    terms: torch.dtype | None = None,
 ) -> list[str]:
     """Why `got` is not as accurate as `vanilla`, both in one dtype, measured against the float64 `truth`; [] if it is.
 
     `reduction` is the number of terms of each element's sum (for a weight gradient N*H*W). `scale` is the magnitude
     that rounding is relative to (by default the truth's root mean square), for results that cancel to almost nothing.
+    `terms` is the dtype to which a sum's terms are rounded before they are added up, where that is not the result's:
+    vanilla's error is then one draw from the same distribution, whose standard deviation is a rounding / sqrt(12).
     """
     if got.shape != truth.shape or got.dtype != vanilla.dtype or got.device != vanilla.device:
         expected = f"expected {list(truth.shape)} {vanilla.dtype} on {vanilla.device}"
@@ -56,6 +64,8 @@ def verdict(
     size = float(truth.square().mean().sqrt()) if truth.numel() else 0.0
     scale = max(size, scale or 0.0, torch.finfo(torch.float64).tiny)
     extra, n = allowance(dtype, reduction), truth.numel()
+    if terms is not None:
+        extra += rounding(terms) / math.sqrt(12)
     faults = []
 
     def judge(what: str, found: float, usual: float, granted: float) -> None:
@@ -76,10 +86,17 @@ def verdict(
 
 
 def assert_as_accurate(
-    got: Tensor, vanilla: Tensor, truth: Tensor, what: str = "result", *, reduction: int = 1, scale: float | None = None
+    got: Tensor,
+    vanilla: Tensor,
+    truth: Tensor,
+    what: str = "result",
+    *,
+    reduction: int = 1,
+    scale: float | None = None,
+    terms: torch.dtype | None = None,
 ) -> None:
     """Fail, with every reason, unless `verdict` finds none."""
-    faults = verdict(got, vanilla, truth, reduction=reduction, scale=scale)
+    faults = verdict(got, vanilla, truth, reduction=reduction, scale=scale, terms=terms)
     assert not faults, f"{what} {'; '.join(faults)}"
 
 

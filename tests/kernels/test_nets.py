@@ -1,7 +1,4 @@
-"""Whole small networks on the Triton backend, forward and backward, against vanilla PyTorch.
-
-They run in Triton's interpreter (TRITON_INTERPRET=1), or on a GPU where FASTDCGAN_TEST_DEVICE names one.
-"""
+"""Whole small networks on the Triton backend, forward and backward, against vanilla PyTorch."""
 
 from __future__ import annotations
 
@@ -11,20 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastdcgan
+from fastdcgan import backends
+from fastdcgan.geometry import Geometry
+from fastdcgan.spec import Operand
 from tests.helpers.networks import Discriminator, Generator
 from tests.helpers.twins import assert_as_good, build, draw, results, settled_input
+from tests.kernels import calls
 from tests.machine import DEVICE
-
-triton = pytest.importorskip("triton")
-if not (triton.knobs.runtime.interpret or DEVICE.type == "cuda"):
-    pytest.skip("needs TRITON_INTERPRET=1 or a GPU", allow_module_level=True)
-
-from triton.runtime import interpreter  # noqa: E402
-
-import fastdcgan  # noqa: E402
-from fastdcgan import backends  # noqa: E402
-from fastdcgan.geometry import Geometry  # noqa: E402
-from fastdcgan.spec import STORE, Operand  # noqa: E402
 
 STEPS = 1
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -40,12 +31,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.fixture(autouse=True)
-def _on_triton() -> Iterator[None]:
-    builder = interpreter.interpreter_builder
-    before, builder.options = builder.options, interpreter.InterpreterOptions(sanitize_overflow=False)
+def _on_triton(no_overflow_checks: None) -> Iterator[None]:
     with fastdcgan.backend("triton"):
         yield
-    builder.options = before
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -75,7 +63,8 @@ def test_what_no_kernel_takes_has_a_reason() -> None:
 
     def why(x: tuple[int, ...], groups: int = 1) -> str | None:
         a, w = Operand(torch.empty(x, device="meta")), torch.empty(4, x[1] // groups, 3, 3, device="meta")
-        return backend.why_not("conv", a, w, Geometry((3, 3), (1, 1), (1, 1), groups=groups), STORE)
+        call = calls.conv(a, w, Geometry((3, 3), (1, 1), (1, 1), groups=groups))
+        return backend.algorithms("conv")[-1].why_not(call)
 
     assert why((2, 8, 4, 4)) is None
     assert "no groups" in why((2, 8, 4, 4), groups=2)

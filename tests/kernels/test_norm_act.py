@@ -1,11 +1,6 @@
-"""The normalise-and-activate passes and reductions of `kernels/norm_act.py`, against float64.
-
-They run in Triton's interpreter (TRITON_INTERPRET=1), or on a GPU where FASTDCGAN_TEST_DEVICE names one.
-"""
+"""The normalise-and-activate passes and reductions of `kernels/norm_act.py`, against float64."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,19 +8,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.backends.reference import ReferenceBackend
+from fastdcgan.kernels import norm_act as kernels
+from fastdcgan.kernels.elementwise import PassConfig, dense, matrices_of, reduction_config
+from fastdcgan.spec import Operand
 from tests.helpers.tolerance import assert_as_accurate
 from tests.machine import DEVICE
 
-triton = pytest.importorskip("triton")
-if not (triton.knobs.runtime.interpret or DEVICE.type == "cuda"):
-    pytest.skip("needs TRITON_INTERPRET=1 or a GPU", allow_module_level=True)
-
-from fastdcgan.activations import ACTIVATIONS  # noqa: E402
-from fastdcgan.backends.reference import ReferenceBackend  # noqa: E402
-from fastdcgan.kernels import norm_act as kernels  # noqa: E402
-from fastdcgan.kernels.streaming import StreamConfig, dense, reduce_config, walk_of  # noqa: E402
-from fastdcgan.spec import Operand  # noqa: E402
-
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 REFERENCE = ReferenceBackend()
 DTYPES = st.sampled_from([torch.float32, torch.float16])
 FORMATS = st.sampled_from([torch.channels_last, torch.contiguous_format])
@@ -39,17 +30,6 @@ SHAPES = st.tuples(
     st.integers(1, 9),
 )
 Shape = tuple[int, int, int, int, int]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_memory_is_nan() -> Iterator[None]:
-    """An output that is not wholly written keeps NaNs."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def draw(shape: Shape, dtype: torch.dtype, layout: torch.memory_format, shift: float = 0.5) -> Tensor:
@@ -150,7 +130,7 @@ def test_batch_statistics(shape: Shape, dtype: torch.dtype, layout: torch.memory
 def test_statistics_where_the_mean_is_far_above_the_deviation(layout: torch.memory_format) -> None:
     y = torch.randn(4, 20, 8, 8).mul(0.01).add(torch.linspace(-1000, 1000, 20)[:, None, None])
     y = y.to(DEVICE).contiguous(memory_format=layout)
-    mean, var, _ = kernels.batch_stats(y, 2, StreamConfig(16, 8, 2))
+    mean, var, _ = kernels.batch_stats(y, 2, PassConfig(16, 8, 2))
     truth = REFERENCE.batch_stats(y.double(), 2)
     torch.testing.assert_close(mean.double(), truth[0], rtol=2e-7, atol=0)
     # float32 has the partials' means to 3e-3 deviations; a sum of squares about 0 would be off by 1000 variances.
@@ -169,7 +149,7 @@ def test_a_channel_with_a_nan_leaves_the_others_alone() -> None:
 def test_many_programs_and_many_steps_agree_with_one(layout: torch.memory_format) -> None:
     shape = (2, 2, 24, 5, 3)
     y, da, coef = draw(shape, torch.float32, layout), draw(shape, torch.float32, layout), draw_coef(shape, 4)
-    for config in (StreamConfig(8, 16, 1), StreamConfig(4, 8, 5)):
+    for config in (PassConfig(8, 16, 1), PassConfig(4, 8, 5)):
         assert_stats(kernels.batch_stats(y, 2, config), y, 2)
         assert_sums(kernels.norm_act_reduce(da, y, coef, "relu", 0.3, config), da, y, coef, "relu")
         operand = Operand(da, y, coef, "relu", 0.3)
@@ -180,7 +160,7 @@ def test_the_same_input_gives_the_same_bits() -> None:
     shape = (2, 2, 24, 5, 3)
     da, y, coef = (draw(shape, torch.float16, torch.channels_last) for _ in range(2)), None, draw_coef(shape, 4)
     da, y = da
-    config = StreamConfig(8, 16, 1)
+    config = PassConfig(8, 16, 1)
     assert torch.equal(kernels.batch_stats(y, 2, config), kernels.batch_stats(y, 2, config))
     first, second = (kernels.grad_stats(da, y, coef, "tanh", 0.0, config) for _ in range(2))
     assert torch.equal(first[0], second[0])
@@ -264,9 +244,9 @@ def test_running_statistics_have_the_bits_of_the_reference(cumulative: bool, shi
 @pytest.mark.parametrize(("channels", "size"), [(3, 64), (64, 32), (100, 16), (512, 4)])
 def test_the_row_split_fills_the_chip_at_any_number_of_channels(channels: int, size: int) -> None:
     y = torch.empty(1024, channels, size, size, device="meta").contiguous(memory_format=torch.channels_last)
-    walk = walk_of(dense(y), 1)
-    config = reduce_config(walk, 2048)
-    down, across, _ = walk.grid(config)
+    matrices = matrices_of(dense(y), 1)
+    config = reduction_config(matrices, 2048)
+    down, across, _ = matrices.grid(config)
     assert 264 <= down * across <= 528 + across
     assert config.block_rows * config.block_columns == 2048
     assert config.fold == 1 or channels * config.fold % 64 == 0

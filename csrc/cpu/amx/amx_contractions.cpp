@@ -1,8 +1,6 @@
 #include "cpu/amx/amx_contractions.h"
 
-#include "cpu/amx/amx.h"
-
-#if defined(CPU_CAPABILITY_AVX512) && defined(__x86_64__)
+#ifdef FASTDCGAN_AMX
 
 #include "cpu/amx/tile_pixels.h"
 #include "cpu/amx/tiles.h"
@@ -37,7 +35,7 @@ void pack_tap(
     for (; k + 2 <= last; k += 2 * amx::kRows) {
       const int64_t pairs = std::min(amx::kRows, (last - k) / 2);
       for (int64_t n = 0; n < columns; n += kWidth)
-        transpose_pairs(
+        transpose_vnni_pairs(
             from + n * w.n + k, w.n, to + TileProducts::place(row + k - first, n, width), 2 * width,
             std::min(kWidth, columns - n), pairs);
     }
@@ -48,13 +46,13 @@ void pack_tap(
       to[TileProducts::place(row + k - first, n, width)] = from[k * w.k + n * w.n];
 }
 
-// Panels of columns, [panel][half][row of DepthOrder][column]: the `half`-th of `halves`.
-void pack(const Contraction& c, const Weight& w, Element* to, int64_t half = 0, int64_t halves = 1) {
+// Panels of columns, [panel][term][row of DepthOrder][column]: the `term`-th of `terms` that a float is split into.
+void pack(const Contraction& c, const Weight& w, Element* to, int64_t term = 0, int64_t terms = 1) {
   const Panels panels(c.out_channels);
   const DepthOrder order(c.y, c.x, c.in_channels, TileProducts::kDepthUnit);
   const int64_t blocks = (c.in_channels + kBlock - 1) / kBlock, depth = order.rows();
-  if (half == 0 && (c.in_channels % TileProducts::kDepthUnit || c.out_channels % kWidth))
-    std::fill_n(to, halves * panels.width * depth, Element(0.f));
+  if (term == 0 && (c.in_channels % TileProducts::kDepthUnit || c.out_channels % kWidth))
+    std::fill_n(to, terms * panels.width * depth, Element(0.f));
   at::parallel_for(0, panels.count * blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t column = i / blocks * kPanel, width = panels.vectors(i / blocks) * kWidth;
@@ -63,14 +61,14 @@ void pack(const Contraction& c, const Weight& w, Element* to, int64_t half = 0, 
         for (int64_t kx = 0; kx < c.x.kernel; ++kx)
           pack_tap(
               static_cast<const Element*>(w.data) + column * w.n + ky * w.y + kx * w.x, w, first, last,
-              std::min(width, c.out_channels - column), width, to + (halves * column + half * width) * depth,
+              std::min(width, c.out_channels - column), width, to + (terms * column + term * width) * depth,
               order.row(ky, kx) + first);
     }
   });
 }
 
-// Both halves of a weight of floats.
-void pack_halves(const Contraction& c, const Weight& w, Element* to) {
+// Both terms of a weight of floats.
+void pack_split(const Contraction& c, const Weight& w, Element* to) {
   static thread_local Scratch scratch;
   const int64_t count = w.bytes / int64_t{sizeof(float)};
   Element *high = scratch.get<Element>(2 * count), *low = high + count;
@@ -78,78 +76,57 @@ void pack_halves(const Contraction& c, const Weight& w, Element* to) {
   at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
     split(from + begin, end - begin, high + begin, low + begin);
   });
-  Weight half = w;
-  for (int64_t h = 0; h < SplitProducts::kHalves; ++h) {
-    half.data = h == 0 ? high : low;
-    pack(c, half, to, h, SplitProducts::kHalves);
+  Weight part = w;
+  for (int64_t h = 0; h < SplitProducts::kTerms; ++h) {
+    part.data = h == 0 ? high : low;
+    pack(c, part, to, h, SplitProducts::kTerms);
   }
 }
 
 }  // namespace
 
-bool on_tiles(c10::ScalarType dtype) { return dtype == c10::ScalarType::BFloat16 && amx::usable(); }
-
-void contract_on_tiles(const Contraction& c, const void* in, const Weight& weight, void* out, const Finish& finish) {
+void amx_contract(
+    const Contraction& c, c10::ScalarType, const void* in, const Weight& weight, void* out, const Epilogue& epilogue) {
   static thread_local Scratch scratch;
   const int64_t size = packed_size<TileProducts>(c);
   const auto pack_to = [&](void* to) { pack(c, Rounded(weight, kElement).get(), static_cast<Element*>(to)); };
-  const auto kept = kept_weight(
+  const auto cached = packed_weight(
       c, kElement, weight, TileProducts::kDepthUnit, size * int64_t{sizeof(Element)}, pack_to);
-  Element* packed = kept ? static_cast<Element*>(kept->data()) : scratch.get<Element>(size);
-  if (!kept) pack_to(packed);
-  const Finisher finisher(finish, c.out_channels);
-  Gather<Element, TileProducts>(
-      c, static_cast<const Element*>(in), packed, static_cast<Element*>(out), finish, finisher).run();
+  Element* packed = cached ? static_cast<Element*>(cached->data()) : scratch.get<Element>(size);
+  if (!cached) pack_to(packed);
+  ImplicitGemm<Element, TileProducts>(
+      c, static_cast<const Element*>(in), packed, static_cast<Element*>(out), epilogue).run();
 }
 
-void scatter_on_tiles(const Contraction& c, const void* in, const Weight& weight, void* out, const Finish& finish) {
-  scatter_with<Element, TileProducts>(c, in, weight, out, finish);
+void amx_col2im(
+    const Contraction& c, c10::ScalarType, const void* in, const Weight& weight, void* out, const Epilogue& epilogue) {
+  col2im_with<Element, TileProducts>(c, in, weight, out, epilogue);
 }
 
-void weight_grad_on_tiles(const Contraction& c, const void* gathered, const void* linear, void* out) {
+void amx_weight_grad(
+    const Contraction& c, c10::ScalarType, const void* gathered, const void* linear, void* out) {
   WeightGrad<Element, TilePixels<Element, TileProducts>>(
       c, static_cast<const Element*>(gathered), static_cast<const Element*>(linear), static_cast<Element*>(out)).run();
 }
 
-bool contract_halves(const Contraction& c, const void* in, const Weight& weight, void* out, const Finish& finish) {
-  const Finisher finisher(finish, c.out_channels);
-  if (!finisher.known()) return false;
-  if (!finish.stats && scatters(c)) return scatter_with<float, SplitProducts>(c, in, weight, out, finish);
+bool split_bf16_contract(const Contraction& c, const void* in, const Weight& weight, void* out, const Epilogue& epilogue) {
+  if (!epilogue.stats && can_col2im(c)) return col2im_with<float, SplitProducts>(c, in, weight, out, epilogue);
   static thread_local Scratch scratch;
   const int64_t size = packed_size<SplitProducts>(c);
-  const auto pack_to = [&](void* to) { pack_halves(c, weight, static_cast<Element*>(to)); };
-  const auto kept = kept_weight(
-      c, c10::ScalarType::Float, weight, SplitProducts::kHalves * SplitProducts::kDepthUnit,
+  const auto pack_to = [&](void* to) { pack_split(c, weight, static_cast<Element*>(to)); };
+  const auto cached = packed_weight(
+      c, c10::ScalarType::Float, weight, SplitProducts::kTerms * SplitProducts::kDepthUnit,
       size * int64_t{sizeof(Element)}, pack_to);
-  Element* packed = kept ? static_cast<Element*>(kept->data()) : scratch.get<Element>(size);
-  if (!kept) pack_to(packed);
-  return Gather<float, SplitProducts>(
-      c, static_cast<const float*>(in), packed, static_cast<float*>(out), finish, finisher).run();
+  Element* packed = cached ? static_cast<Element*>(cached->data()) : scratch.get<Element>(size);
+  if (!cached) pack_to(packed);
+  return ImplicitGemm<float, SplitProducts>(
+      c, static_cast<const float*>(in), packed, static_cast<float*>(out), epilogue).run();
 }
 
-bool weight_grad_halves(const Contraction& c, const void* gathered, const void* linear, void* out) {
+bool split_bf16_weight_grad(const Contraction& c, const void* gathered, const void* linear, void* out) {
   return WeightGrad<float, TilePixels<float, SplitProducts>>(
       c, static_cast<const float*>(gathered), static_cast<const float*>(linear), static_cast<float*>(out)).run();
 }
-
-}  // namespace fastdcgan::cpu
-
-#else
-
-#include <c10/util/Exception.h>
-
-namespace fastdcgan::cpu {
-
-bool on_tiles(c10::ScalarType) { return false; }
-void contract_on_tiles(const Contraction&, const void*, const Weight&, void*, const Finish&) {
-  TORCH_INTERNAL_ASSERT(false);
-}
-void scatter_on_tiles(const Contraction&, const void*, const Weight&, void*, const Finish&) {
-  TORCH_INTERNAL_ASSERT(false);
-}
-void weight_grad_on_tiles(const Contraction&, const void*, const void*, void*) { TORCH_INTERNAL_ASSERT(false); }
-bool contract_halves(const Contraction&, const void*, const Weight&, void*, const Finish&) { return false; }
-bool weight_grad_halves(const Contraction&, const void*, const void*, void*) { return false; }
 
 }  // namespace fastdcgan::cpu
 

@@ -14,20 +14,20 @@ class TilePixels {
  public:
   using Element = typename Products::Element;
   using Session = typename Products::Session;
-  static constexpr int64_t kHalves = Products::kHalves;
+  static constexpr int64_t kTerms = Products::kTerms;
 
   static int64_t sum_rows(int64_t out_channels) { return Products::whole_rows(out_channels); }
   static int64_t size(const Contraction& c, int64_t width) {
     const int64_t rows = sum_rows(c.out_channels);
-    const int64_t packed = rows * Products::kRowStride + kHalves * (kDepth * width + kUnit * rows);
+    const int64_t packed = rows * Products::kRowStride + kTerms * (kDepth * width + kUnit * rows);
     const int64_t elements = packed + kRows * row_size(rows, width);
     return elements * int64_t{sizeof(Element)} / int64_t{sizeof(float)};
   }
 
   TilePixels(const Sides<T>& sides, int64_t width, float* memory)
       : s_(sides), rows_(sum_rows(sides.c.out_channels)), width_(width), a_(reinterpret_cast<Element*>(memory)),
-        b_(a_ + rows_ * Products::kRowStride), pairs_(b_ + kHalves * kDepth * width),
-        row_(pairs_ + kHalves * kUnit * rows_) {}
+        b_(a_ + rows_ * Products::kRowStride), pairs_(b_ + kTerms * kDepth * width),
+        row_(pairs_ + kTerms * kUnit * rows_) {}
 
   void pack_linear(const RowClass& rows, int64_t low, int64_t high) {
     const int64_t channels = s_.c.out_channels;
@@ -40,12 +40,12 @@ class TilePixels {
           pixels[j] = pixel(s_.linear_pixel(rows, place), channels, j);
           n[j] = channels;
         }
-        for (int64_t h = 0; h < kHalves; ++h)
+        for (int64_t h = 0; h < kTerms; ++h)
           interleave(pixels[0].half[h], n[0], pixels[1].half[h], n[1], rows_, pairs_ + (h * kUnit + i) * rows_);
       }
-      for (int64_t h = 0; h < kHalves; ++h)
+      for (int64_t h = 0; h < kTerms; ++h)
         for (int64_t row = 0; row < rows_; row += amx::kRows)
-          transpose_pairs(
+          transpose_vnni_pairs(
               pairs_ + h * kUnit * rows_ + 2 * row, 2 * rows_,
               a_ + row * Products::kRowStride + h * kDepth + begin - low, Products::kRowStride, amx::kRows, amx::kRows);
     }
@@ -72,10 +72,10 @@ class TilePixels {
       }
       for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t first = p * kPanel, width = panels.vectors(p) * kWidth;
-        for (int64_t h = 0; h < kHalves; ++h)
+        for (int64_t h = 0; h < kTerms; ++h)
           interleave(
               pixels[0].half[h] + first, n[0] - first, pixels[1].half[h] + first, n[1] - first, width,
-              b_ + kHalves * first * depth + (h * depth + k) * width);
+              b_ + kTerms * first * depth + (h * depth + k) * width);
       }
     }
   }
@@ -83,30 +83,30 @@ class TilePixels {
   void multiply(int64_t pixels, const Panels& panels, float* c) const {
     const int64_t depth = whole_units<Products>(pixels);
     std::vector<Piece> pieces{{0, 0, depth}};
-    if constexpr (kHalves == 2) pieces = three_products(pieces, kDepth, depth);
+    if constexpr (kTerms == 2) pieces = three_products(pieces, kDepth, depth);
     for (int64_t p = 0; p < panels.count; ++p)
       Products::multiply(
-          a_, rows_, b_ + kHalves * p * kPanel * depth, panels.vectors(p), c + p * kPanel, width_, pieces, true);
+          a_, rows_, b_ + kTerms * p * kPanel * depth, panels.vectors(p), c + p * kPanel, width_, pieces, true);
   }
 
  private:
   struct Pixel {
-    const Element* half[kHalves] = {};
+    const Element* half[kTerms] = {};
   };
 
   static constexpr int64_t kUnit = Products::kDepthUnit;
   static_assert(kUnit == 2 * amx::kRows && kDepth % kUnit == 0);
-  // Of two pixels, as they are gathered and then in halves: rows of Elements.
-  static constexpr int64_t kRows = kHalves == 1 ? 2 : 2 * (int64_t{sizeof(T) / sizeof(Element)} + kHalves);
+  // Of two pixels, as they are gathered and then split into terms: rows of Elements.
+  static constexpr int64_t kRows = kTerms == 1 ? 2 : 2 * (int64_t{sizeof(T) / sizeof(Element)} + kTerms);
   static int64_t row_size(int64_t rows, int64_t width) { return std::max(rows, width) + kSpill; }
 
   // The `j`-th of two.
   Pixel pixel(const T* from, int64_t n, int64_t j) const {
-    if constexpr (kHalves == 1) {
+    if constexpr (kTerms == 1) {
       return {{from}};
     } else {
       const int64_t row = row_size(rows_, width_);
-      Element* high = row_ + (kRows / 2 + kHalves * j) * row;
+      Element* high = row_ + (kRows / 2 + kTerms * j) * row;
       split(from, n, high, high + row);
       return {{high, high + row}};
     }

@@ -11,15 +11,15 @@
 
 namespace fastdcgan::cpu {
 
-// Tiles 0 to 3 are sums, 4 and 5 rows of A, 6 and 7 columns of B; all are whole. With two halves, a row of A has the low
+// Tiles 0 to 3 are sums, 4 and 5 rows of A, 6 and 7 columns of B; all are whole. With two terms, a row of A has the low
 // ones kDepth after the high ones.
-template <int64_t kHalves_>
+template <int64_t kTerms_>
 struct TileProductsOf {
   using Element = c10::BFloat16;
-  static constexpr int64_t kHalves = kHalves_;
+  static constexpr int64_t kTerms = kTerms_;
   static constexpr int64_t kBlockRows = 256;  // the weights are read once for so many
   static constexpr int64_t kDepthUnit = amx::kRowBytes / int64_t{sizeof(Element)};
-  static constexpr int64_t kRowStride = kHalves * kDepth + kDepthUnit;  // no power of two
+  static constexpr int64_t kRowStride = kTerms * kDepth + kDepthUnit;  // no power of two
   static_assert(kPanel == 2 * kWidth && kWidth * int64_t{sizeof(float)} == amx::kRowBytes);
 
   class Session {

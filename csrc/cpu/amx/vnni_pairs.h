@@ -24,7 +24,7 @@ inline void interleave(
 
 // to[column][row] = from[row][column], for pairs, of which there are at most 16 in a row and in a column. Strides are in
 // single elements.
-inline void transpose_pairs(
+inline void transpose_vnni_pairs(
     const c10::BFloat16* from, int64_t from_stride, c10::BFloat16* to, int64_t to_stride, int64_t rows, int64_t columns) {
   const auto row_mask = static_cast<__mmask16>((1u << rows) - 1), column_mask = static_cast<__mmask16>((1u << columns) - 1);
   __m512i a[16], b[16];

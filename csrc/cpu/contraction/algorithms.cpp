@@ -1,42 +1,74 @@
+#include "cpu/contraction/algorithms.h"
+
+#include "cpu/amx/amx.h"
 #include "cpu/amx/amx_contractions.h"
-#include "cpu/contraction/pack.h"
-#include "cpu/contraction/packed_weights.h"
-#include "cpu/contraction/round_weight.h"
-#include "cpu/elementwise/pass_rows.h"
 #include "cpu/gemm/col2im.h"
 #include "cpu/gemm/implicit_gemm.h"
 #include "cpu/image/image_side.h"
+#include "cpu/winograd/winograd.h"
 
 namespace fastdcgan::cpu {
+namespace {
 
-bool contract(
-    const Contraction& c, c10::ScalarType dtype, const void* in, const Weight& weight, void* out, const Finish& finish) {
-  const Finisher finisher(finish, c.out_channels);
-  if (!finisher.known()) return false;
-  const bool scattered = !finish.stats && scatters(c);
-  if (on_tiles(dtype)) {
-    (scattered ? scatter_on_tiles : contract_on_tiles)(c, in, weight, out, finish);
-    return true;
-  }
-  if (scattered) {
-    scatter(c, dtype, in, weight, out, finish);
-    return true;
-  }
-  if (is_narrow(c)) {
-    narrow_contract(c, dtype, in, weight, out, finish);
-    return true;
-  }
-  static thread_local Scratch scratch;
-  const int64_t size = packed_size<FloatProducts>(c);
-  const auto pack = [&](void* to) { pack_weight(c, dtype, Rounded(weight, dtype).get(), static_cast<float*>(to)); };
-  const auto kept = kept_weight(c, dtype, weight, FloatProducts::kDepthUnit, size * int64_t{sizeof(float)}, pack);
-  float* packed = kept ? static_cast<float*>(kept->data()) : scratch.floats(size);
-  if (!kept) pack(packed);
-  with_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    Gather<T, FloatProducts>(c, static_cast<const T*>(in), packed, static_cast<T*>(out), finish, finisher).run();
-  });
-  return true;
+#ifdef FASTDCGAN_AMX
+constexpr bool kAmx = true;
+
+bool amx_can_run(const Contraction&, c10::ScalarType dtype, bool) {
+  return dtype == c10::ScalarType::BFloat16 && amx_usable();
+}
+bool amx_col2im_can_run(const Contraction& c, c10::ScalarType dtype, bool stats) {
+  return amx_can_run(c, dtype, stats) && can_col2im(c) && !stats;
+}
+bool split_bf16_can_run(const Contraction&, c10::ScalarType dtype, bool) {
+  return dtype == c10::ScalarType::Float && amx_usable();
+}
+#else
+constexpr bool kAmx = false;
+#endif
+
+bool col2im_can_run(const Contraction& c, c10::ScalarType, bool stats) { return can_col2im(c) && !stats; }
+bool image_side_can_run(const Contraction& c, c10::ScalarType, bool) { return can_image_side(c); }
+bool gemm_can_run(const Contraction&, c10::ScalarType, bool) { return true; }
+bool winograd_can_run(const Contraction& c, c10::ScalarType, bool) { return can_winograd(c); }
+
+// Products of split floats that are not finite may be right as floats.
+#ifdef FASTDCGAN_AMX
+void split_bf16_or_float(
+    const Contraction& c, c10::ScalarType dtype, const void* in, const Weight& weight, void* out, const Epilogue& e) {
+  if (!split_bf16_contract(c, in, weight, out, e))
+    algorithms(c, dtype, e.stats != nullptr, false)[0]->contract(c, dtype, in, weight, out, e);
+}
+void split_bf16_or_float_weight_grad(
+    const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
+  if (!split_bf16_weight_grad(c, gathered, linear, out))
+    algorithms(c, dtype, false, true)[0]->weight_grad(c, dtype, gathered, linear, out);
+}
+#endif
+
+const Algorithm kAlgorithms[] = {
+#ifdef FASTDCGAN_AMX
+    {"amx_col2im", amx_col2im_can_run, amx_col2im, nullptr},
+    {"amx", amx_can_run, amx_contract, amx_weight_grad},
+#endif
+    {"col2im", col2im_can_run, col2im_contract, nullptr},
+    {"image_side", image_side_can_run, image_side_contract, image_side_weight_grad},
+    {"gemm", gemm_can_run, gemm_contract, gemm_weight_grad},
+    {"winograd", winograd_can_run, winograd_contract, winograd_weight_grad},
+#ifdef FASTDCGAN_AMX
+    {"split_bf16", split_bf16_can_run, split_bf16_or_float, split_bf16_or_float_weight_grad},
+#endif
+};
+
+}  // namespace
+
+bool amx_usable() { return kAmx && amx::usable(); }
+
+std::vector<const Algorithm*> algorithms(const Contraction& c, c10::ScalarType dtype, bool stats, bool weight_grad) {
+  std::vector<const Algorithm*> found;
+  for (const Algorithm& a : kAlgorithms)
+    if ((weight_grad ? a.weight_grad != nullptr : a.contract != nullptr) && a.can_run(c, dtype, stats))
+      found.push_back(&a);
+  return found;
 }
 
 }  // namespace fastdcgan::cpu

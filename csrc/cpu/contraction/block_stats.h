@@ -28,15 +28,15 @@ void moments(const Row& row, int64_t rows, int64_t width, float* mean, float* m2
 // [3, groups, channels] from those of the blocks: [blocks, 2, width]. A block has `rows` rows, of samples that share the
 // statistics `stat_group`.
 template <class Block>
-void combine(const std::vector<Block>& blocks, const float* partial, int64_t width, int64_t channels, const Finish& f) {
-  std::vector<Moments<double>> all(f.groups * channels);
+void combine(const std::vector<Block>& blocks, const float* partial, int64_t width, int64_t channels, const Epilogue& f) {
+  std::vector<Moments<double>> all(f.stat_groups * channels);
   for (size_t i = 0; i < blocks.size(); ++i) {
     const float *mean = partial + i * 2 * width, *m2 = mean + width;
     Moments<double>* group = all.data() + blocks[i].stat_group * channels;
     const auto count = static_cast<double>(blocks[i].rows);
     for (int64_t n = 0; n < channels; ++n) group[n].merge({count, mean[n], m2[n]});
   }
-  const int64_t row = f.groups * channels;
+  const int64_t row = f.stat_groups * channels;
   for (int64_t i = 0; i < row; ++i) {
     f.stats[i] = static_cast<float>(all[i].mean);
     f.stats[row + i] = static_cast<float>(all[i].m2 / all[i].count);

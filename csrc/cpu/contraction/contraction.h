@@ -23,8 +23,8 @@ struct Contraction {
 };
 
 // A weight as it lies: element (k, n, ky, kx) for input channel k and output channel n, by strides. Where its storage is
-// given, it lies in `bytes` from `data` on, and its packed form may be kept (kept.h). `wide`, and then its storage is given:
-// its elements are floats, which count as rounded to the dtype of the tensors (round_weight.h).
+// given, it lies in `bytes` from `data` on, and its packed form may be cached (packed_weights.h). A `wide` weight, whose
+// storage is given, has floats as elements, which count as rounded to the dtype of the tensors (round_weight.h).
 struct Weight {
   const void* data;
   int64_t k, n, y, x;
@@ -36,18 +36,11 @@ struct Weight {
 // What happens to the sums before they are stored: act(scale*sum + shift) with the scale and the shift of each channel
 // where they are given; and where `stats` is given, mean, biased and unbiased variance [3, groups, out_channels] of the
 // sums.
-struct Finish {
+struct Epilogue {
   const float *scale = nullptr, *shift = nullptr;
   Activation act{0, 0.f};
   float* stats = nullptr;
-  int64_t groups = 1;
+  int64_t stat_groups = 1;
 };
-
-// `conv` and `conv_transpose`. False if the activation is unknown.
-bool contract(const Contraction&, c10::ScalarType, const void* in, const Weight&, void* out, const Finish&);
-
-// `gathered` [batch, y.in, x.in, in_channels], `linear` [batch, y.out, x.out, out_channels]
-// -> `out` [out_channels, y.kernel, x.kernel, in_channels].
-void weight_grad(const Contraction&, c10::ScalarType, const void* gathered, const void* linear, void* out);
 
 }  // namespace fastdcgan::cpu

@@ -3,13 +3,14 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <string>
+#include <string_view>
 #include <vector>
 
-#include "cpu/amx/amx_contractions.h"
-#include "cpu/contraction/contraction.h"
+#include "common/activations.h"
+#include "cpu/contraction/algorithms.h"
 #include "cpu/contraction/packed_weights.h"
 #include "cpu/memory/memory.h"
-#include "cpu/winograd/winograd.h"
 
 // Of the operators: tests load a second library of them.
 #ifndef FASTDCGAN_CPU_NAMESPACE
@@ -46,26 +47,22 @@ Tensor output(const Tensor& like, int64_t batch, int64_t channels, int64_t heigh
   return new_tensor({batch, channels, height, width}, like.scalar_type(), at::MemoryFormat::ChannelsLast);
 }
 
-void check_winograd(const Contraction& c, bool winograd) {
-  TORCH_CHECK_VALUE(
-      !winograd || winograd_covers(c), "expected kernels of twice the stride, strides of 1 or 2 and no dilation for ",
-      "minimal filtering, got kernels ", c.y.kernel, " and ", c.x.kernel, ", strides ", c.y.stride, " and ", c.x.stride,
-      ", dilations ", c.y.dilation, " and ", c.x.dilation);
+const Algorithm& algorithm_of(
+    const Contraction& c, c10::ScalarType dtype, bool stats, bool weight_grad, std::string_view name) {
+  std::string names;
+  for (const Algorithm* a : algorithms(c, dtype, stats, weight_grad)) {
+    if (a->name == name) return *a;
+    names += (names.empty() ? "" : ", ") + std::string(a->name);
+  }
+  TORCH_CHECK_VALUE(false, "no algorithm '", name, "' for this contraction of ", dtype, "; there are: ", names);
 }
 
-void check_halves(bool halves, bool winograd, c10::ScalarType dtype) {
-  const bool tiles = on_tiles(at::kBFloat16);
-  TORCH_CHECK_VALUE(
-      !halves || (!winograd && dtype == at::kFloat && tiles), "expected tensors of Float, AMX and no minimal filtering for ",
-      "products of halves, got ", dtype, ", ", tiles ? "" : "no ", "AMX, ", winograd ? "" : "no ", "filtering");
-}
-
-// Output and, for groups > 0, its stats. `by_channel`: [channels] for act(sum + t), [2 or more, 1, channels] for
+// Output and, for stat_groups > 0, its stats. `by_channel`: [channels] for act(sum + t), [2 or more, 1, channels] for
 // act(s*sum + t).
 std::tuple<Tensor, Tensor> contraction(
     const Tensor& x_, const Tensor& weight_, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-    IntArrayRef size, bool transposed, const optional<Tensor>& by_channel_, int64_t act, double slope, int64_t groups,
-    bool winograd, bool halves) {
+    IntArrayRef size, bool transposed, const optional<Tensor>& by_channel_, int64_t act, double slope,
+    int64_t stat_groups, std::string_view algorithm) {
   const Tensor x = channels_last(x_, "an input");
   TORCH_CHECK_VALUE(
       weight_.dim() == 4 && weight_.size(transposed ? 0 : 1) == x.size(1), "expected a weight for ", x.size(1),
@@ -74,17 +71,19 @@ std::tuple<Tensor, Tensor> contraction(
       weight_.scalar_type() == x.scalar_type() || weight_.scalar_type() == at::kFloat, "expected a weight of dtype ",
       x.scalar_type(), x.scalar_type() == at::kFloat ? "" : " or Float", ", got ", weight_.scalar_type());
   Tensor weight = weight_;
-  if (!weight.is_non_overlapping_and_dense()) weight = halves ? weight.contiguous() : weight.to(x.scalar_type());
+  if (!weight.is_non_overlapping_and_dense())
+    weight = algorithm == "split_bf16" ? weight.contiguous() : weight.to(x.scalar_type());
   TORCH_CHECK_VALUE(
-      groups >= 0 && (groups == 0 || x.size(0) % groups == 0), "a batch of ", x.size(0), " can't have ", groups,
-      " statistics groups");
+      stat_groups >= 0 && (stat_groups == 0 || x.size(0) % stat_groups == 0), "a batch of ", x.size(0), " can't have ",
+      stat_groups, " statistics groups");
   const int64_t channels = weight.size(transposed ? 1 : 0);
   const IntArrayRef kernel = weight.sizes().slice(2);
   const Contraction c{
       x.size(0), x.size(1), channels, axis(x, 0, kernel, stride, padding, dilation, size[0], transposed),
       axis(x, 1, kernel, stride, padding, dilation, size[1], transposed)};
-  check_winograd(c, winograd);
-  check_halves(halves, winograd, x.scalar_type());
+  const Algorithm& a = algorithm_of(c, x.scalar_type(), stat_groups > 0, false, algorithm);
+  TORCH_CHECK_VALUE(
+      with_activation<float>(static_cast<int>(act), 0.f, [](const auto&) {}), "unknown activation id ", act);
   Weight w{weight.const_data_ptr(), weight.stride(transposed ? 0 : 1), weight.stride(transposed ? 1 : 0),
            weight.stride(2), weight.stride(3)};
   const c10::Storage storage = weight.storage();
@@ -104,42 +103,39 @@ std::tuple<Tensor, Tensor> contraction(
         by_channel.scalar_type() == at::kFloat, "expected float32 coefficients, got ", by_channel.scalar_type());
   }
   const Tensor out = output(x, x.size(0), channels, size[0], size[1]);
-  const auto stats_size = groups ? std::vector<int64_t>{3, groups, channels} : std::vector<int64_t>{0};
+  const auto stats_size = stat_groups ? std::vector<int64_t>{3, stat_groups, channels} : std::vector<int64_t>{0};
   const Tensor stats = at::empty(stats_size, at::TensorOptions(at::kFloat));
-  Finish finish{nullptr, nullptr, {static_cast<int>(act), static_cast<float>(slope)}};
+  Epilogue epilogue{nullptr, nullptr, {static_cast<int>(act), static_cast<float>(slope)}};
   if (by_channel.defined()) {
     const float* first = by_channel.const_data_ptr<float>();
-    finish.scale = by_channel.dim() == 1 ? nullptr : first;
-    finish.shift = by_channel.dim() == 1 ? first : first + channels;
+    epilogue.scale = by_channel.dim() == 1 ? nullptr : first;
+    epilogue.shift = by_channel.dim() == 1 ? first : first + channels;
   }
-  if (groups) {
-    finish.stats = stats.data_ptr<float>();
-    finish.groups = groups;
+  if (stat_groups) {
+    epilogue.stats = stats.data_ptr<float>();
+    epilogue.stat_groups = stat_groups;
   }
-  if (halves && contract_halves(c, x.const_data_ptr(), w, out.data_ptr(), finish)) return {out, stats};
-  const bool known = (winograd ? winograd_contract : contract)(
-      c, x.scalar_type(), x.const_data_ptr(), w, out.data_ptr(), finish);
-  TORCH_CHECK_VALUE(known, "unknown activation id ", act);
+  a.contract(c, x.scalar_type(), x.const_data_ptr(), w, out.data_ptr(), epilogue);
   return {out, stats};
 }
 
 std::tuple<Tensor, Tensor> conv(
     const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t groups, bool winograd,
-    bool halves) {
-  return contraction(x, weight, stride, padding, dilation, size, false, by_channel, act, slope, groups, winograd, halves);
+    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t stat_groups,
+    std::string_view algorithm) {
+  return contraction(x, weight, stride, padding, dilation, size, false, by_channel, act, slope, stat_groups, algorithm);
 }
 
 std::tuple<Tensor, Tensor> conv_transpose(
     const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t groups, bool winograd,
-    bool halves) {
-  return contraction(x, weight, stride, padding, dilation, size, true, by_channel, act, slope, groups, winograd, halves);
+    IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t stat_groups,
+    std::string_view algorithm) {
+  return contraction(x, weight, stride, padding, dilation, size, true, by_channel, act, slope, stat_groups, algorithm);
 }
 
 Tensor grad_of_weight(
     const Tensor& gathered_, const Tensor& linear_, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
-    IntArrayRef dilation, bool winograd, bool halves) {
+    IntArrayRef dilation, std::string_view algorithm) {
   const Tensor gathered = channels_last(gathered_, "an input"), linear = channels_last(linear_, "a gradient");
   TORCH_CHECK_VALUE(
       gathered.size(0) == linear.size(0), "expected one batch size, got ", gathered.size(0), " and ", linear.size(0));
@@ -151,21 +147,32 @@ Tensor grad_of_weight(
       axis(gathered, 0, kernel, stride, padding, dilation, linear.size(2), false),
       axis(gathered, 1, kernel, stride, padding, dilation, linear.size(3), false)};
   const Tensor out = output(gathered, c.out_channels, c.in_channels, kernel[0], kernel[1]);
-  check_winograd(c, winograd);
-  check_halves(halves, winograd, gathered.scalar_type());
-  if (halves && weight_grad_halves(c, gathered.const_data_ptr(), linear.const_data_ptr(), out.data_ptr())) return out;
-  (winograd ? winograd_weight_grad : weight_grad)(
-      c, gathered.scalar_type(), gathered.const_data_ptr(), linear.const_data_ptr(), out.data_ptr());
+  const auto dtype = gathered.scalar_type();
+  algorithm_of(c, dtype, false, true, algorithm)
+      .weight_grad(c, dtype, gathered.const_data_ptr(), linear.const_data_ptr(), out.data_ptr());
   return out;
 }
 
-// (how many, bytes)
-std::tuple<int64_t, int64_t> kept() {
-  const KeptWeights found = kept_weights();
-  return {found.count, found.bytes};
+// The names of the algorithms for an operator, in the order of algorithms.h. Sizes of tensors make no difference to which
+// can run. Channels: of what is read and of what is written; of the gathered and of the linear operand for `weight_grad`.
+std::vector<std::string> names_of_algorithms(
+    std::string_view op, int64_t in_channels, int64_t out_channels, IntArrayRef kernel, IntArrayRef stride,
+    IntArrayRef dilation, at::ScalarType dtype, bool stats) {
+  TORCH_CHECK_VALUE(
+      op == "conv" || op == "conv_transpose" || op == "weight_grad",
+      "expected 'conv', 'conv_transpose' or 'weight_grad', got '", op, "'");
+  const auto axis = [&](int i) { return Axis{kernel[i], stride[i], 0, dilation[i], 1, 1, op == "conv_transpose"}; };
+  std::vector<std::string> names;
+  const Contraction c{1, in_channels, out_channels, axis(0), axis(1)};
+  for (const Algorithm* a : algorithms(c, dtype, stats, op == "weight_grad")) names.emplace_back(a->name);
+  return names;
 }
 
-bool bfloat16_on_tiles() { return on_tiles(at::kBFloat16); }
+// (how many, bytes)
+std::tuple<int64_t, int64_t> packed_weights_cached() {
+  const PackedWeights found = packed_weights();
+  return {found.count, found.bytes};
+}
 
 }  // namespace
 }  // namespace fastdcgan::cpu
@@ -173,15 +180,19 @@ bool bfloat16_on_tiles() { return on_tiles(at::kBFloat16); }
 TORCH_LIBRARY_FRAGMENT(FASTDCGAN_CPU_NAMESPACE, m) {
   m.def(
       "conv(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int[2] size, Tensor? by_channel, "
-      "int act, float slope, int groups, bool winograd=False, bool halves=False) -> (Tensor, Tensor)");
+      "int act, float slope, int stat_groups, str algorithm) -> (Tensor, Tensor)");
   m.def(
       "conv_transpose(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int[2] size, "
-      "Tensor? by_channel, int act, float slope, int groups, bool winograd=False, bool halves=False) -> (Tensor, Tensor)");
+      "Tensor? by_channel, int act, float slope, int stat_groups, str algorithm) -> (Tensor, Tensor)");
   m.def(
       "weight_grad(Tensor gathered, Tensor linear, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
-      "bool winograd=False, bool halves=False) -> Tensor");
-  m.def("kept_weights() -> (int, int)", fastdcgan::cpu::kept);
-  m.def("bfloat16_on_tiles() -> bool", fastdcgan::cpu::bfloat16_on_tiles);
+      "str algorithm) -> Tensor");
+  m.def(
+      "algorithms(str op, int in_channels, int out_channels, int[2] kernel, int[2] stride, int[2] dilation, "
+      "ScalarType dtype, bool stats) -> str[]",
+      fastdcgan::cpu::names_of_algorithms);
+  m.def("packed_weights() -> (int, int)", fastdcgan::cpu::packed_weights_cached);
+  m.def("amx_usable() -> bool", fastdcgan::cpu::amx_usable);
 }
 
 TORCH_LIBRARY_IMPL(FASTDCGAN_CPU_NAMESPACE, CPU, m) {

@@ -8,25 +8,21 @@
 
 namespace fastdcgan::cpu {
 
-class Finisher {
+class RowEpilogue {
  public:
   // For rows of `repeats` times all `channels`.
-  Finisher(const Finish& finish, int64_t channels, int64_t repeats = 1) : act_(finish.act) {
-    const bool nothing = !finish.scale && !finish.shift && finish.act.id == 0;
-    known_ = with_activation<V>(act_.id, act_.slope, [&](auto act) { apply_ = &Finisher::apply<decltype(act)>; });
-    if (nothing || !known_) {
-      apply_ = nullptr;
-      return;
-    }
+  RowEpilogue(const Epilogue& epilogue, int64_t channels, int64_t repeats = 1) : act_(epilogue.act) {
+    const bool nothing = !epilogue.scale && !epilogue.shift && epilogue.act.id == 0;
+    if (nothing) return;
+    with_activation<V>(act_.id, act_.slope, [&](auto act) { apply_ = &RowEpilogue::apply<decltype(act)>; });
     width_ = Panels(channels * repeats).width;
     columns_.assign(2 * width_, 0.f);
     for (int64_t r = 0; r < repeats; ++r)
       for (int64_t c = 0; c < channels; ++c) {
-        columns_[r * channels + c] = finish.scale ? finish.scale[c] : 1.f;
-        columns_[width_ + r * channels + c] = finish.shift ? finish.shift[c] : 0.f;
+        columns_[r * channels + c] = epilogue.scale ? epilogue.scale[c] : 1.f;
+        columns_[width_ + r * channels + c] = epilogue.shift ? epilogue.shift[c] : 0.f;
       }
   }
-  bool known() const { return known_; }
   // In place, columns [first, first + n): n is a multiple of kWidth.
   void run(float* sums, int64_t first, int64_t n) const {
     if (apply_) (this->*apply_)(sums, first, n);
@@ -42,10 +38,9 @@ class Finisher {
   }
 
   Activation act_;
-  bool known_ = false;
   int64_t width_ = 0;
   std::vector<float> columns_;  // [2, width]
-  void (Finisher::*apply_)(float*, int64_t, int64_t) const = nullptr;
+  void (RowEpilogue::*apply_)(float*, int64_t, int64_t) const = nullptr;
 };
 
 }  // namespace fastdcgan::cpu

@@ -9,7 +9,7 @@ namespace fastdcgan::cpu {
 // Elements of a packed weight.
 template <class Products>
 int64_t packed_size(const Contraction& c) {
-  return Products::kHalves * Panels(c.out_channels).width * DepthOrder(c.y, c.x, c.in_channels, Products::kDepthUnit).rows();
+  return Products::kTerms * Panels(c.out_channels).width * DepthOrder(c.y, c.x, c.in_channels, Products::kDepthUnit).rows();
 }
 
 void pack_weight(const Contraction&, c10::ScalarType, const Weight&, float* to);

@@ -12,7 +12,7 @@ namespace fastdcgan::cpu {
 namespace {
 
 constexpr int64_t kMostPixels = 2048;             // beyond that, packing takes less than 5 % of the time
-constexpr int64_t kMostBytes = int64_t{1} << 28;  // of all kept forms
+constexpr int64_t kMostBytes = int64_t{1} << 28;  // of all packed weights
 constexpr int kMostChanges = 10;                  // in a row; 2^n calls are left out after n
 
 // --- digests ---
@@ -58,7 +58,7 @@ Digests digests(const void* data, int64_t bytes) {
   return found;
 }
 
-// --- what is kept ---
+// --- the cache ---
 
 using Key = std::array<int64_t, 20>;
 
@@ -66,17 +66,17 @@ struct Entry {
   Key key;
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   Digests digests;
-  std::shared_ptr<KeptWeight> packed;
+  std::shared_ptr<PackedWeight> packed;
   int changes = 0;      // without a use of what was packed
   int64_t left_out = 0;  // calls still to be
 };
 
 class Store {
  public:
-  std::shared_ptr<const KeptWeight> get(
+  std::shared_ptr<const PackedWeight> get(
       const Key& key, const Weight& w, int64_t bytes, c10::function_ref<void(void*)> pack) {
     Digests before;
-    std::shared_ptr<KeptWeight> packed;
+    std::shared_ptr<PackedWeight> packed;
     {
       const std::lock_guard lock(mutex_);
       Entry& entry = find(key, w, bytes);
@@ -103,7 +103,7 @@ class Store {
     if (!keep) return nullptr;
     if (!holds) {
       // What another thread still multiplies with is left to it.
-      if (!packed || packed.use_count() > 1) packed = std::make_shared<KeptWeight>(bytes);
+      if (!packed || packed.use_count() > 1) packed = std::make_shared<PackedWeight>(bytes);
       pack(packed->data());
     }
     const std::lock_guard lock(mutex_);
@@ -114,10 +114,10 @@ class Store {
     return packed;
   }
 
-  KeptWeights count() {
+  PackedWeights count() {
     const std::lock_guard lock(mutex_);
     drop_expired();
-    KeptWeights found{0, 0};
+    PackedWeights found{0, 0};
     for (const Entry& e : entries_)
       if (e.packed) found = {found.count + 1, found.bytes + e.packed->bytes()};
     return found;
@@ -146,8 +146,8 @@ class Store {
   }
 
   // Memory of the size wanted among what is dropped: fresh pages cost more than packing into them.
-  std::shared_ptr<KeptWeight> drop_expired(int64_t bytes = 0) {
-    std::shared_ptr<KeptWeight> spare;
+  std::shared_ptr<PackedWeight> drop_expired(int64_t bytes = 0) {
+    std::shared_ptr<PackedWeight> spare;
     for (Entry& e : entries_)
       if (e.storage.expired() && e.packed && e.packed->bytes() == bytes) spare = std::move(e.packed);
     entries_.erase(
@@ -167,17 +167,17 @@ Store& store() {
 
 }  // namespace
 
-std::shared_ptr<const KeptWeight> kept_weight(
-    const Contraction& c, c10::ScalarType dtype, const Weight& w, int64_t way, int64_t bytes,
+std::shared_ptr<const PackedWeight> packed_weight(
+    const Contraction& c, c10::ScalarType dtype, const Weight& w, int64_t layout, int64_t bytes,
     c10::function_ref<void(void*)> pack) {
   const int64_t pixels = c.y.transposed ? c.y.in * c.x.in : c.y.out * c.x.out;
   if (!w.storage || c.batch * pixels > kMostPixels) return nullptr;
   const Key key{
-      reinterpret_cast<int64_t>(w.data), w.bytes, way, static_cast<int64_t>(dtype), c.in_channels, c.out_channels,
+      reinterpret_cast<int64_t>(w.data), w.bytes, layout, static_cast<int64_t>(dtype), c.in_channels, c.out_channels,
       c.y.kernel, c.x.kernel, c.y.stride, c.x.stride, c.y.dilation, c.x.dilation, c.y.transposed, w.k, w.n, w.y, w.x};
   return store().get(key, w, bytes, pack);
 }
 
-KeptWeights kept_weights() { return store().count(); }
+PackedWeights packed_weights() { return store().count(); }
 
 }  // namespace fastdcgan::cpu

@@ -1,4 +1,4 @@
-// Packed weights that are kept from call to call.
+// The packed-weight cache: what packing a weight gave is used again at the next calls.
 //
 // A weight can change without a trace: `weight.data.copy_()`, a view of a flat buffer, another library. So every call reads
 // the whole weight and compares digests: that costs a tenth of packing it. A change of one element is always seen; one of
@@ -14,9 +14,9 @@
 
 namespace fastdcgan::cpu {
 
-class KeptWeight {
+class PackedWeight {
  public:
-  explicit KeptWeight(int64_t bytes) : bytes_(bytes), memory_(allocate_pages(bytes)) {}
+  explicit PackedWeight(int64_t bytes) : bytes_(bytes), memory_(allocate_pages(bytes)) {}
   void* data() const { return memory_.get(); }
   int64_t bytes() const { return bytes_; }
 
@@ -25,16 +25,16 @@ class KeptWeight {
   Pages memory_;
 };
 
-// The packed form of a weight: one that is kept and still holds, or one that `pack` makes now. Null where keeping it would
-// not pay: many pixels are multiplied with it, or it changes all the time. `way`: sets one packing of a contraction apart
-// from others. Kept forms go with the storage of their weight, at the next call of this function.
-std::shared_ptr<const KeptWeight> kept_weight(
-    const Contraction&, c10::ScalarType, const Weight&, int64_t way, int64_t bytes, c10::function_ref<void(void*)> pack);
+// The packed form of a weight: one from the cache that still holds, or one that `pack` makes now. Null where caching would
+// not pay: many pixels are multiplied with it, or it changes all the time. `layout` sets one packing of a contraction apart
+// from others. A packed weight leaves the cache with the storage of its weight, at the next call of this function.
+std::shared_ptr<const PackedWeight> packed_weight(
+    const Contraction&, c10::ScalarType, const Weight&, int64_t layout, int64_t bytes, c10::function_ref<void(void*)> pack);
 
-// How many are kept now, and their bytes.
-struct KeptWeights {
+// How many are in the cache now, and their bytes.
+struct PackedWeights {
   int64_t count, bytes;
 };
-KeptWeights kept_weights();
+PackedWeights packed_weights();
 
 }  // namespace fastdcgan::cpu

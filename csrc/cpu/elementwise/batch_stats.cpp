@@ -10,7 +10,7 @@ namespace {
 // Sums of d = y - shift and of d^2.
 struct Deviations {
   static constexpr int rows = 1, sums = 2;
-  static constexpr bool stores = false, reads_grad = false, streams = false;
+  static constexpr bool stores = false, reads_grad = false, non_temporal = false;
   struct Coef {
     V shift;
   };
@@ -24,11 +24,11 @@ struct Deviations {
   }
 };
 
-struct MomentsSink final : Sink {
+struct MomentsAccumulator final : Accumulator {
   std::vector<float> shift;
   std::vector<double> count, mean, m2;
 
-  explicit MomentsSink(int64_t channels) : shift(channels), count(channels), mean(channels), m2(channels) {}
+  explicit MomentsAccumulator(int64_t channels) : shift(channels), count(channels), mean(channels), m2(channels) {}
   const float* coef() const override { return shift.data(); }
   int64_t stride() const override { return 0; }
   bool starts() const override { return true; }
@@ -50,11 +50,11 @@ struct MomentsSink final : Sink {
   }
 };
 
-// Writes the statistics of the values of all sinks of a group.
-void combine(const MomentsSink* sinks, int64_t many, int64_t channels, float* out, int64_t row) {
+// Writes the statistics of the values of all accumulators of a group.
+void combine(const MomentsAccumulator* accumulators, int64_t many, int64_t channels, float* out, int64_t row) {
   std::vector<Moments<double>> all(channels);
   for (int64_t i = 0; i < many; ++i) {
-    const double *k = sinks[i].count.data(), *mu = sinks[i].mean.data(), *sq = sinks[i].m2.data();
+    const double *k = accumulators[i].count.data(), *mu = accumulators[i].mean.data(), *sq = accumulators[i].m2.data();
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) all[c].merge({k[c], mu[c], sq[c]});
   }
@@ -68,14 +68,14 @@ void combine(const MomentsSink* sinks, int64_t many, int64_t channels, float* ou
 }  // namespace
 
 void batch_stats_pass(const Shape& s, Memory m, c10::ScalarType dtype, float* stats) {
-  with_sweep(Deviations{}, dtype, [&](const Sweep& sweep) {
-    const int64_t chunks = chunk_count(sweep, s);
-    std::vector<MomentsSink> sinks(s.groups * chunks, MomentsSink(s.channels));
-    std::vector<Sink*> pointers;
-    for (MomentsSink& sink : sinks) pointers.push_back(&sink);
-    reduce(sweep, s, m, pointers);
+  with_loop(Deviations{}, dtype, [&](const InnerLoop& loop) {
+    const int64_t chunks = chunk_count(loop, s);
+    std::vector<MomentsAccumulator> accumulators(s.groups * chunks, MomentsAccumulator(s.channels));
+    std::vector<Accumulator*> pointers;
+    for (MomentsAccumulator& accumulator : accumulators) pointers.push_back(&accumulator);
+    reduce(loop, s, m, pointers);
     for (int64_t g = 0; g < s.groups; ++g)
-      combine(sinks.data() + g * chunks, chunks, s.channels, stats + g * s.channels, s.groups * s.channels);
+      combine(accumulators.data() + g * chunks, chunks, s.channels, stats + g * s.channels, s.groups * s.channels);
   });
 }
 

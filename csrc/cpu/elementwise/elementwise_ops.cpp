@@ -305,9 +305,9 @@ int64_t threads() {
 }
 
 // (blocks, bytes)
-std::tuple<int64_t, int64_t> kept_memory_counts() {
-  const KeptMemory kept = kept_memory();
-  return {kept.blocks, kept.bytes};
+std::tuple<int64_t, int64_t> cached_memory_counts() {
+  const MemoryCache cached = cached_memory();
+  return {cached.blocks, cached.bytes};
 }
 
 }  // namespace
@@ -338,7 +338,7 @@ TORCH_LIBRARY(fastdcgan_cpu, m) {
       "normalize_backward_(Tensor(a!) da, Tensor y, Tensor coef, float count, int act, float slope) -> Tensor");
   m.def("bias_coefficients(Tensor? bias, int channels) -> Tensor", fastdcgan::cpu::bias_coefficients);
   m.def("threads() -> int", fastdcgan::cpu::threads);
-  m.def("kept_memory() -> (int, int)", fastdcgan::cpu::kept_memory_counts);
+  m.def("cached_memory() -> (int, int)", fastdcgan::cpu::cached_memory_counts);
   m.def("release_memory() -> ()", fastdcgan::cpu::release_memory);
 }
 

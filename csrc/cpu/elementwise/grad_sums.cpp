@@ -9,7 +9,7 @@ namespace {
 template <class Act, bool kNormalised>
 struct GradSums {
   static constexpr int rows = kNormalised ? 4 : 2, sums = kNormalised ? 2 : 1;
-  static constexpr bool stores = true, reads_grad = true, streams = false;
+  static constexpr bool stores = true, reads_grad = true, non_temporal = false;
   struct Coef {
     V s, t, mean, rstd;
   };
@@ -31,13 +31,13 @@ struct GradSums {
   }
 };
 
-struct SumSink final : Sink {
+struct SumAccumulator final : Accumulator {
   const float* coef_;
   int64_t stride_;
   int sums;
   std::vector<double> totals;  // [sums, channels]
 
-  SumSink(const float* coef, int64_t stride, int sums, int64_t channels)
+  SumAccumulator(const float* coef, int64_t stride, int sums, int64_t channels)
       : coef_(coef), stride_(stride), sums(sums), totals(sums * channels) {}
   const float* coef() const override { return coef_; }
   int64_t stride() const override { return stride_; }
@@ -48,20 +48,20 @@ struct SumSink final : Sink {
   }
 };
 
-void run(const Sweep& sweep, const Shape& s, Memory m, const float* coef, float* out) {
-  const int64_t stride = s.groups * s.channels, chunks = chunk_count(sweep, s);
-  std::vector<SumSink> sinks;
-  std::vector<Sink*> pointers;
+void run(const InnerLoop& loop, const Shape& s, Memory m, const float* coef, float* out) {
+  const int64_t stride = s.groups * s.channels, chunks = chunk_count(loop, s);
+  std::vector<SumAccumulator> accumulators;
+  std::vector<Accumulator*> pointers;
   for (int64_t i = 0; i < s.groups * chunks; ++i)
-    sinks.emplace_back(coef + (i / chunks) * s.channels, stride, sweep.sums, s.channels);
-  for (SumSink& sink : sinks) pointers.push_back(&sink);
-  reduce(sweep, s, m, pointers);
-  std::vector<double> total(sweep.sums * s.channels);
+    accumulators.emplace_back(coef + (i / chunks) * s.channels, stride, loop.sums, s.channels);
+  for (SumAccumulator& accumulator : accumulators) pointers.push_back(&accumulator);
+  reduce(loop, s, m, pointers);
+  std::vector<double> total(loop.sums * s.channels);
   for (int64_t g = 0; g < s.groups; ++g) {
     std::fill(total.begin(), total.end(), 0.);
     for (int64_t i = 0; i < chunks; ++i)
-      for (size_t k = 0; k < total.size(); ++k) total[k] += sinks[g * chunks + i].totals[k];
-    for (int k = 0; k < sweep.sums; ++k)
+      for (size_t k = 0; k < total.size(); ++k) total[k] += accumulators[g * chunks + i].totals[k];
+    for (int k = 0; k < loop.sums; ++k)
       for (int64_t c = 0; c < s.channels; ++c)
         out[k * stride + g * s.channels + c] = static_cast<float>(total[k * s.channels + c]);
   }
@@ -71,12 +71,12 @@ void run(const Sweep& sweep, const Shape& s, Memory m, const float* coef, float*
 
 bool grad_sums_pass(
     const Shape& s, Memory m, c10::ScalarType dtype, const float* coef, int64_t rows, Activation a, float* sums) {
-  const auto run_sweep = [&](const Sweep& sweep) { run(sweep, s, m, coef, sums); };
+  const auto run_loop = [&](const InnerLoop& loop) { run(loop, s, m, coef, sums); };
   return with_activation<V>(a.id, a.slope, [&](auto act) {
     if (rows == 4) {
-      with_sweep(GradSums<decltype(act), true>{act}, dtype, run_sweep);
+      with_loop(GradSums<decltype(act), true>{act}, dtype, run_loop);
     } else {
-      with_sweep(GradSums<decltype(act), false>{act}, dtype, run_sweep);
+      with_loop(GradSums<decltype(act), false>{act}, dtype, run_loop);
     }
   });
 }

@@ -5,13 +5,13 @@
 namespace fastdcgan::cpu {
 namespace {
 
-constexpr int64_t kStreamBytes = int64_t{1} << 22;
+constexpr int64_t kNonTemporalBytes = int64_t{1} << 22;
 
 // act(s*y + t)
 template <class Act>
 struct Forward {
   static constexpr int rows = 2, sums = 0;
-  static constexpr bool stores = true, reads_grad = false, streams = true;
+  static constexpr bool stores = true, reads_grad = false, non_temporal = true;
   struct Coef {
     V s, t;
   };
@@ -27,7 +27,7 @@ struct Forward {
 template <class Act, bool kNormalised>
 struct Backward {
   static constexpr int rows = kNormalised ? 4 : 2, sums = 0;
-  static constexpr bool stores = true, reads_grad = true, streams = false;
+  static constexpr bool stores = true, reads_grad = true, non_temporal = false;
   struct Coef {
     V s, t, p, q;
   };
@@ -53,29 +53,29 @@ struct Backward {
 
 // A result that is larger than the caches of a core will be read from beyond them anyway: stored past them, its lines
 // are not read first. Where it lies in whole aligned vectors, and not in the place of `y`.
-bool streams(const Shape& s, const Memory& m, int64_t item_size) {
+bool past_caches(const Shape& s, const Memory& m, int64_t item_size) {
   const int64_t row = s.channels * item_size, vectors = kStep * item_size;
-  return s.channels_last && m.out != m.y && s.groups * s.group_size() * item_size >= kStreamBytes &&
+  return s.channels_last && m.out != m.y && s.groups * s.group_size() * item_size >= kNonTemporalBytes &&
          row % vectors == 0 && reinterpret_cast<uintptr_t>(m.out) % vectors == 0;
 }
 
 }  // namespace
 
 bool norm_act_pass(const Shape& s, Memory m, c10::ScalarType dtype, const float* coef, Activation a) {
-  m.stream = streams(s, m, static_cast<int64_t>(c10::elementSize(dtype)));
+  m.non_temporal = past_caches(s, m, static_cast<int64_t>(c10::elementSize(dtype)));
   return with_activation<V>(a.id, a.slope, [&](auto act) {
-    with_sweep(Forward<decltype(act)>{act}, dtype, [&](const Sweep& sweep) { map(sweep, s, m, coef); });
+    with_loop(Forward<decltype(act)>{act}, dtype, [&](const InnerLoop& loop) { map(loop, s, m, coef); });
   });
 }
 
 bool norm_act_backward_pass(
     const Shape& s, Memory m, c10::ScalarType dtype, const float* coef, int64_t rows, Activation a) {
-  const auto run = [&](const Sweep& sweep) { map(sweep, s, m, coef); };
+  const auto run = [&](const InnerLoop& loop) { map(loop, s, m, coef); };
   return with_activation<V>(a.id, a.slope, [&](auto act) {
     if (rows == 4) {
-      with_sweep(Backward<decltype(act), true>{act}, dtype, run);
+      with_loop(Backward<decltype(act), true>{act}, dtype, run);
     } else {
-      with_sweep(Backward<decltype(act), false>{act}, dtype, run);
+      with_loop(Backward<decltype(act), false>{act}, dtype, run);
     }
   });
 }

@@ -173,45 +173,45 @@ class Cut {
   bool planes_ = false;
 };
 
-void sweep_tile(
-    const Sweep& sweep, Memory m, const Tile& t, int64_t columns, const float* const* coef, float* const* sums) {
+void pass_tile(
+    const InnerLoop& loop, Memory m, const Tile& t, int64_t columns, const float* const* coef, float* const* sums) {
   for (int64_t i = 0; i < t.repeat; ++i) {
     const int64_t first = t.first + i * t.repeat_stride;
-    if (t.rows) sweep.run(sweep.op, m.at(first * sweep.item_size), coef, sums, t.rows, columns, t.stride);
+    if (t.rows) loop.run(loop.op, m.at(first * loop.item_size), coef, sums, t.rows, columns, t.stride);
     const int64_t rest = first + t.rows * t.stride;
-    if (t.rest) sweep.run(sweep.op, m.at(rest * sweep.item_size), coef, sums, 1, t.rest, t.stride);
+    if (t.rest) loop.run(loop.op, m.at(rest * loop.item_size), coef, sums, 1, t.rest, t.stride);
   }
 }
 
-void reduce_chunk(const Sweep& sweep, const Cut& cut, Memory m, int64_t chunk, int64_t block, Sink& sink) {
+void reduce_chunk(const InnerLoop& loop, const Cut& cut, Memory m, int64_t chunk, int64_t block, Accumulator& accumulator) {
   const Columns columns = cut.columns(block);
   const int64_t channel = cut.first_channel(block);
-  ColumnSums sums(sweep.sums, columns, sweep.step);
+  ColumnSums sums(loop.sums, columns, loop.step);
   CoefRows table;
   const auto run = [&](const Tile& t, auto&& consume) {
     sums.clear();
     const float* const* rows =
-        table.expand(columns, sweep.step, sink.coef() + channel, sweep.rows, sink.stride());
-    sweep_tile(sweep, m, t, columns.size(), rows, sums.rows());
+        table.expand(columns, loop.step, accumulator.coef() + channel, loop.rows, accumulator.stride());
+    pass_tile(loop, m, t, columns.size(), rows, sums.rows());
     const auto count = static_cast<double>(t.repeat * (t.rows * columns.size() + t.rest) / columns.channels);
     consume(channel, columns.channels, sums.by_channel(), count);
   };
-  bool begins = sink.starts();
+  bool begins = accumulator.starts();
   cut.tiles(chunk, block, kFlushRows, [&](const Tile& t) {
     if (begins) {
       const Tile few{t.first, std::min(t.rows, kStartRows), t.rows ? 0 : t.rest, t.stride};
-      run(few, [&](auto... args) { sink.start(args...); });
+      run(few, [&](auto... args) { accumulator.start(args...); });
       begins = false;
     }
-    run(t, [&](auto... args) { sink.add(args...); });
+    run(t, [&](auto... args) { accumulator.add(args...); });
   });
 }
 
 }  // namespace
 
-void map(const Sweep& sweep, const Shape& s, Memory m, const float* coef) {
-  const Cut cut(s, sweep.step);
-  const int64_t chunks = cut.chunks(), blocks = cut.blocks(), group_bytes = s.group_size() * sweep.item_size;
+void map(const InnerLoop& loop, const Shape& s, Memory m, const float* coef) {
+  const Cut cut(s, loop.step);
+  const int64_t chunks = cut.chunks(), blocks = cut.blocks(), group_bytes = s.group_size() * loop.item_size;
   at::parallel_for(0, s.groups * blocks * chunks, 1, [&](int64_t begin, int64_t end) {
     CoefRows table;
     const float* const* rows = nullptr;
@@ -220,24 +220,24 @@ void map(const Sweep& sweep, const Shape& s, Memory m, const float* coef) {
       const Columns columns = cut.columns(block);
       if (i == begin || chunk == 0) {
         const float* first = coef + g * s.channels + cut.first_channel(block);
-        rows = table.expand(columns, sweep.step, first, sweep.rows, s.groups * s.channels);
+        rows = table.expand(columns, loop.step, first, loop.rows, s.groups * s.channels);
       }
       cut.tiles(chunk, block, kAllRows, [&](const Tile& t) {
-        sweep_tile(sweep, m.at(g * group_bytes), t, columns.size(), rows, nullptr);
+        pass_tile(loop, m.at(g * group_bytes), t, columns.size(), rows, nullptr);
       });
     }
   });
 }
 
-int64_t chunk_count(const Sweep& sweep, const Shape& s) { return Cut(s, sweep.step).chunks(); }
+int64_t chunk_count(const InnerLoop& loop, const Shape& s) { return Cut(s, loop.step).chunks(); }
 
-void reduce(const Sweep& sweep, const Shape& s, Memory m, const std::vector<Sink*>& sinks) {
-  const Cut cut(s, sweep.step);
-  const int64_t chunks = cut.chunks(), blocks = cut.blocks(), group_bytes = s.group_size() * sweep.item_size;
+void reduce(const InnerLoop& loop, const Shape& s, Memory m, const std::vector<Accumulator*>& accumulators) {
+  const Cut cut(s, loop.step);
+  const int64_t chunks = cut.chunks(), blocks = cut.blocks(), group_bytes = s.group_size() * loop.item_size;
   at::parallel_for(0, s.groups * chunks * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t number = i / blocks, g = number / chunks;
-      reduce_chunk(sweep, cut, m.at(g * group_bytes), number % chunks, i % blocks, *sinks[number]);
+      reduce_chunk(loop, cut, m.at(g * group_bytes), number % chunks, i % blocks, *accumulators[number]);
     }
   });
 }

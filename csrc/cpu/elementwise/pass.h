@@ -1,5 +1,5 @@
 // One pass over a tensor [groups * samples, channels, height, width], channels_last or contiguous, with per-channel
-// coefficients: elementwise (`map`) or down to per-channel sums (`reduce`). What is done to the elements is a `Sweep`.
+// coefficients: elementwise (`map`) or down to per-channel sums (`reduce`). What is done to the elements is an `InnerLoop`.
 //
 // How work is cut into chunks depends on the shape alone and partial sums are combined in a fixed order, in double:
 // the same input gives the same bits for any number of threads.
@@ -24,11 +24,11 @@ struct Memory {
   const void* y;
   const void* da;
   void* out;
-  bool stream = false;  // store past the caches: whole vectors of `out`, each aligned to its size
+  bool non_temporal = false;  // store past the caches: whole vectors of `out`, each aligned to its size
 
   Memory at(int64_t bytes) const {
     return {static_cast<const char*>(y) + bytes, da ? static_cast<const char*>(da) + bytes : nullptr,
-            out ? static_cast<char*>(out) + bytes : nullptr, stream};
+            out ? static_cast<char*>(out) + bytes : nullptr, non_temporal};
   }
 };
 
@@ -36,7 +36,7 @@ constexpr int kMaxRows = 4, kMaxSums = 2, kMaxStep = 32;
 
 // An inner loop over `rows` rows of `columns` elements, `stride` apart, that share coefficients and sums by column:
 // rows of `columns` floats, rounded up to whole steps. `sums` are added to.
-struct Sweep {
+struct InnerLoop {
   const void* op;
   void (*run)(
       const void* op, Memory, const float* const* coef, float* const* sums, int64_t rows, int64_t columns,
@@ -47,12 +47,12 @@ struct Sweep {
 };
 
 // Takes the sums of one chunk.
-struct Sink {
-  virtual ~Sink() = default;
+struct Accumulator {
+  virtual ~Accumulator() = default;
   // Coefficients by channel, and how far apart the rows of them are. They may change from block to block.
   virtual const float* coef() const = 0;
   virtual int64_t stride() const = 0;
-  // Double sums [sweep.sums, channels] of `count` values each, of `channels` channels from `first` on. Called for
+  // Double sums [loop.sums, channels] of `count` values each, of `channels` channels from `first` on. Called for
   // consecutive blocks of the chunk.
   virtual void add(int64_t first, int64_t channels, const double* sums, double count) = 0;
   // The same of the chunk's first few values, before any `add`; only if `starts()`.
@@ -60,11 +60,11 @@ struct Sink {
   virtual void start(int64_t, int64_t, const double*, double) {}
 };
 
-// `coef`: [sweep.rows, groups, channels].
-void map(const Sweep& sweep, const Shape&, Memory, const float* coef);
+// `coef`: [loop.rows, groups, channels].
+void map(const InnerLoop& loop, const Shape&, Memory, const float* coef);
 
-// How many chunks each group is cut into; `sinks[g * chunks + i]` takes the i-th of group g.
-int64_t chunk_count(const Sweep&, const Shape&);
-void reduce(const Sweep& sweep, const Shape&, Memory, const std::vector<Sink*>& sinks);
+// How many chunks each group is cut into; `accumulators[g * chunks + i]` takes the i-th of group g.
+int64_t chunk_count(const InnerLoop&, const Shape&);
+void reduce(const InnerLoop& loop, const Shape&, Memory, const std::vector<Accumulator*>& accumulators);
 
 }  // namespace fastdcgan::cpu

@@ -5,7 +5,7 @@
 //   sums                                   how many sums it accumulates
 //   stores                                 whether it has a result for each element
 //   reads_grad                             whether it reads a second tensor, `da`
-//   streams                                whether it can store past the caches (`Memory::stream`)
+//   non_temporal                           whether it can store past the caches (`Memory::non_temporal`)
 //   Coef, load(row, column)                its coefficients for one vector of columns
 //   operator()(Coef, y, da, V* sums)       the result for one vector of elements; adds to the sums
 #pragma once
@@ -31,8 +31,8 @@ struct Tensors {
 };
 
 // The first `columns` (whole steps) of `kRows` rows that are `stride` elements apart.
-template <int kRows, bool kStream = false, class Op, class T>
-inline void sweep_rows(
+template <int kRows, bool kNonTemporal = false, class Op, class T>
+inline void pass_rows(
     const Op& op, Tensors<T> t, const float* const* coef, float* const* sums, int64_t columns, int64_t stride) {
   constexpr int kSums = Op::sums;
   // Unrolled, so that what is indexed by row, half and sum stays in registers.
@@ -56,8 +56,8 @@ inline void sweep_rows(
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) result.half[h] = op(k[h], y[r].half[h], da[r].half[h], total[h]);
       if constexpr (Op::stores) {
-        if constexpr (kStream) {
-          stream(t.out + r * stride + column, result);
+        if constexpr (kNonTemporal) {
+          write_non_temporal(t.out + r * stride + column, result);
         } else if (t.out) {
           write(t.out + r * stride + column, result);
         }
@@ -73,56 +73,56 @@ inline void sweep_rows(
 
 // The last `n` < kStep columns of a row, in a copy that is a whole step long.
 template <class Op, class T>
-void sweep_tail(const Op& op, Tensors<T> t, const float* const* coef, float* const* sums, int64_t n) {
+void pass_tail(const Op& op, Tensors<T> t, const float* const* coef, float* const* sums, int64_t n) {
   alignas(64) T y[kStep] = {}, da[kStep] = {}, out[kStep];
   alignas(64) float sum[Op::sums + 1][kStep] = {};
   float* rows[Op::sums + 1];
   for (int i = 0; i < Op::sums; ++i) rows[i] = sum[i];
   std::copy_n(t.y, n, y);
   if constexpr (Op::reads_grad) std::copy_n(t.da, n, da);
-  sweep_rows<1>(op, Tensors<T>{y, da, t.out ? out : nullptr}, coef, rows, kStep, kStep);
+  pass_rows<1>(op, Tensors<T>{y, da, t.out ? out : nullptr}, coef, rows, kStep, kStep);
   if (t.out) std::copy_n(out, n, t.out);
   for (int i = 0; i < Op::sums; ++i)
     for (int64_t j = 0; j < n; ++j) sums[i][j] += sum[i][j];
 }
 
 template <class Op, class T>
-void sweep(
+void pass(
     const Op& op, Tensors<T> t, const float* const* coef, float* const* sums, int64_t rows, int64_t columns,
     int64_t stride) {
   const int64_t whole = columns - columns % kStep;
   int64_t r = 0;
   if constexpr (Op::sums > 0) {
     // Several rows at a time, for which the sums and the coefficients are then read once.
-    for (; r + 4 <= rows; r += 4) sweep_rows<4>(op, t.at(r * stride), coef, sums, whole, stride);
+    for (; r + 4 <= rows; r += 4) pass_rows<4>(op, t.at(r * stride), coef, sums, whole, stride);
   }
-  for (; r < rows; ++r) sweep_rows<1>(op, t.at(r * stride), coef, sums, whole, stride);
+  for (; r < rows; ++r) pass_rows<1>(op, t.at(r * stride), coef, sums, whole, stride);
   if (whole == columns) return;
   const float* tail_coef[kMaxRows] = {};
   float* tail_sums[kMaxSums] = {};
   for (int k = 0; k < Op::rows; ++k) tail_coef[k] = coef[k] + whole;
   for (int k = 0; k < Op::sums; ++k) tail_sums[k] = sums[k] + whole;
-  for (r = 0; r < rows; ++r) sweep_tail(op, t.at(r * stride + whole), tail_coef, tail_sums, columns - whole);
+  for (r = 0; r < rows; ++r) pass_tail(op, t.at(r * stride + whole), tail_coef, tail_sums, columns - whole);
 }
 
-// `sweep` of whole steps that stores past the caches.
+// `pass` of whole steps that stores past the caches.
 template <class Op, class T>
-void sweep_streaming(const Op& op, Tensors<T> t, const float* const* coef, int64_t rows, int64_t columns, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) sweep_rows<1, true>(op, t.at(r * stride), coef, nullptr, columns, stride);
-  end_stream();
+void pass_non_temporal(const Op& op, Tensors<T> t, const float* const* coef, int64_t rows, int64_t columns, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) pass_rows<1, true>(op, t.at(r * stride), coef, nullptr, columns, stride);
+  end_non_temporal();
 }
 
 // The loop of an op over tensors of T, for `map` and `reduce`. Keeps a pointer to `op`.
 template <class Op, class T>
-Sweep make_sweep(const Op& op) {
+InnerLoop make_loop(const Op& op) {
   static_assert(Op::rows <= kMaxRows && Op::sums <= kMaxSums && kStep <= kMaxStep);
   const auto run = [](const void* self, Memory m, const float* const* coef, float* const* sums, int64_t rows,
                       int64_t columns, int64_t stride) {
     const Tensors<T> t{static_cast<const T*>(m.y), static_cast<const T*>(m.da), static_cast<T*>(m.out)};
-    if constexpr (Op::streams) {
-      if (m.stream) return sweep_streaming(*static_cast<const Op*>(self), t, coef, rows, columns, stride);
+    if constexpr (Op::non_temporal) {
+      if (m.non_temporal) return pass_non_temporal(*static_cast<const Op*>(self), t, coef, rows, columns, stride);
     }
-    sweep(*static_cast<const Op*>(self), t, coef, sums, rows, columns, stride);
+    pass(*static_cast<const Op*>(self), t, coef, sums, rows, columns, stride);
   };
   return {&op, run, Op::rows, Op::sums, kStep, sizeof(T)};
 }
@@ -138,10 +138,10 @@ void with_type(c10::ScalarType dtype, F&& f) {
   }
 }
 
-// Calls `f` with the sweep of `op`.
+// Calls `f` with the inner loop of `op`.
 template <class Op, class F>
-void with_sweep(const Op& op, c10::ScalarType dtype, F&& f) {
-  with_type(dtype, [&](auto zero) { f(make_sweep<Op, decltype(zero)>(op)); });
+void with_loop(const Op& op, c10::ScalarType dtype, F&& f) {
+  with_type(dtype, [&](auto zero) { f(make_loop<Op, decltype(zero)>(op)); });
 }
 
 }  // namespace fastdcgan::cpu

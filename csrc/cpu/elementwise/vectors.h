@@ -69,7 +69,7 @@ inline void write(T* p, const Lanes& v) {
 
 // The same past the caches, where the vector width has that; `p` is aligned to whole vectors.
 template <class T>
-inline void stream(T* p, const Lanes& v) {
+inline void write_non_temporal(T* p, const Lanes& v) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   const auto store = [](void* to, auto x) {
 #ifdef CPU_CAPABILITY_AVX512
@@ -91,8 +91,8 @@ inline void stream(T* p, const Lanes& v) {
 #endif
 }
 
-// Streamed stores are seen by other threads after this.
-inline void end_stream() {
+// Non-temporal stores are seen by other threads after this.
+inline void end_non_temporal() {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   _mm_sfence();
 #endif

@@ -25,17 +25,17 @@ static_assert(Overlap::kSpill <= kPanel);
 template <class T, class Products>
 void pack_taps(const Contraction& c, const Weight& w, const Panels& panels, typename Products::Element* to) {
   const int64_t depth = whole_units<Products>(c.in_channels);
-  std::fill_n(to, Products::kHalves * panels.width * depth, typename Products::Element(0.f));
+  std::fill_n(to, Products::kTerms * panels.width * depth, typename Products::Element(0.f));
   int64_t column = 0;
   for (int64_t ky = 0; ky < c.y.kernel; ++ky)
     for (int64_t kx = 0; kx < c.x.kernel; ++kx)
       for (int64_t n = 0; n < c.out_channels; ++n, ++column) {
         const T* from = static_cast<const T*>(w.data) + ky * w.y + kx * w.x + n * w.n;
         const int64_t panel = column / kPanel, width = panels.vectors(panel) * kWidth;
-        typename Products::Element* at = to + Products::kHalves * panel * kPanel * depth;
+        typename Products::Element* at = to + Products::kTerms * panel * kPanel * depth;
         for (int64_t k = 0; k < c.in_channels; ++k) {
           const int64_t place = Products::place(k, column % kPanel, width);
-          if constexpr (Products::kHalves == 2) {
+          if constexpr (Products::kTerms == 2) {
             split(from[k * w.k], at[place], at[width * depth + place]);
           } else {
             at[place] = static_cast<typename Products::Element>(from[k * w.k]);
@@ -50,14 +50,14 @@ struct Band {
 };
 
 template <class T, class Products>
-class Scatter {
+class Col2Im {
   using Element = typename Products::Element;
 
  public:
-  Scatter(const Contraction& c, const T* in, const Element* weight, T* out, const Finish& finish)
+  Col2Im(const Contraction& c, const T* in, const Element* weight, T* out, const Epilogue& epilogue)
       : c_(c), in_(in), end_(in + c.batch * c.y.in * c.x.in * c.in_channels), weight_(weight), out_(out),
         panels_(c.taps() * c.out_channels), overlap_(c, panels_.width), overlaps_(Overlap::covers(c)),
-        finisher_(finish, c.out_channels, c.x.out), starts_{0} {
+        row_epilogue_(epilogue, c.out_channels, c.x.out), starts_{0} {
     for (int64_t o = 0; o < c.y.out; ++o) rows_.push_back(reads(c.y, o, false));
     for (int64_t o = 0; o < c.x.out && !overlaps_; ++o) {
       for (const Read& r : reads(c.x, o, false)) offsets_.push_back(r.input * panels_.width + r.tap * c.out_channels);
@@ -65,7 +65,7 @@ class Scatter {
     }
   }
 
-  // False if a sum of halves is not finite: then `out` is not the result.
+  // False if a sum of split floats is not finite: then `out` is not the result.
   bool run() {
     const int64_t fit = std::max<int64_t>(1, kBandFloats / (c_.x.in * panels_.width));  // rows of inputs
     const int64_t by_size = (c_.y.in + fit - 1) / fit, threads = at::get_num_threads();
@@ -102,7 +102,7 @@ class Scatter {
       const int64_t some = std::min(Products::kBlockRows, pixels - p);
       multiply_pixels(from + p * c_.in_channels, some, a, products + p * panels_.width);
     }
-    if constexpr (Products::kHalves == 2)
+    if constexpr (Products::kTerms == 2)
       if (!all_finite(products, pixels * panels_.width)) finite_ = false;
     std::vector<const float*> taps;  // that fall on a row of outputs
     for (int64_t o = b.first; o < b.last; ++o) {
@@ -116,7 +116,7 @@ class Scatter {
       } else {
         add_row(taps, sums);
       }
-      finisher_.run(outputs, 0, whole_row);
+      row_epilogue_.run(outputs, 0, whole_row);
       narrow(out_ + (b.n * c_.y.out + o) * row, outputs, row);
     }
   }
@@ -129,10 +129,10 @@ class Scatter {
       const int64_t depth = std::min(kDepth, c_.in_channels - k);
       const int64_t whole = whole_units<Products>(depth);
       std::vector<Piece> pieces{{0, k, whole}};
-      if constexpr (Products::kHalves == 2) pieces = three_products(pieces, kDepth, all_depth);
+      if constexpr (Products::kTerms == 2) pieces = three_products(pieces, kDepth, all_depth);
       for (int64_t r = 0; r < rows; ++r) {
         Element* row = a + r * Products::kRowStride;
-        if constexpr (Products::kHalves == 2) {
+        if constexpr (Products::kTerms == 2) {
           alignas(64) float wide[kDepth + kSpill];
           widen(wide, from + r * c_.in_channels + k, depth, end_);
           std::fill_n(wide + depth, whole - depth, 0.f);
@@ -145,7 +145,7 @@ class Scatter {
       clear_rows<Products>(a, rows);
       for (int64_t p = 0; p < panels_.count; ++p)
         Products::multiply(
-            a, rows, weight_ + Products::kHalves * p * kPanel * all_depth, panels_.vectors(p), products + p * kPanel,
+            a, rows, weight_ + Products::kTerms * p * kPanel * all_depth, panels_.vectors(p), products + p * kPanel,
             panels_.width, pieces, k > 0);
     }
   }
@@ -157,7 +157,7 @@ class Scatter {
         const Piece piece{k, k, std::min(kDepth, c_.in_channels - k)};
         const float* panel = weight_ + p * kPanel * c_.in_channels;
         for (int64_t r = 0; r < rows; r += kKernelRows)
-          multiply_narrow(
+          multiply_short(
               std::min<int64_t>(kKernelRows, rows - r), vectors,
               {from + r * c_.in_channels, c_.in_channels, 1, panel, width, products + r * panels_.width + p * kPanel,
                panels_.width, &piece, 1, k > 0});
@@ -181,20 +181,20 @@ class Scatter {
   Panels panels_;
   Overlap overlap_;
   bool overlaps_;
-  Finisher finisher_;
+  RowEpilogue row_epilogue_;
   std::vector<std::vector<Read>> rows_;
   mutable std::atomic<bool> finite_{true};
   std::vector<int64_t> offsets_, starts_;  // of the products that the outputs of a row read, in a row of inputs
 };
 
 template <class T, class Products>
-bool scatter_with(const Contraction& c, const void* in, const Weight& weight, void* out, const Finish& finish) {
+bool col2im_with(const Contraction& c, const void* in, const Weight& weight, void* out, const Epilogue& epilogue) {
   using Element = typename Products::Element;
   const Panels panels(c.taps() * c.out_channels);
   static thread_local Scratch scratch;
-  Element* packed = scratch.get<Element>(Products::kHalves * panels.width * whole_units<Products>(c.in_channels));
+  Element* packed = scratch.get<Element>(Products::kTerms * panels.width * whole_units<Products>(c.in_channels));
   pack_taps<T, Products>(c, Rounded(weight, c10::CppTypeToScalarType<T>::value).get(), panels, packed);
-  return Scatter<T, Products>(c, static_cast<const T*>(in), packed, static_cast<T*>(out), finish).run();
+  return Col2Im<T, Products>(c, static_cast<const T*>(in), packed, static_cast<T*>(out), epilogue).run();
 }
 
 }  // namespace fastdcgan::cpu

@@ -121,7 +121,7 @@ struct FloatProducts {
   static constexpr int64_t kBlockRows = 8 * kKernelRows;  // that are gathered together
   static constexpr int64_t kRowStride = kDepthStride;
   static constexpr int64_t kDepthUnit = 1;  // pieces begin and end at multiples of it
-  static constexpr int64_t kHalves = 1;     // 2: operands lie as halves (halves.h)
+  static constexpr int64_t kTerms = 1;     // 2: operands lie as sums of two bfloat16 (split_bf16.h)
 
   // What a thread needs while it multiplies.
   struct Session {};

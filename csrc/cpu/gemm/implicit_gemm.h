@@ -16,21 +16,25 @@
 
 namespace fastdcgan::cpu {
 
+// `conv` and `conv_transpose`, and `weight_grad`, of any dtype with products of floats.
+void gemm_contract(const Contraction&, c10::ScalarType, const void* in, const Weight&, void* out, const Epilogue&);
+void gemm_weight_grad(const Contraction&, c10::ScalarType, const void* gathered, const void* linear, void* out);
+
 template <class T, class Products>
-class Gather {
+class ImplicitGemm {
   using Element = typename Products::Element;
 
  public:
-  Gather(const Contraction& c, const T* in, const Element* weight, T* out, const Finish& finish, const Finisher& finisher)
+  ImplicitGemm(const Contraction& c, const T* in, const Element* weight, T* out, const Epilogue& epilogue)
       : c_(c), in_{in, c.y.in, c.x.in, c.in_channels, in + c.batch * c.y.in * c.x.in * c.in_channels}, weight_(weight),
-        out_(out), finish_(finish), finisher_(finisher), panels_(c.out_channels),
-        depth_(Products::kHalves * DepthOrder(c.y, c.x, c.in_channels, Products::kDepthUnit).rows()) {}
+        out_(out), epilogue_(epilogue), row_epilogue_(epilogue, c.out_channels), panels_(c.out_channels),
+        depth_(Products::kTerms * DepthOrder(c.y, c.x, c.in_channels, Products::kDepthUnit).rows()) {}
 
-  // False if a sum of halves is not finite: then `out` is not the result.
+  // False if a sum of split floats is not finite: then `out` is not the result.
   bool run() {
-    const Plan plan(c_, Products::kDepthUnit, Products::kHalves);
-    const std::vector<Block> blocks = plan.blocks(c_.batch, finish_.groups, Products::kBlockRows);
-    std::vector<float> partial(finish_.stats ? blocks.size() * 2 * panels_.width : 0);
+    const Plan plan(c_, Products::kDepthUnit, Products::kTerms);
+    const std::vector<Block> blocks = plan.blocks(c_.batch, epilogue_.stat_groups, Products::kBlockRows);
+    std::vector<float> partial(epilogue_.stats ? blocks.size() * 2 * panels_.width : 0);
     // Where there are fewer blocks than threads, each is cut into ranges of panels.
     const int64_t many = static_cast<int64_t>(blocks.size()), threads = at::get_num_threads();
     const int64_t cuts = std::clamp<int64_t>((threads + many - 1) / std::max<int64_t>(many, 1), 1, panels_.count);
@@ -38,18 +42,18 @@ class Gather {
       [[maybe_unused]] const typename Products::Session session;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t cut = i % cuts;
-        float* moments = finish_.stats ? partial.data() + i / cuts * 2 * panels_.width : nullptr;
+        float* moments = epilogue_.stats ? partial.data() + i / cuts * 2 * panels_.width : nullptr;
         block(blocks[i / cuts], panels_.count * cut / cuts, panels_.count * (cut + 1) / cuts, moments);
       }
     });
-    if (finish_.stats) combine(blocks, partial.data(), panels_.width, c_.out_channels, finish_);
+    if (epilogue_.stats) combine(blocks, partial.data(), panels_.width, c_.out_channels, epilogue_);
     return finite_;
   }
 
  private:
   // Columns of one row of A.
   void fill(Element* row, const RowClass& rows, const Place& place, const Chunk& chunk) const {
-    if constexpr (Products::kHalves == 2) {
+    if constexpr (Products::kTerms == 2) {
       alignas(64) float wide[kDepth + kSpill];
       gather_row(wide, in_, rows, place, chunk.parts);
       std::fill_n(wide + chunk.columns, chunk.filling, 0.f);
@@ -81,7 +85,7 @@ class Gather {
       add = true;
     }
     if (!add) std::fill_n(c, b.rows * stride, 0.f);
-    if constexpr (Products::kHalves == 2)
+    if constexpr (Products::kTerms == 2)
       for (int64_t r = 0; r < b.rows && finite_; ++r)
         if (!all_finite(c + r * stride, width)) finite_ = false;
     if (partial) {
@@ -92,7 +96,7 @@ class Gather {
     Place place(rows, b.first);
     for (int64_t r = 0; r < b.rows; ++r, place.next(rows)) {
       float* sums = c + r * stride;
-      finisher_.run(sums, begin, width);
+      row_epilogue_.run(sums, begin, width);
       const int64_t oy = rows.y->outputs[place.y], ox = rows.x->outputs[place.x];
       narrow(out_ + ((place.n * c_.y.out + oy) * c_.x.out + ox) * c_.out_channels + begin, sums, channels);
     }
@@ -102,8 +106,8 @@ class Gather {
   Image<T> in_;
   const Element* weight_;
   T* out_;
-  const Finish& finish_;
-  const Finisher& finisher_;
+  const Epilogue& epilogue_;
+  RowEpilogue row_epilogue_;
   Panels panels_;
   int64_t depth_;  // rows of the packed weight
   mutable std::atomic<bool> finite_{true};

@@ -21,8 +21,8 @@ double cost(const Contraction& c, const std::vector<AxisClass>& ys, const std::v
 
 }  // namespace
 
-Plan::Plan(const Contraction& c, int64_t unit, int64_t halves)
-    : unit_(unit), halves_(halves), order_(c.y, c.x, c.in_channels, unit) {
+Plan::Plan(const Contraction& c, int64_t unit, int64_t terms)
+    : unit_(unit), terms_(terms), order_(c.y, c.x, c.in_channels, unit) {
   // Where a tap's rows are no whole units, all taps of a phase stay together: B has them filled up as one.
   const bool apart = c.in_channels % unit == 0;
   double best = 0;
@@ -79,7 +79,7 @@ Group Plan::group(const Contraction& c, const RowClass& rows) const {
       if (low < high) chunk.pieces.push_back({low - begin, s.b + low - s.a, high - low});
     }
     chunk.pieces.back().depth += chunk.filling;
-    if (halves_ == 2) chunk.pieces = three_products(chunk.pieces, kDepth, order_.rows());
+    if (terms_ == 2) chunk.pieces = three_products(chunk.pieces, kDepth, order_.rows());
     result.chunks.push_back(std::move(chunk));
   }
   return result;

@@ -28,9 +28,9 @@ struct Block {
 
 class Plan {
  public:
-  // Pieces begin and end at multiples of `unit`: 1, or what a tile takes along k at once. With two `halves` (halves.h) the
-  // low ones of A lie kDepth columns after the high ones, those of B after all rows.
-  Plan(const Contraction&, int64_t unit, int64_t halves);
+  // Pieces begin and end at multiples of `unit`: 1, or what a tile takes along k at once. With two `terms` (split_bf16.h)
+  // the low terms of A lie kDepth columns after the high ones, and the low terms of B after all rows of the high ones.
+  Plan(const Contraction&, int64_t unit, int64_t terms);
 
   // Of at most `most_rows` rows.
   std::vector<Block> blocks(int64_t batch, int64_t stat_groups, int64_t most_rows) const;
@@ -38,7 +38,7 @@ class Plan {
  private:
   Group group(const Contraction&, const RowClass&) const;
 
-  int64_t unit_, halves_;
+  int64_t unit_, terms_;
   DepthOrder order_;
   std::vector<AxisClass> y_, x_;
   std::vector<Group> groups_;

@@ -17,7 +17,7 @@ constexpr int kMaxVectors = 2;
 constexpr int max_rows(int64_t vectors) { return vectors == 1 ? 12 : 6; }  // 12 of 16
 #endif
 
-struct NarrowTile {
+struct ShortTile {
   const float* a;
   int64_t a_row, a_step;  // from one row to the next; along k
   const float* b;
@@ -31,7 +31,7 @@ struct NarrowTile {
 
 // kDeep: small tiles sum even and odd k apart, since one chain of sums would wait for itself; so bits depend on the tile.
 template <int kRows, int kVectors, bool kDeep>
-void multiply_narrow_tile(const NarrowTile& t) {
+void multiply_short_tile(const ShortTile& t) {
   constexpr int kGroups = (kRows + 2) / 3;  // of rows with one pointer: an address may have one stride, once or twice
   constexpr int kChains = kDeep && kRows * kVectors < 8 ? 2 : 1;
   float* const c = t.c;
@@ -76,13 +76,13 @@ void multiply_narrow_tile(const NarrowTile& t) {
       store(c + r * c_stride + v * kWidth, kChains == 2 ? sum[0][r][v] + sum[kChains - 1][r][v] : sum[0][r][v]);
 }
 
-// multiply_narrow_tile for 1 <= `vectors` <= kMaxVectors and 1 <= `rows` <= max_rows(vectors).
+// multiply_short_tile for 1 <= `vectors` <= kMaxVectors and 1 <= `rows` <= max_rows(vectors).
 template <bool kDeep = false>
-void multiply_narrow(int64_t rows, int64_t vectors, const NarrowTile& t) {
-  using Kernel = void (*)(const NarrowTile&);
+void multiply_short(int64_t rows, int64_t vectors, const ShortTile& t) {
+  using Kernel = void (*)(const ShortTile&);
   using Kernels = std::array<Kernel, max_rows(1)>;
   constexpr auto of_width = []<int kVectors, int... r>(std::integer_sequence<int, r...>) {
-    return Kernels{multiply_narrow_tile<r + 1, kVectors, kDeep>...};
+    return Kernels{multiply_short_tile<r + 1, kVectors, kDeep>...};
   };
   static constexpr auto kernels = [of_width]<int... v>(std::integer_sequence<int, v...>) {
     return std::array<Kernels, kMaxVectors>{

@@ -1,10 +1,10 @@
-// float as the sum of two bfloat16: x = high + low + rest, where |low| <= 2^-8 |x| and |rest| <= 2^-17 |x| unless the low half
+// float as the sum of two bfloat16: x = high + low + rest, where |low| <= 2^-8 |x| and |rest| <= 2^-17 |x| unless the low term
 // is a denormal number. A product is then high*high + high*low + low*high, and what is left out is at most 2^-15 of it
 // (Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations",
 // 2019).
 //
-// An infinite x, or one that rounds to an infinite high half, makes sums that are infinite or NaN. So does NaN. Whoever
-// multiplies halves looks for such sums, and then takes floats as they are.
+// An infinite x, or one that rounds to an infinite high term, makes sums that are infinite or NaN. So does NaN. Whoever
+// multiplies such terms looks for such sums, and then takes floats as they are.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -32,8 +32,8 @@ inline void split(const float* from, int64_t n, c10::BFloat16* high, c10::BFloat
   for (; i < n; ++i) split(from[i], high[i], low[i]);
 }
 
-// The pieces of the three products, from those of one: the low halves of A lie `a_low` columns after the high ones, those of
-// B `b_low` rows.
+// The pieces of the three products, from those of one: the low terms of A lie `a_low` columns after the high ones, the low
+// terms of B `b_low` rows after the high ones.
 inline std::vector<Piece> three_products(const std::vector<Piece>& pieces, int64_t a_low, int64_t b_low) {
   std::vector<Piece> found;
   found.reserve(3 * pieces.size());

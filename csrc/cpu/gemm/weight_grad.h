@@ -48,7 +48,7 @@ template <class T>
 class FloatPixels {
  public:
   struct Session {};
-  static constexpr int64_t kHalves = 1;
+  static constexpr int64_t kTerms = 1;
 
   static int64_t sum_rows(int64_t out_channels) { return out_channels; }
   // Floats of memory for up to kDepth pixels and `width` columns.
@@ -121,7 +121,7 @@ class WeightGrad {
     width_ = Panels(step).width;
   }
 
-  // False if a sum of halves is not finite: then `out` is not the result.
+  // False if a sum of split floats is not finite: then `out` is not the result.
   bool run() {
     const auto groups = static_cast<int64_t>(groups_.size());
     const int64_t pixels = c_.batch * c_.y.out * c_.x.out, size = sum_rows() * width_;
@@ -152,7 +152,7 @@ class WeightGrad {
         for (int64_t s = 1; s < slices; ++s)
           for (int64_t n = 0; n < width_; ++n) row[n] += row[s * groups * size + n];
         const Columns& columns = groups_[i / c_.out_channels];
-        if constexpr (Pixels::kHalves == 2)
+        if constexpr (Pixels::kTerms == 2)
           if (!all_finite(row, columns.count)) finite_ = false;
         narrow(out_ + i % c_.out_channels * c_.taps() * c_.in_channels + columns.begin, row, columns.count);
       }

@@ -36,11 +36,11 @@ struct Rows {
 };
 
 template <class T>
-class NarrowConv {
+class ImageSideConv {
  public:
-  NarrowConv(const Contraction& c, const T* in, const Weight& weight, T* out, const Finish& finish)
-      : c_(c), strips_(c, in), pieces_(strips_.stretches()), columns_(c.out_channels), out_(out), finish_(finish),
-        finisher_(finish, c.out_channels), depth_(c.taps() * c.in_channels),
+  ImageSideConv(const Contraction& c, const T* in, const Weight& weight, T* out, const Epilogue& epilogue)
+      : c_(c), strips_(c, in), pieces_(strips_.stretches()), columns_(c.out_channels), out_(out), epilogue_(epilogue),
+        row_epilogue_(epilogue, c.out_channels), depth_(c.taps() * c.in_channels),
         in_place_(std::is_same_v<T, float> && c.out_channels == columns_.width) {
     static thread_local Scratch scratch;
     float* packed = scratch.floats(depth_ * columns_.width);
@@ -50,16 +50,16 @@ class NarrowConv {
 
   void run() {
     const Bands bands(c_, kBandPixels);
-    std::vector<float> partial(finish_.stats ? bands.count() * 2 * columns_.width : 0);
+    std::vector<float> partial(epilogue_.stats ? bands.count() * 2 * columns_.width : 0);
     at::parallel_for(0, bands.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        band(bands[i], bands.most_rows(), finish_.stats ? partial.data() + i * 2 * columns_.width : nullptr);
+        band(bands[i], bands.most_rows(), epilogue_.stats ? partial.data() + i * 2 * columns_.width : nullptr);
     });
-    if (!finish_.stats) return;
+    if (!epilogue_.stats) return;
     std::vector<Rows> blocks;
     for (int64_t i = 0; i < bands.count(); ++i)
-      blocks.push_back({bands[i].count * c_.x.out, bands[i].n / (c_.batch / finish_.groups)});
-    combine(blocks, partial.data(), columns_.width, c_.out_channels, finish_);
+      blocks.push_back({bands[i].count * c_.x.out, bands[i].n / (c_.batch / epilogue_.stat_groups)});
+    combine(blocks, partial.data(), columns_.width, c_.out_channels, epilogue_);
   }
 
  private:
@@ -76,12 +76,12 @@ class NarrowConv {
     };
     for (int64_t r = 0; r < rows.count; ++r) {
       multiply(strip + r * strips_.y_step(), sums(r));
-      if (!partial) finish(rows.n, rows.first + r, sums(r));
+      if (!partial) store_row(rows.n, rows.first + r, sums(r));
     }
     if (!partial) return;
     const auto pixel = [&](int64_t i) { return sums(0) + i * columns_.width; };
     moments(pixel, rows.count * c_.x.out, columns_.width, partial, partial + columns_.width);
-    for (int64_t r = 0; r < rows.count; ++r) finish(rows.n, rows.first + r, sums(r));
+    for (int64_t r = 0; r < rows.count; ++r) store_row(rows.n, rows.first + r, sums(r));
   }
 
   // One row of outputs, [pixel][column].
@@ -90,7 +90,7 @@ class NarrowConv {
       const int64_t vectors = columns_.vectors.size(i);
       const Parts tiles(c_.x.out, max_rows(vectors));
       for (int64_t t = 0; t < tiles.count; ++t)
-        multiply_narrow(
+        multiply_short(
             tiles.size(t), vectors,
             {strip + tiles.begin(t) * strips_.x_step(), strips_.x_step(), 1, weight_ + columns_.begin(i) * depth_,
              vectors * kWidth, sums + tiles.begin(t) * columns_.width + columns_.begin(i), columns_.width, pieces_.data(),
@@ -98,9 +98,9 @@ class NarrowConv {
     }
   }
 
-  void finish(int64_t n, int64_t y, float* sums) const {
+  void store_row(int64_t n, int64_t y, float* sums) const {
     const int64_t width = columns_.width, channels = c_.out_channels;
-    for (int64_t x = 0; x < c_.x.out; ++x) finisher_.run(sums + x * width, 0, width);
+    for (int64_t x = 0; x < c_.x.out; ++x) row_epilogue_.run(sums + x * width, 0, width);
     if (in_place_) return;
     T* to = out_ + (n * c_.y.out + y) * c_.x.out * channels;
     if (width == channels) return narrow(to, sums, c_.x.out * channels);
@@ -113,23 +113,23 @@ class NarrowConv {
   WideColumns columns_;
   const float* weight_;
   T* out_;
-  const Finish& finish_;
-  Finisher finisher_;
+  const Epilogue& epilogue_;
+  RowEpilogue row_epilogue_;
   int64_t depth_;
   bool in_place_;  // rows of sums are rows of the output
 };
 
 }  // namespace
 
-bool is_narrow(const Contraction& c) {
+bool can_image_side(const Contraction& c) {
   return !c.y.transposed && c.in_channels <= kMostChannels && c.taps() * c.in_channels <= kDepth;
 }
 
-void narrow_contract(
-    const Contraction& c, c10::ScalarType dtype, const void* in, const Weight& weight, void* out, const Finish& finish) {
+void image_side_contract(
+    const Contraction& c, c10::ScalarType dtype, const void* in, const Weight& weight, void* out, const Epilogue& epilogue) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    NarrowConv<T>(c, static_cast<const T*>(in), weight, static_cast<T*>(out), finish).run();
+    ImageSideConv<T>(c, static_cast<const T*>(in), weight, static_cast<T*>(out), epilogue).run();
   });
 }
 

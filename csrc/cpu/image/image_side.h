@@ -7,9 +7,10 @@
 
 namespace fastdcgan::cpu {
 
-// Whether this is the faster way.
-bool is_narrow(const Contraction&);
-void narrow_contract(const Contraction&, c10::ScalarType, const void* in, const Weight&, void* out, const Finish&);
-void narrow_weight_grad(const Contraction&, c10::ScalarType, const void* gathered, const void* linear, void* out);
+// Whether they run a contraction: not a transposed one, with so few channels that one sum is a single piece.
+bool can_image_side(const Contraction&);
+void image_side_contract(
+    const Contraction&, c10::ScalarType, const void* in, const Weight&, void* out, const Epilogue&);
+void image_side_weight_grad(const Contraction&, c10::ScalarType, const void* gathered, const void* linear, void* out);
 
 }  // namespace fastdcgan::cpu

@@ -14,9 +14,9 @@ constexpr int64_t kMostSlices = 32;
 
 // Sums [tap along y, along x, input channel][output channel]: pixels are the depth, and the linear side is read as it lies.
 template <class T>
-class NarrowGrad {
+class ImageSideGrad {
  public:
-  NarrowGrad(const Contraction& c, const T* gathered, const T* linear, T* out)
+  ImageSideGrad(const Contraction& c, const T* gathered, const T* linear, T* out)
       : c_(c), strips_(c, gathered), stretches_(strips_.stretches()), columns_(c.out_channels), linear_(linear),
         linear_end_(linear + c.batch * c.y.out * c.x.out * c.out_channels), out_(out), bands_(c, kBandFloats / columns_.width) {}
 
@@ -61,7 +61,7 @@ class NarrowGrad {
       for (const Piece& s : stretches_) {
         const Parts tiles(s.depth, max_rows(vectors));
         for (int64_t t = 0; t < tiles.count; ++t)
-          multiply_narrow<true>(
+          multiply_short<true>(
               tiles.size(t), vectors,
               {strip + s.a + tiles.begin(t), 1, strips_.x_step(), b + column, columns_.width,
                sums + (s.b + tiles.begin(t)) * columns_.width + column, columns_.width, pieces.data(), rows.count, true});
@@ -80,10 +80,10 @@ class NarrowGrad {
 
 }  // namespace
 
-void narrow_weight_grad(const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
+void image_side_weight_grad(const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    NarrowGrad<T>(c, static_cast<const T*>(gathered), static_cast<const T*>(linear), static_cast<T*>(out)).run();
+    ImageSideGrad<T>(c, static_cast<const T*>(gathered), static_cast<const T*>(linear), static_cast<T*>(out)).run();
   });
 }
 

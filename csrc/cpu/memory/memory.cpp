@@ -72,9 +72,9 @@ class Pool final : public c10::Allocator {
   c10::DeleterFnPtr raw_deleter() const override { return give_back; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
-  KeptMemory kept() {
+  MemoryCache cached() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    KeptMemory found{static_cast<int64_t>(free_.size()), 0};
+    MemoryCache found{static_cast<int64_t>(free_.size()), 0};
     for (const Block& block : free_) found.bytes += static_cast<int64_t>(block.bytes);
     return found;
   }
@@ -137,7 +137,7 @@ at::Tensor new_tensor_like(const at::Tensor& x) {
       at::detail::empty_strided_generic(x.sizes(), x.strides(), &Pool::instance(), kKeys, x.scalar_type()));
 }
 
-KeptMemory kept_memory() { return Pool::instance().kept(); }
+MemoryCache cached_memory() { return Pool::instance().cached(); }
 
 void release_memory() { Pool::instance().release(); }
 

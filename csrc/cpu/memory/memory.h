@@ -10,10 +10,10 @@ namespace fastdcgan::cpu {
 at::Tensor new_tensor(at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat format);
 at::Tensor new_tensor_like(const at::Tensor& x);
 
-struct KeptMemory {
+struct MemoryCache {
   int64_t blocks, bytes;
 };
-KeptMemory kept_memory();  // free, and not given back to the system
+MemoryCache cached_memory();  // free, and not given back to the system
 void release_memory();     // all of that
 
 }  // namespace fastdcgan::cpu

@@ -1,5 +1,5 @@
-// Memory of kernels' own: on whole cache lines, and in huge pages where Linux has them for the asking. Kernels walk
-// through megabytes of it in many streams, more pages than the processor translates at once.
+// Memory of kernels' own: on whole cache lines, and in huge pages where Linux has them for the asking. Kernels read
+// megabytes of it in many places at a time, more pages than the processor translates at once.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// `conv` and `conv_transpose` by minimal filtering: a block of tiles is transformed, multiplied at each of the nine points
+// `conv` and `conv_transpose` by Winograd's algorithm: a block of tiles is transformed, multiplied at each of the nine points
 // and transformed back while it stays in the second-level cache.
 #include "cpu/winograd/winograd.h"
 
@@ -60,19 +60,19 @@ int64_t outputs(const Set& set, int64_t first, int64_t tiles) {
 }
 
 template <class T>
-class Filter {
+class Winograd {
  public:
-  Filter(const Contraction& c, const T* in, T* out, const Finish& finish, const Finisher& finisher)
-      : c_(c), in_(in, c.batch, c.y.in, c.x.in, c.in_channels), out_(out), finish_(finish), finisher_(finisher),
+  Winograd(const Contraction& c, const T* in, T* out, const Epilogue& epilogue)
+      : c_(c), in_(in, c.batch, c.y.in, c.x.in, c.in_channels), out_(out), epilogue_(epilogue), row_epilogue_(epilogue, c.out_channels),
         panels_(c.out_channels), sets_(sets(c)), terms_(static_cast<int64_t>(sets_[0].terms.size())),
-        few_(most_tiles() * finish.groups <= kFewTiles),
+        few_(most_tiles() * epilogue.stat_groups <= kFewTiles),
         chunks_(c.in_channels, (few_ ? kFewDepth : kDepth) / terms_) {}
 
   // Whether each block transforms the weight for itself, unless it is given.
   bool few_tiles() const { return few_; }
 
   // Sets the order of the transformed weight apart from others.
-  int64_t way() const { return kPoints * (few_ ? kFewDepth : kDepth); }
+  int64_t layout() const { return kPoints * (few_ ? kFewDepth : kDepth); }
 
   // Of the transformed weight: [set][chunk][point][panel][term][input channel][column].
   int64_t weight_size() const {
@@ -98,22 +98,22 @@ class Filter {
   // `packed`: the transformed weight, or null.
   void run(const Weight& weight, const float* packed) {
     const std::vector<Block> blocks = this->blocks();
-    std::vector<float> partial(finish_.stats ? blocks.size() * 2 * panels_.width : 0);
+    std::vector<float> partial(epilogue_.stats ? blocks.size() * 2 * panels_.width : 0);
     const int64_t cuts = balanced_cuts(static_cast<int64_t>(blocks.size()), panels_.count);
     at::parallel_for(0, static_cast<int64_t>(blocks.size()) * cuts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t cut = i % cuts;
-        float* moments = finish_.stats ? partial.data() + i / cuts * 2 * panels_.width : nullptr;
+        float* moments = epilogue_.stats ? partial.data() + i / cuts * 2 * panels_.width : nullptr;
         block(blocks[i / cuts], weight, packed, panels_.count * cut / cuts, panels_.count * (cut + 1) / cuts, moments);
       }
     });
-    if (finish_.stats) combine(blocks, partial.data(), panels_.width, c_.out_channels, finish_);
+    if (epilogue_.stats) combine(blocks, partial.data(), panels_.width, c_.out_channels, epilogue_);
   }
 
  private:
   int64_t most_tiles() const {
     int64_t all = 0;
-    for (const Set& set : sets_) all = std::max(all, c_.batch / finish_.groups * set.tiles());
+    for (const Set& set : sets_) all = std::max(all, c_.batch / epilogue_.stat_groups * set.tiles());
     return all;
   }
 
@@ -123,10 +123,10 @@ class Filter {
     std::vector<Block> found;
     const int64_t all = most_tiles(), count = (all + most - 1) / most;
     const int64_t step = std::min(most, (all / count + kKernelRows - 1) / kKernelRows * kKernelRows);
-    for (int64_t g = 0; g < finish_.groups; ++g)
+    for (int64_t g = 0; g < epilogue_.stat_groups; ++g)
       for (int64_t i = 0; i < all; i += step)
         for (size_t s = 0; s < sets_.size(); ++s) {  // they read the same inputs
-          const int64_t tiles = c_.batch / finish_.groups * sets_[s].tiles(), size = std::min(step, tiles - i);
+          const int64_t tiles = c_.batch / epilogue_.stat_groups * sets_[s].tiles(), size = std::min(step, tiles - i);
           if (size <= 0) continue;
           found.push_back({static_cast<int64_t>(s), g * tiles + i, size, g, outputs(sets_[s], g * tiles + i, size)});
         }
@@ -205,7 +205,7 @@ class Filter {
     const TwoTaps &y = term.y, &x = term.x;
     const int64_t columns = std::min(width, c_.out_channels - begin);
     const auto store_row = [&](float* row, int64_t to) {
-      finisher_.run(row, begin, width);
+      row_epilogue_.run(row, begin, width);
       narrow(out_ + to * c_.out_channels + begin, row, columns);
     };
     std::vector<std::pair<float*, int64_t>> rows;
@@ -234,8 +234,8 @@ class Filter {
   const Contraction& c_;
   TileImage<T> in_;
   T* out_;
-  const Finish& finish_;
-  const Finisher& finisher_;
+  const Epilogue& epilogue_;
+  RowEpilogue row_epilogue_;
   Panels panels_;
   std::vector<Set> sets_;
   int64_t terms_;
@@ -262,37 +262,34 @@ std::vector<TwoTaps> two_taps(const Axis& axis) {
   return found;
 }
 
-bool winograd_covers(const Contraction& c) {
+bool can_winograd(const Contraction& c) {
   const auto covers = [](const Axis& a) {
     return a.kernel == 2 * a.stride && a.stride <= 2 && a.dilation == 1;
   };
   return covers(c.y) && covers(c.x);
 }
 
-bool winograd_contract(
-    const Contraction& c, c10::ScalarType dtype, const void* in, const Weight& weight, void* out, const Finish& finish) {
-  const Finisher finisher(finish, c.out_channels);
-  if (!finisher.known()) return false;
+void winograd_contract(
+    const Contraction& c, c10::ScalarType dtype, const void* in, const Weight& weight, void* out, const Epilogue& epilogue) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    Filter<T> filter(c, static_cast<const T*>(in), static_cast<T*>(out), finish, finisher);
-    const int64_t size = filter.weight_size();
-    const auto pack = [&](void* to) { filter.pack(Rounded(weight, dtype).get(), static_cast<float*>(to)); };
-    std::shared_ptr<const KeptWeight> kept;
-    if (filter.has_all_phases())  // which there are otherwise depends on the padding, and kept weights don't
-      kept = kept_weight(c, dtype, weight, filter.way(), size * int64_t{sizeof(float)}, pack);
-    if (kept) {
-      filter.run(weight, static_cast<const float*>(kept->data()));
-    } else if (filter.few_tiles()) {
-      filter.run(Rounded(weight, dtype).get(), nullptr);
+    Winograd<T> winograd(c, static_cast<const T*>(in), static_cast<T*>(out), epilogue);
+    const int64_t size = winograd.weight_size();
+    const auto pack = [&](void* to) { winograd.pack(Rounded(weight, dtype).get(), static_cast<float*>(to)); };
+    std::shared_ptr<const PackedWeight> cached;
+    if (winograd.has_all_phases())  // which there are otherwise depends on the padding, and cached weights don't
+      cached = packed_weight(c, dtype, weight, winograd.layout(), size * int64_t{sizeof(float)}, pack);
+    if (cached) {
+      winograd.run(weight, static_cast<const float*>(cached->data()));
+    } else if (winograd.few_tiles()) {
+      winograd.run(Rounded(weight, dtype).get(), nullptr);
     } else {
       static thread_local Scratch scratch;
       float* packed = scratch.floats(size);
       pack(packed);
-      filter.run(weight, packed);
+      winograd.run(weight, packed);
     }
   });
-  return true;
 }
 
 }  // namespace fastdcgan::cpu

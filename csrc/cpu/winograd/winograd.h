@@ -1,4 +1,4 @@
-// Contractions whose kernel is twice their stride (DCGAN's 4x4 with stride 2), by minimal filtering: Winograd, Arithmetic
+// Contractions whose kernel is twice their stride (DCGAN's 4x4 with stride 2), by Winograd's minimal filtering: Winograd, Arithmetic
 // Complexity of Computations (1980); Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2015).
 //
 // Along each axis such a `conv` is, for each phase of its input, a dense convolution of two taps, added up over phases; a
@@ -36,10 +36,9 @@ struct TwoTaps {
 std::vector<TwoTaps> two_taps(const Axis&);
 
 // Whether the functions below can run a contraction.
-bool winograd_covers(const Contraction&);
+bool can_winograd(const Contraction&);
 
-// `contract` and `weight_grad` for what is covered.
-bool winograd_contract(const Contraction&, c10::ScalarType, const void* in, const Weight&, void* out, const Finish&);
+void winograd_contract(const Contraction&, c10::ScalarType, const void* in, const Weight&, void* out, const Epilogue&);
 void winograd_weight_grad(const Contraction&, c10::ScalarType, const void* gathered, const void* linear, void* out);
 
 }  // namespace fastdcgan::cpu

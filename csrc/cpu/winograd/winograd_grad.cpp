@@ -1,4 +1,4 @@
-// `weight_grad` by minimal filtering: tiles are the depth of a dense product at each of the nine points; sums over all
+// `weight_grad` by Winograd's algorithm: tiles are the depth of a dense product at each of the nine points; sums over all
 // tiles are transformed to taps.
 //
 //   dg0 = d0*y0 + d1*y1 = (d0 - d1)*y0 + d1*(y0 + y1)
@@ -28,9 +28,9 @@ struct Part {
 };
 
 template <class T>
-class FilterGrad {
+class WinogradGrad {
  public:
-  FilterGrad(const Contraction& c, const T* gathered, const T* linear, T* out)
+  WinogradGrad(const Contraction& c, const T* gathered, const T* linear, T* out)
       : c_(c), gathered_(gathered, c.batch, c.y.in, c.x.in, c.in_channels),
         linear_(linear, c.batch, c.y.out, c.x.out, c.out_channels), out_(out), rows_(c.out_channels) {
     for (const TwoTaps& y : two_taps(c.y))
@@ -217,7 +217,7 @@ void winograd_weight_grad(
     const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    FilterGrad<T>(c, static_cast<const T*>(gathered), static_cast<const T*>(linear), static_cast<T*>(out)).run();
+    WinogradGrad<T>(c, static_cast<const T*>(gathered), static_cast<const T*>(linear), static_cast<T*>(out)).run();
   });
 }
 

@@ -1,5 +1,6 @@
-// Products of warpgroups (sm_90a): four warps, the first of them a multiple of four, multiply 64 rows by up to 256 columns.
-// The right factor lies in shared memory, the left one there too or in registers; the sums are there after a wait.
+// Products of warpgroups (sm_90a): four warps, the first of them a multiple of four, multiply 64 rows by up to 256
+// columns. The right factor lies in shared memory, the left one there too or in registers; the sums are there after a
+// wait.
 #pragma once
 
 #include "cuda/device/barriers.h"
@@ -8,14 +9,14 @@ namespace fastdcgan::gpu {
 
 // Whether this compilation has them: for sm_90a alone.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
-constexpr bool kWarpgroupProducts = true;
+constexpr bool kHasWgmma = true;
 #else
-constexpr bool kWarpgroupProducts = false;
+constexpr bool kHasWgmma = false;
 #endif
 
 // A factor in shared memory, as the instruction takes it (PTX ISA, "Matrix Descriptor Format"): rows of 128 bytes at a
-// multiple of 1024, swizzled. Along a row lies either the depth, 64 numbers of it, or the factor's other side, and 8 rows
-// are 1024 bytes; of the other side each 64 more numbers lie `apart` bytes further.
+// multiple of 1024, swizzled. Along a row lies either the depth, 64 numbers of it, or the factor's other side, and 8
+// rows are 1024 bytes; of the other side each 64 more numbers lie `apart` bytes further.
 GPU_INLINE uint64_t matrix_descriptor(const void* tile, int apart = 0) {
   constexpr uint64_t kSwizzled128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32;
   return kSwizzled128 | kEightRows | static_cast<uint64_t>(apart >> 4) << 16 | (shared_address(tile) & 0x3FFFF) >> 4;
@@ -26,10 +27,11 @@ GPU_INLINE uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor
 #ifdef __CUDACC__
 
 // Before the first product, and after the registers of its sums or of its left factor were written.
-GPU_INLINE void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-GPU_INLINE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+GPU_INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+GPU_INLINE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// After ordinary stores to shared memory, by each thread that made some, before the barrier after which products read it.
+// After ordinary stores to shared memory, by each thread that made some, before the barrier after which products read
+// it.
 GPU_INLINE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Keeps the compiler from moving these registers' values across.
@@ -46,7 +48,7 @@ GPU_INLINE void hold(unsigned (&numbers)[N]) {
 
 // Waits until at most `Pending` of the committed groups are under way.
 template <int Pending>
-GPU_INLINE void warpgroup_wait() {
+GPU_INLINE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
@@ -96,29 +98,29 @@ GPU_INLINE void take_registers() {
                "." type " {" registers "}, {%" r0 ", %" r1 ", %" r2 ", %" r3 "}, %" r4 ", add, 1, 1, %" r5 ";\n}"     \
                : FASTDCGAN_SUMS_##count(0)                                                                            \
                : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "n"(static_cast<int>(kRight)))
-#define FASTDCGAN_WARPGROUP_MULTIPLY(T, type, columns, count, registers, r0, r1, r2, r3, r4, r5)                      \
+#define FASTDCGAN_WGMMA_MULTIPLY(T, type, columns, count, registers, r0, r1, r2, r3, r4, r5)                      \
   template <bool kLeft, bool kRight>                                                                                  \
-  GPU_INLINE void warpgroup_multiply(T, float (&sum)[count], uint64_t left, uint64_t right) {                         \
+  GPU_INLINE void wgmma_multiply(T, float (&sum)[count], uint64_t left, uint64_t right) {                         \
     FASTDCGAN_WGMMA(columns, count, type, registers, r0, r1, r2, r3);                                                 \
   }                                                                                                                   \
   template <bool kRight>                                                                                              \
-  GPU_INLINE void warpgroup_multiply(T, float (&sum)[count], const unsigned (&left)[4], uint64_t right) {             \
+  GPU_INLINE void wgmma_multiply(T, float (&sum)[count], const unsigned (&left)[4], uint64_t right) {             \
     FASTDCGAN_WGMMA_REGISTERS(columns, count, type, registers, r0, r1, r2, r3, r4, r5);                               \
   }
 
-// warpgroup_multiply<kLeft, kRight>(T, sum, left, right): sum += left (64 x 16) * right (16 x columns). The sums and the
+// wgmma_multiply<kLeft, kRight>(T, sum, left, right): sum += left (64 x 16) * right (16 x columns). The sums and the
 // numbers of a left factor in registers are dealt out to each warp's 16 rows as by mma.sync's 16x8x16. kLeft, kRight:
 // along the rows in shared memory lies not the depth but the other side.
-FASTDCGAN_WARPGROUP_MULTIPLY(bf16, "bf16", "64", 32, FASTDCGAN_REGISTERS_0, "32", "33", "34", "35", "36", "37")
-FASTDCGAN_WARPGROUP_MULTIPLY(bf16, "bf16", "128", 64, FASTDCGAN_REGISTERS_0 ", " FASTDCGAN_REGISTERS_1,
+FASTDCGAN_WGMMA_MULTIPLY(bf16, "bf16", "64", 32, FASTDCGAN_REGISTERS_0, "32", "33", "34", "35", "36", "37")
+FASTDCGAN_WGMMA_MULTIPLY(bf16, "bf16", "128", 64, FASTDCGAN_REGISTERS_0 ", " FASTDCGAN_REGISTERS_1,
                              "64", "65", "66", "67", "68", "69")
-FASTDCGAN_WARPGROUP_MULTIPLY(bf16, "bf16", "256", 128, FASTDCGAN_REGISTERS_ALL,
+FASTDCGAN_WGMMA_MULTIPLY(bf16, "bf16", "256", 128, FASTDCGAN_REGISTERS_ALL,
                              "128", "129", "130", "131", "132", "133")
-FASTDCGAN_WARPGROUP_MULTIPLY(fp16, "f16", "64", 32, FASTDCGAN_REGISTERS_0, "32", "33", "34", "35", "36", "37")
-FASTDCGAN_WARPGROUP_MULTIPLY(fp16, "f16", "128", 64, FASTDCGAN_REGISTERS_0 ", " FASTDCGAN_REGISTERS_1,
+FASTDCGAN_WGMMA_MULTIPLY(fp16, "f16", "64", 32, FASTDCGAN_REGISTERS_0, "32", "33", "34", "35", "36", "37")
+FASTDCGAN_WGMMA_MULTIPLY(fp16, "f16", "128", 64, FASTDCGAN_REGISTERS_0 ", " FASTDCGAN_REGISTERS_1,
                              "64", "65", "66", "67", "68", "69")
-FASTDCGAN_WARPGROUP_MULTIPLY(fp16, "f16", "256", 128, FASTDCGAN_REGISTERS_ALL, "128", "129", "130", "131", "132", "133")
-#undef FASTDCGAN_WARPGROUP_MULTIPLY
+FASTDCGAN_WGMMA_MULTIPLY(fp16, "f16", "256", 128, FASTDCGAN_REGISTERS_ALL, "128", "129", "130", "131", "132", "133")
+#undef FASTDCGAN_WGMMA_MULTIPLY
 #undef FASTDCGAN_WGMMA_REGISTERS
 #undef FASTDCGAN_WGMMA
 #undef FASTDCGAN_SUMS_128
@@ -134,8 +136,8 @@ FASTDCGAN_WARPGROUP_MULTIPLY(fp16, "f16", "256", 128, FASTDCGAN_REGISTERS_ALL, "
 
 #else
 
-inline void warpgroup_fence() { cuda_on_cpu::warpgroup_fence(); }
-inline void warpgroup_commit() { cuda_on_cpu::warpgroup_commit(); }
+inline void wgmma_fence() { cuda_on_cpu::wgmma_fence(); }
+inline void wgmma_commit() { cuda_on_cpu::wgmma_commit(); }
 inline void fence_async() {}
 template <class T, int N>
 inline void hold(T (&)[N]) {}
@@ -144,17 +146,17 @@ inline void give_registers() {}
 template <int>
 inline void take_registers() {}
 template <int Pending>
-inline void warpgroup_wait(cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
-  cuda_on_cpu::warpgroup_wait(Pending, site);
+inline void wgmma_wait(cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+  cuda_on_cpu::wgmma_wait(Pending, site);
 }
 
 template <bool kLeft, bool kRight, class T, int N>
-inline void warpgroup_multiply(T, float (&sum)[N], uint64_t left, uint64_t right) {
+inline void wgmma_multiply(T, float (&sum)[N], uint64_t left, uint64_t right) {
   const auto number = [](uint16_t bits) { return to_float(T{bits}); };
   cuda_on_cpu::begin_product({left, right, {}, false, kLeft, kRight, 2 * N, 0, number, sum});
 }
 template <bool kRight, class T, int N>
-inline void warpgroup_multiply(T, float (&sum)[N], const unsigned (&left)[4], uint64_t right) {
+inline void wgmma_multiply(T, float (&sum)[N], const unsigned (&left)[4], uint64_t right) {
   const auto number = [](uint16_t bits) { return to_float(T{bits}); };
   cuda_on_cpu::begin_product(
       {0, right, {left[0], left[1], left[2], left[3]}, true, false, kRight, 2 * N, 0, number, sum});

@@ -38,8 +38,8 @@ struct StatsPart : Moments<float> {
 
 template <class T, int V, bool kPlanes>
 __global__ void __launch_bounds__(kThreads, kStatsBlocks)
-    batch_stats(const T* __restrict__ y, Walk walk, float* __restrict__ partials) {
-  const Place<V, kPlanes> place(walk);
+    batch_stats(const T* __restrict__ y, Pass pass, float* __restrict__ partials) {
+  const Place<V, kPlanes> place(pass);
   gpu::await_kernels_before();
   float count = 0, mean[V] = {}, m2[V] = {};
   place.template for_each<4>([&](auto n, const auto& at) {
@@ -63,27 +63,28 @@ __global__ void __launch_bounds__(kThreads, kStatsBlocks)
 #pragma unroll
   for (int i = 0; i < V; ++i) parts[i].count = count, parts[i].mean = mean[i], parts[i].m2 = m2[i];
   join_block(parts, place, [&](int column, const StatsPart& all) {
-    *partial(partials, StatsPart::kValues, 0, walk, column) = all.count;
-    *partial(partials, StatsPart::kValues, 1, walk, column) = all.mean;
-    *partial(partials, StatsPart::kValues, 2, walk, column) = all.m2;
+    *partial(partials, StatsPart::kValues, 0, pass, column) = all.count;
+    *partial(partials, StatsPart::kValues, 1, pass, column) = all.mean;
+    *partial(partials, StatsPart::kValues, 2, pass, column) = all.m2;
   });
 }
 
 template <class T, int V, bool kPlanes>
-void launch_batch_stats(const T* y, const Walk& walk, float* partials, gpu::Stream stream) {
+void launch_batch_stats(const T* y, const Pass& pass, float* partials, gpu::Stream stream) {
   constexpr size_t kShared = sizeof(BlockShared<StatsPart, V, kPlanes>);
-  gpu::launch_early(batch_stats<T, V, kPlanes>, {"batch_stats", walk.grid, kThreads, kShared, stream}, y, walk, partials);
+  gpu::launch_early(batch_stats<T, V, kPlanes>, {"batch_stats", pass.grid, kThreads, kShared, stream}, y, pass,
+                    partials);
 }
 
 // stats [3, groups, C] of `y`; `allocate(n)` gives n floats that live until the stream has done this.
 template <class T, class Allocate>
 void batch_stats_pass(const Shape& shape, const T* y, Allocate allocate, float* stats, gpu::Stream stream) {
-  const Walk walk = make_walk<T>(shape, kStatsBlocks, y);
-  float* partials = allocate(partials_size(walk, StatsPart::kValues));
-  with_layout<T>(walk, [&](auto v, auto planes) {
-    launch_batch_stats<T, decltype(v)::value, decltype(planes)::value>(y, walk, partials, stream);
+  const Pass pass = make_pass<T>(shape, kStatsBlocks, y);
+  float* partials = allocate(partials_size(pass, StatsPart::kValues));
+  with_layout<T>(pass, [&](auto v, auto planes) {
+    launch_batch_stats<T, decltype(v)::value, decltype(planes)::value>(y, pass, partials, stream);
   });
-  launch_combine<StatsPart>("combine_stats", partials, slots_of(walk), stats, stream);
+  launch_combine<StatsPart>("combine_stats", partials, slots_of(pass), stats, stream);
 }
 
 }  // namespace fastdcgan::cuda

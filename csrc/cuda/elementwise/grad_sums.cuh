@@ -40,9 +40,9 @@ struct SumsPart {
 // `coef` is (s, t, mean, rstd), or (s, t) for kValues 1; `g_out` may be null.
 template <class T, int V, bool kPlanes, class Act, int kValues>
 __global__ void __launch_bounds__(kThreads, kGradSumsBlocks)
-    grad_sums(const T* __restrict__ da, const T* __restrict__ y, const float* __restrict__ coef, Act act, Walk walk,
+    grad_sums(const T* __restrict__ da, const T* __restrict__ y, const float* __restrict__ coef, Act act, Pass pass,
               T* __restrict__ g_out, float* __restrict__ partials) {
-  const Place<V, kPlanes> place(walk);
+  const Place<V, kPlanes> place(pass);
   gpu::await_kernels_before();
   const PerChannel<V, kPlanes> s(coef, 0, place), t(coef, 1, place);
   const PerChannel<V, kPlanes> mean(coef, kValues == 2 ? 2 : 0, place);
@@ -60,21 +60,21 @@ __global__ void __launch_bounds__(kThreads, kGradSumsBlocks)
     if (g_out != nullptr) gpu::store(g_out + at(0), grads);
   });
   join_block(sums, place, [&](int column, const SumsPart<kValues>& all) {
-    *partial(partials, kValues, 0, walk, column) = all.sum[0];
+    *partial(partials, kValues, 0, pass, column) = all.sum[0];
     if constexpr (kValues == 2) {
-      const float rstd = coef[(int64_t{3} * gridDim.z + blockIdx.z) * walk.channels + column % walk.channels];
-      *partial(partials, kValues, 1, walk, column) = all.sum[1] * rstd;
+      const float rstd = coef[(int64_t{3} * gridDim.z + blockIdx.z) * pass.channels + column % pass.channels];
+      *partial(partials, kValues, 1, pass, column) = all.sum[1] * rstd;
     }
   });
 }
 
 template <class T, int V, bool kPlanes, int kValues, class Act>
 void launch_grad_sums(
-    const T* da, const T* y, const float* coef, Act act, const Walk& walk, T* g_out, float* partials,
+    const T* da, const T* y, const float* coef, Act act, const Pass& pass, T* g_out, float* partials,
     gpu::Stream stream) {
   constexpr size_t kShared = sizeof(BlockShared<SumsPart<kValues>, V, kPlanes>);
-  gpu::launch_early(grad_sums<T, V, kPlanes, Act, kValues>, {"grad_sums", walk.grid, kThreads, kShared, stream}, da, y,
-                    coef, act, walk, g_out, partials);
+  gpu::launch_early(grad_sums<T, V, kPlanes, Act, kValues>, {"grad_sums", pass.grid, kThreads, kShared, stream}, da, y,
+                    coef, act, pass, g_out, partials);
 }
 
 // sums [rows / 2, groups, C]; `rows` of `coef` are 4 or 2, `act` is an Activation or a functor. `allocate(n)` gives n
@@ -84,22 +84,22 @@ void grad_sums_pass(
     const Shape& shape, const T* da, const T* y, const float* coef, int rows, Act act, T* g_out, Allocate allocate,
     float* sums, gpu::Stream stream) {
   // Null is aligned.
-  const Walk walk = make_walk<T>(shape, kGradSumsBlocks, da, y, g_out);
-  float* partials = allocate(partials_size(walk, rows / 2));
-  with_layout<T>(walk, [&](auto v, auto planes) {
+  const Pass pass = make_pass<T>(shape, kGradSumsBlocks, da, y, g_out);
+  float* partials = allocate(partials_size(pass, rows / 2));
+  with_layout<T>(pass, [&](auto v, auto planes) {
     with_functor_for(v, act, [&](auto functor) {
       constexpr int V = decltype(v)::value;
       constexpr bool kPlanes = decltype(planes)::value;
       if (rows == 4)
-        launch_grad_sums<T, V, kPlanes, 2>(da, y, coef, functor, walk, g_out, partials, stream);
+        launch_grad_sums<T, V, kPlanes, 2>(da, y, coef, functor, pass, g_out, partials, stream);
       else
-        launch_grad_sums<T, V, kPlanes, 1>(da, y, coef, functor, walk, g_out, partials, stream);
+        launch_grad_sums<T, V, kPlanes, 1>(da, y, coef, functor, pass, g_out, partials, stream);
     });
   });
   if (rows == 4)
-    launch_combine<SumsPart<2>>("combine_sums", partials, slots_of(walk), sums, stream);
+    launch_combine<SumsPart<2>>("combine_sums", partials, slots_of(pass), sums, stream);
   else
-    launch_combine<SumsPart<1>>("combine_sums", partials, slots_of(walk), sums, stream);
+    launch_combine<SumsPart<1>>("combine_sums", partials, slots_of(pass), sums, stream);
 }
 
 }  // namespace fastdcgan::cuda

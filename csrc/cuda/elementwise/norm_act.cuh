@@ -10,8 +10,8 @@ constexpr int kNormActBlocks = 4;  // of a multiprocessor at once: 64 registers 
 // out = act(s*x + t); `coef` is [rows, groups, C], of which s and t are the first two.
 template <class T, int V, bool kPlanes, class Act>
 __global__ void __launch_bounds__(kThreads, kNormActBlocks)
-    norm_act(const T* __restrict__ x, const float* __restrict__ coef, Act act, Walk walk, T* __restrict__ out) {
-  const Place<V, kPlanes> place(walk);
+    norm_act(const T* __restrict__ x, const float* __restrict__ coef, Act act, Pass pass, T* __restrict__ out) {
+  const Place<V, kPlanes> place(pass);
   gpu::await_kernels_before();
   const PerChannel<V, kPlanes> s(coef, 0, place), t(coef, 1, place);
   place.template for_each<2>([&](auto n, const auto& at) {
@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kThreads, kNormActBlocks)
 template <class T, int V, bool kPlanes, class Act>
 __global__ void __launch_bounds__(kThreads, kNormActBlocks)
     norm_act_backward(const T* __restrict__ da, const T* __restrict__ y, const float* __restrict__ grad_coef, int rows,
-                      Act act, Walk walk, T* __restrict__ dy) {
-  const Place<V, kPlanes> place(walk);
+                      Act act, Pass pass, T* __restrict__ dy) {
+  const Place<V, kPlanes> place(pass);
   gpu::await_kernels_before();
   const bool centred = rows == 4;
   const PerChannel<V, kPlanes> s(grad_coef, 0, place), t(grad_coef, 1, place);
@@ -55,24 +55,25 @@ __global__ void __launch_bounds__(kThreads, kNormActBlocks)
 // --- callers: the same code on a GPU and on a CPU --------------------------------------------------------------------
 
 template <class T, int V, bool kPlanes, class Act>
-void launch_norm_act(const T* x, const float* coef, Act act, const Walk& walk, T* out, gpu::Stream stream) {
-  gpu::launch_early(norm_act<T, V, kPlanes, Act>, {"norm_act", walk.grid, kThreads, 0, stream}, x, coef, act, walk, out);
+void launch_norm_act(const T* x, const float* coef, Act act, const Pass& pass, T* out, gpu::Stream stream) {
+  gpu::launch_early(norm_act<T, V, kPlanes, Act>, {"norm_act", pass.grid, kThreads, 0, stream}, x, coef, act, pass,
+                    out);
 }
 
 template <class T, int V, bool kPlanes, class Act>
 void launch_norm_act_backward(
-    const T* da, const T* y, const float* grad_coef, int rows, Act act, const Walk& walk, T* dy, gpu::Stream stream) {
-  gpu::launch_early(norm_act_backward<T, V, kPlanes, Act>, {"norm_act_backward", walk.grid, kThreads, 0, stream}, da, y,
-                    grad_coef, rows, act, walk, dy);
+    const T* da, const T* y, const float* grad_coef, int rows, Act act, const Pass& pass, T* dy, gpu::Stream stream) {
+  gpu::launch_early(norm_act_backward<T, V, kPlanes, Act>, {"norm_act_backward", pass.grid, kThreads, 0, stream}, da, y,
+                    grad_coef, rows, act, pass, dy);
 }
 
 // `act` is an Activation or a functor.
 template <class T, class Act>
 void norm_act_pass(const Shape& shape, const T* x, const float* coef, Act act, T* out, gpu::Stream stream) {
-  const Walk walk = make_walk<T>(shape, kNormActBlocks, x, out);
-  with_layout<T>(walk, [&](auto v, auto planes) {
+  const Pass pass = make_pass<T>(shape, kNormActBlocks, x, out);
+  with_layout<T>(pass, [&](auto v, auto planes) {
     with_functor_for(v, act, [&](auto functor) {
-      launch_norm_act<T, decltype(v)::value, decltype(planes)::value>(x, coef, functor, walk, out, stream);
+      launch_norm_act<T, decltype(v)::value, decltype(planes)::value>(x, coef, functor, pass, out, stream);
     });
   });
 }
@@ -80,11 +81,11 @@ void norm_act_pass(const Shape& shape, const T* x, const float* coef, Act act, T
 template <class T, class Act>
 void norm_act_backward_pass(
     const Shape& shape, const T* da, const T* y, const float* grad_coef, int rows, Act act, T* dy, gpu::Stream stream) {
-  const Walk walk = make_walk<T>(shape, kNormActBlocks, da, y, dy);
-  with_layout<T>(walk, [&](auto v, auto planes) {
+  const Pass pass = make_pass<T>(shape, kNormActBlocks, da, y, dy);
+  with_layout<T>(pass, [&](auto v, auto planes) {
     with_functor_for(v, act, [&](auto functor) {
       launch_norm_act_backward<T, decltype(v)::value, decltype(planes)::value>(
-          da, y, grad_coef, rows, functor, walk, dy, stream);
+          da, y, grad_coef, rows, functor, pass, dy, stream);
     });
   });
 }

@@ -1,4 +1,4 @@
-// How the streaming kernels go through a tensor [N, C, H, W], and with how many blocks.
+// How elementwise passes and reductions go through a tensor [N, C, H, W], and with how many blocks.
 //
 // Every thread keeps to the same channels, whose coefficients or sums it has in registers, and goes through their
 // values in steps of 16 bytes, several of them in flight. What it steps through are items:
@@ -36,7 +36,7 @@ struct Shape {
   int64_t size() const { return groups * group_size(); }
 };
 
-struct Walk {
+struct Pass {
   int64_t group_size;   // elements
   int64_t item_stride;  // channels_last: from row to row; planes: from plane to plane of a channel
   int64_t plane;        // planes: pixels
@@ -57,11 +57,11 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t greatest_common_divisor(int64_t a, int64_t b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
 
-// The walk through tensors of `shape` at the addresses `all`, with as many blocks as the multiprocessors hold at once.
-// The shape has at least one element.
+// How a pass goes through tensors of `shape` at the addresses `all`, with as many blocks as the multiprocessors hold at
+// once. The shape has at least one element.
 template <class T, class... Pointers>
-Walk make_walk(const Shape& s, int blocks_per_multiprocessor, Pointers... all) {
-  Walk w{};
+Pass make_pass(const Shape& s, int blocks_per_multiprocessor, Pointers... all) {
+  Pass w{};
   const bool aligned = (gpu::aligned(all) && ...);
   w.planes = !s.channels_last;
   w.group_size = s.group_size();
@@ -97,14 +97,14 @@ Walk make_walk(const Shape& s, int blocks_per_multiprocessor, Pointers... all) {
   return w;
 }
 
-// Where a thread is in its walk.
+// Where a thread is in a pass.
 template <int V, bool kPlanes>
 struct Place {
-  const Walk& w;
+  const Pass& w;
   int column;  // the first of V
   unsigned item, step, items;
 
-  GPU_INLINE explicit Place(const Walk& walk) : w(walk) {
+  GPU_INLINE explicit Place(const Pass& pass) : w(pass) {
     const int x = kPlanes ? 0 : threadIdx.x % w.width, y = kPlanes ? threadIdx.x : threadIdx.x / w.width;
     const int tall = kPlanes ? kThreads : kThreads / w.width;
     column = kPlanes ? blockIdx.x : (blockIdx.x * w.width + x) * V;
@@ -157,15 +157,15 @@ struct PerChannel {
   GPU_INLINE float operator[](int i) const { return value[kPlanes ? 0 : i]; }
 };
 
-// Calls `f` with the walk's vector size and layout as constants: f(integral_constant V, bool_constant planes).
+// Calls `f` with the pass's vector size and layout as constants: f(integral_constant V, bool_constant planes).
 template <class T, class F>
-void with_layout(const Walk& walk, F&& f) {
+void with_layout(const Pass& pass, F&& f) {
   using One = std::integral_constant<int, 1>;
   using Many = std::integral_constant<int, kVec<T>>;
-  if (walk.planes)
-    walk.vector == 1 ? f(One{}, std::true_type{}) : f(Many{}, std::true_type{});
+  if (pass.planes)
+    pass.vector == 1 ? f(One{}, std::true_type{}) : f(Many{}, std::true_type{});
   else
-    walk.vector == 1 ? f(One{}, std::false_type{}) : f(Many{}, std::false_type{});
+    pass.vector == 1 ? f(One{}, std::false_type{}) : f(Many{}, std::false_type{});
 }
 
 // --- activations -----------------------------------------------------------------------------------------------------
@@ -216,8 +216,8 @@ void with_functor(Activation act, F&& f) {
   }
 }
 
-// Calls `f` with the functor of `act` for vectors of V: where values come one at a time, with the one for all activations.
-// An `act` that is a functor already is it.
+// Calls `f` with the functor of `act` for vectors of V: where values come one at a time, with the one for all
+// activations. An `act` that is a functor already is it.
 template <class V, class Act, class F>
 void with_functor_for(V, const Act& act, F&& f) {
   if constexpr (!std::is_same_v<Act, Activation>)

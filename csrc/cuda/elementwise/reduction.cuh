@@ -49,7 +49,7 @@ GPU_INLINE void join_block(Part (&mine)[V], const Place<V, kPlanes>& place, Emit
 
 // The partial results of a block lie in partials[group][part][value][column]: with folded rows that is
 // [group][part][value][fold][channel].
-GPU_INLINE float* partial(float* partials, int values, int value, const Walk& w, int column) {
+GPU_INLINE float* partial(float* partials, int values, int value, const Pass& w, int column) {
   const int64_t block = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
   return partials + (block * values + value) * w.columns + column;
 }
@@ -78,8 +78,8 @@ struct CombineShared {
   Part strand[Combine::kStrands][Combine::kChannels];
 };
 
-// grid (channels / kChannels rounded up, groups), block (kChannels, kStrands): out = finish(all parts of a channel).
-// `Part` has load(partials, slots, group, slot, channel) and store(out, slots, group, channel).
+// grid (channels / kChannels rounded up, groups), block (kChannels, kStrands): out = what all parts of a channel come
+// to. `Part` has load(partials, slots, group, slot, channel) and store(out, slots, group, channel).
 template <class Part>
 __global__ void __launch_bounds__(Combine::kChannels* Combine::kStrands)
     combine(const float* __restrict__ partials, Slots slots, float* __restrict__ out) {
@@ -115,10 +115,10 @@ void launch_combine(const char* name, const float* partials, const Slots& slots,
   gpu::launch_early(combine<Part>, {name, grid, block, sizeof(CombineShared<Part>), stream}, partials, slots, out);
 }
 
-inline Slots slots_of(const Walk& w) { return {w.slots(), w.fold, w.channels, static_cast<int>(w.grid.z)}; }
+inline Slots slots_of(const Pass& w) { return {w.slots(), w.fold, w.channels, static_cast<int>(w.grid.z)}; }
 
 // Floats that the first stage writes, of `values` for each of its columns.
-inline int64_t partials_size(const Walk& w, int values) {
+inline int64_t partials_size(const Pass& w, int values) {
   return int64_t{w.grid.z} * w.grid.y * values * w.columns;
 }
 

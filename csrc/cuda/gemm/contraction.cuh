@@ -9,9 +9,14 @@
 
 #include <type_traits>
 
-#include "cuda/gemm/gather.cuh"
+#include "cuda/gemm/loaders.cuh"
 
 namespace fastdcgan::cuda {
+
+// What the operators take.
+constexpr int64_t kMostPixels = int64_t{1} << 30;    // of a tensor, and its channels: a tile may reach beyond the last
+constexpr int64_t kMostSplits = 1024;                // parts of the depth
+constexpr int64_t kMostGeometry = int64_t{1} << 20;  // of a kernel with its dilation, a stride, a padding
 
 // A block's share of the result, kM x kN, in steps of kK of the depth; by kWarpsM x kWarpsN warps.
 template <int kM_, int kN_, int kK_, int kWarpsM_, int kWarpsN_, int kStages_, int kBlocks_>
@@ -118,10 +123,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) contraction(const P
         gpu::store(&shared.sums[first_m + m * 16 + h * 8 + line][first_n + n * 8 + pair],
                    Vec<float, 2>{{sum[m][n][h * 2], sum[m][n][h * 2 + 1]}});
   __syncthreads();
-  Finish<typename C::T> finish = p.finish;
-  if (finish.parts != nullptr) finish.parts += static_cast<int64_t>(blockIdx.y) * p.values;
-  finish_tile<typename C::T, C::kM, C::kN, C::kThreads>(
-      finish, shared.place.pixel, [&](int row, int column) { return &shared.sums[row][column]; }, shared.strands,
+  Epilogue<typename C::T> epilogue = p.epilogue;
+  if (epilogue.parts != nullptr) epilogue.parts += static_cast<int64_t>(blockIdx.y) * p.values;
+  apply_epilogue<typename C::T, C::kM, C::kN, C::kThreads>(
+      epilogue, shared.place.pixel, [&](int row, int column) { return &shared.sums[row][column]; }, shared.strands,
       shared.place.first_channel, shared.place.group, shared.place.slot);
 }
 
@@ -144,7 +149,7 @@ int64_t rows_of_group(const Problem<T>& p) {
 // Slots of a group's partials, with tiles of `rows` pixels.
 template <Op op, class T>
 int64_t partial_slots(const Problem<T>& p, int rows) {
-  if (p.splits > 1) return finish_tiles(static_cast<int>(rows_of_group<op>(p)));
+  if (p.splits > 1) return reduce_splits_tiles(static_cast<int>(rows_of_group<op>(p)));
   return int64_t{tiles_of_group<op>(p, rows)} * (op == Op::conv ? 1 : p.phases());
 }
 
@@ -152,7 +157,7 @@ int64_t partial_slots(const Problem<T>& p, int rows) {
 template <Op op, class T>
 int64_t workspace_size(const Problem<T>& p) {
   const int64_t groups = op == Op::weight_grad ? 1 : p.groups;
-  return p.splits > 1 ? p.splits * groups * rows_of_group<op>(p) * p.finish.channels : 0;
+  return p.splits > 1 ? p.splits * groups * rows_of_group<op>(p) * p.epilogue.channels : 0;
 }
 
 // Whether every row of `channels` T of all these tensors begins at a multiple of 16 bytes.
@@ -164,7 +169,7 @@ bool in_vectors(int channels, Pointers... tensors) {
 template <Op op, class T>
 void set_vectors(Problem<T>& p, const float* workspace) {
   const auto set = [](Operand<T>& o) { o.vectors = in_vectors<T>(o.channels, o.x, o.y, o.coef); };
-  Finish<T>& f = p.finish;
+  Epilogue<T>& f = p.epilogue;
   set(p.gathered);
   if (op == Op::weight_grad)
     set(p.other);
@@ -178,15 +183,15 @@ constexpr const char* kOpNames[] = {"conv", "conv_transpose", "weight_grad"};
 // Calls run(), which launches `p`: with one part for its own result, else for the parts, which are added up then.
 template <Op op, class T, class Run>
 void with_parts(Problem<T>& p, float* workspace, gpu::Stream stream, Run run) {
-  const Finish<T> whole = p.finish;
+  const Epilogue<T> whole = p.epilogue;
   if (p.splits > 1) {
     p.values = workspace_size<op>(p) / p.splits;
-    p.finish = Finish<T>{};
-    p.finish.parts = workspace, p.finish.channels = whole.channels, p.finish.vectors = whole.vectors;
+    p.epilogue = Epilogue<T>{};
+    p.epilogue.parts = workspace, p.epilogue.channels = whole.channels, p.epilogue.vectors = whole.vectors;
   }
   run();
   if (p.splits > 1)
-    launch_finish_parts(workspace, p.splits, p.values, op == Op::weight_grad ? 1 : p.groups,
+    launch_reduce_splits(workspace, p.splits, p.values, op == Op::weight_grad ? 1 : p.groups,
                         static_cast<int>(rows_of_group<op>(p)), whole, stream);
 }
 
@@ -197,7 +202,7 @@ void run_contraction(Problem<typename C::T> p, float* workspace, gpu::Stream str
   const auto divided = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int taps = p.rows.kernel * p.columns.kernel;
   set_vectors<op>(p, workspace);
-  p.tiles_n = static_cast<int>(divided(p.finish.channels, C::kN));
+  p.tiles_n = static_cast<int>(divided(p.epilogue.channels, C::kN));
   int64_t blocks;
   if (op == Op::weight_grad) {
     p.tiles_m = static_cast<int>(divided(p.other.channels, C::kM));
@@ -209,7 +214,8 @@ void run_contraction(Problem<typename C::T> p, float* workspace, gpu::Stream str
   }
   with_parts<op>(p, workspace, stream, [&] {
     const dim3 grid(static_cast<unsigned>(blocks), p.splits);
-    gpu::launch_early(contraction<C>, {kOpNames[static_cast<int>(op)], grid, C::kThreads, C::shared_bytes(p), stream}, p);
+    gpu::launch_early(contraction<C>, {kOpNames[static_cast<int>(op)], grid, C::kThreads, C::shared_bytes(p), stream},
+                      p);
   });
 }
 

@@ -11,9 +11,6 @@
 namespace fastdcgan::cuda {
 namespace {
 
-constexpr int64_t kMostPixels = int64_t{1} << 30;  // of a tensor: a tile may reach beyond the last
-constexpr int64_t kMostSplits = 1024;
-
 RuntimeActivation runtime_activation(int64_t act, double slope) {
   STD_TORCH_CHECK(known_activation(act), "unknown activation id ", act);
   return {static_cast<int>(act), static_cast<float>(slope)};
@@ -30,13 +27,13 @@ void check_groups(const optional<Tensor>& coef, int64_t groups) {
 }
 
 // An operand in channels_last, and the tensors that it takes.
-struct Loaded {
+struct OperandTensors {
   Tensor x;
   optional<Tensor> y, coef;
   RuntimeActivation act;
 
-  Loaded(const Tensor& x_, const optional<Tensor>& y_, const optional<Tensor>& coef_, int64_t act_, double slope,
-         int64_t groups)
+  OperandTensors(const Tensor& x_, const optional<Tensor>& y_, const optional<Tensor>& coef_, int64_t act_,
+                 double slope, int64_t groups)
       : x(laid_out(x_, true)), act(runtime_activation(act_, slope)) {
     check_size(x);
     STD_TORCH_CHECK(groups > 0 && x.size(0) % groups == 0, "a batch of ", x.size(0), " can't have ", groups,
@@ -71,7 +68,7 @@ void set_geometry(Problem<T>& p, const std::vector<int64_t>& kernel, const std::
   Axis* axes[] = {&p.rows, &p.columns};
   for (int i = 0; i < 2; ++i) {
     STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0 &&
-                        std::max({kernel[i] * dilation[i], stride[i], padding[i]}) < (1 << 20),
+                        std::max({kernel[i] * dilation[i], stride[i], padding[i]}) < kMostGeometry,
                     "no such geometry: kernel ", kernel[i], ", stride ", stride[i], ", padding ", padding[i],
                     ", dilation ", dilation[i]);
     axes[i]->kernel = static_cast<int>(kernel[i]), axes[i]->stride = static_cast<int>(stride[i]);
@@ -106,7 +103,7 @@ Tensor new_output(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w
 }
 
 template <class T>
-Tensor combined(const Finish<T>& f, const Tensor& like, int64_t slots, int64_t groups, int64_t stat_groups,
+Tensor combined(const Epilogue<T>& f, const Tensor& like, int64_t slots, int64_t groups, int64_t stat_groups,
                 int64_t fold, gpu::Stream stream) {
   const int64_t rows = f.rows(), channels = f.channels / fold;
   if (rows == 0) return torch::stable::new_empty(like, {0}, ScalarType::Float);
@@ -114,7 +111,7 @@ Tensor combined(const Finish<T>& f, const Tensor& like, int64_t slots, int64_t g
   const Slots all{static_cast<int>(slots * groups / stat_groups * fold), static_cast<int>(fold),
                   static_cast<int>(channels), static_cast<int>(stat_groups)};
   float* to = mutable_data<float>(out);
-  if (f.kind == Epilogue::stats)
+  if (f.kind == EpilogueKind::stats)
     launch_combine<StatsPart>("combine_stats", f.partials, all, to, stream);
   else if (rows == 2)
     launch_combine<SumsPart<2>>("combine_sums", f.partials, all, to, stream);
@@ -126,14 +123,14 @@ Tensor combined(const Finish<T>& f, const Tensor& like, int64_t slots, int64_t g
 // Slots of a group's partials with that tile, which is of either kind.
 template <Op op, class T>
 int64_t tile_slots(const Problem<T>& p, int number) {
-  if (sizeof(T) == 2 && of_warpgroups(number)) return box_slots<op>(p);
+  if (sizeof(T) == 2 && is_sm90_tile(number)) return sm90_slots<op>(p);
   return with_tile<T>(number, [&](auto shape) { return partial_slots<op>(p, decltype(shape)::kM); });
 }
 
 template <Op op, class T>
 void run_any_tile(const Problem<T>& p, int number, bool exact, float* workspace, gpu::Stream stream) {
   if constexpr (sizeof(T) == 2)
-    if (of_warpgroups(number)) return run_warpgroup_tile<op>(p, number, workspace, stream);
+    if (is_sm90_tile(number)) return run_sm90_tile<op>(p, number, workspace, stream);
   run_tile<op, T>(p, number, exact, workspace, stream);
 }
 
@@ -146,7 +143,7 @@ std::tuple<Tensor, Tensor> contract_op(
     const optional<Tensor>& e_coef_, int64_t e_act, double e_slope, int64_t groups, int64_t stat_groups, int64_t fold,
     int64_t tile, int64_t splits, bool exact) {
   const OnDevice on(x_);
-  const Loaded x(x_, y, coef, act, slope, groups);
+  const OperandTensors x(x_, y, coef, act, slope, groups);
   STD_TORCH_CHECK(weight_.dim() == 4 && weight_.scalar_type() == x.x.scalar_type() &&
                       weight_.size(transposed ? 0 : 1) == x.x.size(1),
                   "expected a weight of ", x.x.size(1), " input channels in the input's dtype, got ",
@@ -159,14 +156,14 @@ std::tuple<Tensor, Tensor> contract_op(
   STD_TORCH_CHECK(fold > 0 && channels % fold == 0 && stat_groups > 0 && groups % stat_groups == 0, "expected ",
                   "statistics of a divisor of ", groups, " groups and ", channels, " channels");
 
-  const auto kind = static_cast<Epilogue>(e_kind);
+  const auto kind = static_cast<EpilogueKind>(e_kind);
   STD_TORCH_CHECK(e_kind >= 0 && e_kind <= 4, "unknown epilogue ", e_kind);
-  const bool with_coef = kind == Epilogue::activate || kind == Epilogue::grad_stats;
-  STD_TORCH_CHECK((with_coef || kind == Epilogue::bias) == e_coef_.has_value() &&
-                      (kind == Epilogue::grad_stats) == e_y_.has_value(),
+  const bool with_coef = kind == EpilogueKind::activate || kind == EpilogueKind::grad_stats;
+  STD_TORCH_CHECK((with_coef || kind == EpilogueKind::bias) == e_coef_.has_value() &&
+                      (kind == EpilogueKind::grad_stats) == e_y_.has_value(),
                   "epilogue ", e_kind, " takes other tensors");
   optional<Tensor> e_coef, e_y;
-  if (kind == Epilogue::bias) e_coef = as_float(e_coef_, channels);
+  if (kind == EpilogueKind::bias) e_coef = as_float(e_coef_, channels);
   if (with_coef) e_coef = checked_coef(*e_coef_, out), check_groups(e_coef, groups);
   if (e_y_.has_value()) check_grad(*e_y_, out), e_y = laid_out(*e_y_, true);
 
@@ -177,7 +174,7 @@ std::tuple<Tensor, Tensor> contract_op(
     set_geometry(p, {weight.size(2), weight.size(3)}, stride, padding, dilation);
     set_sizes(p, x.x, output_size[0], output_size[1], groups, splits);
     p.gathered = x.operand<T>(), p.other.x = data<T>(weight);
-    Finish<T>& f = p.finish;
+    Epilogue<T>& f = p.epilogue;
     f.out = mutable_data<T>(out), f.y = e_y.has_value() ? data<T>(*e_y) : nullptr, f.coef = data_or_null(e_coef);
     f.kind = kind, f.act = runtime_activation(e_act, e_slope), f.channels = static_cast<int>(channels);
     if (with_coef) f.coef_rows = static_cast<int>(e_coef->size(0)), f.coef_groups = static_cast<int>(e_coef->size(1));
@@ -204,8 +201,8 @@ Tensor contract_weight_grad_op(
     double linear_slope, std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
     std::vector<int64_t> dilation, int64_t groups, int64_t tile, int64_t splits, bool exact) {
   const OnDevice on(x_);
-  const Loaded x(x_, x_y, x_coef, x_act, x_slope, groups);
-  const Loaded linear(linear_, linear_y, linear_coef, linear_act, linear_slope, groups);
+  const OperandTensors x(x_, x_y, x_coef, x_act, x_slope, groups);
+  const OperandTensors linear(linear_, linear_y, linear_coef, linear_act, linear_slope, groups);
   STD_TORCH_CHECK(x.x.size(0) == linear.x.size(0) && x.x.scalar_type() == linear.x.scalar_type(),
                   "expected two batches of one size and dtype, got ", shape_text(x.x), " and ", shape_text(linear.x));
   STD_TORCH_CHECK(kernel.size() == 2 && kernel[0] > 0 && kernel[1] > 0, "expected a kernel of two sizes");
@@ -217,7 +214,7 @@ Tensor contract_weight_grad_op(
     set_geometry(p, kernel, stride, padding, dilation);
     set_sizes(p, x.x, linear.x.size(2), linear.x.size(3), groups, splits);
     p.gathered = x.operand<T>(), p.other = linear.operand<T>();
-    p.finish.out = mutable_data<T>(out), p.finish.channels = static_cast<int>(x.x.size(1));
+    p.epilogue.out = mutable_data<T>(out), p.epilogue.channels = static_cast<int>(x.x.size(1));
     const Floats workspace(x.x, workspace_size<Op::weight_grad>(p));
     run_any_tile<Op::weight_grad>(p, static_cast<int>(tile), exact, workspace.data(), on.stream);
   });

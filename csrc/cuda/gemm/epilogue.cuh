@@ -10,17 +10,17 @@
 
 namespace fastdcgan::cuda {
 
-enum class Epilogue : int { none = 0, bias = 1, activate = 2, stats = 3, grad_stats = 4 };
+enum class EpilogueKind : int { none = 0, bias = 1, activate = 2, stats = 3, grad_stats = 4 };
 
 // An output of rows ("pixels") of `channels` numbers.
 template <class T>
-struct Finish {
+struct Epilogue {
   T* out = nullptr;
-  float* parts = nullptr;  // where it is set, sums go there as they are, for finish_parts
+  float* parts = nullptr;  // where it is set, sums go there as they are, for reduce_splits
   const T* y = nullptr;    // grad_stats
   const float* coef = nullptr;
   float* partials = nullptr;
-  Epilogue kind = Epilogue::none;
+  EpilogueKind kind = EpilogueKind::none;
   RuntimeActivation act;
   int coef_rows = 0, coef_groups = 1;
   int channels = 0;
@@ -28,7 +28,7 @@ struct Finish {
 
   // Rows of the partials.
   GPU_HOST_INLINE int rows() const {
-    return kind == Epilogue::stats ? 3 : kind == Epilogue::grad_stats ? coef_rows / 2 : 0;
+    return kind == EpilogueKind::stats ? 3 : kind == EpilogueKind::grad_stats ? coef_rows / 2 : 0;
   }
 };
 
@@ -81,17 +81,17 @@ GPU_INLINE void read_chunk(float (&to)[N], const T* from, bool vectors, int coun
   }
 }
 
-// The threads that finish a tile together: all of a block.
+// The threads that apply the epilogue to a tile together: all of a block.
 struct WholeBlock {
   static GPU_INLINE void sync() { __syncthreads(); }
 };
 
-// Finishes a tile of kM rows and kN channels from `first_channel` on. `pixel[row]` is a row's place in the output, or
-// negative; tile(row, column) is the address of its sums, each of which only one thread reads or writes. `strands` may
-// share their memory. By the block's first kThreads threads, which `Team` brings to one point.
+// Applies the epilogue to a tile of kM rows and kN channels from `first_channel` on. `pixel[row]` is a row's place in
+// the output, or negative; tile(row, column) is the address of its sums, each of which only one thread reads or writes.
+// `strands` may share their memory. By the block's first kThreads threads, which `Team` brings to one point.
 template <class T, int kM, int kN, int kThreads, class Team = WholeBlock, class Tile>
-GPU_INLINE void finish_tile(
-    const Finish<T>& f, const int* pixel, Tile tile, Strands<T, kN, kThreads>& strands, int first_channel, int group,
+GPU_INLINE void apply_epilogue(
+    const Epilogue<T>& f, const int* pixel, Tile tile, Strands<T, kN, kThreads>& strands, int first_channel, int group,
     int64_t slot) {
   using S = Strands<T, kN, kThreads>;
   constexpr int N = kVec<T>;
@@ -100,7 +100,7 @@ GPU_INLINE void finish_tile(
   const bool mine = count > 0;
   const int64_t coef_row = static_cast<int64_t>(f.coef_groups) * f.channels;
   const float* coef = f.coef + static_cast<int64_t>(group % f.coef_groups) * f.channels + channel;
-  const bool with_coef = f.kind == Epilogue::activate || f.kind == Epilogue::grad_stats;
+  const bool with_coef = f.kind == EpilogueKind::activate || f.kind == EpilogueKind::grad_stats;
 
   if (mine && with_coef && !f.act.linear) {  // the activation alone, number by number
 #pragma unroll 1
@@ -110,7 +110,7 @@ GPU_INLINE void finish_tile(
       for (int i = 0; i < min(count, N); ++i) {
         float& sum = *tile(row, column + i);
         const float s = coef[i], t = coef[coef_row + i];
-        if (f.kind == Epilogue::activate)
+        if (f.kind == EpilogueKind::activate)
           sum = f.act.smooth_forward(sum * s + t);
         else
           sum *= f.act.smooth_derivative(
@@ -122,7 +122,7 @@ GPU_INLINE void finish_tile(
   float a[N] = {}, b[N] = {}, rows = 0;  // mean and M2, or the sums
   if (mine) {
     float s[N] = {}, t[N] = {}, mean[N] = {};
-    if (f.kind == Epilogue::bias) {
+    if (f.kind == EpilogueKind::bias) {
       load_floats(t, f.coef + channel, f.vectors, count);
     } else if (with_coef) {
       load_floats(s, coef, f.vectors, count);
@@ -136,15 +136,15 @@ GPU_INLINE void finish_tile(
       float v[N];
       load_floats(v, tile(row, column), true, N);
       rows += 1;
-      if (f.kind == Epilogue::bias) {
+      if (f.kind == EpilogueKind::bias) {
 #pragma unroll
         for (int i = 0; i < N; ++i) v[i] += t[i];
-      } else if (f.kind == Epilogue::activate) {
+      } else if (f.kind == EpilogueKind::activate) {
         if (f.act.linear) {
 #pragma unroll
           for (int i = 0; i < N; ++i) v[i] = f.act.linear_forward(v[i] * s[i] + t[i]);
         }
-      } else if (f.kind == Epilogue::stats) {
+      } else if (f.kind == EpilogueKind::stats) {
         const float share = 1.f / rows;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
@@ -152,7 +152,7 @@ GPU_INLINE void finish_tile(
           a[i] += delta * share;
           b[i] += delta * (v[i] - a[i]);
         }
-      } else if (f.kind == Epilogue::grad_stats) {
+      } else if (f.kind == EpilogueKind::grad_stats) {
         float y[N];
         read_chunk(y, f.y + at, f.vectors, count);
 #pragma unroll
@@ -179,7 +179,7 @@ GPU_INLINE void finish_tile(
   const int own = threadIdx.x;
   if (own < kN && first_channel + own < f.channels) {
     float* to = f.partials + slot * f.rows() * f.channels + first_channel + own;
-    if (f.kind == Epilogue::stats) {
+    if (f.kind == EpilogueKind::stats) {
       Moments<float> all{strands.count[0], strands.row[0][0][own], strands.row[1][0][own]};
 #pragma unroll 1
       for (int i = 1; i < S::kStrands; ++i)
@@ -200,25 +200,25 @@ GPU_INLINE void finish_tile(
 
 // --- the sum of parts ------------------------------------------------------------------------------------------------
 
-struct FinishParts {
+struct ReduceSplits {
   static constexpr int kM = 32, kN = 64, kThreads = 128;
   static constexpr int kBlocks = 4;  // of a multiprocessor: said, so that nothing is spilled for more
 };
 
 template <class T>
-struct FinishPartsShared {
-  float tile[FinishParts::kM][FinishParts::kN];
-  Strands<T, FinishParts::kN, FinishParts::kThreads> strands;
-  int pixel[FinishParts::kM];
+struct ReduceSplitsShared {
+  float tile[ReduceSplits::kM][ReduceSplits::kN];
+  Strands<T, ReduceSplits::kN, ReduceSplits::kThreads> strands;
+  int pixel[ReduceSplits::kM];
 };
 
-// Adds parts [splits, values] up in ascending order and finishes them; a tile a block, `pixels` rows to a group.
+// Adds parts [splits, values] up in ascending order and applies the epilogue; a tile a block, `pixels` rows to a group.
 template <class T>
-__global__ void __launch_bounds__(FinishParts::kThreads, FinishParts::kBlocks)
-    finish_parts(const float* __restrict__ parts, int splits, int64_t values, int pixels, int tiles_per_group,
-                 const Finish<T> f) {
-  constexpr int kM = FinishParts::kM, kN = FinishParts::kN, kThreads = FinishParts::kThreads;
-  auto& shared = gpu::shared_memory<FinishPartsShared<T>>();
+__global__ void __launch_bounds__(ReduceSplits::kThreads, ReduceSplits::kBlocks)
+    reduce_splits(const float* __restrict__ parts, int splits, int64_t values, int pixels, int tiles_per_group,
+                 const Epilogue<T> f) {
+  constexpr int kM = ReduceSplits::kM, kN = ReduceSplits::kN, kThreads = ReduceSplits::kThreads;
+  auto& shared = gpu::shared_memory<ReduceSplitsShared<T>>();
   const int tiles_n = (f.channels + kN - 1) / kN, tile = blockIdx.x / tiles_n;
   const int first_channel = blockIdx.x % tiles_n * kN, group = tile / tiles_per_group;
   const int first = tile % tiles_per_group * kM;
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(FinishParts::kThreads, FinishParts::kBlocks)
   }
   gpu::await_kernels_before();
   __syncthreads();
-  // As finish_tile deals them out, so that every thread finds its own sums.
+  // As apply_epilogue deals them out, so that every thread finds its own sums.
   using S = Strands<T, kN, kThreads>;
   constexpr int N = kVec<T>;
   const int column = threadIdx.x % S::kChunks * N, count = f.channels - first_channel - column;
@@ -244,20 +244,20 @@ __global__ void __launch_bounds__(FinishParts::kThreads, FinishParts::kBlocks)
     }
     store_floats(&shared.tile[row][column], sum, true, N);
   }
-  finish_tile<T, kM, kN, kThreads>(
+  apply_epilogue<T, kM, kN, kThreads>(
       f, shared.pixel, [&](int row, int at) { return &shared.tile[row][at]; }, shared.strands, first_channel,
       group, tile);
 }
 
-inline int finish_tiles(int pixels) { return (pixels + FinishParts::kM - 1) / FinishParts::kM; }
+inline int reduce_splits_tiles(int pixels) { return (pixels + ReduceSplits::kM - 1) / ReduceSplits::kM; }
 
 template <class T>
-void launch_finish_parts(
-    const float* parts, int splits, int64_t values, int groups, int pixels, const Finish<T>& f, gpu::Stream stream) {
-  const int tiles = finish_tiles(pixels), tiles_n = (f.channels + FinishParts::kN - 1) / FinishParts::kN;
+void launch_reduce_splits(
+    const float* parts, int splits, int64_t values, int groups, int pixels, const Epilogue<T>& f, gpu::Stream stream) {
+  const int tiles = reduce_splits_tiles(pixels), tiles_n = (f.channels + ReduceSplits::kN - 1) / ReduceSplits::kN;
   const dim3 grid(static_cast<unsigned>(groups) * tiles * tiles_n);
   gpu::launch_early(
-      finish_parts<T>, {"finish_parts", grid, FinishParts::kThreads, sizeof(FinishPartsShared<T>), stream}, parts,
+      reduce_splits<T>, {"reduce_splits", grid, ReduceSplits::kThreads, sizeof(ReduceSplitsShared<T>), stream}, parts,
       splits, values, pixels, tiles, f);
 }
 

@@ -97,7 +97,8 @@ GPU_INLINE void load_chunk(T* to, const T* from, int count, bool vectors) {
   }
 }
 
-// Applies the prologue in place to a chunk from `channel` on of a pixel of the tensor; `y` is the same chunk of operand.y.
+// Applies the prologue in place to a chunk from `channel` on of a pixel of the tensor; `y` is the same chunk of
+// operand.y.
 template <class T>
 GPU_INLINE void apply_prologue(const Operand<T>& operand, T* x, const T* y, int group, int channel) {
   const int count = operand.channels - channel;

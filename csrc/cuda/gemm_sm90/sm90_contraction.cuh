@@ -1,9 +1,9 @@
-// The contractions of contraction.cuh for sm_90a: one warp has boxes of tensors copied to a ring of stages, two
-// warpgroups multiply them, 64 rows each, and finish the tile together. Only 16-bit numbers, and what the copy engine can
-// describe: why_no_boxes says what it can't.
+// The contractions of contraction.cuh for sm_90a: one warp has TMA tiles of tensors copied to a ring of stages, two
+// warpgroups multiply them, 64 rows each, and apply the epilogue to the tile together. Only 16-bit numbers, and what
+// the copy engine can describe: why_not_tma says what it can't.
 //
-// A prologue of conv and conv_transpose is applied in registers, from where the left factor is then multiplied; those of
-// weight_grad in shared memory, where both factors are read as without one.
+// A prologue of conv and conv_transpose is applied in registers, from where the left factor is then multiplied; those
+// of weight_grad in shared memory, where both factors are read as without one.
 #pragma once
 
 #include "cuda/device/wgmma.h"
@@ -14,13 +14,13 @@ namespace fastdcgan::cuda {
 
 // kN columns of a tile; blocks of a multiprocessor, each with a ring of kRing bytes.
 template <int kN_, int kBlocks_, int kRing_>
-struct WarpgroupShape {
+struct Sm90Shape {
   static constexpr int kM = 128, kN = kN_, kK = 64, kBlocks = kBlocks_, kRing = kRing_;
 };
 
 // kTransforms: with a prologue.
 template <Op op, class T_, class Shape, bool kTransforms_>
-struct WarpgroupContraction : Shape {
+struct Sm90Contraction : Shape {
   using T = T_;
   static constexpr Op kOp = op;
   static constexpr bool kTransforms = kTransforms_;
@@ -39,8 +39,8 @@ struct WarpgroupContraction : Shape {
   static_assert(sizeof(T) == 2 && kN % 64 == 0 && kN <= 256 && kRing % 1024 == 0);
   static_assert(kRing >= 2 * (1 + kTransforms) * (kLeftBytes + kRightBytes), "one stage is multiplied, one awaited");
   using Left = MatrixTile<T, kM, kK, false>;  // of conv and conv_transpose, as the copy engine swizzles it
-  using Boxes = std::conditional_t<op == Op::weight_grad, ChannelBoxes<WarpgroupContraction>,
-                                   PixelBoxes<WarpgroupContraction>>;
+  using Loader = std::conditional_t<op == Op::weight_grad, TmaChannelLoader<Sm90Contraction>,
+                                   TmaPixelLoader<Sm90Contraction>>;
 
   // How the factors lie: the depth along the rows, or across them, and the bytes of 16 steps of it.
   static constexpr bool kLeftAcross = op == Op::weight_grad, kRightAcross = op != Op::conv;
@@ -117,16 +117,16 @@ GPU_INLINE void apply_prologue(const Operand<T>& o, unsigned (&x)[4], const unsi
 // The sums with a prologue: each warp reads its 16 rows of the left factor, and multiplies them from registers.
 template <class C, class T>
 GPU_INLINE void multiply_transformed(
-    const BoxProblem<T>& w, const typename C::Boxes& boxes, typename C::Shared& shared, float (&sum)[C::kN / 2]) {
+    const TmaProblem<T>& w, const typename C::Loader& loader, typename C::Shared& shared, float (&sum)[C::kN / 2]) {
   const Operand<T>& operand = w.p.gathered;
   const bool second = operand.y != nullptr;
   const int bytes = C::stage_bytes(w.p), lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
-  const float* coef = operand.coef + static_cast<int64_t>(boxes.group() % operand.groups) * operand.channels;
-  const auto above = boxes.pixel(first_row + lane / 4), below = boxes.pixel(first_row + lane / 4 + 8);
-  typename C::Boxes::Step step = boxes.first();
+  const float* coef = operand.coef + static_cast<int64_t>(loader.group() % operand.groups) * operand.channels;
+  const auto above = loader.pixel(first_row + lane / 4), below = loader.pixel(first_row + lane / 4 + 8);
+  typename C::Loader::Step step = loader.first();
   RingPlace at;
-  for (int i = 0; i < boxes.steps; ++i, at.advance(w.stages), boxes.advance(step)) {
-    const bool above_inside = boxes.inside(above, step), below_inside = boxes.inside(below, step);
+  for (int i = 0; i < loader.steps; ++i, at.advance(w.stages), loader.advance(step)) {
+    const bool above_inside = loader.inside(above, step), below_inside = loader.inside(below, step);
     gpu::mbarrier_wait(&shared.full[at.slot], at.parity);
     const unsigned char* stage = shared.ring + at.slot * bytes;
     const auto& left = *reinterpret_cast<const typename C::Left*>(stage);
@@ -142,12 +142,12 @@ GPU_INLINE void multiply_transformed(
     const uint64_t right =
         gpu::matrix_descriptor(stage + C::kLeftBytes * (1 + second), C::kRightAcross ? C::kPanel : 0);
     gpu::hold(sum);
-    gpu::warpgroup_fence();
+    gpu::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < C::kK / 16; ++k)
-      gpu::warpgroup_multiply<C::kRightAcross>(T{}, sum, numbers[k], gpu::advanced(right, k * C::kRightStep));
-    gpu::warpgroup_commit();
-    gpu::warpgroup_wait<0>();
+      gpu::wgmma_multiply<C::kRightAcross>(T{}, sum, numbers[k], gpu::advanced(right, k * C::kRightStep));
+    gpu::wgmma_commit();
+    gpu::wgmma_wait<0>();
     gpu::hold(sum);
 #pragma unroll
     for (int k = 0; k < C::kK / 16; ++k) gpu::hold(numbers[k]);
@@ -159,8 +159,8 @@ GPU_INLINE void multiply_transformed(
 // grid (tiles, splits)
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
-    warpgroup_contraction(const __grid_constant__ BoxProblem<typename C::T> w) {
-  if constexpr (!gpu::kWarpgroupProducts) {
+    sm90_contraction(const __grid_constant__ TmaProblem<typename C::T> w) {
+  if constexpr (!gpu::kHasWgmma) {
     gpu::trap();
   } else {
     using T = typename C::T;
@@ -175,50 +175,50 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     __syncthreads();
     gpu::await_kernels_before();
 
-    const typename C::Boxes boxes(w);
-    typename C::Boxes::Step step = boxes.first();
+    const typename C::Loader loader(w);
+    typename C::Loader::Step step = loader.first();
     RingPlace at;
     if (thread >= C::kConsumers) {
       if constexpr (C::kUneven) gpu::give_registers<C::kRegistersOfCopies>();
       if (thread == C::kConsumers)
-        for (int i = 0; i < boxes.steps; ++i, at.advance(w.stages)) {
+        for (int i = 0; i < loader.steps; ++i, at.advance(w.stages)) {
           gpu::mbarrier_wait(&shared.empty[at.slot], at.parity ^ 1);
           gpu::mbarrier_arrive_expect(&shared.full[at.slot], bytes);
-          boxes.load(shared.ring + at.slot * bytes, &shared.full[at.slot], step);
-          boxes.advance(step);
+          loader.load(shared.ring + at.slot * bytes, &shared.full[at.slot], step);
+          loader.advance(step);
         }
     } else {
       if constexpr (C::kUneven) gpu::take_registers<C::kRegisters>();
-      boxes.find_place(shared.place, thread);
+      loader.find_place(shared.place, thread);
       float sum[C::kN / 2] = {};
       const int warpgroup = thread / 128;
       if constexpr (C::kTransforms && C::kOp != Op::weight_grad) {
-        multiply_transformed<C>(w, boxes, shared, sum);
+        multiply_transformed<C>(w, loader, shared, sum);
       } else {
         const int left_bytes = C::kLeftBytes * (C::kOp == Op::weight_grad && p.other.y != nullptr ? 2 : 1);
-        for (int i = 0, before = 0; i < boxes.steps; ++i, before = at.slot, at.advance(w.stages)) {
+        for (int i = 0, before = 0; i < loader.steps; ++i, before = at.slot, at.advance(w.stages)) {
           gpu::mbarrier_wait(&shared.full[at.slot], at.parity);
           unsigned char* stage = shared.ring + at.slot * bytes;
           if constexpr (C::kTransforms) {
-            boxes.transform(stage, step, thread);
-            boxes.advance(step);
+            loader.transform(stage, step, thread);
+            loader.advance(step);
             gpu::fence_async();
             Consumers<C>::sync();  // the factors are there for all
           }
           const uint64_t left = gpu::matrix_descriptor(stage + warpgroup * C::kPanel);
           const uint64_t right = gpu::matrix_descriptor(stage + left_bytes, C::kRightAcross ? C::kPanel : 0);
           gpu::hold(sum);
-          gpu::warpgroup_fence();
+          gpu::wgmma_fence();
 #pragma unroll
           for (int k = 0; k < C::kK / 16; ++k)
-            gpu::warpgroup_multiply<C::kLeftAcross, C::kRightAcross>(
+            gpu::wgmma_multiply<C::kLeftAcross, C::kRightAcross>(
                 T{}, sum, gpu::advanced(left, k * C::kLeftStep), gpu::advanced(right, k * C::kRightStep));
-          gpu::warpgroup_commit();
-          gpu::warpgroup_wait<1>();
+          gpu::wgmma_commit();
+          gpu::wgmma_wait<1>();
           gpu::hold(sum);
           if (i > 0 && lane == 0) gpu::mbarrier_arrive(&shared.empty[before]);  // the step before is multiplied
         }
-        gpu::warpgroup_wait<0>();
+        gpu::wgmma_wait<0>();
         gpu::hold(sum);
       }
       Consumers<C>::sync();  // the sums take over the ring's memory
@@ -231,10 +231,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
           gpu::store(&shared.sums[first + h * 8][n * 8 + pair],
                      Vec<float, 2>{{sum[n * 4 + h * 2], sum[n * 4 + h * 2 + 1]}});
       Consumers<C>::sync();
-      Finish<T> finish = p.finish;
-      if (finish.parts != nullptr) finish.parts += static_cast<int64_t>(blockIdx.y) * p.values;
-      finish_tile<T, C::kM, C::kN, C::kConsumers, Consumers<C>>(
-          finish, shared.place.pixel, [&](int row, int column) { return &shared.sums[row][column]; }, shared.strands,
+      Epilogue<T> epilogue = p.epilogue;
+      if (epilogue.parts != nullptr) epilogue.parts += static_cast<int64_t>(blockIdx.y) * p.values;
+      apply_epilogue<T, C::kM, C::kN, C::kConsumers, Consumers<C>>(
+          epilogue, shared.place.pixel, [&](int row, int column) { return &shared.sums[row][column]; }, shared.strands,
           shared.place.first_channel, shared.place.group, shared.place.slot);
     }
   }
@@ -244,11 +244,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 
 // Why the copy engine can't describe this problem, or nullptr.
 template <Op op, class T>
-const char* why_no_boxes(const Problem<T>& p) {
+const char* why_not_tma(const Problem<T>& p) {
   const Operand<T>& a = p.gathered;
   const bool linear = op == Op::weight_grad;
   if (!in_vectors<T>(a.channels, a.x, a.y, a.coef)) return "rows of the input that are not whole vectors";
-  const int right = op == Op::conv ? a.channels : linear ? p.other.channels : p.finish.channels;
+  const int right = op == Op::conv ? a.channels : linear ? p.other.channels : p.epilogue.channels;
   if (!in_vectors<T>(right, p.other.x, p.other.y, p.other.coef))
     return "rows of the other factor that are not whole vectors";
   if (a.prologue != Prologue::none && !linear && !a.act.linear) return "a prologue that has no form in registers";
@@ -259,70 +259,70 @@ const char* why_no_boxes(const Problem<T>& p) {
       return "a stride, and channels in no multiple of 64";
   }
   if (linear) {
-    const PixelBox box = pixel_box(64, p.rows.pixels, p.columns.pixels);
-    if (p.rows.pixels % box.rows != 0 || p.columns.pixels % box.columns != 0) return "pixels that fill no boxes";
+    const PixelTile tile = pixel_tile(64, p.rows.pixels, p.columns.pixels);
+    if (p.rows.pixels % tile.rows != 0 || p.columns.pixels % tile.columns != 0) return "pixels that fill no TMA tiles";
   }
   return nullptr;
 }
 
-inline int tiles_along(int pixels, int box) { return (pixels + box - 1) / box; }
+inline int tiles_along(int pixels, int of) { return (pixels + of - 1) / of; }
 
-// The box of a tile, and tiles of a group or phase (weight_grad: steps of the depth).
+// The TMA tile of a tile, and tiles of a group or phase (weight_grad: steps of the depth).
 template <Op op, class T>
-void set_boxes(BoxProblem<T>& w) {
+void set_tma_tiles(TmaProblem<T>& w) {
   const Problem<T>& p = w.p;
   const bool phases = op == Op::conv_transpose;
   const int rows = tiles_along(p.rows.pixels, phases ? p.rows.stride : 1);
   const int columns = tiles_along(p.columns.pixels, phases ? p.columns.stride : 1);
-  w.box = pixel_box(op == Op::weight_grad ? 64 : 128, rows, columns);
-  w.tiles.images = tiles_along(op == Op::weight_grad ? p.groups * p.batch : p.batch, w.box.images);
-  w.tiles.rows = tiles_along(rows, w.box.rows), w.tiles.columns = tiles_along(columns, w.box.columns);
+  w.tma_tile = pixel_tile(op == Op::weight_grad ? 64 : 128, rows, columns);
+  w.tiles.images = tiles_along(op == Op::weight_grad ? p.groups * p.batch : p.batch, w.tma_tile.images);
+  w.tiles.rows = tiles_along(rows, w.tma_tile.rows), w.tiles.columns = tiles_along(columns, w.tma_tile.columns);
 }
 
 // As partial_slots.
 template <Op op, class T>
-int64_t box_slots(const Problem<T>& p) {
+int64_t sm90_slots(const Problem<T>& p) {
   if (p.splits > 1) return partial_slots<op>(p, 0);
-  BoxProblem<T> w;
+  TmaProblem<T> w;
   w.p = p;
-  set_boxes<op>(w);
+  set_tma_tiles<op>(w);
   return int64_t{w.tiles.images} * w.tiles.rows * w.tiles.columns * (op == Op::conv_transpose ? p.phases() : 1);
 }
 
-// As run_contraction, for problems that why_no_boxes has nothing against.
+// As run_contraction, for problems that why_not_tma has nothing against.
 template <class C>
-void run_warpgroups(const Problem<typename C::T>& problem, float* workspace, gpu::Stream stream) {
+void run_sm90(const Problem<typename C::T>& problem, float* workspace, gpu::Stream stream) {
   using T = typename C::T;
   constexpr Op op = C::kOp;
-  if (const char* why = why_no_boxes<op>(problem)) throw std::invalid_argument(std::string("no boxes for ") + why);
-  BoxProblem<T> w;
+  if (const char* why = why_not_tma<op>(problem)) throw std::invalid_argument(std::string("no TMA tiles for ") + why);
+  TmaProblem<T> w;
   w.p = problem;
   Problem<T>& p = w.p;
   set_vectors<op>(p, workspace);
-  set_boxes<op>(w);
+  set_tma_tiles<op>(w);
   const Operand<T>& a = p.gathered;
   const bool shifted = op != Op::conv_transpose;  // by the stride; else the output is
   const int stride_y = shifted ? p.rows.stride : 1, stride_x = shifted ? p.columns.stride : 1;
   const int images = p.groups * p.batch, taps = p.rows.kernel * p.columns.kernel;
   const auto gathered = [&](const T* from) {
     return gpu::tensor_map(
-        from, pixel_view(images, p.rows.size, p.columns.size, a.channels, stride_y, stride_x, w.box));
+        from, pixel_view(images, p.rows.size, p.columns.size, a.channels, stride_y, stride_x, w.tma_tile));
   };
-  p.tiles_n = tiles_along(p.finish.channels, C::kN);
+  p.tiles_n = tiles_along(p.epilogue.channels, C::kN);
   int64_t blocks = p.tiles_n;
   if constexpr (op == Op::weight_grad) {
     const int channels = p.other.channels;
     w.left = gpu::tensor_map(
-        p.other.x, pixel_view(images, p.rows.pixels, p.columns.pixels, channels, 1, 1, w.box));
+        p.other.x, pixel_view(images, p.rows.pixels, p.columns.pixels, channels, 1, 1, w.tma_tile));
     if (p.other.y != nullptr)
       w.left_y = gpu::tensor_map(
-          p.other.y, pixel_view(images, p.rows.pixels, p.columns.pixels, channels, 1, 1, w.box));
+          p.other.y, pixel_view(images, p.rows.pixels, p.columns.pixels, channels, 1, 1, w.tma_tile));
     w.right = gathered(a.x);
     if (a.y != nullptr) w.right_y = gathered(a.y);
     p.tiles_m = tiles_along(channels, C::kM);
     blocks *= int64_t{p.tiles_m} * taps;
   } else {
-    const int co = p.finish.channels;
+    const int co = p.epilogue.channels;
     w.left = gathered(a.x);
     if (a.y != nullptr) w.left_y = gathered(a.y);
     w.right = gpu::tensor_map(p.other.x, op == Op::conv ? weight_view(co, taps, a.channels, C::kN)
@@ -333,7 +333,7 @@ void run_warpgroups(const Problem<typename C::T>& problem, float* workspace, gpu
   w.stages = C::kRing / C::stage_bytes(p);
   with_parts<op>(p, workspace, stream, [&] {
     const dim3 grid(static_cast<unsigned>(blocks), p.splits);
-    gpu::launch_early(warpgroup_contraction<C>,
+    gpu::launch_early(sm90_contraction<C>,
                       {kOpNames[static_cast<int>(op)], grid, C::kThreads, sizeof(typename C::Shared), stream}, w);
   });
 }

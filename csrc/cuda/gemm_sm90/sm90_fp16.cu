@@ -1,5 +1,5 @@
 #include "cuda/gemm_sm90/sm90_tiles.cuh"
 
 namespace fastdcgan::cuda {
-FASTDCGAN_RUN_WARPGROUP_TILES(template, gpu::fp16);
+FASTDCGAN_RUN_SM90_TILES(template, gpu::fp16);
 }  // namespace fastdcgan::cuda

@@ -1,24 +1,26 @@
-// Where the boxes of pixels lie that a contraction on warpgroups copies, step by step of its depth: as gather.cuh, but a
-// tile is a box of images, rows and columns of the output (of weight_grad: of the linear operand), which a tap shifts.
+// Where the TMA tiles of pixels lie that a contraction for sm_90a copies, step by step of its depth: as loaders.cuh,
+// but a tile is a block of images, rows and columns of the output (of weight_grad: of the linear operand), which a tap
+// shifts.
 //
-// With a stride the gathered tensor [N, H, W, C] is seen as [N, H/sh, sh, W/sw, sw*C]: every tap is a dense box of that.
+// With a stride the gathered tensor [N, H, W, C] is seen as [N, H/sh, sh, W/sw, sw*C]: every tap is a dense tile of
+// that.
 #pragma once
 
 #include "cuda/device/tensor_map.h"
-#include "cuda/gemm/gather.cuh"
+#include "cuda/gemm/loaders.cuh"
 
 namespace fastdcgan::cuda {
 
-struct PixelBox {
+struct PixelTile {
   int images = 1, rows = 1, columns = 1;
 };
 
 // A problem, and its tensors as the copy engine takes them.
 template <class T>
-struct BoxProblem {
+struct TmaProblem {
   gpu::TensorMap left, left_y, right, right_y;
   Problem<T> p;
-  PixelBox box, tiles;  // pixels of a tile along each, and tiles (of a group, or phase)
+  PixelTile tma_tile, tiles;  // pixels of a TMA tile along each, and tiles (of a group, or phase)
   int stages = 0;
 };
 
@@ -31,38 +33,38 @@ struct Shift {
   }
 };
 
-// conv and conv_transpose. `C` is a WarpgroupContraction.
+// conv and conv_transpose. `C` is a Sm90Contraction.
 template <class C>
-class PixelBoxes : public PixelSteps<C> {
+class TmaPixelLoader : public PixelSteps<C> {
  public:
   using T = typename C::T;
   using typename PixelSteps<C>::Step;
 
-  GPU_INLINE explicit PixelBoxes(const BoxProblem<T>& w) : PixelSteps<C>(w.p), w_(w) {
-    first_r_ = block_.tile % w.tiles.columns * w.box.columns;
-    first_q_ = block_.tile / w.tiles.columns % w.tiles.rows * w.box.rows;
-    first_n_ = block_.group * w.p.batch + block_.tile / w.tiles.columns / w.tiles.rows * w.box.images;
+  GPU_INLINE explicit TmaPixelLoader(const TmaProblem<T>& w) : PixelSteps<C>(w.p), w_(w) {
+    first_r_ = block_.tile % w.tiles.columns * w.tma_tile.columns;
+    first_q_ = block_.tile / w.tiles.columns % w.tiles.rows * w.tma_tile.rows;
+    first_n_ = block_.group * w.p.batch + block_.tile / w.tiles.columns / w.tiles.rows * w.tma_tile.images;
   }
 
   // Begins the copies of a step, by one thread.
   GPU_INLINE void load(unsigned char* stage, gpu::Mbarrier* full, const Step& step) const {
     const Shift y(rows_.origin + step.y * rows_.step, rows_.stride);
     const Shift x(columns_.origin + step.x * columns_.step, columns_.stride);
-    const int box[] = {step.channel + x.rest * p_.gathered.channels, first_r_ + x.steps, y.rest, first_q_ + y.steps,
+    const int at[] = {step.channel + x.rest * p_.gathered.channels, first_r_ + x.steps, y.rest, first_q_ + y.steps,
                        first_n_};
-    gpu::copy_box(stage, w_.left, full, box);
+    gpu::copy_tma_tile(stage, w_.left, full, at);
     stage += C::kLeftBytes;
     if (p_.gathered.y != nullptr) {
-      gpu::copy_box(stage, w_.left_y, full, box);
+      gpu::copy_tma_tile(stage, w_.left_y, full, at);
       stage += C::kLeftBytes;
     }
     const int tap = this->tap(step);
     if constexpr (C::kOp == Op::conv) {
-      gpu::copy_box(stage, w_.right, full, {step.channel, tap, block_.first_channel});
+      gpu::copy_tma_tile(stage, w_.right, full, {step.channel, tap, block_.first_channel});
     } else {
 #pragma unroll
       for (int n = 0; n < C::kN; n += 64)
-        gpu::copy_box(stage + n / 64 * C::kPanel, w_.right, full, {block_.first_channel + n, tap, step.channel});
+        gpu::copy_tma_tile(stage + n / 64 * C::kPanel, w_.right, full, {block_.first_channel + n, tap, step.channel});
     }
   }
 
@@ -97,40 +99,40 @@ class PixelBoxes : public PixelSteps<C> {
   using PixelSteps<C>::p_, PixelSteps<C>::block_, PixelSteps<C>::rows_, PixelSteps<C>::columns_;
 
   GPU_INLINE void locate(int row, int& n, int& q, int& r) const {
-    r = first_r_ + row % w_.box.columns, row /= w_.box.columns;
-    q = first_q_ + row % w_.box.rows, n = first_n_ + row / w_.box.rows;
+    r = first_r_ + row % w_.tma_tile.columns, row /= w_.tma_tile.columns;
+    q = first_q_ + row % w_.tma_tile.rows, n = first_n_ + row / w_.tma_tile.rows;
   }
 
-  const BoxProblem<T>& w_;
+  const TmaProblem<T>& w_;
   int first_n_, first_q_, first_r_;
 };
 
-// weight_grad: the depth is walked in boxes of C::kK pixels of the linear operand's grid, which they fill.
+// weight_grad: the depth is taken in TMA tiles of C::kK pixels of the linear operand's grid, which they fill.
 template <class C>
-class ChannelBoxes : public ChannelPlace<C> {
+class TmaChannelLoader : public ChannelPlace<C> {
  public:
   using T = typename C::T;
   struct Step {
     int n, q, r;  // first image, row, column
   };
 
-  GPU_INLINE explicit ChannelBoxes(const BoxProblem<T>& w) : ChannelPlace<C>(w.p), w_(w) {
+  GPU_INLINE explicit TmaChannelLoader(const TmaProblem<T>& w) : ChannelPlace<C>(w.p), w_(w) {
     const Share share(w.tiles.images * w.tiles.rows * w.tiles.columns, w.p.splits);
     steps = share.steps;
     const int line = share.first / w.tiles.columns;
-    start_ = {line / w.tiles.rows * w.box.images, line % w.tiles.rows * w.box.rows,
-              share.first % w.tiles.columns * w.box.columns};
+    start_ = {line / w.tiles.rows * w.tma_tile.images, line % w.tiles.rows * w.tma_tile.rows,
+              share.first % w.tiles.columns * w.tma_tile.columns};
   }
 
   int steps;
 
   GPU_INLINE Step first() const { return start_; }
   GPU_INLINE void advance(Step& step) const {
-    step.r += w_.box.columns;
+    step.r += w_.tma_tile.columns;
     if (step.r < w_.p.columns.pixels) return;
-    step.r = 0, step.q += w_.box.rows;
+    step.r = 0, step.q += w_.tma_tile.rows;
     if (step.q < w_.p.rows.pixels) return;
-    step.q = 0, step.n += w_.box.images;
+    step.q = 0, step.n += w_.tma_tile.images;
   }
 
   GPU_INLINE void load(unsigned char* stage, gpu::Mbarrier* full, const Step& step) const {
@@ -138,7 +140,7 @@ class ChannelBoxes : public ChannelPlace<C> {
     const auto left = [&](const gpu::TensorMap& map) {
 #pragma unroll
       for (int m = 0; m < C::kM; m += 64, stage += C::kPanel)
-        gpu::copy_box(stage, map, full, {first_m_ + m, step.r, 0, step.q, step.n});
+        gpu::copy_tma_tile(stage, map, full, {first_m_ + m, step.r, 0, step.q, step.n});
     };
     left(w_.left);
     if (p.other.y != nullptr) left(w_.left_y);
@@ -146,7 +148,7 @@ class ChannelBoxes : public ChannelPlace<C> {
     const auto right = [&](const gpu::TensorMap& map) {
 #pragma unroll
       for (int n = 0; n < C::kN; n += 64, stage += C::kPanel)
-        gpu::copy_box(stage, map, full, {first_n_ + n + x.rest * p.gathered.channels, step.r + x.steps, y.rest,
+        gpu::copy_tma_tile(stage, map, full, {first_n_ + n + x.rest * p.gathered.channels, step.r + x.steps, y.rest,
                                          step.q + y.steps, step.n});
     };
     right(w_.right);
@@ -185,47 +187,47 @@ class ChannelBoxes : public ChannelPlace<C> {
     for (int i = thread; i < C::kK * kChannels / kVec<T>; i += C::kConsumers) {
       const int chunk = i % Panel::kChunks, pixel = i / Panel::kChunks % C::kK, panel = i / Panel::kChunks / C::kK;
       const int channel = first + panel * 64 + chunk * kVec<T>;
-      const int r = step.r + pixel % w_.box.columns, line = pixel / w_.box.columns;
-      const int q = step.q + line % w_.box.rows, n = step.n + line / w_.box.rows;
+      const int r = step.r + pixel % w_.tma_tile.columns, line = pixel / w_.tma_tile.columns;
+      const int q = step.q + line % w_.tma_tile.rows, n = step.n + line / w_.tma_tile.rows;
       if (channel < operand.channels && inside(n, q, r))
         apply_prologue(operand, x[panel].chunk(pixel, chunk),
                        operand.y != nullptr ? y[panel].chunk(pixel, chunk) : nullptr, n / w_.p.batch, channel);
     }
   }
 
-  const BoxProblem<T>& w_;
+  const TmaProblem<T>& w_;
   Step start_;
 };
 
 // --- on the host -----------------------------------------------------------------------------------------------------
 
 // Of `pixels` pixels, a power of two: as long a run of columns as there is use for, then of rows, then of images.
-inline PixelBox pixel_box(int pixels, int rows, int columns) {
+inline PixelTile pixel_tile(int pixels, int rows, int columns) {
   const auto side = [](int needed, int most) {
     int side = 1;
     while (side < needed && side < most) side *= 2;
     return side;
   };
-  PixelBox box;
-  box.columns = side(columns, pixels), box.rows = side(rows, pixels / box.columns);
-  box.images = pixels / box.columns / box.rows;
-  return box;
+  PixelTile tile;
+  tile.columns = side(columns, pixels), tile.rows = side(rows, pixels / tile.columns);
+  tile.images = pixels / tile.columns / tile.rows;
+  return tile;
 }
 
-// A tensor [images, rows, columns, channels] in boxes of 64 channels, every `stride`th pixel dense.
-inline gpu::TensorView pixel_view(
-    int64_t images, int64_t rows, int64_t columns, int64_t channels, int stride_y, int stride_x, const PixelBox& box) {
+// A tensor [images, rows, columns, channels] in TMA tiles of 64 channels, every `stride`th pixel dense.
+inline gpu::TensorView pixel_view(int64_t images, int64_t rows, int64_t columns, int64_t channels, int stride_y,
+                                  int stride_x, const PixelTile& tile) {
   const int64_t row = columns * channels;
   gpu::TensorView view;
   view.add(stride_x * channels, 1, 64);
-  view.add(columns / stride_x, stride_x * channels, box.columns);
+  view.add(columns / stride_x, stride_x * channels, tile.columns);
   view.add(stride_y, row, 1);
-  view.add(rows / stride_y, stride_y * row, box.rows);
-  view.add(images, rows * row, box.images);
+  view.add(rows / stride_y, stride_y * row, tile.rows);
+  view.add(images, rows * row, tile.images);
   return view;
 }
 
-// A weight [outer, taps, inner] in boxes of one tap.
+// A weight [outer, taps, inner] in TMA tiles of one tap.
 inline gpu::TensorView weight_view(int64_t outer, int64_t taps, int64_t inner, int lines) {
   gpu::TensorView view;
   view.add(inner, 1, 64), view.add(taps, inner, 1), view.add(outer, taps * inner, lines);

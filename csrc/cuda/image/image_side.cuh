@@ -1,9 +1,9 @@
 // What the kernels of the image-side layers share: convolutions with 1 to 4 channels on one side and many on the other.
 //
 // Tensors of any dtype, sums in float. Tiles of both operands lie in shared memory, prologue applied and padded with
-// zeros. Numbers of 16 bits are multiplied on tensor cores (narrow_*_tensor.cuh); floats on the plain ones, where every
-// thread keeps a rectangle of sums in registers. The wide tensor moves in 16-byte accesses, and but for what neighbouring
-// tiles share is read or written once.
+// zeros. Numbers of 16 bits are multiplied on tensor cores (image_side_*_tensor.cuh); floats on the plain ones, where
+// every thread keeps a rectangle of sums in registers. The wide tensor moves in 16-byte accesses, and but for what
+// neighbouring tiles share is read or written once.
 #pragma once
 
 #include "common/activations.h"
@@ -12,7 +12,7 @@
 
 namespace fastdcgan::cuda {
 
-constexpr int kNarrow = 4;      // channels at most
+constexpr int kMostImageChannels = 4;      // channels at most
 constexpr int kMostKernel = 5;  // rows and columns of the weights
 constexpr int kMostStride = 2;
 constexpr int kRun = 8;         // channels of the wide tensor that a thread of a convolution has
@@ -21,7 +21,7 @@ constexpr int kRun = 8;         // channels of the wide tensor that a thread of 
 constexpr int most_under(int pixels) { return (pixels - 1) * kMostStride + kMostKernel; }
 
 // Of the convolution that goes from the larger image to the smaller one.
-struct NarrowGeometry {
+struct ImageSideGeometry {
   int kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x;
 
   GPU_HOST_INLINE int taps() const { return kernel_y * kernel_x; }
@@ -69,9 +69,10 @@ GPU_INLINE void differentiate(int id, float slope, float (&z)[N]) {
   }
 }
 
-// A tensor [N, C, H, W] with any strides, or what is computed from it on load (`Operand` in fastdcgan/backends/base.py).
+// A tensor [N, C, H, W] with any strides, or what is computed from it on load (`Operand` in
+// fastdcgan/backends/base.py).
 template <class T>
-struct Source {
+struct ImageSideOperand {
   const T* x;
   const T* y;         // null: act(s*x + t); else s*act'(s*y + t)*x [+ p*y + q]
   const float* coef;  // [rows, groups, C], or null: x
@@ -136,7 +137,7 @@ struct Weights {
 };
 
 // What is done to a sum before it is stored (`Epilogue` in fastdcgan/backends/base.py).
-struct NarrowEpilogue {
+struct ImageSideEpilogue {
   enum Kind : int { none, bias, activated };
   Kind kind;
   const float* coef;  // bias [C], or [rows, groups, C] of which (s, t) are the first
@@ -189,36 +190,37 @@ struct TilePlace {
 // Pixels of the smaller image that a block of a convolution computes at a time: as many columns as fit an image's best.
 struct ConvTile {
   static constexpr int kPixels = 256;
-  static constexpr int kNarrowest = 8, kWidest = 32;  // columns
-  static constexpr int kBox = most_under(kPixels / kNarrowest) * most_under(kNarrowest);  // pixels under the longest one
+  static constexpr int kFewestImageChannels = 8, kWidest = 32;  // columns
+  static constexpr int kRegion =
+      most_under(kPixels / kFewestImageChannels) * most_under(kFewestImageChannels);  // pixels under the longest one
 
   static ImageTiles over(int images, int height, int width) {
-    int columns = kNarrowest;
+    int columns = kFewestImageChannels;
     while (columns < kWidest && columns < width) columns *= 2;
     return ImageTiles::over(images, height, width, kPixels / columns, columns);
   }
 };
 
-// One axis of the input's box under a tile of `pixels` pixels of one phase of a transposed convolution.
+// One axis of the input's region under a tile of `pixels` pixels of one phase of a transposed convolution.
 struct TransposeAxis {
-  int stride, padding, taps, box;
+  int stride, padding, taps, region;
 
   TransposeAxis(int kernel, int stride_, int padding_, int pixels) : stride(stride_), padding(padding_) {
     taps = (kernel + stride - 1) / stride;
-    box = pixels + taps - 1 + (stride - 1 + padding) / stride - padding / stride;
+    region = pixels + taps - 1 + (stride - 1 + padding) / stride - padding / stride;
   }
-  // The box's first pixel, of a tile that begins at pixel `first` of a phase.
+  // The region's first pixel, of a tile that begins at pixel `first` of a phase.
   GPU_INLINE int begin(int first) const { return first + padding / stride - (taps - 1); }
   GPU_INLINE int first_tap(int phase) const { return (phase + padding) % stride; }
-  // Where the first tap's pixel is in the box, seen from the tile's pixel.
+  // Where the first tap's pixel is in the region, seen from the tile's pixel.
   GPU_INLINE int shift(int phase) const { return (phase + padding) / stride - padding / stride + taps - 1; }
 };
 
-// kChannels channels from `first` on of `count` pixels, which place(pixel, i, j) finds, as rows of kPitch numbers. By the
-// threads that call it, of which this is number `thread` of `threads`.
+// kChannels channels from `first` on of `count` pixels, which place(pixel, i, j) finds, as rows of kPitch numbers. By
+// the threads that call it, of which this is number `thread` of `threads`.
 template <int kChannels, int kPitch, class T, class Place>
-GPU_INLINE void stage_wide(const Source<T>& x, int image, int first, int count, int thread, int threads, T* to,
-                           Place place) {
+GPU_INLINE void stage_wide(const ImageSideOperand<T>& x, int image, int first, int count, int thread, int threads,
+                           T* to, Place place) {
   if (!x.vectors) {
 #pragma unroll 1
     for (int e = thread; e < count * kChannels; e += threads) {
@@ -255,14 +257,15 @@ GPU_INLINE void stage_wide(const Source<T>& x, int image, int first, int count, 
 
 // Rows of the image under a tile: `columns` pixels of all (few) channels, from (top, left) on.
 template <int kThreads, class T>
-GPU_INLINE void stage_narrow(const Source<T>& x, int image, int top, int left, int rows, int columns, float* box) {
+GPU_INLINE void stage_image(const ImageSideOperand<T>& x, int image, int top, int left, int rows, int columns,
+                            float* region) {
   const int row = columns * x.channels;
   if (!x.plain()) {
     for (int e = threadIdx.x; e < rows * row; e += kThreads)
-      box[e] = x.at(image, top + e / row, left + e % row / x.channels, e % x.channels);
+      region[e] = x.at(image, top + e / row, left + e % row / x.channels, e % x.channels);
     return;
   }
-  // A row of the box is one of the image: a warp for each, without a division.
+  // A row of the region is one of the image: a warp for each, without a division.
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = left * x.channels, end = x.width * x.channels;
   for (int r = warp; r < rows; r += kThreads / 32) {
     const int i = top + r;
@@ -270,7 +273,7 @@ GPU_INLINE void stage_narrow(const Source<T>& x, int image, int top, int left, i
     const T* from = x.x + x.offset(image, inside ? i : 0, 0);
     for (int e = lane; e < row; e += 32) {
       const int at = begin + e;
-      box[r * row + e] = inside && at >= 0 && at < end ? gpu::to_float(from[at]) : 0.f;
+      region[r * row + e] = inside && at >= 0 && at < end ? gpu::to_float(from[at]) : 0.f;
     }
   }
 }

@@ -1,35 +1,35 @@
-// The convolution of an image: 1 to 4 channels to many. The first layer of a discriminator, and the gradient of the input
-// of a generator's last layer (with that layer's weights).
+// The convolution of an image: 1 to 4 channels to many. The first layer of a discriminator, and the gradient of the
+// input of a generator's last layer (with that layer's weights).
 #pragma once
 
 #include "cuda/image/image_side_conv_tensor.cuh"
 
 namespace fastdcgan::cuda {
 
-struct NarrowConv {
+struct ImageSideConv {
   static constexpr int kThreads = 256, kResident = 4;
   static constexpr int kChannels = 64;                 // of a block
   static constexpr int kLanes = kChannels / kRun;      // threads side by side along them
   static constexpr int kAbreast = kThreads / kLanes;   // pixels that lie one beside the other
   static constexpr int kPixels = 8;                    // of a thread
   static_assert(kAbreast * kPixels == ConvTile::kPixels, "every thread has as many");
-  static constexpr int kMostValues = kMostKernel * kMostKernel * kNarrow;
+  static constexpr int kMostValues = kMostKernel * kMostKernel * kMostImageChannels;
 
   struct Shared {
     float weights[kMostValues][kChannels];
-    float box[ConvTile::kBox * kNarrow];
+    float region[ConvTile::kRegion * kMostImageChannels];
   };
 };
 
 // grid (blocks that share the tiles, channels / kChannels rounded up); `out` [N, height, width, channels]
 template <class T>
-__global__ void __launch_bounds__(NarrowConv::kThreads)
-    narrow_conv(const __grid_constant__ Source<T> x, const __grid_constant__ Weights<T> weight,
-                const __grid_constant__ NarrowGeometry g, const __grid_constant__ NarrowEpilogue epilogue,
+__global__ void __launch_bounds__(ImageSideConv::kThreads)
+    image_side_conv(const __grid_constant__ ImageSideOperand<T> x, const __grid_constant__ Weights<T> weight,
+                const __grid_constant__ ImageSideGeometry g, const __grid_constant__ ImageSideEpilogue epilogue,
                 const __grid_constant__ ImageTiles tiles, T* __restrict__ out, int height, int width, int channels,
                 bool vectors) {
   gpu::await_kernels_before();
-  using C = NarrowConv;
+  using C = ImageSideConv;
   auto& shared = gpu::shared_memory<C::Shared>();
   const int lane = threadIdx.x % C::kLanes, abreast = threadIdx.x / C::kLanes;
   const int first = blockIdx.y * C::kChannels, mine = first + lane * kRun;
@@ -49,14 +49,14 @@ __global__ void __launch_bounds__(NarrowConv::kThreads)
 
   for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     const TilePlace place(tiles, tile);
-    __syncthreads();  // all have done with the box of the tile before
-    stage_narrow<C::kThreads>(x, place.image, place.top * g.stride_y - g.padding_y,
-                              place.left * g.stride_x - g.padding_x, rows, columns, shared.box);
+    __syncthreads();  // all have done with the region of the tile before
+    stage_image<C::kThreads>(x, place.image, place.top * g.stride_y - g.padding_y,
+                              place.left * g.stride_x - g.padding_x, rows, columns, shared.region);
     __syncthreads();
 
     float sum[C::kPixels][kRun] = {};
     for (int ky = 0; ky < g.kernel_y; ++ky) {
-      const float* row = shared.box + ky * columns * x.channels;
+      const float* row = shared.region + ky * columns * x.channels;
       for (int r = 0; r < run; ++r) {
         float w[kRun];
         gpu::read_floats(&shared.weights[ky * run + r][lane * kRun], w);
@@ -89,21 +89,21 @@ __global__ void __launch_bounds__(NarrowConv::kThreads)
 }
 
 template <class T>
-void launch_narrow_conv(const Source<T>& x, const Weights<T>& weight, const NarrowGeometry& g,
-                        const NarrowEpilogue& epilogue, T* out, int height, int width, int channels, bool vectors,
+void launch_image_side_conv(const ImageSideOperand<T>& x, const Weights<T>& weight, const ImageSideGeometry& g,
+                        const ImageSideEpilogue& epilogue, T* out, int height, int width, int channels, bool vectors,
                         gpu::Stream stream) {
-  using C = std::conditional_t<sizeof(T) == 2, NarrowConvTensor, NarrowConv>;
+  using C = std::conditional_t<sizeof(T) == 2, ImageSideConvTensor, ImageSideConv>;
   const ImageTiles tiles = ConvTile::over(x.batch, height, width);
   const int64_t across = (channels + C::kChannels - 1) / C::kChannels;
   const int64_t most = (int64_t{gpu::multiprocessors()} * C::kResident + across - 1) / across;
   const dim3 grid(static_cast<unsigned>(tiles.count < most ? tiles.count : most), static_cast<unsigned>(across));
   if constexpr (sizeof(T) == 2)
-    gpu::launch_early(narrow_conv_tensor<T>,
-                      {"narrow_conv_tensor", grid, C::kThreads, sizeof(typename C::template Shared<T>), stream}, x,
+    gpu::launch_early(image_side_conv_tensor<T>,
+                      {"image_side_conv_tensor", grid, C::kThreads, sizeof(typename C::template Shared<T>), stream}, x,
                       weight, g, epilogue, tiles, out, height, width, channels, vectors);
   else
-    gpu::launch_early(narrow_conv<T>, {"narrow_conv", grid, C::kThreads, sizeof(typename C::Shared), stream}, x, weight,
-                      g, epilogue, tiles, out, height, width, channels, vectors);
+    gpu::launch_early(image_side_conv<T>, {"image_side_conv", grid, C::kThreads, sizeof(typename C::Shared), stream}, x,
+                      weight, g, epilogue, tiles, out, height, width, channels, vectors);
 }
 
 }  // namespace fastdcgan::cuda

@@ -1,28 +1,29 @@
 // The convolution of an image on tensor cores: pixels x (values of a patch) times (values of a patch) x channels.
 //
-// The order of the depth and of the columns is free, and is chosen so that nothing has to be laid out anew. A step of the
-// depth is four taps of kNarrow values: the four numbers that a thread brings for a row are one pixel of the image. The
-// columns are dealt out so that a thread's sums of a pixel are runs of channels, which it stores as they are.
+// The order of the depth and of the columns is free, and is chosen so that nothing has to be laid out anew. A step of
+// the depth is four taps of kMostImageChannels values: the four numbers that a thread brings for a row are one pixel of
+// the image. The columns are dealt out so that a thread's sums of a pixel are runs of channels, which it stores as they
+// are.
 #pragma once
 
 #include "cuda/image/image_side_tensor.cuh"
 
 namespace fastdcgan::cuda {
 
-struct NarrowConvTensor {
+struct ImageSideConvTensor {
   static constexpr int kThreads = 256, kResident = 2;
   static constexpr int kChannels = 64;  // of a block
   static constexpr int kOfWarp = ConvTile::kPixels / (kThreads / 32);
   static constexpr int kBlocksM = kOfWarp / 16, kBlocksN = kChannels / 8;
   static constexpr int kMostTaps = (kMostKernel * kMostKernel + 3) / 4 * 4;
-  static constexpr int kPitch = kMostTaps * kNarrow + 32;
+  static constexpr int kPitch = kMostTaps * kMostImageChannels + 32;
   static_assert(kPitch % 64 == 16, "four rows of four threads fall into different banks");
 
   template <class T>
   struct Shared {
     alignas(16) T weights[kChannels][kPitch];
-    alignas(16) T box[ConvTile::kBox][kNarrow];
-    int offset[kMostTaps];  // of a tap's pixel in the box, -1 for those there aren't
+    alignas(16) T region[ConvTile::kRegion][kMostImageChannels];
+    int offset[kMostTaps];  // of a tap's pixel in the region, -1 for those there aren't
   };
 
   // Four blocks of columns are 32 channels, of which a thread has 8: two in each.
@@ -31,22 +32,24 @@ struct NarrowConvTensor {
   }
 };
 
-// As narrow_conv (narrow_conv.cuh), for numbers of 16 bits.
+// As image_side_conv (image_side_conv.cuh), for numbers of 16 bits.
 template <class T>
-__global__ void __launch_bounds__(NarrowConvTensor::kThreads, NarrowConvTensor::kResident)
-    narrow_conv_tensor(const __grid_constant__ Source<T> x, const __grid_constant__ Weights<T> weight,
-                       const __grid_constant__ NarrowGeometry g, const __grid_constant__ NarrowEpilogue epilogue,
+__global__ void __launch_bounds__(ImageSideConvTensor::kThreads, ImageSideConvTensor::kResident)
+    image_side_conv_tensor(const __grid_constant__ ImageSideOperand<T> x, const __grid_constant__ Weights<T> weight,
+                       const __grid_constant__ ImageSideGeometry g, const __grid_constant__ ImageSideEpilogue epilogue,
                        const __grid_constant__ ImageTiles tiles, T* __restrict__ out, int height, int width,
                        int channels, bool vectors) {
   gpu::await_kernels_before();
-  using C = NarrowConvTensor;
+  using C = ImageSideConvTensor;
   auto& shared = gpu::shared_memory<C::Shared<T>>();
   const int warp = threadIdx.x / 32, line = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
-  const int first = blockIdx.y * C::kChannels, taps = g.taps(), steps = (taps + 3) / 4, depth = steps * 4 * kNarrow;
+  const int first = blockIdx.y * C::kChannels, taps = g.taps(), steps = (taps + 3) / 4,
+            depth = steps * 4 * kMostImageChannels;
   const int rows = (tiles.rows - 1) * g.stride_y + g.kernel_y, columns = (tiles.columns - 1) * g.stride_x + g.kernel_x;
 
   for (int e = threadIdx.x; e < C::kChannels * depth; e += C::kThreads) {
-    const int column = e / depth, k = e % depth, tap = k / kNarrow, c = k % kNarrow, o = first + C::channel(column);
+    const int column = e / depth, k = e % depth, tap = k / kMostImageChannels, c = k % kMostImageChannels,
+              o = first + C::channel(column);
     const bool there = tap < taps && c < x.channels && o < channels;
     shared.weights[column][k] = gpu::from_float<T>(there ? weight.at(o, c, tap / g.kernel_x, tap % g.kernel_x) : 0.f);
   }
@@ -63,10 +66,10 @@ __global__ void __launch_bounds__(NarrowConvTensor::kThreads, NarrowConvTensor::
 
   for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     const TilePlace place(tiles, tile);
-    __syncthreads();  // all have done with the box of the tile before
+    __syncthreads();  // all have done with the region of the tile before
     stage_pixels<C::kThreads>(
         x, place.image, place.top * g.stride_y - g.padding_y, place.left * g.stride_x - g.padding_x, rows, columns,
-        [&](int row, int column, const auto& pixel) { gpu::store(shared.box[row * columns + column], pixel); });
+        [&](int row, int column, const auto& pixel) { gpu::store(shared.region[row * columns + column], pixel); });
     __syncthreads();
 
     float sum[C::kBlocksM][C::kBlocksN][4] = {};
@@ -79,13 +82,13 @@ __global__ void __launch_bounds__(NarrowConvTensor::kThreads, NarrowConvTensor::
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           unsigned pixel[2] = {};
-          if (offset >= 0) gpu::load_pairs(pixel, shared.box[base[m][h] + offset]);
+          if (offset >= 0) gpu::load_pairs(pixel, shared.region[base[m][h] + offset]);
           a[m][h] = pixel[0], a[m][h + 2] = pixel[1];
         }
 #pragma unroll
       for (int n = 0; n < C::kBlocksN; ++n) {
         unsigned b[2];
-        gpu::load_pairs(b, &shared.weights[n * 8 + line][(step * 4 + part) * kNarrow]);
+        gpu::load_pairs(b, &shared.weights[n * 8 + line][(step * 4 + part) * kMostImageChannels]);
 #pragma unroll
         for (int m = 0; m < C::kBlocksM; ++m) gpu::multiply_add(T{}, sum[m][n], a[m], b);
       }
@@ -114,7 +117,7 @@ __global__ void __launch_bounds__(NarrowConvTensor::kThreads, NarrowConvTensor::
           float run[kRun];
 #pragma unroll
           for (int c = 0; c < kRun; ++c) run[c] = sum[m][half * 4 + c / 2][h * 2 + c % 2];
-          if (epilogue.kind == NarrowEpilogue::activated) activate(epilogue.act, epilogue.slope, run);
+          if (epilogue.kind == ImageSideEpilogue::activated) activate(epilogue.act, epilogue.slope, run);
           T* to = out + ((static_cast<int64_t>(place.image) * height + i) * width + k) * channels + mine;
           if (vectors) {
             gpu::write_floats(to, run);

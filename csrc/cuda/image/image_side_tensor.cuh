@@ -7,15 +7,17 @@
 
 namespace fastdcgan::cuda {
 
-// The image under a tile, from (top, left) on: rows of pixels of kNarrow numbers, those there aren't 0. So each pixel is
-// one access of 8 bytes, and products cost the same for 1 to 4 channels. put(row, column, pixel) stores it.
+// The image under a tile, from (top, left) on: rows of pixels of kMostImageChannels numbers, those there aren't 0. So
+// each pixel is one access of 8 bytes, and products cost the same for 1 to 4 channels. put(row, column, pixel) stores
+// it.
 template <int kThreads, class T, class Put>
-GPU_INLINE void stage_pixels(const Source<T>& x, int image, int top, int left, int rows, int columns, Put put) {
+GPU_INLINE void stage_pixels(const ImageSideOperand<T>& x, int image, int top, int left, int rows, int columns,
+                             Put put) {
   for (int e = threadIdx.x; e < rows * columns; e += kThreads) {
     const int row = e / columns, column = e % columns;
-    gpu::Vec<T, kNarrow> pixel;
+    gpu::Vec<T, kMostImageChannels> pixel;
 #pragma unroll
-    for (int c = 0; c < kNarrow; ++c)
+    for (int c = 0; c < kMostImageChannels; ++c)
       pixel[c] = gpu::from_float<T>(c < x.channels ? x.at(image, top + row, left + column, c) : 0.f);
     put(row, column, pixel);
   }

@@ -1,14 +1,14 @@
 // The transposed convolution to an image on tensor cores: pixels x channels times channels x (taps x image's channels).
 //
-// Every pixel of the wide tensor is multiplied once, with all taps. The products of a box of pixels lie in shared memory,
-// where each pixel of the image then finds those that it is the sum of.
+// Every pixel of the wide tensor is multiplied once, with all taps. The products of a region of pixels lie in shared
+// memory, where each pixel of the image then finds those that it is the sum of.
 #pragma once
 
 #include "cuda/image/image_side_tensor.cuh"
 
 namespace fastdcgan::cuda {
 
-struct NarrowTransposeTensor {
+struct ImageSideTransposeTensor {
   static constexpr int kThreads = 256, kResident = 2, kWarps = kThreads / 32;
   static constexpr int kMostRows = 8, kColumns = 32;  // a tile, in pixels of one phase
   static constexpr int kChannels = 64;                // that are multiplied at a time
@@ -24,9 +24,10 @@ struct NarrowTransposeTensor {
     int pitch;   // of a pixel's
     bool apart;  // pixels are staged apart from the products, to which several parts of the channels add
 
-    // Of images with phases of height x width pixels and `channels` channels, from `wide` channels. The tallest tile that
-    // takes no more than `most` bytes, or one of a single row (as `transpose_bytes` of backends/cuda_narrow.py has it).
-    Plan(int images, int height, int width, int channels, int wide, const NarrowGeometry& g, size_t most)
+    // Of images with phases of height x width pixels and `channels` channels, from `wide` channels. The tallest tile
+    // that takes no more than `most` bytes, or one of a single row (as `transpose_bytes` of backends/cuda_narrow.py has
+    // it).
+    Plan(int images, int height, int width, int channels, int wide, const ImageSideGeometry& g, size_t most)
         : axis_y(g.kernel_y, g.stride_y, g.padding_y, kMostRows), axis_x(g.kernel_x, g.stride_x, g.padding_x, kColumns),
           tiles(ImageTiles::over(images, height, width, kMostRows, kColumns)), blocks((g.taps() * channels + 7) / 8),
           apart(wide > kChannels) {
@@ -38,7 +39,7 @@ struct NarrowTransposeTensor {
         tiles = ImageTiles::over(images, height, width, rows, kColumns);
       }
     }
-    GPU_HOST_INLINE int pixels() const { return axis_y.box * axis_x.box; }
+    GPU_HOST_INLINE int pixels() const { return axis_y.region * axis_x.region; }
     GPU_HOST_INLINE int weights() const { return blocks * 8 * kStaged; }
     GPU_HOST_INLINE int products() const { return pixels() * pitch; }
     size_t shared_bytes() const {
@@ -48,21 +49,21 @@ struct NarrowTransposeTensor {
   };
 };
 
-// As narrow_transpose (narrow_transpose.cuh), for numbers of 16 bits. grid (blocks that share the tiles)
+// As image_side_transpose (image_side_transpose.cuh), for numbers of 16 bits. grid (blocks that share the tiles)
 template <class T, int CO>
-__global__ void __launch_bounds__(NarrowTransposeTensor::kThreads, NarrowTransposeTensor::kResident)
-    narrow_transpose_tensor(const __grid_constant__ Source<T> x, const __grid_constant__ Weights<T> weight,
-                            const __grid_constant__ NarrowGeometry g,
-                            const __grid_constant__ NarrowTransposeTensor::Plan plan,
-                            const __grid_constant__ NarrowEpilogue epilogue, T* __restrict__ out, int height, int width,
-                            int64_t step_n, int64_t step_h, int64_t step_w, int64_t step_c) {
+__global__ void __launch_bounds__(ImageSideTransposeTensor::kThreads, ImageSideTransposeTensor::kResident)
+    image_side_transpose_tensor(const __grid_constant__ ImageSideOperand<T> x,
+                                const __grid_constant__ Weights<T> weight, const __grid_constant__ ImageSideGeometry g,
+                                const __grid_constant__ ImageSideTransposeTensor::Plan plan,
+                                const __grid_constant__ ImageSideEpilogue epilogue, T* __restrict__ out, int height,
+                                int width, int64_t step_n, int64_t step_h, int64_t step_w, int64_t step_c) {
   gpu::await_kernels_before();
-  using C = NarrowTransposeTensor;
+  using C = ImageSideTransposeTensor;
   // The weights [taps x CO, channels], then the products [pixels, pitch].
   T* weights = &gpu::shared_memory<T>();
   float* products = reinterpret_cast<float*>(weights + plan.weights());
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = lane / 4, pair = lane % 4 * 2;
-  const int pixels = plan.pixels(), pitch = plan.pitch, box = plan.axis_x.box, values = g.taps() * CO;
+  const int pixels = plan.pixels(), pitch = plan.pitch, region = plan.axis_x.region, values = g.taps() * CO;
 
   // Of the image: a thread has one column of a tile, and rows of one phase.
   const int tile_rows = plan.tiles.rows * g.stride_y, tile_columns = C::kColumns * g.stride_x;
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(NarrowTransposeTensor::kThreads, NarrowTranspo
                                : reinterpret_cast<T*>(products + begin * pitch);
         stage_wide<C::kChannels, C::kStaged>(
             x, place.image, first, count, lane, 32, staged, [&](int pixel, int& i, int& j) {
-              i = top + (begin + pixel) / box, j = left + (begin + pixel) % box;
+              i = top + (begin + pixel) / region, j = left + (begin + pixel) % region;
             });
         __syncwarp();
         unsigned a[C::kBlocksM][C::kChannels / 16][4];
@@ -143,9 +144,9 @@ __global__ void __launch_bounds__(NarrowTransposeTensor::kThreads, NarrowTranspo
     for (int row = threadIdx.x / tile_columns; row < tile_rows; row += C::kThreads / tile_columns) {
       const int i = place.top * g.stride_y + row;
       if (i >= height || k >= width) continue;
-      int from = (row / g.stride_y + shift_y) * box + from_x;
+      int from = (row / g.stride_y + shift_y) * region + from_x;
       float total[CO] = {};
-      for (int ky = first_ky; ky < g.kernel_y; ky += g.stride_y, from -= box)
+      for (int ky = first_ky; ky < g.kernel_y; ky += g.stride_y, from -= region)
         for (int kx = first_kx, pixel = from; kx < g.kernel_x; kx += g.stride_x, --pixel) {
           const float* product = products + pixel * pitch + (ky * g.kernel_x + kx) * CO;
 #pragma unroll

@@ -6,18 +6,19 @@
 
 namespace fastdcgan::cuda {
 
-struct NarrowWeightGrad {
+struct ImageSideWeightGrad {
   static constexpr int kThreads = 256, kResident = 2;
   static constexpr int kChannels = 64;           // of a block
   static constexpr int kSide = 8;                // of a tile of pixels
   static constexpr int kTile = kSide * kSide;
-  static constexpr int kBoxSide = most_under(kSide);
-  static constexpr int kMostRun = kMostKernel * kNarrow;
+  static constexpr int kRegionSide = most_under(kSide);
+  static constexpr int kMostRun = kMostKernel * kMostImageChannels;
   static constexpr int kMostValues = kMostKernel * kMostRun;
 
   struct Tiles {
     float linear[kTile][kChannels];
-    float box[kBoxSide * kBoxSide * kNarrow + kMostRun];  // the last patches' rows are read to the end of a run
+    float region[kRegionSide * kRegionSide * kMostImageChannels +
+                 kMostRun];  // the last patches' rows are read to the end of a run
   };
   union Shared {
     Tiles tiles;
@@ -30,14 +31,16 @@ struct NarrowWeightGrad {
 };
 
 // A thread sums for some channels and one row of the kernel, whose `kernel_x * channels` values (at most kRunSize) lie
-// together in the image. grid (shares of the tiles, channels / kChannels rounded up); `partials` [shares, channels, values]
+// together in the image. grid (shares of the tiles, channels / kChannels rounded up); `partials` [shares, channels,
+// values]
 template <class T, int kRunSize>
-__global__ void __launch_bounds__(NarrowWeightGrad::kThreads, NarrowWeightGrad::resident(kRunSize))
-    narrow_weight_grad(const __grid_constant__ Source<T> x, const __grid_constant__ Source<T> linear,
-                       const __grid_constant__ NarrowGeometry g, const __grid_constant__ ImageTiles tiles, int64_t share,
-                       float* __restrict__ partials) {
+__global__ void __launch_bounds__(ImageSideWeightGrad::kThreads, ImageSideWeightGrad::resident(kRunSize))
+    image_side_weight_grad(const __grid_constant__ ImageSideOperand<T> x,
+                           const __grid_constant__ ImageSideOperand<T> linear,
+                           const __grid_constant__ ImageSideGeometry g, const __grid_constant__ ImageTiles tiles,
+                           int64_t share, float* __restrict__ partials) {
   gpu::await_kernels_before();
-  using C = NarrowWeightGrad;
+  using C = ImageSideWeightGrad;
   constexpr int kOwn = C::own(kRunSize), kLanes = C::kChannels / kOwn;
   auto& shared = gpu::shared_memory<C::Shared>();
   const int lane = threadIdx.x % kLanes, ky = threadIdx.x / kLanes % g.kernel_y;
@@ -53,8 +56,8 @@ __global__ void __launch_bounds__(NarrowWeightGrad::kThreads, NarrowWeightGrad::
     stage_wide<C::kChannels, C::kChannels>(
         linear, place.image, first, C::kTile, threadIdx.x, C::kThreads, shared.tiles.linear[0],
         [&](int pixel, int& i, int& j) { i = place.top + pixel / C::kSide, j = place.left + pixel % C::kSide; });
-    stage_narrow<C::kThreads>(x, place.image, place.top * g.stride_y - g.padding_y,
-                              place.left * g.stride_x - g.padding_x, rows, columns, shared.tiles.box);
+    stage_image<C::kThreads>(x, place.image, place.top * g.stride_y - g.padding_y,
+                              place.left * g.stride_x - g.padding_x, rows, columns, shared.tiles.region);
     __syncthreads();
     if (team >= teams) continue;  // the threads that are left over stage, no more
     for (int pixel = team; pixel < C::kTile; pixel += teams) {
@@ -62,7 +65,7 @@ __global__ void __launch_bounds__(NarrowWeightGrad::kThreads, NarrowWeightGrad::
       if (!linear.inside(place.top + i, place.left + k)) continue;
       float own[kOwn];
       gpu::read_floats(&shared.tiles.linear[pixel][lane * kOwn], own);
-      const float* patch = shared.tiles.box + ((i * g.stride_y + ky) * columns + k * g.stride_x) * x.channels;
+      const float* patch = shared.tiles.region + ((i * g.stride_y + ky) * columns + k * g.stride_x) * x.channels;
 #pragma unroll
       for (int r = 0; r < kRunSize; ++r) {  // what comes after `run` is summed for nobody
         const float value = patch[r];
@@ -107,7 +110,7 @@ struct CombineWeightGrad {
 template <class T>
 __global__ void __launch_bounds__(CombineWeightGrad::kThreads)
     combine_weight_grad(const float* __restrict__ partials, int shares, int channels, int narrow,
-                        const __grid_constant__ NarrowGeometry g, T* __restrict__ dw, int64_t step_a, int64_t step_b,
+                        const __grid_constant__ ImageSideGeometry g, T* __restrict__ dw, int64_t step_a, int64_t step_b,
                         int64_t step_y, int64_t step_x) {
   gpu::await_kernels_before();
   using C = CombineWeightGrad;
@@ -131,9 +134,10 @@ __global__ void __launch_bounds__(CombineWeightGrad::kThreads)
 }
 
 template <class T, class Allocate>
-void narrow_weight_grad_pass(const Source<T>& x, const Source<T>& linear, const NarrowGeometry& g, Allocate allocate,
-                             T* dw, const int64_t (&steps)[4], gpu::Stream stream) {
-  using C = std::conditional_t<sizeof(T) == 2, NarrowWeightGradTensor, NarrowWeightGrad>;
+void image_side_weight_grad_pass(const ImageSideOperand<T>& x, const ImageSideOperand<T>& linear,
+                                 const ImageSideGeometry& g, Allocate allocate, T* dw, const int64_t (&steps)[4],
+                                 gpu::Stream stream) {
+  using C = std::conditional_t<sizeof(T) == 2, ImageSideWeightGradTensor, ImageSideWeightGrad>;
   const ImageTiles tiles = ImageTiles::over(x.batch, linear.height, linear.width, C::kSide, C::kSide);
   const int64_t across = (linear.channels + C::kChannels - 1) / C::kChannels;
   const int64_t wanted = (int64_t{gpu::multiprocessors()} * C::kResident + across - 1) / across;
@@ -142,13 +146,14 @@ void narrow_weight_grad_pass(const Source<T>& x, const Source<T>& linear, const 
   float* partials = allocate(shares * size);
   const dim3 grid(static_cast<unsigned>(shares), static_cast<unsigned>(across));
   if constexpr (sizeof(T) == 2) {
-    gpu::launch_early(narrow_weight_grad_tensor<T>,
-                      {"narrow_weight_grad_tensor", grid, C::kThreads, sizeof(typename C::template Shared<T>), stream}, x,
-                      linear, g, tiles, share, partials);
+    gpu::launch_early(
+        image_side_weight_grad_tensor<T>,
+        {"image_side_weight_grad_tensor", grid, C::kThreads, sizeof(typename C::template Shared<T>), stream}, x, linear,
+        g, tiles, share, partials);
   } else {
     const auto launch = [&](auto run) {
-      gpu::launch_early(narrow_weight_grad<T, decltype(run)::value>,
-                        {"narrow_weight_grad", grid, C::kThreads, sizeof(typename C::Shared), stream}, x, linear, g,
+      gpu::launch_early(image_side_weight_grad<T, decltype(run)::value>,
+                        {"image_side_weight_grad", grid, C::kThreads, sizeof(typename C::Shared), stream}, x, linear, g,
                         tiles, share, partials);
     };
     const int run = g.kernel_x * x.channels;
@@ -160,9 +165,9 @@ void narrow_weight_grad_pass(const Source<T>& x, const Source<T>& linear, const 
   }
   using Combine = CombineWeightGrad;
   const dim3 combine_grid(static_cast<unsigned>((size + Combine::kAbreast - 1) / Combine::kAbreast));
-  gpu::launch_early(combine_weight_grad<T>,
-                    {"combine_weight_grad", combine_grid, Combine::kThreads, sizeof(Combine::Shared), stream}, partials,
-                    static_cast<int>(shares), linear.channels, x.channels, g, dw, steps[0], steps[1], steps[2], steps[3]);
+  gpu::launch_early(
+      combine_weight_grad<T>, {"combine_weight_grad", combine_grid, Combine::kThreads, sizeof(Combine::Shared), stream},
+      partials, static_cast<int>(shares), linear.channels, x.channels, g, dw, steps[0], steps[1], steps[2], steps[3]);
 }
 
 }  // namespace fastdcgan::cuda

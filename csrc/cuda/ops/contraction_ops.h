@@ -1,5 +1,5 @@
 // The operators of torch.ops.fastdcgan_cuda for contractions. An operand is (x, y, coef, act, slope) and an epilogue
-// (kind, y, coef, act, slope), as in fastdcgan/backends/base.py; kinds are those of finish.cuh. `stride`, `padding`,
+// (kind, y, coef, act, slope), as in fastdcgan/backends/base.py; kinds are those of epilogue.cuh. `stride`, `padding`,
 // `dilation` and sizes are pairs. `groups` are those of statistics and coefficients: every vector has that many or one.
 // `tile` is one of contraction_tiles.cuh, and `splits` parts of the sums are added up afterwards. `exact`: float as
 // float, else as TF32.

@@ -106,7 +106,7 @@ inline Shape shape_of(const Tensor& y, int64_t groups) {
   STD_TORCH_CHECK(groups > 0 && groups <= kMostGroups && y.size(0) % groups == 0, "a batch of ", y.size(0),
                   " can't have ", groups, " statistics groups");
   const Shape shape{groups, y.size(0) / groups, y.size(1), y.size(2) * y.size(3), is_channels_last(y)};
-  // 32 bits of the walk: channels (up to kVec of them to a row), the vectors of a channel.
+  // 32 bits of a pass: channels (up to kVec of them to a row), the vectors of a channel.
   STD_TORCH_CHECK(shape.channels < (1 << 27) && shape.batch * shape.pixels < (int64_t{1} << 31),
                   "a group of ", shape.batch * shape.pixels, " pixels of ", shape.channels, " channels is too large");
   return shape;
@@ -131,7 +131,8 @@ inline Tensor new_vectors(const Tensor& like, int64_t rows, int64_t groups, int6
   return torch::stable::new_empty(like, {rows, groups, channels}, ScalarType::Float);
 }
 
-// --- checks that the streaming operators share -----------------------------------------------------------------------
+// --- checks that elementwise passes and reductions share
+// -----------------------------------------------------------------------
 
 inline Activation activation(int64_t id, double slope) {
   STD_TORCH_CHECK(known_activation(id), "unknown activation id ", id);

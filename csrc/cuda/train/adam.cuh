@@ -1,9 +1,9 @@
-// One Adam step over a list of tensors in one launch (Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015,
-// algorithm 1), with the arithmetic of torch.optim.Adam: coefficients in double, elements in float.
+// One Adam step over a list of tensors in one launch (Kingma and Ba, "Adam: A Method for Stochastic Optimization",
+// 2015, algorithm 1), with the arithmetic of torch.optim.Adam: coefficients in double, elements in float.
 //
 // The list travels in the kernel's own parameters: nothing is copied to the GPU beside, so a step can be captured
-// wherever its tensors lie. A block updates one chunk of one tensor, and counts the steps of that chunk itself: a counter
-// that several blocks share would be read by one while another advances it.
+// wherever its tensors lie. A block updates one chunk of one tensor, and counts the steps of that chunk itself: a
+// counter that several blocks share would be read by one while another advances it.
 #pragma once
 
 #include <type_traits>

@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(Bce::kThreads)
     loss += other * x + (x < 0 ? -x : 0.f) + log1pf(e);
     probability += (x < 0 ? e : 1.f) / (1.f + e);
     // sigmoid(x) - y, without its cancellation.
-    if (grad != nullptr) grad[first + i] = (x < 0 ? other * e - y : other - y * e) / (1.f + e) / static_cast<float>(size);
+    if (grad != nullptr)
+      grad[first + i] = (x < 0 ? other * e - y : other - y * e) / (1.f + e) / static_cast<float>(size);
   }
   loss = sum_of_warp(loss), probability = sum_of_warp(probability);
   if (threadIdx.x % 32 == 0) {

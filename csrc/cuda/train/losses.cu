@@ -6,7 +6,8 @@
 
 namespace fastdcgan::cuda {
 
-std::tuple<Tensor, Tensor, Tensor> bce_with_logits_op(const Tensor& logits_, std::vector<double> labels, bool with_grad) {
+std::tuple<Tensor, Tensor, Tensor> bce_with_logits_op(const Tensor& logits_, std::vector<double> labels,
+                                                      bool with_grad) {
   STD_TORCH_CHECK(is_floating(logits_), "expected float32, bfloat16 or float16 logits");
   const auto parts = static_cast<int64_t>(labels.size());
   STD_TORCH_CHECK(parts > 0 && logits_.numel() > 0 && logits_.numel() % parts == 0, "expected logits in ", parts,

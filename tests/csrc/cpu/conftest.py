@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from fastdcgan import backends
 from fastdcgan.backends import cpu as cpu_backend
-from fastdcgan.backends.cpu import CPUBackend
+from fastdcgan.dispatch import autotune, router
 from tests.csrc.cpu import amx_library
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-    """Every contraction of the CPU backend that our kernels can run does, on emulated tiles if it is of bfloat16."""
+def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ctypes.CDLL]:
+    """The CPU backend has contractions on emulated AMX tiles, and takes them wherever they can run."""
     found = amx_library.library()
-    monkeypatch.setattr(cpu_backend, "CONTRACTIONS", "fastdcgan_cpu_amx")
-    monkeypatch.setattr(CPUBackend, "slower", lambda *_: None)
-    monkeypatch.setattr(CPUBackend, "compared", lambda *_: None)
+    cpu = backends.get("cpu")
+    monkeypatch.setattr(cpu_backend, "NAMESPACE", "fastdcgan_cpu_amx")
+    monkeypatch.setattr(cpu, "amx", True)
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))  # where nothing was measured
+    monkeypatch.setattr(router, "_routes", {})
+    monkeypatch.setattr(autotune, "may_compare_cpu", lambda device: False)
     before = found.amx_emulated_products()
     yield found
     assert found.amx_emulated_products() > before

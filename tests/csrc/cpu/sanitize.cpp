@@ -9,12 +9,10 @@
 #include <vector>
 
 #include "cpu/train/adam.h"
-#include "cpu/contraction/contraction.h"
+#include "cpu/contraction/algorithms.h"
 #include "cpu/train/images.h"
 #include "cpu/train/losses.h"
 #include "cpu/elementwise/passes.h"
-#include "cpu/amx/amx_contractions.h"
-#include "cpu/winograd/winograd.h"
 
 using namespace fastdcgan::cpu;
 
@@ -91,35 +89,7 @@ std::unique_ptr<T[]> filled(int64_t n) {
   return x;
 }
 
-#ifdef FASTDCGAN_AMX_EMULATED
-// The same as `contractions`, in halves.
-int halves(int64_t batch, int64_t channels, int64_t out, const Axis& y, const Axis& x) {
-  const int64_t gathered = batch * channels * y.in * x.in, linear = batch * out * y.out * x.out;
-  const int64_t weights = channels * out * y.kernel * x.kernel, tap = x.kernel * channels;
-  const auto a = filled<float>(gathered), b = filled<float>(linear), w = filled<float>(weights);
-  const auto stats = std::make_unique<float[]>(3 * out);
-  const auto bytes = static_cast<int64_t>(weights * sizeof(float));
-  const c10::Storage storage(
-      c10::Storage::use_byte_size_t(), bytes, c10::DataPtr(w.get(), c10::DeviceType::CPU), nullptr, false);
-  const Contraction conv{batch, channels, out, y, x};
-  Axis back[2] = {y, x};
-  for (Axis& axis : back) {
-    std::swap(axis.in, axis.out);
-    axis.transposed = true;
-  }
-  const Contraction transposed{batch, out, channels, back[0], back[1]};
-  Finish with_stats, plain;
-  with_stats.stats = stats.get();
-  const Weight weight{w.get(), 1, y.kernel * tap, tap, channels, &storage, bytes};
-  const Weight turned{w.get(), y.kernel * tap, 1, tap, channels, &storage, bytes};
-  int calls = contract_halves(conv, a.get(), weight, b.get(), with_stats);
-  calls += contract_halves(transposed, b.get(), turned, a.get(), plain);
-  calls += weight_grad_halves(conv, a.get(), b.get(), w.get());
-  return calls;
-}
-#endif
-
-// All three contractions of one geometry; weights as they lie in channels_last.
+// All three contractions of one geometry by every algorithm; weights as they lie in channels_last.
 template <class T>
 int contractions(int64_t batch, int64_t channels, int64_t out, const Axis& y, const Axis& x, c10::ScalarType dtype) {
   const int64_t gathered = batch * channels * y.in * x.in, linear = batch * out * y.out * x.out;
@@ -131,30 +101,33 @@ int contractions(int64_t batch, int64_t channels, int64_t out, const Axis& y, co
   const c10::Storage storage(
       c10::Storage::use_byte_size_t(), bytes, c10::DataPtr(w.get(), c10::DeviceType::CPU), nullptr, false);
   const Weight weight{w.get(), 1, y.kernel * tap, tap, channels, &storage, bytes};
-  Finish with_stats, activated{coef.get(), coef.get() + out, {3, 0.f}};
+  Epilogue with_stats, activated{coef.get(), coef.get() + out, {3, 0.f}};
   with_stats.stats = stats.get();
-  with_stats.groups = batch % 2 ? 1 : 2;
+  with_stats.stat_groups = batch % 2 ? 1 : 2;
   int calls = 0;
-  for (const Finish& finish : {with_stats, activated}) {
-    calls += contract(conv, dtype, a.get(), weight, b.get(), finish);
-    if (winograd_covers(conv)) calls += winograd_contract(conv, dtype, a.get(), weight, b.get(), finish);
-  }
+  for (const Epilogue& epilogue : {with_stats, activated})
+    for (const Algorithm* algorithm : algorithms(conv, dtype, epilogue.stats != nullptr, false)) {
+      algorithm->contract(conv, dtype, a.get(), weight, b.get(), epilogue);
+      ++calls;
+    }
   Axis back[2] = {y, x};
   for (Axis& axis : back) {
     std::swap(axis.in, axis.out);
     axis.transposed = true;
   }
-  const Finish finish{coef.get(), coef.get() + channels, {2, .2f}};
-  const Weight turned{w.get(), y.kernel * tap, 1, tap, channels};
+  const Epilogue epilogue{coef.get(), coef.get() + channels, {2, .2f}};
+  const Weight adjoint{w.get(), y.kernel * tap, 1, tap, channels, &storage, bytes};
   const Contraction transposed{batch, out, channels, back[0], back[1]};
-  calls += contract(transposed, dtype, b.get(), turned, a.get(), finish);
-  weight_grad(conv, dtype, a.get(), b.get(), w.get());
-  if (winograd_covers(conv)) {
-    calls += winograd_contract(transposed, dtype, b.get(), turned, a.get(), finish);
-    winograd_weight_grad(conv, dtype, a.get(), b.get(), w.get());
+  for (const Algorithm* algorithm : algorithms(transposed, dtype, false, false)) {
+    algorithm->contract(transposed, dtype, b.get(), adjoint, a.get(), epilogue);
     ++calls;
   }
-  calls += contract(conv, dtype, a.get(), weight, b.get(), activated);  // with a weight that has changed
+  for (const Algorithm* algorithm : algorithms(conv, dtype, false, true)) {
+    algorithm->weight_grad(conv, dtype, a.get(), b.get(), w.get());
+    ++calls;
+  }
+  const Algorithm* first = algorithms(conv, dtype, false, false)[0];
+  first->contract(conv, dtype, a.get(), weight, b.get(), activated);  // with a weight that has changed
   return calls + 1;
 }
 
@@ -162,9 +135,9 @@ int contractions(int64_t batch, int64_t channels, int64_t out, const Axis& y, co
 
 // With emulated tiles: what they are for.
 #ifdef FASTDCGAN_AMX_EMULATED
-constexpr bool kTilesAlone = true;
+constexpr bool kAmxAlone = true;
 #else
-constexpr bool kTilesAlone = false;
+constexpr bool kAmxAlone = false;
 #endif
 
 static int passes() {
@@ -197,15 +170,9 @@ int main() {
       for (int64_t channels : {1, 3, 16, 33})
         for (int64_t out : {1, 17, 32}) {
           calls += contractions<c10::BFloat16>(batch, channels, out, y, x, c10::ScalarType::BFloat16);
-#ifdef FASTDCGAN_AMX_EMULATED
-          if (halves(batch, channels, out, y, x) != 3) std::abort();
-          calls += 3;
-#endif
-          if constexpr (!kTilesAlone) {
-            calls += contractions<float>(batch, channels, out, y, x, c10::ScalarType::Float);
-            calls += contractions<c10::Half>(batch, channels, out, y, x, c10::ScalarType::Half);
-          }
+          calls += contractions<float>(batch, channels, out, y, x, c10::ScalarType::Float);
+          if constexpr (!kAmxAlone) calls += contractions<c10::Half>(batch, channels, out, y, x, c10::ScalarType::Half);
         }
-  if constexpr (!kTilesAlone) calls += passes();
+  if constexpr (!kAmxAlone) calls += passes();
   std::printf("%d calls\n", calls);
 }

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,12 @@ from torch import nn
 import fastdcgan
 from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends import cpu as cpu_backend
-from fastdcgan.backends.cpu import CPUBackend
 from fastdcgan.build_info import library
-from fastdcgan.dispatch import autotune
+from fastdcgan.dispatch import autotune, router
 from fastdcgan.geometry import Geometry
-from fastdcgan.spec import STORE, Epilogue, Operand
+from fastdcgan.spec import Epilogue
 from tests.csrc.cpu import amx_library
-from tests.csrc.cpu.test_contractions import BLOCKS, K4, REFERENCE, Case, block
+from tests.csrc.cpu.test_contractions import BLOCKS, K4, REFERENCE, Case, Kernels, block
 from tests.engine import test_autograd as test_chain
 from tests.helpers.tolerance import assert_as_accurate
 
@@ -138,7 +136,7 @@ def test_what_the_processor_refuses(settings_: bytearray | None, expected: str) 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks(emulated: ctypes.CDLL, name: str) -> None:
-    block(name, BF16).check(CPUBackend())
+    block(name, BF16).check(Kernels())
 
 
 @settings(max_examples=100)
@@ -153,37 +151,33 @@ def test_drawn_geometries(emulated: ctypes.CDLL, data: st.DataObject) -> None:
     # PyTorch 2.13's own crashes on some where taps read nothing but padding.
     assume(all(p <= d * (k - 1) for p, d, k in zip(g.padding, g.dilation, g.kernel, strict=True)))
     channels = st.one_of(st.integers(1, 40), st.sampled_from([64, 96, 270]))
-    Case(data.draw(st.integers(1, 5)), data.draw(channels), size, data.draw(channels), g, BF16).check(CPUBackend())
+    Case(data.draw(st.integers(1, 5)), data.draw(channels), size, data.draw(channels), g, BF16).check(Kernels())
 
 
 @pytest.mark.parametrize(("out", "channels"), [(64, 3), (64, 64)])
 def test_more_rows_than_fit_a_block(emulated: ctypes.CDLL, out: int, channels: int) -> None:
-    Case(5, channels, (32, 32), out, K4, BF16).check(CPUBackend())
+    Case(5, channels, (32, 32), out, K4, BF16).check(Kernels())
 
 
 @pytest.mark.parametrize("act", ["relu", "tanh"])
 def test_activated_outputs(emulated: ctypes.CDLL, act: str) -> None:
     for name in ("wide", "image"):
         case = block(name, BF16)
-        for op, a, channels in (("conv", case.x, case.dy.shape[1]), ("conv_transpose", case.dy, case.x.shape[1])):
+        for op, channels in (("conv", case.dy.shape[1]), ("conv_transpose", case.x.shape[1])):
             coef = torch.randn(4, 1, channels, generator=torch.Generator().manual_seed(4)) * 0.1
-            extra = (case.size,) if op == "conv_transpose" else ()
-            results = []
-            for on, wide in ((CPUBackend(), False), (REFERENCE, False), (REFERENCE, True)):
-                a_, weight, coef_ = (t.double() if wide else t for t in (a, case.weight, coef))
-                e = Epilogue("activate", None, coef_, act, ACTIVATIONS[act].default_slope)
-                results.append(getattr(on, op)(Operand(a_), weight, case.g, *extra, e)[0])
+            e = Epilogue("activate", None, coef, act, ACTIVATIONS[act].default_slope)
+            results = [found[0] for found in case.three(Kernels(), op, e)]
             assert_as_accurate(*results, f"{op} of {name} with {act}", reduction=case.terms(op), scale=1.0)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_statistics(emulated: ctypes.CDLL, groups: int) -> None:
-    case, cpu = Case(4, 24, (16, 16), 50, K4, BF16), CPUBackend()
-    for op, a, extra in (("conv", case.x, ()), ("conv_transpose", case.dy, (case.size,))):
+    case, cpu = Case(4, 24, (16, 16), 50, K4, BF16), Kernels()
+    for op in ("conv", "conv_transpose"):
         e = Epilogue("stats", stat_groups=groups)
-        out, stats = getattr(cpu, op)(Operand(a), case.weight, case.g, *extra, e)
-        assert torch.equal(out, getattr(cpu, op)(Operand(a), case.weight, case.g, *extra, STORE)[0])
-        truth = getattr(REFERENCE, op)(Operand(a.double()), case.weight.double(), case.g, *extra, e)[1]
+        out, stats = case.contract(cpu, op, e)
+        assert torch.equal(out, case.contract(cpu, op)[0])
+        truth = case.contract(REFERENCE, op, e, wide=True)[1]
         scale = float(truth[1].mean().sqrt())
         assert (stats[0] - truth[0]).abs().max() < 1e-5 * scale
         assert (stats[1:] - truth[1:]).abs().max() < 1e-5 * scale**2
@@ -191,30 +185,32 @@ def test_statistics(emulated: ctypes.CDLL, groups: int) -> None:
 
 def test_a_weight_may_lie_as_it_likes(emulated: ctypes.CDLL) -> None:
     for name in ("wide", "wide, few pixels", "image", "logit", "projection", "odd"):
-        case, cpu = block(name, BF16), CPUBackend()
+        case, cpu = block(name, BF16), Kernels()
         expected = case.run(cpu)
         plain = case.weight.contiguous(memory_format=torch.contiguous_format)
-        turned = plain.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+        reversed_ = plain.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
         apart = torch.zeros(*plain.shape, 2, dtype=BF16)[..., 0].copy_(plain)
-        for case.weight in (plain, turned, apart):
+        for case.weight in (plain, reversed_, apart):
             assert all(torch.equal(result, expected[op]) for op, result in case.run(cpu).items())
 
 
 @pytest.mark.parametrize("name", ["wide", "image", "projection", "one sample", "odd"])
 def test_float32_weights_are_rounded(emulated: ctypes.CDLL, name: str) -> None:
     """As autocast has them: the bits of a weight that was cast."""
-    case, cpu = block(name, BF16), CPUBackend()
+    case, cpu = block(name, BF16), Kernels()
     weight = case.weight + torch.randn_like(case.weight, dtype=torch.float32) * 2.0**-9
-    for op, a, extra in (("conv", case.x, ()), ("conv_transpose", case.dy, (case.size,))):
-        run = getattr(cpu, op)
-        expected = run(Operand(a), weight.to(BF16), case.g, *extra, STORE)[0]
-        assert torch.equal(run(Operand(a), weight, case.g, *extra, STORE)[0], expected)
-        assert not torch.equal(run(Operand(a), case.weight, case.g, *extra, STORE)[0], expected)
+    before = {op: case.contract(cpu, op)[0] for op in ("conv", "conv_transpose")}
+    for op in before:
+        case.weight = weight.to(BF16)
+        expected = case.contract(cpu, op)[0]
+        case.weight = weight
+        assert torch.equal(case.contract(cpu, op)[0], expected)
+        assert not torch.equal(before[op], expected)
 
 
 @pytest.mark.parametrize("name", ["wide", "image", "projection", "one sample"])
 def test_same_bits_whatever_the_threads(emulated: ctypes.CDLL, name: str) -> None:
-    block(name, BF16).check_threads(CPUBackend())
+    block(name, BF16).check_threads(Kernels())
 
 
 @pytest.mark.parametrize("name", ["wide", "projection", "one sample"])
@@ -223,7 +219,7 @@ def test_what_is_not_finite_stays_where_it_is(emulated: ctypes.CDLL, name: str) 
     case.x[-1, 1, 2, 3] = math.nan
     height, width = case.dy.shape[2:]
     case.dy[0, 0, height // 2, width // 2] = math.inf
-    got, expected = case.run(CPUBackend()), case.run(REFERENCE, wide=True)
+    got, expected = case.run(Kernels()), case.run(REFERENCE, wide=True)
     for op in got:
         assert torch.equal(got[op].isnan(), expected[op].isnan()), op
         assert torch.equal(got[op].isinf(), expected[op].isinf()), op
@@ -244,7 +240,7 @@ def test_chains_of_one(emulated: ctypes.CDLL, transposed: bool, norm: str | None
         test_chain.test_block_is_as_accurate_as_vanilla(transposed, norm, "leaky_relu", BF16, "cpu")
 
 
-def test_a_contiguous_net_is_turned(emulated: ctypes.CDLL) -> None:
+def test_a_contiguous_net_runs_in_channels_last(emulated: ctypes.CDLL) -> None:
     net = nn.Sequential(nn.ConvTranspose2d(10, 64, 4, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
                         nn.ConvTranspose2d(64, 3, 4, 2, 1), nn.Tanh())  # fmt: skip
     ours, x = fastdcgan.fuse(copy.deepcopy(net)).to(BF16), torch.randn(8, 10, 1, 1).to(BF16)
@@ -258,73 +254,32 @@ def test_a_contiguous_net_is_turned(emulated: ctypes.CDLL) -> None:
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def both_on_tiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CPUBackend:
-    """A processor on which PyTorch has AMX too, and where nothing was measured."""
-    amx_library.library()
-    monkeypatch.setattr(cpu_backend, "CONTRACTIONS", "fastdcgan_cpu_amx")
-    monkeypatch.setenv("FASTDCGAN_MEASURED", str(tmp_path / "measured.json"))
-    monkeypatch.setattr(autotune, "_files", {})
-    monkeypatch.setattr(autotune, "_in_process", {})
-    backends.get("cpu")
-    found = CPUBackend()
-    monkeypatch.setattr(found, "_tiles", True)
-    return found
+@pytest.mark.parametrize("faster", ["cpu amx", "pytorch"])
+def test_it_is_compared_with_pytorchs_own(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, faster: str) -> None:
+    """No rule says which is faster where both are on AMX tiles."""
 
+    def times(calls: dict) -> dict:
+        for call in calls.values():
+            call()
+        assert {name for name, _ in calls} == {"cpu amx", "pytorch"}
+        return {(name, tile): 1.0 if name == faster else 2.0 for name, tile in calls}
 
-def test_the_faster_one_is_measured_once(both_on_tiles: CPUBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, case = both_on_tiles, block("wide", BF16)
-    found = []
-    milliseconds = autotune._cpu_milliseconds
-
-    def times(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-        assert set(milliseconds(calls)) == {"cpu", "pytorch"}
-        found.append({"cpu": 1.0, "pytorch": 2.0} if len(found) != 1 else {"cpu": 2.0, "pytorch": 1.0})
-        return found[-1]
-
+    monkeypatch.setattr(autotune, "may_compare_cpu", lambda device: True)
     monkeypatch.setattr(autotune, "_cpu_milliseconds", times)
-    runs = [
-        ("conv", Operand(case.x), case.weight, case.g, STORE),
-        ("weight_grad", Operand(case.x), Operand(case.dy), K4),
-    ]
-    for _ in range(2):
-        assert cpu.why_not(*runs[0]) is None
-        assert "1.0000 ms, and ours 2.0000 ms" in (cpu.why_not(*runs[1]) or "")
-        assert len(found) == 2
-        monkeypatch.setattr(autotune, "_in_process", {})  # then they are in the file
-        monkeypatch.setattr(autotune, "_files", {})
-    case.run(cpu)
-    assert len(found) == 3  # conv_transpose
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert cpu.why_not(*runs[1]) is None
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert cpu.why_not("conv", Operand(case.x.float()), case.weight.float(), K4, STORE) is not None
-    assert len(found) == 3
-
-
-def test_a_folder_that_can_not_be_written_is_no_error(
-    both_on_tiles: CPUBackend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FASTDCGAN_MEASURED", str(tmp_path / "file" / "measured.json"))
-    case = block("logit", BF16)
-    with pytest.warns(UserWarning, match="are ignored"):
-        both_on_tiles.why_not("conv", Operand(case.x), case.weight, case.g, STORE)
-    assert len(autotune._in_process) == 1
+    for op, call in block("wide", BF16).calls().items():
+        assert router.route(call, "cpu").algorithm.name == faster, op
 
 
 def test_a_cap_and_this_processor() -> None:
     """The built library: tiles where Linux lists them among the processor's flags, and not under the cap."""
     code = "from fastdcgan import backends; import torch; backends.get('cpu')\n"
-    code += "print(torch.ops.fastdcgan_cpu.bfloat16_on_tiles())"
+    code += "print(torch.ops.fastdcgan_cpu.amx_usable())"
     flags = Path("/proc/cpuinfo").read_text().split()
     expected = {None: {"amx_tile", "amx_bf16"} <= set(flags), "avx512": False, "avx2": False}
-    for cap, on_tiles in expected.items():
+    for cap, runs_on_amx in expected.items():
         environment = os.environ | ({} if cap is None else {"ATEN_CPU_CAPABILITY": cap})
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert done.stdout.split() == [str(on_tiles)], (cap, done.stderr)
+        assert done.stdout.split() == [str(runs_on_amx)], (cap, done.stderr)
 
 
 # --- the instructions of the library that was built ------------------------------------------------------------------

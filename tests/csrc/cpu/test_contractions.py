@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from fastdcgan.backends.base import Backend
 from fastdcgan.backends.cpu import CPUBackend
 from fastdcgan.backends.reference import ReferenceBackend
 from fastdcgan.geometry import Geometry
-from fastdcgan.spec import STORE, Epilogue, Operand, memory_format, says_channels_last
+from fastdcgan.spec import STORE, Algorithm, Call, Epilogue, Operand, memory_format, says_channels_last
+from tests.helpers.contractions import conv_call, conv_transpose_call, run, weight_grad_call, why_not
 from tests.helpers.tolerance import assert_as_accurate
 from tests.machine import run_capped
 
@@ -48,21 +50,22 @@ BLOCKS = {
 
 
 class Kernels(CPUBackend):
-    """Never PyTorch's own contraction where a kernel of csrc/cpu can run; none by minimal filtering."""
+    """The algorithms of these names; those that need no transforms and no splitting by default."""
 
-    def filters(self, *args: object) -> bool:
-        return False
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.require()
+        self.names = names or ("amx_col2im", "amx", "col2im", "image_side", "gemm")
 
-    def slower(self, *_: object) -> str | None:  # type: ignore[override]
-        return None
+    def algorithms(self, op: str) -> Sequence[Algorithm]:
+        return [a for a in super().algorithms(op) if a.name.removeprefix("cpu ") in self.names]
 
-    def compared(self, *_: object) -> str | None:  # type: ignore[override]
-        return None
+    def able(self, call: Call) -> list[str]:
+        return [a.name for a in self.algorithms(call.op) if a.why_not(call) is None]
 
 
 @pytest.fixture
-def cpu() -> CPUBackend:
-    backends.get("cpu")
+def cpu() -> Kernels:
     return Kernels()
 
 
@@ -82,25 +85,39 @@ class Case:
         self.weight = random((out, channels, *g.kernel), dtype, 2)
         self.dy = random((batch, out, *g.conv_size(*size)), dtype, 3)
 
-    def run(self, on: Backend, wide: bool = False) -> dict[str, Tensor]:
+    def calls(self, e: Epilogue = STORE, wide: bool = False) -> dict[str, Call]:
         x, weight, dy = (t.double() if wide else t for t in (self.x, self.weight, self.dy))
+        if wide and e.coef is not None:
+            e = e._replace(coef=e.coef.double())
         return {
-            "conv": on.conv(Operand(x), weight, self.g, STORE)[0],
-            "conv_transpose": on.conv_transpose(Operand(dy), weight, self.g, self.size, STORE)[0],
-            "weight_grad": on.weight_grad(Operand(x), Operand(dy), self.g),
+            "conv": conv_call(Operand(x), weight, self.g, e),
+            "conv_transpose": conv_transpose_call(Operand(dy), weight, self.g, self.size, e),
+            "weight_grad": weight_grad_call(Operand(x), Operand(dy), self.g),
         }
+
+    def run(self, on: Backend, wide: bool = False) -> dict[str, Tensor]:
+        """The results by the first algorithm that can run them."""
+        found = {op: run(on, call) for op, call in self.calls(wide=wide).items()}
+        return {op: result if op == "weight_grad" else result[0] for op, result in found.items()}
+
+    def contract(self, on: Backend, op: str, e: Epilogue = STORE, wide: bool = False) -> tuple[Tensor, Tensor]:
+        return run(on, self.calls(e, wide)[op])
+
+    def three(self, cpu: Kernels, op: str, e: Epilogue) -> tuple[tuple[Tensor, Tensor], ...]:
+        """`contract` by ours, by the reference, and by the reference in float64."""
+        return self.contract(cpu, op, e), self.contract(REFERENCE, op, e), self.contract(REFERENCE, op, e, wide=True)
 
     def terms(self, op: str) -> int:
         x, dy, area = self.x.shape, self.dy.shape, math.prod(self.g.kernel)
         return {"conv": x[1] * area, "conv_transpose": dy[1] * area, "weight_grad": x[0] * dy[2] * dy[3]}[op]
 
-    def check_threads(self, cpu: CPUBackend) -> list[Tensor]:
+    def check_threads(self, cpu: Kernels) -> list[Tensor]:
         """The results and the statistics of `conv`, which are the same bits whatever the threads."""
         threads, results = torch.get_num_threads(), []
         try:
             for count in (1, 2, 2, 5):
                 torch.set_num_threads(count)
-                stats = cpu.conv(Operand(self.x), self.weight, self.g, Epilogue("stats"))[1]
+                stats = self.contract(cpu, "conv", Epilogue("stats"))[1]
                 results.append([*self.run(cpu).values(), stats])
         finally:
             torch.set_num_threads(threads)
@@ -108,20 +125,23 @@ class Case:
             assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
         return results[0]
 
-    def check(self, cpu: CPUBackend) -> None:
-        for tensors in ((self.x, self.weight), (self.dy, self.weight), (self.x, self.dy)):
-            if any(map(says_channels_last, tensors)):  # not if all sizes are 1
-                assert cpu.cannot(self.g, *tensors) is None
-        got, vanilla, truth = self.run(cpu), self.run(REFERENCE), self.run(REFERENCE, wide=True)
-        for op, result in got.items():
+    def check(self, cpu: Kernels) -> None:
+        """Every algorithm that can run."""
+        vanilla, truth = self.run(REFERENCE), self.run(REFERENCE, wide=True)
+        for op, call in self.calls().items():
             terms = self.terms(op)
             # All taps of a tiny image may read padding, or the sum may cancel.
             scale = float(truth[op].square().mean().sqrt()) or math.sqrt(terms)
-            assert_as_accurate(result, vanilla[op], truth[op], op, reduction=terms, scale=scale)
-            if op != "weight_grad":
-                assert result.is_contiguous(memory_format=CHANNELS_LAST)
-            elif not self.x.is_contiguous():
-                assert memory_format(result) == memory_format(vanilla[op])
+            able, other = cpu.able(call), call.b.x if op == "weight_grad" else call.b
+            assert able or not (says_channels_last(call.a.x) or says_channels_last(other))  # if all sizes are 1
+            for name in able:
+                found = run(cpu, call, name)
+                result = found if op == "weight_grad" else found[0]
+                assert_as_accurate(result, vanilla[op], truth[op], f"{op} by {name}", reduction=terms, scale=scale)
+                if op != "weight_grad":
+                    assert result.is_contiguous(memory_format=CHANNELS_LAST)
+                elif not self.x.is_contiguous():
+                    assert memory_format(result) == memory_format(vanilla[op])
 
 
 def block(name: str, dtype: torch.dtype) -> Case:
@@ -131,7 +151,7 @@ def block(name: str, dtype: torch.dtype) -> Case:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_blocks(cpu: CPUBackend, name: str, dtype: torch.dtype) -> None:
+def test_blocks(cpu: Kernels, name: str, dtype: torch.dtype) -> None:
     block(name, dtype).check(cpu)
 
 
@@ -150,42 +170,34 @@ def test_drawn_geometries(data: st.DataObject) -> None:
     Case(data.draw(st.integers(1, 5)), data.draw(channels), size, data.draw(channels), g, dtype).check(cpu)
 
 
-def test_many_pixels_are_divided_among_tasks(cpu: CPUBackend) -> None:
+def test_many_pixels_are_divided_among_tasks(cpu: Kernels) -> None:
     Case(9, 3, (64, 64), 16, K4, torch.float32).check(cpu)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_activated_outputs(cpu: CPUBackend, act: str) -> None:
+def test_activated_outputs(cpu: Kernels, act: str) -> None:
     slope = ACTIVATIONS[act].default_slope
     for name in ("wide", "image"):
         for dtype in DTYPES:
             case = block(name, dtype)
-            for op, a, channels in (("conv", case.x, case.dy.shape[1]), ("conv_transpose", case.dy, case.x.shape[1])):
+            for op, channels in (("conv", case.dy.shape[1]), ("conv_transpose", case.x.shape[1])):
                 coef = torch.randn(4, 1, channels, generator=torch.Generator().manual_seed(4)) * 0.1
-                extra = (case.size,) if op == "conv_transpose" else ()
-                results = []
-                for on, wide in ((cpu, False), (REFERENCE, False), (REFERENCE, True)):
-                    a_, weight, coef_ = (t.double() if wide else t for t in (a, case.weight, coef))
-                    e = Epilogue("activate", None, coef_, act, slope)
-                    results.append(getattr(on, op)(Operand(a_), weight, case.g, *extra, e)[0])
+                results = [found[0] for found in case.three(cpu, op, Epilogue("activate", None, coef, act, slope))]
                 assert_as_accurate(*results, f"{op} of {name} with {act}", reduction=case.terms(op), scale=1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bias(cpu: CPUBackend, dtype: torch.dtype) -> None:
+def test_bias(cpu: Kernels, dtype: torch.dtype) -> None:
     for name in ("wide", "image"):
         case = block(name, dtype)
         bias = torch.randn(case.dy.shape[1]).to(dtype)
-        got, vanilla, truth = (
-            on.conv(Operand(t(case.x)), t(case.weight), case.g, Epilogue("bias", coef=t(bias)))[0]
-            for on, t in ((cpu, lambda t: t), (REFERENCE, lambda t: t), (REFERENCE, Tensor.double))
-        )
-        assert_as_accurate(got, vanilla, truth, f"{name} with a bias", reduction=case.terms("conv"))
+        results = [found[0] for found in case.three(cpu, "conv", Epilogue("bias", coef=bias))]
+        assert_as_accurate(*results, f"{name} with a bias", reduction=case.terms("conv"))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_statistics(cpu: CPUBackend, dtype: torch.dtype, groups: int) -> None:
+def test_statistics(cpu: Kernels, dtype: torch.dtype, groups: int) -> None:
     check_statistics(cpu, dtype, groups, ((4, 4), (2, 16), (32, 8)))
 
 
@@ -193,13 +205,9 @@ def check_statistics(cpu: Kernels, dtype: torch.dtype, groups: int, shapes: tupl
     """The epilogue "stats" of 24 -> 50 channels; `shapes`: batches, and the sides of their images."""
     for batch, size in shapes:
         case = Case(batch, 24, (size, size), 50, K4, dtype)
-        for op, a in (("conv", case.x), ("conv_transpose", case.dy)):
-            extra = (case.size,) if op == "conv_transpose" else ()
-            (out, got), (_, vanilla), (_, truth) = (
-                getattr(on, op)(Operand(t(a)), t(case.weight), case.g, *extra, Epilogue("stats", stat_groups=groups))
-                for on, t in ((cpu, lambda t: t), (REFERENCE, lambda t: t), (REFERENCE, Tensor.double))
-            )
-            assert torch.equal(out, getattr(cpu, op)(Operand(a), case.weight, case.g, *extra, STORE)[0])
+        for op in ("conv", "conv_transpose"):
+            (out, got), (_, vanilla), (_, truth) = case.three(cpu, op, Epilogue("stats", stat_groups=groups))
+            assert torch.equal(out, case.contract(cpu, op)[0])
             for row, name in enumerate(["mean", "biased variance", "unbiased variance"]):
                 scale = float(truth[1].mean().sqrt())
                 assert_as_accurate(
@@ -207,28 +215,28 @@ def check_statistics(cpu: Kernels, dtype: torch.dtype, groups: int, shapes: tupl
                 )
 
 
-def test_statistics_of_a_large_mean(cpu: CPUBackend) -> None:
+def test_statistics_of_a_large_mean(cpu: Kernels) -> None:
     """A mean of a thousand deviations."""
     x = 1000 + torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(1))
     weight = torch.ones(20, 1, 1, 1).contiguous(memory_format=CHANNELS_LAST)
     x = x.as_strided(x.shape, (32 * 32, 1, 32, 1))
-    _, stats = cpu.conv(Operand(x), weight, Geometry((1, 1)), Epilogue("stats"))
+    _, stats = run(cpu, conv_call(Operand(x), weight, Geometry((1, 1)), Epilogue("stats")))
     truth = REFERENCE.batch_stats(x.double(), 1)
     assert ((stats[:, 0].double() - truth[:, 0]) / truth[:, 0]).abs().max() < 5e-6
 
 
-def test_a_weight_may_lie_as_it_likes(cpu: CPUBackend) -> None:
+def test_a_weight_may_lie_as_it_likes(cpu: Kernels) -> None:
     for name in ("wide, few pixels", "image", "logit"):
         case = block(name, torch.float32)
         expected = case.run(cpu)
         plain = case.weight.contiguous(memory_format=torch.contiguous_format)
-        turned = plain.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+        reversed_ = plain.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
         apart = torch.zeros(*plain.shape, 2)[..., 0].copy_(plain)
-        for case.weight in (plain, turned, apart):
+        for case.weight in (plain, reversed_, apart):
             assert all(torch.equal(result, expected[op]) for op, result in case.run(cpu).items())
 
 
-def test_inputs_of_other_strides(cpu: CPUBackend) -> None:
+def test_inputs_of_other_strides(cpu: Kernels) -> None:
     case = block("wide", torch.float32)
     expected = case.run(cpu)
     batch, channels, height, width = case.x.shape
@@ -239,7 +247,7 @@ def test_inputs_of_other_strides(cpu: CPUBackend) -> None:
 
 
 @pytest.mark.parametrize("name", ["wide", "image", "projection", "one sample"])
-def test_what_is_not_finite_stays_where_it_is(cpu: CPUBackend, name: str) -> None:
+def test_what_is_not_finite_stays_where_it_is(cpu: Kernels, name: str) -> None:
     case = block(name, torch.float32)
     case.x[-1, 1, 2, 3] = math.nan
     height, width = case.dy.shape[2:]
@@ -250,7 +258,7 @@ def test_what_is_not_finite_stays_where_it_is(cpu: CPUBackend, name: str) -> Non
         assert torch.equal(got[op].isinf(), expected[op].isinf()), op
 
 
-def test_denormal_numbers(cpu: CPUBackend) -> None:
+def test_denormal_numbers(cpu: Kernels) -> None:
     case = block("image", torch.float32)
     case.x *= 1e-39
     case.weight.copy_(case.weight.sign())
@@ -259,27 +267,35 @@ def test_denormal_numbers(cpu: CPUBackend) -> None:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_same_bits_whatever_the_threads(cpu: CPUBackend, name: str) -> None:
+def test_same_bits_whatever_the_threads(cpu: Kernels, name: str) -> None:
     case = block(name, torch.float32)
     case.check_threads(cpu)
 
 
-def test_what_can_not_run_goes_to_pytorch(cpu: CPUBackend) -> None:
+def test_what_can_not_run_goes_to_pytorch(cpu: Kernels) -> None:
     x, weight = random((2, 4, 8, 8), torch.float32, 1), torch.zeros(6, 4, 4, 4)
-    assert cpu.cannot(K4, x, weight) is None
-    assert "no groups, and here are 2" in (cpu.cannot(Geometry((4, 4), groups=2), x, weight) or "")
-    assert "channels_last" in (cpu.cannot(K4, x.contiguous(), weight) or "")
-    assert "channels_last" in (cpu.cannot(K4, x[:0], weight) or "")
-    assert "torch.float16" in (cpu.cannot(K4, x, weight.half()) or "")
-    assert cpu.why_not("conv", Operand(x), weight, K4, STORE) is None
-    empty, stats = cpu.conv(Operand(x[:0]), weight, K4, Epilogue("stats"))
+
+    def reason(x: Tensor, weight: Tensor, g: Geometry = K4) -> str | None:
+        return why_not(cpu, conv_call(Operand(x), weight, g))
+
+    assert reason(x, weight) is None
+    assert "no groups, and here are 2" in (reason(x, weight[:, :2], Geometry((4, 4), groups=2)) or "")
+    assert "channels_last" in (reason(x.contiguous(), weight) or "")
+    assert "channels_last" in (reason(x[:0], weight) or "")
+    assert "torch.float16" in (reason(x, weight.half()) or "")
+    empty, stats = run(cpu, conv_call(Operand(x[:0]), weight, K4, Epilogue("stats")))
     assert empty.shape == (0, 6, 4, 4) and torch.equal(stats, torch.zeros(3, 1, 6))
 
 
-def test_what_is_faster_in_pytorch_goes_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = backends.get("cpu")
-    assert isinstance(cpu, CPUBackend)
-    monkeypatch.setattr(cpu, "_tiles", False)
+def why_last(cpu: CPUBackend, call: Call) -> str | None:
+    """Why the algorithms that can run a call are likely to be slower than PyTorch's own, or None."""
+    reasons = [a.why_last(call) for a in cpu.algorithms(call.op) if a.why_not(call) is None]
+    return None if None in reasons else reasons[-1]
+
+
+def test_the_rule_where_nothing_was_measured() -> None:
+    cpu = CPUBackend()
+    cpu._processor_has_amx = False
     small, large = Case(32, 32, (8, 8), 8, K4, torch.float32), Case(1, 32, (32, 32), 8, K4, torch.float32)
     half, bf16 = Case(2, 32, (32, 32), 8, K4, torch.half), Case(2, 32, (32, 32), 8, K4, torch.bfloat16)
     for case, expected in [
@@ -301,24 +317,22 @@ def test_what_is_faster_in_pytorch_goes_to_pytorch(monkeypatch: pytest.MonkeyPat
         (half, None),
         (bf16, None),
     ]:
-        why = cpu.why_not("conv", Operand(case.x), case.weight, case.g, STORE)
+        why = why_last(cpu, case.calls()["conv"])
         assert why is None if expected is None else expected in (why or ""), why
-    assert cpu.why_not("weight_grad", Operand(large.x), Operand(large.dy), K4) is None
+    assert why_last(cpu, large.calls()["weight_grad"]) is None
     # Packing is most of the work for few pixels, and is done once where weights stay as they are.
     wide = block("wide", torch.float32)
     generating = Epilogue("bias", coef=torch.zeros(64))
-    why = cpu.why_not("conv_transpose", Operand(wide.dy), wide.weight, K4, wide.size, STORE)
-    assert "3 times 16 pixels" in (why or "")
-    cast = cpu.why_not("conv_transpose", Operand(wide.dy), wide.weight, K4, wide.size, generating)
+    assert "3 times 16 pixels" in (why_last(cpu, wide.calls()["conv_transpose"]) or "")
+    cast = why_last(cpu, wide.calls(generating)["conv_transpose"])
     assert "3 times 16 pixels" in (cast or "")  # of autocast, say, which casts it at every call
     wide.weight = nn.Parameter(wide.weight)
-    assert cpu.why_not("conv_transpose", Operand(wide.dy), wide.weight, K4, wide.size, generating) is None
-    why = cpu.why_not("conv", Operand(wide.x[:1]), wide.weight, K4, generating)
-    assert "1 times 16 pixels" in (why or "")
-    image = block("image", torch.float32)
-    assert cpu.why_not("conv_transpose", Operand(image.dy), image.weight, K4, image.size, STORE) is None
-    monkeypatch.setattr(cpu, "_tiles", True)
-    assert "AMX" in (cpu.why_not("conv", Operand(bf16.x), bf16.weight, K4, STORE) or "")
+    assert why_last(cpu, wide.calls(generating)["conv_transpose"]) is None
+    wide.x = wide.x[:1]
+    assert "1 times 16 pixels" in (why_last(cpu, wide.calls(generating)["conv"]) or "")
+    assert why_last(cpu, block("image", torch.float32).calls()["conv_transpose"]) is None
+    cpu._processor_has_amx = True
+    assert "AMX" in (why_last(cpu, bf16.calls()["conv"]) or "")
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 1, 1, 1), (0, 3, 4, 4)], ids=str)
@@ -334,7 +348,7 @@ def test_channels_last_is_what_pytorch_takes_for_it(shape: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, CHANNELS_LAST], ids=["contiguous", "channels_last"])
-def test_whole_nets_are_turned(layout: torch.memory_format) -> None:
+def test_whole_nets_run_in_channels_last(layout: torch.memory_format) -> None:
     """Contiguous images and weights: channels_last in between, and the output is contiguous as PyTorch's is."""
     net = nn.Sequential(
         nn.ConvTranspose2d(10, 64, 4, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
@@ -361,28 +375,46 @@ def test_whole_nets_are_turned(layout: torch.memory_format) -> None:
         assert "PyTorch's convolution" not in fastdcgan.explain(ours, x)[1].why
 
 
-def test_bad_calls(cpu: CPUBackend) -> None:
+def test_bad_calls(cpu: Kernels) -> None:
     op = torch.ops.fastdcgan_cpu
     x, weight = torch.zeros(2, 4, 8, 8), torch.zeros(6, 4, 4, 4)
     numbers = ((2, 2), (1, 1), (1, 1), (4, 4))
     with pytest.raises(ValueError, match="4 input channels"):
-        op.conv(x, weight[:, :3], *numbers, None, 0, 0.0, 0)
+        op.conv(x, weight[:, :3], *numbers, None, 0, 0.0, 0, "gemm")
     with pytest.raises(TypeError, match="dtype Float, got Half"):
-        op.conv(x, weight.half(), *numbers, None, 0, 0.0, 0)
+        op.conv(x, weight.half(), *numbers, None, 0, 0.0, 0, "gemm")
     with pytest.raises(TypeError, match="got Double"):
-        op.conv(x.double(), weight.double(), *numbers, None, 0, 0.0, 0)
+        op.conv(x.double(), weight.double(), *numbers, None, 0, 0.0, 0, "gemm")
     with pytest.raises(ValueError, match="can't have 3 statistics groups"):
-        op.conv(x, weight, *numbers, None, 0, 0.0, 3)
+        op.conv(x, weight, *numbers, None, 0, 0.0, 3, "gemm")
     with pytest.raises(ValueError, match=r"expected a bias \[6\]"):
-        op.conv(x, weight, *numbers, torch.zeros(5), 0, 0.0, 0)
+        op.conv(x, weight, *numbers, torch.zeros(5), 0, 0.0, 0, "gemm")
     with pytest.raises(ValueError, match="unknown activation id 99"):
-        op.conv(x, weight, *numbers, None, 99, 0.0, 0)
+        op.conv(x, weight, *numbers, None, 99, 0.0, 0, "gemm")
     with pytest.raises(ValueError, match="make no output"):
-        op.conv(x, weight, (0, 2), (1, 1), (1, 1), (4, 4), None, 0, 0.0, 0)
+        op.conv(x, weight, (0, 2), (1, 1), (1, 1), (4, 4), None, 0, 0.0, 0, "gemm")
     with pytest.raises(ValueError, match="with elements"):
-        op.conv(x[:0], weight, *numbers, None, 0, 0.0, 0)
+        op.conv(x[:0], weight, *numbers, None, 0, 0.0, 0, "gemm")
     with pytest.raises(ValueError, match="one batch size, got 2 and 1"):
-        op.weight_grad(x, torch.zeros(1, 6, 4, 4), (4, 4), (2, 2), (1, 1), (1, 1))
+        op.weight_grad(x, torch.zeros(1, 6, 4, 4), (4, 4), (2, 2), (1, 1), (1, 1), "gemm")
+
+
+def test_algorithms_that_can_not_run() -> None:
+    op, x = torch.ops.fastdcgan_cpu, torch.zeros(2, 4, 8, 8)
+    for kernel, stride, dilation in [((3, 3), (1, 1), (1, 1)), ((6, 6), (3, 3), (1, 1)), ((4, 4), (2, 2), (1, 2))]:
+        size = Geometry(kernel, stride, (1, 1), dilation).conv_size(8, 8)
+        assert "winograd" not in op.algorithms("conv", 4, 6, kernel, stride, dilation, torch.float32, False)
+        with pytest.raises(ValueError, match=r"no algorithm 'winograd' .*; there are: image_side, gemm"):
+            op.conv(x, torch.zeros(6, 4, *kernel), stride, (1, 1), dilation, size, None, 0, 0.0, 0, "winograd")
+        with pytest.raises(ValueError, match="no algorithm 'winograd'"):
+            op.weight_grad(x, torch.zeros(2, 6, *size), kernel, stride, (1, 1), dilation, "winograd")
+    numbers = ((4, 4), (2, 2), (1, 1))
+    assert op.algorithms("conv", 64, 64, *numbers, torch.float16, False) == ["gemm", "winograd"]
+    assert op.algorithms("conv_transpose", 64, 3, *numbers, torch.float16, False)[0] == "col2im"
+    assert op.algorithms("conv_transpose", 64, 3, *numbers, torch.float16, True)[0] == "gemm"
+    assert op.algorithms("weight_grad", 3, 64, *numbers, torch.float16, False)[0] == "image_side"
+    with pytest.raises(ValueError, match="expected 'conv', 'conv_transpose' or 'weight_grad', got 'convolve'"):
+        op.algorithms("convolve", 3, 64, *numbers, torch.float16, False)
 
 
 def test_avx2() -> None:

@@ -8,13 +8,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.cpu import CPUBackend
 from fastdcgan.geometry import Geometry
-from fastdcgan.spec import Epilogue, Operand
+from fastdcgan.spec import Epilogue
 from tests.csrc.cpu.test_contractions import DTYPES, K4, REFERENCE, STATUS, Case, Kernels
 from tests.helpers.tolerance import assert_as_accurate
 from tests.machine import run_capped
@@ -37,8 +34,7 @@ IMAGES = {
 
 
 @pytest.fixture
-def cpu() -> CPUBackend:
-    backends.get("cpu")
+def cpu() -> Kernels:
     return Kernels()
 
 
@@ -48,7 +44,7 @@ def image(name: str, dtype: torch.dtype) -> Case:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", IMAGES)
-def test_images(cpu: CPUBackend, name: str, dtype: torch.dtype) -> None:
+def test_images(cpu: Kernels, name: str, dtype: torch.dtype) -> None:
     image(name, dtype).check(cpu)
 
 
@@ -58,7 +54,6 @@ def test_drawn_geometries(data: st.DataObject) -> None:
     def pair(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
         return st.tuples(st.integers(low, high), st.integers(low, high))
 
-    backends.get("cpu")
     dilation = data.draw(st.one_of(st.just((1, 1)), pair(1, 3)))
     g = Geometry(data.draw(pair(1, 6)), data.draw(pair(1, 3)), data.draw(pair(0, 7)), dilation)
     size = data.draw(st.tuples(st.integers(1, 24), st.integers(1, 40)))
@@ -68,40 +63,30 @@ def test_drawn_geometries(data: st.DataObject) -> None:
     Case(batch, channels, size, data.draw(features), g, data.draw(st.sampled_from(DTYPES))).check(Kernels())
 
 
-def test_many_slices_of_pixels(cpu: CPUBackend) -> None:
+def test_many_slices_of_pixels(cpu: Kernels) -> None:
     """As many of a weight's gradient as there ever are, of different lengths."""
     Case(36, 1, (128, 130), 16, K4, torch.float32).check(cpu)
 
 
 @pytest.mark.parametrize("name", ["64 features", "ragged", "wide", "dilated"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_activated_outputs(cpu: CPUBackend, dtype: torch.dtype, name: str) -> None:
+def test_activated_outputs(cpu: Kernels, dtype: torch.dtype, name: str) -> None:
     case = image(name, dtype)
     for act in ("leaky_relu", "tanh"):
-        for op, a, channels in (("conv", case.x, case.dy.shape[1]), ("conv_transpose", case.dy, case.x.shape[1])):
+        for op, channels in (("conv", case.dy.shape[1]), ("conv_transpose", case.x.shape[1])):
             coef = torch.randn(4, 1, channels, generator=torch.Generator().manual_seed(4)) * 0.1
-            extra = (case.size,) if op == "conv_transpose" else ()
-            got, vanilla, truth = (
-                getattr(on, op)(
-                    Operand(t(a)), t(case.weight), case.g, *extra,
-                    Epilogue("activate", None, coef.double() if t is Tensor.double else coef, act,
-                             ACTIVATIONS[act].default_slope),
-                )[0]
-                for on, t in ((cpu, lambda t: t), (REFERENCE, lambda t: t), (REFERENCE, Tensor.double))
-            )  # fmt: skip
-            assert_as_accurate(got, vanilla, truth, f"{op} with {act}", reduction=case.terms(op), scale=1.0)
+            e = Epilogue("activate", None, coef, act, ACTIVATIONS[act].default_slope)
+            results = [found[0] for found in case.three(cpu, op, e)]
+            assert_as_accurate(*results, f"{op} with {act}", reduction=case.terms(op), scale=1.0)
 
 
 @pytest.mark.parametrize("name", ["64 features", "ragged", "wide", "one row"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
-def test_statistics(cpu: CPUBackend, groups: int, dtype: torch.dtype, name: str) -> None:
+def test_statistics(cpu: Kernels, groups: int, dtype: torch.dtype, name: str) -> None:
     _, channels, size, features, g = IMAGES[name]
     case = Case(4, channels, size, features, g, dtype)
-    (out, got), (_, vanilla), (_, truth) = (
-        on.conv(Operand(t(case.x)), t(case.weight), case.g, Epilogue("stats", stat_groups=groups))
-        for on, t in ((cpu, lambda t: t), (REFERENCE, lambda t: t), (REFERENCE, Tensor.double))
-    )
+    (out, got), (_, vanilla), (_, truth) = case.three(cpu, "conv", Epilogue("stats", stat_groups=groups))
     assert torch.equal(out, case.run(cpu)["conv"])
     for row, what in enumerate(["mean", "biased variance", "unbiased variance"]):
         assert_as_accurate(
@@ -111,7 +96,7 @@ def test_statistics(cpu: CPUBackend, groups: int, dtype: torch.dtype, name: str)
 
 
 @pytest.mark.parametrize("name", ["64 features", "ragged", "3x3"])
-def test_what_is_not_finite_stays_where_it_is(cpu: CPUBackend, name: str) -> None:
+def test_what_is_not_finite_stays_where_it_is(cpu: Kernels, name: str) -> None:
     case = image(name, torch.float32)
     case.x[-1, 1, 2, 3] = math.nan
     case.x[0, 0, -3, -4] = -math.inf
@@ -125,7 +110,7 @@ def test_what_is_not_finite_stays_where_it_is(cpu: CPUBackend, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["64 features", "ragged"])
-def test_denormal_numbers(cpu: CPUBackend, name: str) -> None:
+def test_denormal_numbers(cpu: Kernels, name: str) -> None:
     case = image(name, torch.float32)
     case.x *= 1e-39
     case.dy *= 1e-39
@@ -137,7 +122,7 @@ def test_denormal_numbers(cpu: CPUBackend, name: str) -> None:
 
 @pytest.mark.parametrize("times", [1, 10])
 @pytest.mark.parametrize("name", IMAGES)
-def test_same_bits_whatever_the_threads(cpu: CPUBackend, name: str, times: int) -> None:
+def test_same_bits_whatever_the_threads(cpu: Kernels, name: str, times: int) -> None:
     batch, channels, size, features, g = IMAGES[name]
     case = Case(times * batch, channels, size, features, g, torch.float32 if times == 1 else torch.bfloat16)
     case.check_threads(cpu)

@@ -27,7 +27,7 @@ PAGE = resource.getpagesize()
 
 
 @pytest.fixture(autouse=True)
-def _nothing_kept() -> Iterator[None]:
+def _nothing_cached() -> Iterator[None]:
     backends.get("cpu")
     gc.collect()
     torch.ops.fastdcgan_cpu.release_memory()
@@ -41,18 +41,18 @@ def result(mib: float, value: float = 1.0) -> Tensor:
     return torch.ops.fastdcgan_cpu.norm_act(x, torch.tensor([1.0, 0.0]).reshape(2, 1, 1), 0, 0.0)
 
 
-def kept() -> tuple[int, int]:
-    return torch.ops.fastdcgan_cpu.kept_memory()
+def cached() -> tuple[int, int]:
+    return torch.ops.fastdcgan_cpu.cached_memory()
 
 
 def test_memory_is_used_again() -> None:
     first = result(1)
     place = first.data_ptr()
-    assert kept() == (0, 0)
+    assert cached() == (0, 0)
     del first
-    assert kept() == (1, MIB)
+    assert cached() == (1, MIB)
     again = result(1, 2.0)
-    assert again.data_ptr() == place and kept() == (0, 0)
+    assert again.data_ptr() == place and cached() == (0, 0)
     assert torch.equal(again, torch.full_like(again, 2.0))
 
 
@@ -60,32 +60,32 @@ def test_memory_is_used_again() -> None:
 def test_only_for_about_the_same_size(mib: float) -> None:
     del [result(1)][0]
     other = result(mib)
-    assert kept() == (1, MIB)
+    assert cached() == (1, MIB)
     assert other.untyped_storage().nbytes() == int(mib * MIB / 4) * 4
 
 
 def test_a_little_less_takes_the_block() -> None:
     del [result(1)][0]
     other = result(0.95)
-    assert kept() == (0, 0)
+    assert cached() == (0, 0)
     assert other.untyped_storage().nbytes() == int(0.95 * MIB / 4) * 4
 
 
 def test_small_results_leave_nothing() -> None:
     del [result(0.2)][0]
-    assert kept() == (0, 0)
+    assert cached() == (0, 0)
 
 
 def test_given_back_after_a_while_and_when_asked() -> None:
     del [result(1)][0]
     for _ in range(300):
         result(2)
-    assert kept() == (2, 3 * MIB)
+    assert cached() == (2, 3 * MIB)
     for _ in range(300):
         result(2)
-    assert kept() == (1, 2 * MIB)
+    assert cached() == (1, 2 * MIB)
     torch.ops.fastdcgan_cpu.release_memory()
-    assert kept() == (0, 0)
+    assert cached() == (0, 0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.sampled_from([0.3, 0.5, 0.52, 1.0, 1.02])), max_size=40))
@@ -136,10 +136,10 @@ def test_large_blocks_are_mappings_of_their_own() -> None:
         assert first.data_ptr() % (2 * MIB) == 0 and second.data_ptr() % (2 * MIB) == 0
     assert bool((first == 1.0).all()) and bool((second == 2.0).all())
     del first, second
-    assert kept() == (2, 10 * MIB)
+    assert cached() == (2, 10 * MIB)
     before = resident()
     torch.ops.fastdcgan_cpu.release_memory()
-    assert kept() == (0, 0) and before - resident() > 8 * MIB
+    assert cached() == (0, 0) and before - resident() > 8 * MIB
 
 
 def resident() -> int:

@@ -1,4 +1,4 @@
-"""Packed weights that are kept: never one that doesn't hold any more, however the weight was changed."""
+"""The packed-weight cache: never one that doesn't hold any more, however the weight was changed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.skipif(STATUS != "available", reason=STATUS)
 CHANNELS_LAST = torch.channels_last
 
 
-def kept() -> tuple[int, int]:
-    return torch.ops.fastdcgan_cpu.kept_weights()
+def cached() -> tuple[int, int]:
+    return torch.ops.fastdcgan_cpu.packed_weights()
 
 
 def run(x: Tensor, weight: Tensor) -> Tensor:
     numbers = ((2, 2), (1, 1), (1, 1), (2 * x.shape[2], 2 * x.shape[3]))
-    return torch.ops.fastdcgan_cpu.conv_transpose(x, weight, *numbers, None, 0, 0.0, 0)[0]
+    return torch.ops.fastdcgan_cpu.conv_transpose(x, weight, *numbers, None, 0, 0.0, 0, "gemm")[0]
 
 
 def fresh(x: Tensor, weight: Tensor) -> Tensor:
@@ -124,9 +124,9 @@ def test_no_change_is_missed(change: Callable[[nn.ConvTranspose2d], None], dtype
     for _ in range(3):
         assert torch.equal(run(x, conv.weight), before)
         assert torch.equal(fresh(x, conv.weight), before)
-    count = kept()[0]
+    count = cached()[0]
     assert count > 0
-    for _ in range(3):  # the first is packed again, then it is not kept for a while
+    for _ in range(3):  # the first is packed again, then it is not cached for a while
         change(conv)
         assert torch.equal(run(x, conv.weight), fresh(x, conv.weight))
     assert not torch.equal(run(x, conv.weight), before) or change is one_bit
@@ -151,42 +151,42 @@ def test_every_bit_counts() -> None:
         numbers = ((1, 1), (0, 0), (1, 1), (1, 1))
         for place in {*range(min(size, 130)), *range(max(0, size - 130), size)}:
             weight[0, place] = -0.0  # another bit, and the same number
-            assert kept_after(x, weight, numbers)
+            assert cached_after(x, weight, numbers)
             weight[0, place] = 3.0
-            out = torch.ops.fastdcgan_cpu.conv_transpose(x, weight, *numbers, None, 0, 0.0, 0)[0]
+            out = torch.ops.fastdcgan_cpu.conv_transpose(x, weight, *numbers, None, 0, 0.0, 0, "gemm")[0]
             assert out[0, place] == 3 * x.item() and out.count_nonzero() == 1
             weight[0, place] = 0.0
 
 
-def kept_after(x: Tensor, weight: Tensor, numbers: tuple) -> bool:
-    """Whether a packed form is kept, after as many calls with one weight as it may take."""
+def cached_after(x: Tensor, weight: Tensor, numbers: tuple) -> bool:
+    """Whether a packed form is cached, after as many calls with one weight as it may take."""
     for _ in range(1100):
-        torch.ops.fastdcgan_cpu.conv_transpose(x, weight, *numbers, None, 0, 0.0, 0)
-        if kept()[0]:
-            torch.ops.fastdcgan_cpu.conv_transpose(x, weight, *numbers, None, 0, 0.0, 0)
+        torch.ops.fastdcgan_cpu.conv_transpose(x, weight, *numbers, None, 0, 0.0, 0, "gemm")
+        if cached()[0]:
+            torch.ops.fastdcgan_cpu.conv_transpose(x, weight, *numbers, None, 0, 0.0, 0, "gemm")
             return True
     return False
 
 
 def test_they_go_with_the_weight_and_with_changes() -> None:
     gc.collect()
-    count, size = kept()
+    count, size = cached()
     conv, x = layer()
     run(x, conv.weight)
-    assert kept() == (count + 1, size + 64 * 48 * 16 * 4)  # 48 columns are whole vectors
+    assert cached() == (count + 1, size + 64 * 48 * 16 * 4)  # 48 columns are whole vectors
     run(x.repeat(200, 1, 1, 1), conv.weight)  # for so many pixels packing is nothing
     by_data(conv)
     run(x, conv.weight)
-    assert kept()[0] == count + 1
+    assert cached()[0] == count + 1
     by_data(conv)
     run(x, conv.weight)
-    assert kept() == (count, size)  # two changes, and no use in between
+    assert cached() == (count, size)  # two changes, and no use in between
     for _ in range(6):
         run(x, conv.weight)
-    assert kept()[0] == count + 1
+    assert cached()[0] == count + 1
     del conv
     gc.collect()
-    assert kept() == (count, size)
+    assert cached() == (count, size)
 
 
 def test_many_threads_share_one() -> None:
@@ -220,16 +220,16 @@ def test_generating_with_changing_weights() -> None:
             with fastdcgan.backend("reference"):
                 expected = ours(x)
             assert (found - expected).abs().max() < 1e-5
-    assert kept()[0] > 0
+    assert cached()[0] > 0
 
 
 # --- float32 weights under autocast ----------------------------------------------------------------------------------
 
-HALVES = [torch.bfloat16, torch.float16]
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 
 
 def generator() -> nn.Sequential:
-    """Folded, so that weights are kept: wide, filtered, and image-side layers."""
+    """Folded, so that weights are cached: wide, Winograd, and image-side layers."""
     torch.manual_seed(3)
     net = nn.Sequential(nn.ConvTranspose2d(10, 64, 4, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
                         nn.ConvTranspose2d(64, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
@@ -254,7 +254,7 @@ def generate(net: nn.Sequential, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 40])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 def test_autocast_has_the_bits_of_weights_that_were_cast(dtype: torch.dtype, batch: int) -> None:
     net = generator()
     x = torch.randn(batch, 10, 1, 1)
@@ -266,16 +266,16 @@ def test_autocast_has_the_bits_of_weights_that_were_cast(dtype: torch.dtype, bat
         assert parameter.dtype == torch.float32, name
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_autocast_keeps_what_it_packs_of_float32_weights(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_autocast_caches_what_it_packs_of_float32_weights(dtype: torch.dtype) -> None:
     gc.collect()
-    before = kept()[0]
+    before = cached()[0]
     net, x = generator(), torch.randn(1, 10, 1, 1)
     first = generate(net, x, dtype)
-    count = kept()[0]
+    count = cached()[0]
     assert count == before + 3  # not the image's, which is packed at every call
     assert torch.equal(generate(net, x, dtype), first)
-    assert kept()[0] == count
+    assert cached()[0] == count
     for change in (lambda p: p.data.mul_(1.5), lambda p: p.data.neg_()):
         for parameter in net.parameters():
             change(parameter)
@@ -293,7 +293,7 @@ def test_a_change_that_rounding_hides_is_no_other_result() -> None:
     assert torch.equal(before, run(half, conv.weight.bfloat16()))
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 def test_weights_are_rounded_as_a_cast_rounds(dtype: torch.dtype) -> None:
     """Ties, denormal and huge numbers, infinities and NaN, dense or not."""
     big, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
@@ -306,7 +306,7 @@ def test_weights_are_rounded_as_a_cast_rounds(dtype: torch.dtype) -> None:
     numbers = ((1, 1), (0, 0), (1, 1), (1, 1))
     apart = torch.zeros(*weight.shape, 2)[..., 0].copy_(weight)
     for given in (weight, apart, weight.requires_grad_()):
-        out = torch.ops.fastdcgan_cpu.conv_transpose(x, given.detach(), *numbers, None, 0, 0.0, 0)[0]
+        out = torch.ops.fastdcgan_cpu.conv_transpose(x, given.detach(), *numbers, None, 0, 0.0, 0, "gemm")[0]
         torch.testing.assert_close(out.flatten(), values.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 

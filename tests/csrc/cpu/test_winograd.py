@@ -1,4 +1,4 @@
-"""The contractions of csrc/cpu by minimal filtering, against float64, for this processor and for older ones."""
+"""The contractions of csrc/cpu by Winograd's algorithm, against float64, for this processor and for older ones."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.backends.cpu import CPUBackend
+from fastdcgan.backends.cpu import CPUBackend, Sides
 from fastdcgan.geometry import Geometry
-from fastdcgan.spec import Epilogue, Operand
+from fastdcgan.spec import Epilogue
 from tests.csrc.cpu.test_contractions import (
     BLOCKS,
     DTYPES,
@@ -31,28 +29,17 @@ from tests.machine import run_capped
 
 pytestmark = pytest.mark.skipif(STATUS != "available", reason=STATUS)
 
-FILTERED = [name for name, (*_, geometry) in BLOCKS.items() if CPUBackend.can_filter(geometry)]
-
-
-class Filters(CPUBackend):
-    """Minimal filtering wherever it can run, and nothing else."""
-
-    def filters(
-        self, op: str, gathered: object, linear: object, geometry: Geometry, dtype: torch.dtype, kept: bool = False
-    ) -> bool:
-        assert self.can_filter(geometry), geometry
-        return True
+ABLE = [name for name, (*_, g) in BLOCKS.items() if g.dilation == (1, 1) and g.kernel == (2 * g.stride[0],) * 2]
 
 
 @pytest.fixture
-def cpu() -> CPUBackend:
-    backends.get("cpu")
-    return Filters()
+def cpu() -> Kernels:
+    return Kernels("winograd")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", FILTERED)
-def test_blocks(cpu: CPUBackend, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ABLE)
+def test_blocks(cpu: Kernels, name: str, dtype: torch.dtype) -> None:
     block(name, dtype).check(cpu)
 
 
@@ -60,7 +47,6 @@ def test_blocks(cpu: CPUBackend, name: str, dtype: torch.dtype) -> None:
 @given(data=st.data())
 def test_drawn_geometries(data: st.DataObject) -> None:
     """Sums of 32 terms and more. Those of four, say, have the rounding of the sums in the transforms."""
-    backends.get("cpu")
     stride = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
     padding = data.draw(st.tuples(st.integers(0, 5), st.integers(0, 5)))
     g = Geometry((2 * stride[0], 2 * stride[1]), stride, padding)
@@ -69,35 +55,32 @@ def test_drawn_geometries(data: st.DataObject) -> None:
     channels = st.one_of(st.integers(8, 40), st.sampled_from([64, 96, 270]))
     dtype, area = data.draw(st.sampled_from(DTYPES)), math.prod(g.conv_size(*size))
     batch = data.draw(st.integers(-(-32 // area), -(-32 // area) + 4))
-    Case(batch, data.draw(channels), size, data.draw(channels), g, dtype).check(Filters())
+    Case(batch, data.draw(channels), size, data.draw(channels), g, dtype).check(Kernels("winograd"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_tiles(cpu: CPUBackend, dtype: torch.dtype) -> None:
+def test_many_tiles(cpu: Kernels, dtype: torch.dtype) -> None:
     """Several blocks of tiles, chunks of depth, and slices of a weight's gradient."""
     Case(20, 72, (32, 30), 50, K4, dtype).check(cpu)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_activated_outputs(cpu: CPUBackend, act: str) -> None:
+def test_activated_outputs(cpu: Kernels, act: str) -> None:
     slope = ACTIVATIONS[act].default_slope
     case = block("wide, few pixels", torch.float32)
     coef = torch.randn(4, 1, case.dy.shape[1], generator=torch.Generator().manual_seed(4)) * 0.1
-    got, vanilla, truth = (
-        on.conv(Operand(t(case.x)), t(case.weight), case.g, Epilogue("activate", None, t(coef), act, slope))[0]
-        for on, t in ((cpu, lambda t: t), (REFERENCE, lambda t: t), (REFERENCE, Tensor.double))
-    )
-    assert_as_accurate(got, vanilla, truth, act, reduction=case.terms("conv"), scale=1.0)
+    results = [found[0] for found in case.three(cpu, "conv", Epilogue("activate", None, coef, act, slope))]
+    assert_as_accurate(*results, act, reduction=case.terms("conv"), scale=1.0)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_statistics(cpu: CPUBackend, dtype: torch.dtype, groups: int) -> None:
+def test_statistics(cpu: Kernels, dtype: torch.dtype, groups: int) -> None:
     check_statistics(cpu, dtype, groups, ((4, 4), (2, 18), (32, 8), (6, 7)))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, 100.0, 1e4])
-def test_rounding_is_that_of_plain_sums(cpu: CPUBackend, offset: float) -> None:
+def test_rounding_is_that_of_plain_sums(cpu: Kernels, offset: float) -> None:
     """Twice vanilla's error and not a bit more, in all that `verdict` judges: also where inputs differ by little, and
     where the taps of a weight cancel."""
     case = Case(8, 128, (16, 16), 128, K4, torch.float32)
@@ -113,7 +96,7 @@ def test_rounding_is_that_of_plain_sums(cpu: CPUBackend, offset: float) -> None:
             assert not verdict(got[op], vanilla[op], truth[op], reduction=case.terms(op))
 
 
-def test_what_is_not_finite_stays_where_it_is(cpu: CPUBackend) -> None:
+def test_what_is_not_finite_stays_where_it_is(cpu: Kernels) -> None:
     """An infinite value may come out as NaN, but only where it is read."""
     case = block("wide", torch.float32)
     case.x[-1, 1, 2, 3] = math.nan
@@ -123,7 +106,7 @@ def test_what_is_not_finite_stays_where_it_is(cpu: CPUBackend) -> None:
         assert torch.equal(got[op].isfinite(), expected[op].isfinite()), op
 
 
-def test_denormal_numbers(cpu: CPUBackend) -> None:
+def test_denormal_numbers(cpu: Kernels) -> None:
     case = block("wide", torch.float32)
     case.x *= 1e-39
     case.dy *= 1e-39
@@ -133,41 +116,40 @@ def test_denormal_numbers(cpu: CPUBackend) -> None:
         assert (got[op].double() - expected[op]).abs().max() <= 1e-5 * expected[op].abs().max()
 
 
-def test_a_weight_may_lie_as_it_likes(cpu: CPUBackend) -> None:
+def test_a_weight_may_lie_as_it_likes(cpu: Kernels) -> None:
     case = block("wide, few pixels", torch.float32)
     expected = case.run(cpu)
     plain = case.weight.contiguous(memory_format=torch.contiguous_format)
-    turned = plain.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-    for case.weight in (plain, turned):
+    reversed_ = plain.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    for case.weight in (plain, reversed_):
         assert all(torch.equal(result, expected[op]) for op, result in case.run(cpu).items())
 
 
-def test_a_kept_weight_is_that_of_this_call(cpu: CPUBackend) -> None:
-    """Also where direct products keep theirs of the same weight, and where it changes without a trace."""
+def test_a_cached_weight_is_that_of_this_call(cpu: Kernels) -> None:
+    """Also where other algorithms cache theirs of the same weight, and where it changes without a trace."""
     case = block("wide", torch.float32)
     bias = Epilogue("bias", coef=torch.zeros(case.dy.shape[1]))
     for factor in (1.0, -2.0):
         case.weight.data.mul_(factor)
-        expected = REFERENCE.conv(Operand(case.x), case.weight, case.g, bias)[0]
+        expected = case.contract(REFERENCE, "conv", bias)[0]
         for on in (cpu, Kernels(), cpu, Kernels(), cpu):
-            got = on.conv(Operand(case.x), case.weight, case.g, bias)[0]
+            got = case.contract(on, "conv", bias)[0]
             assert torch.allclose(got, expected, atol=1e-3, rtol=1e-4)
 
 
-def test_a_kept_weight_is_for_few_tiles_or_for_many(cpu: CPUBackend) -> None:
+def test_a_cached_weight_is_for_few_tiles_or_for_many(cpu: Kernels) -> None:
     """Sums over many input channels have another order where tiles are few."""
     few, many = (Case(batch, 72, (16, 16), 40, K4, torch.float32) for batch in (4, 20))
     many.weight = few.weight
     bias = Epilogue("bias", coef=torch.zeros(40))
-    before = torch.ops.fastdcgan_cpu.kept_weights()[0]
+    before = torch.ops.fastdcgan_cpu.packed_weights()[0]
     for case in (few, many, few, many):
-        expected = REFERENCE.conv(Operand(case.x), case.weight, case.g, bias)[0]
-        got = cpu.conv(Operand(case.x), case.weight, case.g, bias)[0]
+        expected, got = case.contract(REFERENCE, "conv", bias)[0], case.contract(cpu, "conv", bias)[0]
         assert torch.allclose(got, expected, atol=1e-3, rtol=1e-4)
-    assert torch.ops.fastdcgan_cpu.kept_weights()[0] == before + 2
+    assert torch.ops.fastdcgan_cpu.packed_weights()[0] == before + 2
 
 
-def test_a_kept_weight_has_all_phases(cpu: CPUBackend) -> None:
+def test_a_cached_weight_has_all_phases(cpu: Kernels) -> None:
     """One output along an axis is of one phase, and the padding says which; the weight is the same."""
     weight = torch.randn(16, 16, 4, 4).contiguous(memory_format=torch.channels_last)
     for padding, size in [(2, 1), (1, 2), (3, 1), (2, 1)]:
@@ -180,8 +162,8 @@ def test_a_kept_weight_has_all_phases(cpu: CPUBackend) -> None:
 WIDE = {"few tiles, 128 to 256": (5, 128, 256), "few tiles, 256 to 512": (3, 256, 512)}
 
 
-@pytest.mark.parametrize("name", [*FILTERED, *WIDE])
-def test_same_bits_whatever_the_threads(cpu: CPUBackend, name: str) -> None:
+@pytest.mark.parametrize("name", [*ABLE, *WIDE])
+def test_same_bits_whatever_the_threads(cpu: Kernels, name: str) -> None:
     if name in WIDE:
         batch, inputs, outputs = WIDE[name]
         case = Case(batch, inputs, (8, 8), outputs, K4, torch.float32)
@@ -193,37 +175,25 @@ def test_same_bits_whatever_the_threads(cpu: CPUBackend, name: str) -> None:
 
 def test_the_rule() -> None:
     cpu = CPUBackend()
-    cpu._tiles = False
+    cpu._processor_has_amx = False
+
+    def fits(op: str, gathered: tuple, linear: tuple, dtype: torch.dtype = torch.float32, cached: bool = False) -> bool:
+        return cpu._why_not_filter(op, Sides(gathered, linear, 16, dtype, cached)) is None
+
     sizes = (8, 16, 32, 32), (8, 32, 16, 16)
     for op in ("conv", "conv_transpose", "weight_grad"):
-        assert cpu.filters(op, *sizes, K4, torch.float32)
-        assert cpu.slower(op, *sizes, K4, torch.float32) is None or op != "weight_grad"
-        assert not cpu.filters(op, *sizes, Geometry((3, 3), padding=(1, 1)), torch.float32)
-        assert not cpu.filters(op, (8, 3, 32, 32), sizes[1], K4, torch.float32)
-        assert not cpu.filters(op, sizes[0], (8, 1, 16, 16), K4, torch.float32)
+        assert fits(op, *sizes)
+        assert not fits(op, (8, 3, 32, 32), sizes[1])
+        assert not fits(op, sizes[0], (8, 1, 16, 16))
     few = (7, 256, 8, 8), (7, 512, 4, 4)
-    assert not cpu.filters("conv", *few, K4, torch.float32)
-    assert not cpu.filters("conv", *few, K4, torch.float32, kept=True)
+    assert not fits("conv", *few) and not fits("conv", *few, cached=True)
     few = (8, 256, 8, 8), (8, 512, 4, 4)
-    assert not cpu.filters("conv", *few, K4, torch.float32)
-    assert cpu.filters("conv", *few, K4, torch.float32, kept=True)
-    assert cpu.filters("weight_grad", *few, K4, torch.float32)
-    assert not cpu.filters("weight_grad", (1, 16, 8, 8), (1, 16, 4, 4), K4, torch.float32)
-    assert cpu.filters("conv", *sizes, K4, torch.bfloat16)
-    cpu._tiles = True
-    assert not cpu.filters("conv", *sizes, K4, torch.bfloat16)
-
-
-def test_what_it_does_not_cover(cpu: CPUBackend) -> None:
-    op, x = torch.ops.fastdcgan_cpu, torch.zeros(2, 4, 8, 8)
-    for kernel, stride, dilation in [((3, 3), (1, 1), (1, 1)), ((6, 6), (3, 3), (1, 1)), ((4, 4), (2, 2), (1, 2))]:
-        g = Geometry(kernel, stride, (1, 1), dilation)
-        assert not cpu.can_filter(g)
-        size = g.conv_size(8, 8)
-        with pytest.raises(ValueError, match=f"minimal filtering, got kernels {kernel[0]} and {kernel[1]}"):
-            op.conv(x, torch.zeros(6, 4, *kernel), stride, (1, 1), dilation, size, None, 0, 0.0, 0, True)
-        with pytest.raises(ValueError, match="minimal filtering"):
-            op.weight_grad(x, torch.zeros(2, 6, *size), kernel, stride, (1, 1), dilation, True)
+    assert not fits("conv", *few) and fits("conv", *few, cached=True)
+    assert fits("weight_grad", *few)
+    assert not fits("weight_grad", (1, 16, 8, 8), (1, 16, 4, 4))
+    assert fits("conv", *sizes, torch.bfloat16)
+    cpu._processor_has_amx = True
+    assert not fits("conv", *sizes, torch.bfloat16)
 
 
 def test_avx2() -> None:

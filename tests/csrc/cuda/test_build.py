@@ -1,10 +1,11 @@
-"""The CUDA extension, built and linked where there is an nvcc: architectures, spills, and the operators' schemas.
+"""The CUDA extension, built and linked where there is an nvcc: what its machine code is, and the operators' schemas.
 
 It needs no GPU and no CUDA build of torch. What was built stays in `build/`, so only changes are compiled again.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,33 +15,47 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")  # whose cuobjdump looks into the library
+triton = pytest.importorskip("triton")  # whose cuobjdump looks into the library
 
-from fastdcgan.backends.cuda_tiles import OF_SIZE, OF_WARPGROUPS
-from fastdcgan.benchmarks import cuda_compile_table
-from fastdcgan.benchmarks.cuda_compile_table import OPS, faults
-from fastdcgan.benchmarks.regressions import worse
+ROOT = Path(__file__).parents[3]
+WORK = ROOT / "build" / "cuda-test"
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
 
-ROOT = cuda_compile_table.ROOT
-
-pytestmark = pytest.mark.skipif(
-    cuda_compile_table.nvcc() is None, reason="nvcc builds the CUDA extension, and it is not here"
-)
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc builds the CUDA extension, and it is not here")
 
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    return cuda_compile_table.build()
+    """The extension as setup.py builds it for the default architectures."""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    environment |= {"FASTDCGAN_EXTENSION": "_cuda", "FASTDCGAN_FORCE_CUDA": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # it would be built for the GPUs here
+    environment.setdefault("MAX_JOBS", str(max(1, (os.cpu_count() or 1) // 2)))
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(WORK / "temp"), "--build-lib"]
+    done = subprocess.run(
+        [*command, str(WORK / "lib")], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return WORK / "lib" / "fastdcgan" / "_cuda.so"
+
+
+def dump(library: Path, *options: str) -> str:
+    """What cuobjdump prints of a library."""
+    command = [triton.knobs.nvidia.cuobjdump.path, *options, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")
 def code(library: Path) -> dict[str, list[str]]:
-    """Name -> instructions of each kernel for sm_90a."""
-    return dict(cuda_compile_table.machine_code(library, 90))
-
-
-def dump(library: Path, *options: str) -> str:
-    return "".join(cuda_compile_table.dump(library, *options))
+    """Name -> instructions with their operands of each kernel for sm_90a."""
+    found: dict[str, list[str]] = {}
+    for line in dump(library, "-sass", "-arch", "sm_90a").splitlines():
+        if function := re.match(r"\s*Function : (\S+)", line):
+            instructions = found.setdefault(function[1], [])
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][^;]*);", line):
+            instructions.append(instruction[1])
+    return found
 
 
 def test_architectures(library: Path) -> None:
@@ -50,7 +65,12 @@ def test_architectures(library: Path) -> None:
     assert set(re.findall(r"PTX file.*\.(sm_\w+)\.ptx", text)) == {"sm_100"}
 
 
-NARROW = ("narrow_conv", "narrow_transpose", "narrow_weight_grad")  # kernels of image-side layers
+IMAGE_SIDE = ("image_side_conv", "image_side_transpose", "image_side_weight_grad")
+KERNELS = (
+    "norm_act", "norm_act_backward", "grad_sums", "batch_stats", "combine", "coefficients", "contraction",
+    "sm90_contraction", "reduce_splits", "combine_weight_grad", "adam", "bce", "images",
+    *IMAGE_SIDE, *(f"{name}_tensor" for name in IMAGE_SIDE),
+)  # fmt: skip
 
 
 def test_nothing_is_spilled(library: Path) -> None:
@@ -58,31 +78,25 @@ def test_nothing_is_spilled(library: Path) -> None:
     usage = dump(library, "--dump-resource-usage")
     found = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", usage)
     names = {name for name, *_ in found}
-    streaming = ("norm_act", "norm_act_backward", "grad_sums", "batch_stats", "combine", "coefficients")
-    narrow = (*NARROW, *(f"{name}_tensor" for name in NARROW), "combine_weight_grad")
-    for kernel in (
-        *streaming,
-        *narrow,
-        "contraction",
-        "warpgroup_contraction",
-        "finish_parts",
-        "adam",
-        "bce",
-        "images",
-    ):
+    for kernel in KERNELS:
         assert any(f"{len(kernel)}{kernel}" in name for name in names), kernel
     assert [entry for entry in found if entry[1:] != ("0", "0")] == []
 
 
-def test_contractions_compile_well_and_no_worse_than_the_table(library: Path, code: dict[str, list[str]]) -> None:
-    """Tensor cores, asynchronous copies, no product of a warpgroup that waits for the one before."""
-    compiled = cuda_compile_table.contractions(library, 90, code.items())
-    of_warps = 2 * len(OF_SIZE[2]) + 2 * len(OF_SIZE[4])
-    assert len(compiled) == len(OPS) * (of_warps + 2 * 2 * len(OF_WARPGROUPS))  # two dtypes, a prologue or none
-    assert not {row.key: faults(row) for row in compiled if faults(row)}
-    version, table = cuda_compile_table.read()
-    if version == cuda_compile_table.version():
-        assert not {row.key: worse(row, table[row.key]) for row in compiled if worse(row, table[row.key])}
+def test_contractions_are_on_tensor_cores(code: dict[str, list[str]]) -> None:
+    """Matrix instructions and asynchronous copies; on warpgroups no product waits for the one before."""
+    sm90 = {name: each for name, each in code.items() if "16sm90_contraction" in name}
+    warps = {name: each for name, each in code.items() if "11contraction" in name}
+    assert len(sm90) == 3 * 2 * 3 * 2 and len(warps) == 3 * (2 * 5 + 2 * 2)  # contractions, dtypes, tiles, prologues
+    for name, instructions in sm90.items():
+        products = [each for each in instructions if each.startswith("HGMMA")]
+        assert products and any(each.startswith("UTMALDG") for each in instructions), name
+        assert 2 * sum("gsb0" in each for each in products) <= len(products), name
+    for name, instructions in warps.items():
+        assert all(any(each.startswith(kind) for each in instructions) for kind in ("HMMA", "LDGSTS")), name
+    for kernel in IMAGE_SIDE:
+        found = {name: each for name, each in code.items() if f"{kernel}_tensor" in name}
+        assert found and all(any(each.startswith("HMMA") for each in own) for own in found.values()), kernel
 
 
 # Instructions of global memory, and the one that waits for the kernels before.
@@ -100,18 +114,12 @@ def test_kernels_begin_early_and_wait_before_they_touch_global_memory(code: dict
         assert not any(GLOBAL_MEMORY.match(each) for each in instructions[:wait]), name
 
 
-def test_image_side_kernels_of_16_bits_multiply_on_tensor_cores(code: dict[str, list[str]]) -> None:
-    for name in NARROW:
-        found = [instructions for kernel, instructions in code.items() if f"{name}_tensor" in kernel]
-        assert found, name
-        assert all(any(each.startswith("HMMA") for each in instructions) for instructions in found), name
-
-
 OPERATORS = """
 import ctypes, sys, torch
 ctypes.CDLL(sys.argv[2], ctypes.RTLD_GLOBAL)
 torch.ops.load_library(sys.argv[1])
-namespace = torch.ops.fastdcgan_cuda
+from fastdcgan.backends import cuda_facts
+cuda_facts.require_agreement(torch.ops.fastdcgan_cuda)
 for schema in sorted(str(s) for s in torch._C._jit_get_all_schemas() if str(s).startswith("fastdcgan_cuda::")):
     print(schema)
 """
@@ -121,7 +129,8 @@ CUDA_TORCH = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { r
 
 
 def test_the_operators_are_those_that_run_on_the_cpu(library: Path, tmp_path: Path) -> None:
-    """It loads, and registers the same schemas as the library whose kernels the shim runs, which the backend calls."""
+    """It loads, its kernels are what the backend knows of them, and it registers the same schemas as the library whose
+    kernels the shim runs, which the backend calls."""
     gxx = shutil.which("g++")
     if gxx is None:
         pytest.skip("g++ makes what stands in for a torch with CUDA, and it is not here")
@@ -131,16 +140,16 @@ def test_the_operators_are_those_that_run_on_the_cpu(library: Path, tmp_path: Pa
     if torch.version.cuda is not None:
         pytest.skip("a torch with CUDA needs no stand-in, and runs the operators themselves")
     done = subprocess.run(
-        [sys.executable, "-c", OPERATORS, str(library), str(stand_in)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", OPERATORS, str(library), str(stand_in)], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    sources = [path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*bindings.cpp"))]
+    sources = [path.read_text() for path in sorted((ROOT / "csrc/cuda/ops").glob("*bindings.cpp"))]
     literals = [found for source in sources for found in re.findall(r'm\.def\(((?:\s*"[^"]*")+)', source)]
     defined = ["".join(re.findall(r'"([^"]*)"', each)) for each in literals]
     assert len(defined) >= 14
     assert done.stdout.splitlines() == sorted(f"fastdcgan_cuda::{schema}" for schema in defined)
-    package = ROOT / "fastdcgan"
-    callers = ("backends/cuda.py", "backends/cuda_narrow.py", "backends/cuda_contractions.py", "optim.py", "losses.py")
-    text = "".join((package / name).read_text() for name in (*callers, "pixels.py"))
+    callers = [*(ROOT / "fastdcgan/backends").glob("cuda*.py")]
+    callers += [ROOT / "fastdcgan" / f"{name}.py" for name in ("optim", "losses", "images")]
+    text = "".join(path.read_text() for path in callers)
     called = set(re.findall(r"(?:(?<!torch\.)\bops|operators\([\w.]+\))\.(\w+)\(", text))
     assert called and called <= {schema.split("(")[0] for schema in defined}

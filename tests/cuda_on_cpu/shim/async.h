@@ -1,6 +1,7 @@
-// What runs beside the threads of a block: barriers in shared memory, bulk copies of tensor boxes, and products of
+// What runs beside the threads of a block: barriers in shared memory, bulk copies of tensor tiles, and products of
 // warpgroups. All of it happens as late as it may:
-//   - where a bulk copy goes, nothing is to be read from its issue on; it is done by a thread that waits for it, when no
+//   - where a bulk copy goes, nothing is to be read from its issue on; it is done by a thread that waits for it, when
+//   no
 //     other thread can go on, or by chance before
 //   - a product reads shared memory when it is waited for, and until then its sums are NaN
 // so a wait that is missing, or a stage that is used again too early, is seen.
@@ -15,16 +16,16 @@
 
 namespace cuda_on_cpu {
 
-// A tensor as a tensor map describes it, in bytes but for `size` and `box`.
-struct TensorBoxes {
+// A tensor as a tensor map describes it, in bytes but for `size` and `tile`.
+struct TensorTiles {
   const char* base = nullptr;
   int rank = 0, item = 0;
   uint64_t size[5] = {}, stride[5] = {};  // the stride of the first dimension is `item`
-  uint32_t box[5] = {};
+  uint32_t tile[5] = {};
 };
 
 struct BulkCopy {
-  TensorBoxes from;
+  TensorTiles from;
   int at[5];
   char* to;
 };
@@ -69,10 +70,10 @@ struct Asynchronous {
   NamedBarrier named[16];
 };
 
-// Bytes of a box, all of which arrive, those beyond the tensor as zeros.
-inline int64_t box_bytes(const TensorBoxes& t) {
+// Bytes of a tile, all of which arrive, those beyond the tensor as zeros.
+inline int64_t tma_tile_bytes(const TensorTiles& t) {
   int64_t bytes = t.item;
-  for (int i = 0; i < t.rank; ++i) bytes *= t.box[i];
+  for (int i = 0; i < t.rank; ++i) bytes *= t.tile[i];
   return bytes;
 }
 

@@ -39,15 +39,15 @@ inline void do_copy(const void* at, Mbarrier& barrier) {
     barrier.copies.pop_front();
   }
   using Number __attribute__((may_alias)) = uint16_t;
-  const TensorBoxes& t = copy.from;
+  const TensorTiles& t = copy.from;
   const unsigned to = engine.shared_address(copy.to);
-  const int64_t all = box_bytes(t) / t.item;
+  const int64_t all = tma_tile_bytes(t) / t.item;
   for (int64_t i = 0; i < all; ++i) {
     int64_t rest = i, offset = 0;
     bool inside = true;
     for (int d = 0; d < t.rank; ++d) {
-      const int64_t index = copy.at[d] + rest % t.box[d];
-      rest /= t.box[d];
+      const int64_t index = copy.at[d] + rest % t.tile[d];
+      rest /= t.tile[d];
       inside &= index >= 0 && index < static_cast<int64_t>(t.size[d]);
       offset += index * static_cast<int64_t>(t.stride[d]);
     }
@@ -56,7 +56,7 @@ inline void do_copy(const void* at, Mbarrier& barrier) {
         inside ? *reinterpret_cast<const Number*>(t.base + offset) : Number{0};
   }
   note::release(sync_of(barrier));
-  come(at, barrier, 0, box_bytes(t));
+  come(at, barrier, 0, tma_tile_bytes(t));
 }
 
 }  // namespace detail
@@ -96,16 +96,17 @@ inline void mbarrier_wait(const void* at, unsigned parity, Site site) {
   note::acquire(&barrier.sync[parity % 2]);
 }
 
-// Begins to copy the box at `at` to shared memory.
-inline void copy_box(char* to, const TensorBoxes& from, const int* at, const void* arrives_at) {
+// Begins to copy the tile at `at` to shared memory.
+inline void copy_tma_tile(char* to, const TensorTiles& from, const int* at, const void* arrives_at) {
   Mbarrier& barrier = detail::mbarrier_at(arrives_at);
   {
     note::ShimCode shim;
     if (!barrier.visible) engine.fail("an mbarrier that the copy engine may not see yet");
   }
-  if (engine.shared_address(to) % 1024) engine.fail("a swizzled box is not at a multiple of 1024 bytes");
+  if (engine.shared_address(to) % 1024) engine.fail("a swizzled tile is not at a multiple of 1024 bytes");
   using Word __attribute__((may_alias)) = uint64_t;
-  for (int64_t i = 0; i < box_bytes(from) / 8; ++i) reinterpret_cast<Word*>(to)[i] = ~uint64_t{0};  // not there yet
+  for (int64_t i = 0; i < tma_tile_bytes(from) / 8; ++i)
+    reinterpret_cast<Word*>(to)[i] = ~uint64_t{0};  // not there yet
   note::release(&barrier.issued);
   note::ShimCode shim;
   BulkCopy copy{from, {}, to};
@@ -125,8 +126,8 @@ inline void named_barrier(int number, unsigned threads, Site site) {
   {
     note::ShimCode shim;
     if (barrier.arrived == 0) barrier.expected = threads;
-    if (barrier.expected != threads) engine.fail("a barrier of " + std::to_string(barrier.expected) + " threads, or of " +
-                                                 std::to_string(threads));
+    if (barrier.expected != threads)
+      engine.fail("a barrier of " + std::to_string(barrier.expected) + " threads, or of " + std::to_string(threads));
     if (++barrier.arrived == threads) {
       barrier.arrived = 0, ++barrier.generation;
       engine.wake(&barrier);

@@ -5,12 +5,12 @@
 
 namespace cuda_on_cpu {
 
-inline void warpgroup_fence() {
+inline void wgmma_fence() {
   note::ShimCode shim;
   engine.self().products.fenced = true;
 }
 
-inline void warpgroup_commit() {
+inline void wgmma_commit() {
   note::ShimCode shim;
   ++engine.self().products.groups;
 }
@@ -83,7 +83,7 @@ inline void multiply(const Warp& warp, size_t which) {
 
 }  // namespace detail
 
-inline void warpgroup_wait(int pending, Site site) {
+inline void wgmma_wait(int pending, Site site) {
   Thread* me = nullptr;
   {
     note::ShimCode shim;

@@ -1,0 +1,16 @@
+// Every tile that is compiled for sm_90a, each with some of the contractions.
+#include "sm90_cases.h"
+#include "cuda/gemm_sm90/sm90_tiles.cuh"
+
+int main(int argc, char** argv) {
+  using namespace test;
+  namespace cuda = fastdcgan::cuda;
+  return run_arguments(argc, argv, [](const Case& c) {
+    switch (c.number("tile", -1)) {
+      case 7: return run_case<Multiplied<bf16>, cuda::Tile7, Op::conv, Op::weight_grad>(c);
+      case 8: return run_case<Multiplied<fp16>, cuda::Tile8, Op::conv_transpose>(c);
+      case 9: return run_case<Multiplied<bf16>, cuda::Tile9, Op::conv_transpose>(c);
+      default: throw std::runtime_error("no such tile: " + c.text);
+    }
+  });
+}

@@ -1,9 +1,0 @@
-// The contractions on warpgroups under sanitizers, with the narrowest tile.
-#include "warpgroup_cases.h"
-
-using Narrow = fastdcgan::cuda::WarpgroupShape<64, 2, 96 * 1024>;
-
-int main(int argc, char** argv) {
-  using namespace test;
-  return run_arguments(argc, argv, [](const Case& c) { return run_any_case<Multiplied<bf16>, Narrow>(c); });
-}

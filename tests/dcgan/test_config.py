@@ -1,0 +1,45 @@
+"""Settings that make no sense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastdcgan.dcgan import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 48}, "image_size is 48: expected one of 28, 32, 64, 128, 256"),
+        ({"channels": 2}, "channels is 2: expected one of 1, 3"),
+        ({"precision": "fp8"}, "precision is 'fp8': expected one of fp32, bf16, fp16"),
+        ({"penalty_kind": "r2"}, "penalty_kind is 'r2'"),
+        ({"batch_size": 0}, "batch_size is 0: expected at least 1"),
+        ({"lr_g": 0.0}, "lr_g is 0.0: expected more than 0"),
+        ({"lr_d": float("nan")}, "lr_d is nan: expected more than 0"),
+        ({"holdout": 1}, "holdout is 1: expected 0 for none, or at least 2"),
+        ({"beta1": 1.0}, "beta1 is 1.0: expected at least 0 and below 1"),
+        ({"real_label": 0.5}, "real_label is 0.5: expected more than 0.5 and at most 1"),
+        ({"gradient_penalty": -1.0}, "gradient_penalty is -1.0: expected at least 0"),
+    ],
+)
+def test_settings_are_checked(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+def test_settings_that_depend_on_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    digits = TrainConfig(data="mnist").resolved()
+    assert (digits.image_size, digits.channels, digits.flips, digits.out) == (32, 1, False, "runs/mnist-32")
+    Path("runs/mnist-32").mkdir(parents=True)
+    assert TrainConfig(data="mnist").resolved().out == "runs/mnist-32-2"
+    photos = TrainConfig(data=str(tmp_path / "photos")).resolved()
+    assert (photos.image_size, photos.channels, photos.flips, photos.out) == (64, 3, True, "runs/photos-64")
+    crops = TrainConfig(data="photo-crops").resolved()
+    assert (crops.image_size, crops.channels, crops.flips, crops.out) == (64, 3, True, "runs/photo-crops-64")
+    assert TrainConfig(data="mnist", flips=True, image_size=28).resolved().flips is True
+    with pytest.raises(ValueError, match="no data given"):
+        TrainConfig().resolved()
