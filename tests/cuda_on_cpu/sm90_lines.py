@@ -93,9 +93,9 @@ def refused() -> list[str]:
         "op=conv h=4 w=5 sh=2 sw=2 ci=64 refused=multiple_of_the_stride",
         "op=conv h=4 w=4 sh=2 sw=2 ci=72 refused=multiple_of_64",
         "op=conv left=activate act=3 refused=registers",
-        "op=weight_grad h=3 w=4 refused=fill_no_tma_tiles",
-        "op=weight_grad h=4 w=3 refused=fill_no_tma_tiles",
-        "op=weight_grad h=3 w=32 refused=fill_no_tma_tiles",
+        "op=weight_grad h=3 w=4 refused=fill_no_TMA_tiles",
+        "op=weight_grad h=4 w=3 refused=fill_no_TMA_tiles",
+        "op=weight_grad h=3 w=32 refused=fill_no_TMA_tiles",
     ]
 
 

@@ -53,17 +53,18 @@ def test_every_kernel_file_has_a_program() -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for kernels, whose only program is small_tests.cpp beside them."""
+    """A folder for kernels, and one for their only program, small_tests.cpp."""
     for module, name, value in (
         (mutants, "CUDA", tmp_path / "cuda"),
         (mutants, "PROGRAMS", (SMALL,)),
         (mutant_programs, "CUDA", tmp_path / "cuda"),
-        (mutant_programs, "HERE", tmp_path),
+        (mutant_programs, "HERE", tmp_path / "programs"),
         (mutant_programs, "BUILD", tmp_path / "build"),
         (mutant_programs, "includes", lambda: [f"-I{tmp_path}"]),
     ):
         monkeypatch.setattr(module, name, value)
     (tmp_path / "cuda").mkdir()
+    (tmp_path / "programs").mkdir()
     return tmp_path
 
 
@@ -73,7 +74,7 @@ SMALL = Program("small_tests", modes=("plain",))
 def run_all(folder: Path, kernel: str, program: str) -> mutants.MutationRun:
     path = folder / "cuda" / "kernel.cuh"
     path.write_text("#pragma once\n" + kernel)
-    (folder / "small_tests.cpp").write_text('#include "cuda/kernel.cuh"\n' + program)
+    (folder / "programs" / "small_tests.cpp").write_text('#include "cuda/kernel.cuh"\n' + program)
     assert mutants.programs_of([path]) == mutants.programs_of([path], {"small_tests"}) == {path: [SMALL]}
     assert mutants.programs_of([path], {"others"}) == {path: []}
     done = mutants.MutationRun(list(mutants.mutants_of(path)), {path: [SMALL]}, folder=folder / "build")
@@ -143,7 +144,7 @@ void print(F forms) {
 def test_a_change_at_run_time_is_the_change_of_the_text(project: Path) -> None:
     """One form of each, in a program that prints what they give."""
     (project / "cuda" / "kernel.cuh").write_text("#pragma once\n" + FORMS)
-    (project / "small_tests.cpp").write_text(
+    (project / "programs" / "small_tests.cpp").write_text(
         f'{INTRODUCTION}#include "cuda/kernel.cuh"\n{PRINT}int main() {{ print(forms); }}\n'
     )
     changes = list(mutants.mutants_of(project / "cuda" / "kernel.cuh"))
