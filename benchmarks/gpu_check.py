@@ -239,7 +239,7 @@ class Check:
             "MPLBACKEND": "Agg",
             "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
             "TRITON_CACHE_DIR": str(self.work / "triton"),
-            "FASTDCGAN_MEASURED": str(self.measured),
+            "FASTDCGAN_AUTOTUNE_CACHE": str(self.measured),
         }
         if self.dry:
             # Tiny shapes gain nothing from more threads and processes, and lose on a busy machine.
@@ -302,7 +302,7 @@ class Check:
         if not merged:
             return None
         if self.measured.exists():
-            merged["extra"]["measured"] = json.loads(self.measured.read_text())["gpus"]
+            merged["extra"]["measured"] = json.loads(self.measured.read_text())["machines"]
         merged["extra"]["parts"] = [asdict(outcome) for outcome in self.outcomes]
         device = merged["environment"]["device"].lower()
         slug = "dry" if self.dry else re.sub(r"[^a-z0-9]+", "-", device).strip("-")

@@ -72,9 +72,9 @@ class Contraction:
         self.batch = self.images // self.groups
         self.grid = tiles.ceil_div(size[0], gemm.phases[0]), tiles.ceil_div(size[1], gemm.phases[1])
         self.phases = gemm.phases[0] * gemm.phases[1]
-        self.described = launch.aligned(weight, weight.shape[1]) and all(
-            launch.fits_view(t, gemm.stride) for t in (a.x, a.y)
-        )
+        aligned = [launch.aligned(weight, weight.shape[1]), all(launch.aligned(t, a.x.shape[1]) for t in (a.x, a.y))]
+        self.unaligned = aligned.count(False)
+        self.described = aligned[0] and all(launch.fits_view(t, gemm.stride) for t in (a.x, a.y))
 
     @property
     def problem(self) -> tiles.Problem:
@@ -89,9 +89,10 @@ class Contraction:
             prologue_of(self.a),
             self.epilogue.kind,
             self.described,
+            self.unaligned,
         )
 
-    def tiles(self) -> list[tiles.TileConfig]:
+    def candidates(self) -> list[tiles.TileConfig]:
         """The tiles that are worth measuring, the heuristic's first."""
         return tiles.shortlist(self.problem, tiles.device_of(self.a.x.device))
 

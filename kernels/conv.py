@@ -118,4 +118,4 @@ def conv(call: Call, tile: TileConfig | None = None) -> tuple[Tensor, Tensor]:
     return in_format_of_torch(out, call.a.x, call.b), combined(out, partials, call.epilogue)
 
 
-CONV = Algorithm("triton", why_not, conv, lambda call: contraction(call).tiles(), TileConfig)
+CONV = Algorithm("triton", why_not, conv, lambda call: contraction(call).candidates(), TileConfig)

@@ -166,4 +166,4 @@ def conv_transpose(call: Call, tile: TileConfig | None = None) -> tuple[Tensor, 
     return in_format_of_torch(out, call.a.x, call.b), combined(out, partials, call.epilogue)
 
 
-CONV_TRANSPOSE = Algorithm("triton", why_not, conv_transpose, lambda call: contraction(call).tiles(), TileConfig)
+CONV_TRANSPOSE = Algorithm("triton", why_not, conv_transpose, lambda call: contraction(call).candidates(), TileConfig)

@@ -90,8 +90,9 @@ def apply_epilogue(
             if S.partial_rows == 2:
                 mean = tl.load(first + 2 * step, mask=in_range, other=0.0)
                 rstd = tl.load(first + 3 * step, mask=in_range, other=0.0)
-                xhat = (raw - mean[None, :]) * rstd[None, :]
-                tl.store(place + channels, tl.sum(tl.where(mask, g * xhat, 0.0), 0), mask=in_range)
+                # Only the sum is multiplied by rstd, whose values would otherwise be in registers for each pixel.
+                centred = tl.where(mask, g * (raw - mean[None, :]), 0.0)
+                tl.store(place + channels, tl.sum(centred, 0) * rstd, mask=in_range)
     elif S.epilogue == "stats":
         count = tl.sum(inside.to(tl.float32), 0)
         mean = tl.sum(tl.where(inside[:, None], acc, 0.0), 0) / tl.maximum(count, 1.0)

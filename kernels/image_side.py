@@ -44,7 +44,7 @@ _MAX_COLUMNS = 128  # of the patches in a dot
 _PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 
 
-# Small tiles for many warps: a thread gathers 16 values of the patches, or holds 32 products, and no kernel spills.
+# Small tiles for many warps: a thread loads 16 values of the patches, or holds 32 products, and no kernel spills.
 _CONV = ImageSideConfig(64, 64, 8)
 _WEIGHT_GRAD = ImageSideConfig(64, 64, 8, num_stages=2)
 # Pipelined, the transposed float32 operand would be copied 4 bytes at a time.

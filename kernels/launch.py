@@ -64,7 +64,7 @@ def aligned(x: Tensor | None, channels: int) -> bool:
 
 
 def fits_view(x: Tensor | None, stride: Pair) -> bool:
-    """Whether a descriptor of pixels `stride` apart covers all of `x` [N, C, H, W] (None: nothing to cover)."""
+    """Whether a descriptor of pixels `stride` apart covers all of `x` [N, C, H, W] (None: there is nothing to read)."""
     return x is None or (aligned(x, x.shape[1]) and x.shape[2] % stride[0] == 0 and x.shape[3] % stride[1] == 0)
 
 

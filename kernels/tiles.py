@@ -80,6 +80,7 @@ class Problem:
     prologue: str  # of weight_grad's two operands, joined by a space
     epilogue: str
     descriptors: bool  # whether tensor descriptors can read the operands
+    unaligned: int  # how many of the two operands have rows that are no multiple of 16 bytes
 
     @property
     def prologues(self) -> tuple[str, str]:
@@ -139,7 +140,7 @@ _LADDER = {
         (64, 64, 8, 4, 0.6),
         (128, 32, 4, 4, 0.55),
         (64, 32, 4, 4, 0.45),
-        (128, 16, 4, 4, 0.3),
+        (128, 16, 8, 4, 0.3),
         (64, 16, 4, 4, 0.2),
     ),
     90: (
@@ -178,7 +179,10 @@ _ROOM = {
     (100, 2): (64, 32, 64),
     (100, 4): (32, 16, 64),
 }
-_ROOM_POINTERS = {80: 64, 90: 64, 100: 16}  # where rows are no multiple of 16 bytes
+# The same where the operands are read by pointers, and where neither operand's rows are a multiple of 16 bytes: every
+# value is then loaded by itself, and steps are half as long.
+_ROOM_POINTERS = {80: 64, 90: 64, 100: 16}
+_ROOM_UNALIGNED = {80: 16, 90: 32, 100: 16}
 # bn_backward loads two values for each one of its operand. How many of those a thread has room for, alone and together
 # with the accumulators.
 _ROOM_BN_BACKWARD = 32
@@ -220,7 +224,8 @@ def search_space(problem: Problem, device: Device) -> list[TileConfig]:
     for block_m, block_n, warps, stages, _ in _LADDER[device.arch]:
         if (block_m > 64 and block_m >= 2 * problem.m) or (block_n > 16 and block_n >= 2 * problem.n):
             continue
-        config = TileConfig(block_m, block_n, _STEP_BYTES // problem.dtype.itemsize, warps, stages)
+        step_bytes = _STEP_BYTES // 2 if problem.unaligned == 2 else _STEP_BYTES
+        config = TileConfig(block_m, block_n, step_bytes // problem.dtype.itemsize, warps, stages)
         if not _has_registers(config, problem, device):
             continue
         config = _fitted(replace(config, descriptors=device.arch >= 90 and problem.descriptors), problem, device)
@@ -245,7 +250,7 @@ def _has_registers(config: TileConfig, problem: Problem, device: Device) -> bool
         heavy = "none" not in problem.prologues or (problem.op == "weight_grad" and "bn_backward" in problem.prologues)
         room = two_prologues if heavy else other
     if not problem.descriptors:
-        room = min(room, _ROOM_POINTERS[device.arch])
+        room = min(room, (_ROOM_UNALIGNED if problem.unaligned == 2 else _ROOM_POINTERS)[device.arch])
     threads = 32 * config.num_warps
     loaded = [
         side * config.block_k // threads

@@ -111,6 +111,8 @@ class WeightGradient:
     def __init__(self, gathered: Operand, linear: Operand, geometry: Geometry) -> None:
         self.gathered, self.linear, self.geometry = gathered, linear, geometry
         g = geometry
+        operands = ((gathered.x, gathered.y), (linear.x, linear.y))
+        self.unaligned = sum(not all(launch.aligned(t, x.shape[1]) for t in (x, y)) for x, y in operands)
         self.described = all(launch.fits_view(t, g.stride) for t in (gathered.x, gathered.y)) and all(
             launch.fits_view(t, (1, 1)) for t in (linear.x, linear.y)
         )
@@ -125,10 +127,10 @@ class WeightGradient:
         of_gathered = self.gathered.x.shape[1]
         return tiles.Problem(
             "weight_grad", self.dtype, of_gathered, channels, n * height * width, self.taps, prologue, "none",
-            self.described,
+            self.described, self.unaligned,
         )  # fmt: skip
 
-    def tiles(self) -> list[TileConfig]:
+    def candidates(self) -> list[TileConfig]:
         """The tiles that are worth measuring, the heuristic's first."""
         return tiles.shortlist(self.problem, tiles.device_of(self.gathered.x.device))
 
@@ -218,4 +220,4 @@ def weight_grad(call: Call, tile: TileConfig | None = None) -> Tensor:
     return dw.contiguous(memory_format=memory_format(call.a.x))
 
 
-WEIGHT_GRAD = Algorithm("triton", why_not, weight_grad, lambda call: gradient(call).tiles(), TileConfig)
+WEIGHT_GRAD = Algorithm("triton", why_not, weight_grad, lambda call: gradient(call).candidates(), TileConfig)

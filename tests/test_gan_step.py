@@ -409,6 +409,7 @@ def test_other_losses(name: str, grouped: bool) -> None:
     torch.testing.assert_close(metrics.loss_g, of_g(nets[1](fake)).detach(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_compiled_networks() -> None:
     nets, twins = networks(), networks()
     step = GANStep(*nets, *adams(nets), compile=True, graph=False)

@@ -98,12 +98,13 @@ def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
     return _selected[key]
 
 
-def missing(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why blocks of this device and dtype have to do without the compiled backend that is meant for them; None if they
-    have one, or there is none for them."""
-    meant = {"cuda": "cuda", "cpu": "cpu"}.get(device_type)
-    own = None if meant is None else _load(meant)
-    return None if meant is None or own is None or own.why_not(device_type, dtype) else _why_not(meant)
+_MEANT = {"cuda": "cuda", "cpu": "cpu"}  # for each device type
+
+
+def missing(device_type: str) -> str | None:
+    """Why the compiled backend that is meant for a device type is missing; None if it isn't, or there is none."""
+    meant = _MEANT.get(device_type)
+    return None if meant is None or isinstance(_loaded.get(meant), Backend) else _why_not(meant)
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler: that takes longer than all the rest.

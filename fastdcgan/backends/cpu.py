@@ -67,6 +67,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _in_channels_last(call: Call) -> bool:
+    """Whether PyTorch's result would be channels_last."""
+    other = _stored(call.b) if call.op == "weight_grad" else call.b
+    return says_channels_last(_stored(call.a)) or says_channels_last(other)
+
+
 class Sides(NamedTuple):
     """What the rules look at: sizes [N, C, H, W] of the side that the taps shift over, and of the other."""
 
@@ -167,8 +173,6 @@ class CPUBackend(Backend):
             return "the contractions of csrc/cpu need AVX2"
         if call.geometry.groups != 1:
             return f"the contractions of csrc/cpu have no groups, and here are {call.geometry.groups}"
-        if not (says_channels_last(x) or says_channels_last(other)):  # PyTorch's result would not be channels_last
-            return "the contractions of csrc/cpu are channels_last, and these tensors are not"
         for t in (x, other):
             one_dtype = t.dtype == x.dtype or (call.op != "weight_grad" and t.dtype == torch.float32)
             if t.numel() == 0 or not one_dtype:
@@ -187,12 +191,14 @@ class CPUBackend(Backend):
     def _why_last(self, name: str, call: Call) -> str | None:
         """Why another algorithm is likely to be faster, or None."""
         if name in ("amx_col2im", "amx", "split_bf16"):
-            return None
+            return None if _in_channels_last(call) else "it is channels_last, and these tensors are not"
         s = sides(call)
+        if name != "winograd" and s.products <= FEW_PRODUCTS and s.linear[0] * s.linear[2] * s.linear[3] >= FEW_ROWS:
+            return None
+        if not _in_channels_last(call):
+            return "the contractions of csrc/cpu are channels_last, and these tensors are not"
         if name == "winograd":
             return self._why_not_filter(call.op, s)
-        if s.products <= FEW_PRODUCTS and s.linear[0] * s.linear[2] * s.linear[3] >= FEW_ROWS:
-            return None
         if self._processor_has_amx and s.dtype == torch.bfloat16:
             return "PyTorch's own multiplies bfloat16 on AMX tiles"
         if s.gathered[1] < FEWEST_CHANNELS:
@@ -240,6 +246,8 @@ class CPUBackend(Backend):
         out, stats = contract(
             x, call.b, g.stride, g.padding, g.dilation, call.size, fused, act, slope, groups, name
         )  # fmt: skip
+        if not _in_channels_last(call):
+            out = out.contiguous()
         if fused is None and groups == 0 and e.kind != "none":
             return self.apply_epilogue(out, e)
         return out, stats
@@ -329,8 +337,9 @@ class CPUBackend(Backend):
 
 def _less_precision() -> bool:
     """Whether float32 products may be of less precision: by `torch.set_float32_matmul_precision("high")`, which PyTorch
-    keeps here as "tf32", or "medium": "bf16". (What gets that setting raises where PyTorch's backends differ in it.)"""
-    return torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")  # type: ignore[attr-defined]
+    keeps here as "tf32", or "medium": "bf16". (What gets that setting raises where PyTorch's backends differ in it;
+    `torch.backends.mkldnn.matmul.fp32_precision` asks the same in five times the time.)"""
+    return torch._C._get_fp32_precision_getter("mkldnn", "matmul") in ("tf32", "bf16")
 
 
 def _why_not_gemm(op: str, s: Sides) -> str | None:

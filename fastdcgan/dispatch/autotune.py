@@ -53,9 +53,15 @@ def tuning() -> Iterator[None]:
         _tuning = before
 
 
-def state() -> tuple[bool, bool, bool]:
+def state() -> tuple[bool, bool, bool, bool]:
     """All that decides on measuring but a capture: whoever keeps a choice has to choose again once this changes."""
-    return (_tuning, torch.are_deterministic_algorithms_enabled(), _welcome())
+    cudnn = torch._C  # what torch.backends.cudnn asks, in a fifth of the time
+    return (
+        _tuning,
+        torch.are_deterministic_algorithms_enabled(),
+        cudnn._get_cudnn_benchmark(),
+        cudnn._get_cudnn_deterministic(),
+    )
 
 
 def may_search(device: torch.device) -> bool:

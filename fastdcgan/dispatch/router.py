@@ -59,7 +59,7 @@ def route(call: Call, backend: str) -> Route:
 
 def settings(backend: str) -> tuple:
     """What a route depends on beside the call: PyTorch's settings, and whether anything may be measured."""
-    return (autotune.state(), *backends.get(backend).settings())
+    return (*autotune.state(), *backends.get(backend).settings())
 
 
 @contextlib.contextmanager
@@ -89,9 +89,13 @@ def _choose(call: Call, backend: str) -> Route:
     late = {a.name: a.why_last(call) for a in able}
     able.sort(key=lambda a: late[a.name] is not None)
     device = call.a.x.device
-    others = [f"not {name}: {why}" for name, why in (reasons | late).items() if why is not None]
+    others: dict[str, list[str]] = {}
+    for name, why in (reasons | late).items():
+        if why is not None:
+            others.setdefault(why, []).append(name)
+    why_others = "; ".join(f"not {', '.join(names)}: {why}" for why, names in others.items())
     if len(able) == 1 and able[0].tiles is None:
-        return Route(able[0], None, "; ".join(others), True)
+        return Route(able[0], None, why_others, True)
     name, searching = repr(signature(call)), autotune.may_search(device)
     known = _known(autotune.lookup(KIND, autotune.machine(device), name), able, call)
     if known is not None and not (searching and not known.searched):
@@ -102,7 +106,7 @@ def _choose(call: Call, backend: str) -> Route:
         known = _known(made, able, call)
         assert known is not None
         return known.route
-    return Route(able[0], None, "; ".join(others) if able[0].name == PYTORCH else "not measured", False)
+    return Route(able[0], None, why_others if able[0].name == PYTORCH else "not measured", False)
 
 
 class _Known(NamedTuple):

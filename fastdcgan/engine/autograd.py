@@ -25,6 +25,7 @@ from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import autotune, primitives, router
 from fastdcgan.engine import sync
 from fastdcgan.engine.double_backward import gradients, requested
+from fastdcgan.geometry import Pair
 from fastdcgan.spec import (
     PER_BLOCK,
     STORE,
@@ -52,6 +53,8 @@ class Program:
         name = plan.blocks[0].backend
         self.run: Any = backends.get(name) if direct else primitives.Registered(name)
         self._routes: dict[Any, router.Route] = {}
+        self._steps: dict[tuple, list[_Step]] = {}
+        self.without_bias: dict[int, Tensor] = {}  # by channels: the coef (1, 0)
 
     def contract(self, place: tuple, call: Call) -> Any:
         """Run a contraction; `place` sets it apart within the chain, where the same calls come every time."""
@@ -63,6 +66,61 @@ class Program:
             if found.settled or not autotune.may_compare(call.a.x.device):
                 self._routes[place] = found
         return found.run(call)
+
+    def steps(self, x: Tensor, saving: Sequence[bool] | None) -> list[_Step]:
+        """What each block does, for an `x` of the shape that the chain was planned for."""
+        if not self.direct:  # shapes may be symbols
+            return _steps(self.plan, x, saving)
+        key = () if saving is None else tuple(saving)
+        found = self._steps.get(key)
+        if found is None:
+            found = self._steps[key] = _steps(self.plan, x, saving)
+        return found
+
+
+class _Step(NamedTuple):
+    """What the forward of a block does, as far as it follows from the plan and from who needs a gradient."""
+
+    block: Block
+    first: int  # of its tensors in the chain's
+    in_size: Pair
+    out_size: Pair
+    reached: bool  # does it, or anything before it, need a gradient?
+    stats: bool  # does it use the batch's own statistics?
+    deferred: bool
+    keep_a: bool  # the next block's weight gradient reads its output
+    keep_y: bool
+    from_sign: bool  # act'(z) is act'(a): a takes the place of y, which nothing else reads
+
+
+def _steps(plan: Plan, x: Tensor, saving: Sequence[bool] | None) -> list[_Step]:
+    n, size = len(plan.blocks), (x.shape[2], x.shape[3])
+    before = [False] * (n + 1) if saving is None else wanted(plan, saving)
+    found = []
+    for i, block in enumerate(plan.blocks):
+        last = i + 1 == n
+        deferred = not last and plan.boundaries.deferred[i]
+        keep_a = saving is not None and not last and bool(saving[1 + (i + 1) * PER_BLOCK])
+        # Not where the caller gets a and may write to it, except for ReLU, whose output PyTorch keeps as well.
+        from_sign = block.norm is None and ACTIVATIONS[block.act].keeps_sign(block.slope)
+        from_sign = from_sign and (not last or block.act == "relu")
+        out_size = block.output_size(*size)
+        found.append(
+            _Step(
+                block,
+                i * PER_BLOCK,
+                size,
+                out_size,
+                before[i + 1],
+                block.norm is not None and block.norm.batch_stats,
+                deferred,
+                keep_a,
+                before[i + 1] or (keep_a and deferred),
+                from_sign,
+            )
+        )
+        size = out_size
+    return found
 
 
 class _State(NamedTuple):
@@ -135,7 +193,12 @@ def _known_coefficients(program: Program, block: Block, t: BlockTensors, x: Tens
         mean, var = t.running_mean[None], t.running_var[None]
         return program.run.coefficients(mean, var, t.bn_weight, t.bn_bias, t.bias, block.norm.eps)
     channels = t.weight.shape[1] * block.geometry.groups if block.transposed else t.weight.shape[0]
-    return program.run.bias_coefficients(x, t.bias, channels)
+    if t.bias is not None or not program.direct or x.is_cuda:  # what a graph captures belongs to its memory
+        return program.run.bias_coefficients(x, t.bias, channels)
+    ones = program.without_bias.get(channels)  # always the same
+    if ones is None:
+        ones = program.without_bias[channels] = program.run.bias_coefficients(x, None, channels)
+    return ones
 
 
 def forward(
@@ -143,24 +206,14 @@ def forward(
 ) -> tuple[Tensor, list[Tensor], list[_State]]:
     """`saving`: which of (x, *tensors) need gradients, or None if nothing does. Returns output, stats, states."""
     plan, runs = program.plan, program.run
-    n = len(plan.blocks)
-    before = [False] * (n + 1) if saving is None else wanted(plan, saving)
     convert = plan.channels_last and memory_format(x) != torch.channels_last
     a, found, states = Operand(_channels_last(x) if convert else _entry(x, tensors)), [], []
-    for i, block in enumerate(plan.blocks):
-        t = of_block(tensors, i)
-        norm = block.norm
-        batch_stats = norm is not None and norm.batch_stats
-        last = i + 1 == n
-        deferred = not last and plan.boundaries.deferred[i]
-        keep_a = saving is not None and not last and bool(saving[1 + (i + 1) * PER_BLOCK])  # the next dw reads it
-        keep_y = before[i + 1] or (keep_a and deferred)
-        # act'(z) is then act'(a): a takes the place of y, which nothing else reads. Not where the caller gets a and may
-        # write to it, except for ReLU, whose output PyTorch keeps as well.
-        from_sign = norm is None and ACTIVATIONS[block.act].keeps_sign(block.slope)
-        from_sign = from_sign and (not last or block.act == "relu")
+    for i, step in enumerate(program.steps(x, saving)):
+        block, keep_y = step.block, step.keep_y
+        norm, from_sign = block.norm, step.from_sign
+        t = BlockTensors(*tensors[step.first : step.first + PER_BLOCK])  # type: ignore[arg-type]
         epilogue, coef, total = STORE, None, None
-        if batch_stats:
+        if step.stats:
             epilogue = Epilogue("stats", stat_groups=plan.stat_groups)
         elif norm is None and (block.act == "identity" or (keep_y and not (from_sign and t.bias is None))):
             # The accumulator takes the bias, before it is rounded: so y, which is z, has the right sign.
@@ -172,32 +225,32 @@ def forward(
             coef = _known_coefficients(program, block, t, x)
             if not keep_y or from_sign:  # no backward reads y: store a at once
                 epilogue = Epilogue("activate", None, coef, block.act, block.slope)
-        op, size = block.op, block.output_size(a.x.shape[2], a.x.shape[3])
-        y, stats = program.contract((i, "forward"), Call(op, a, t.weight, block.geometry, size, epilogue))
-        if batch_stats:
+        call = Call(block.op, a, t.weight, block.geometry, step.out_size, epilogue)
+        y, stats = program.contract((i, "forward"), call)
+        if step.stats:
             assert norm is not None
             if norm.process_group is not None:
                 stats, total = sync.combine(stats, _count(y, plan.stat_groups), norm.process_group)
             found.append(stats)
-            if not deferred:
+            if not step.deferred:
                 out, coef = runs.normalize(y, stats, t.bn_weight, t.bn_bias, norm.eps, block.act, block.slope)
                 a = Operand(out)
-                states.append(_State(y if keep_y else None, coef, out if keep_a else None, total))
+                states.append(_State(y if keep_y else None, coef, out if step.keep_a else None, total))
                 continue
             coef = runs.coefficients(stats[0], stats[1], t.bn_weight, t.bn_bias, None, norm.eps)
 
         if coef is None or epilogue.kind == "activate":
             a = Operand(y)
-            kept = y if epilogue.kind == "activate" and before[i + 1] else None
-            states.append(_State(kept, None if kept is None else coef, y if keep_a else None, None))
+            kept = y if epilogue.kind == "activate" and step.reached else None
+            states.append(_State(kept, None if kept is None else coef, y if step.keep_a else None, None))
             continue
         a = Operand(y, None, coef, block.act, block.slope)
-        if from_sign or not deferred:
+        if from_sign or not step.deferred:
             a = Operand((runs.norm_act_ if from_sign or not keep_y else runs.norm_act)(a))
         if from_sign:
-            states.append(_State(a.x if keep_y else None, coef, a.x if keep_a else None, None))
+            states.append(_State(a.x if keep_y else None, coef, a.x if step.keep_a else None, None))
             continue
-        states.append(_State(y if keep_y else None, coef, a.x if keep_a and not deferred else None, total))
+        states.append(_State(y if keep_y else None, coef, a.x if step.keep_a and not step.deferred else None, total))
     return a.x.contiguous() if convert else a.x, found, states
 
 
@@ -277,19 +330,17 @@ def backward(
     """Gradients of (x, *tensors), None where `needs` says so."""
     plan = program.plan
     grads: list[Tensor | None] = [None] * len(needs)
-    before = wanted(plan, needs)
-    sizes = [(x.shape[2], x.shape[3])]
-    for block in plan.blocks:
-        sizes.append(block.output_size(*sizes[-1]))
+    steps = program.steps(x, needs)
     given = program.direct and says_channels_last(da)  # as all gradients within the chain follow
     sums: Tensor | None = None  # given: `da` is already g, and these are its sums (a deferred boundary)
     for i in reversed(range(len(plan.blocks))):
-        if not before[i + 1]:
+        if not steps[i].reached:
             break
         block, first = plan.blocks[i], 1 + i * PER_BLOCK
+        passes_on = steps[i - 1].reached if i else needs[0]
         t = of_block(tensors, i)
         need = of_block(needs[1:], i)
-        finish = not plan.boundaries.lazy_grad[i] and (bool(need.weight) or before[i])
+        finish = not plan.boundaries.lazy_grad[i] and (bool(need.weight) or passes_on)
         dy, grads[first + 1 : first + 4] = _norm_act_backward(
             program, block, states[i], t.bias, need, da, sums, finish, i + 1 < len(plan.blocks)
         )
@@ -299,12 +350,12 @@ def backward(
             gathered, linear = (dy, a) if block.transposed else (a, dy)
             call = Call("weight_grad", gathered, linear, block.geometry, block.geometry.kernel)
             grads[first] = program.contract((i, "weight_grad", given, lazy), call)
-        if before[i]:
+        if passes_on:
             epilogue = _boundary_epilogue(plan, i, states)
-            call = Call(block.adjoint, dy, t.weight, block.geometry, sizes[i], epilogue)
+            call = Call(block.adjoint, dy, t.weight, block.geometry, steps[i].in_size, epilogue)
             da, found = program.contract((i, "input_grad", given, lazy, epilogue.kind), call)
             sums = found if epilogue.kind == "grad_stats" else None
-    if before[0]:
+    if needs[0]:
         grads[0] = da
     return grads
 
@@ -363,7 +414,10 @@ def _norm_act_backward(
     if need.bias:
         assert bias is not None and sums is not None
         # With batch statistics the mean takes every constant out.
-        d_bias = torch.zeros_like(bias) if batch_stats else _over_groups(sums[0] * coef[0])
+        if batch_stats:
+            d_bias = torch.zeros_like(bias)
+        else:
+            d_bias = _over_groups(sums[0] if norm is None else sums[0] * coef[0])
     if need.bn_weight:
         assert sums is not None
         d_bn_weight = _over_groups(sums[1])
@@ -371,7 +425,7 @@ def _norm_act_backward(
         assert sums is not None
         d_bn_bias = _over_groups(sums[0])
     if dy is None:
-        grad_coef = coef[:2]
+        grad_coef = coef if norm is None else coef[:2]
         if norm is not None and batch_stats:
             assert sums is not None
             count = _count(y, stat_groups)

@@ -77,16 +77,18 @@ def _needs_every_module(x: Any) -> bool:
 def why_plain(device_type: str, dtype: torch.dtype) -> str | None:
     """Why "auto" runs PyTorch's own modules, or None: where the compiled backend that is meant for this device and
     dtype is missing, they are faster than the reference."""
-    if backends.requested() != "auto" or backends.select("auto", device_type, dtype) != "reference":
+    if backends.requested() != "auto" or backends.missing(device_type) is None:
         return None
-    return backends.missing(device_type, dtype)
+    if backends.select("auto", device_type, dtype) != "reference":
+        return None
+    return backends.missing(device_type)
 
 
 _warned: set[str] = set()
 
 
 def _runs_plain(x: Any) -> bool:
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or backends.missing(x.device.type) is None:
         return False
     reason = why_plain(x.device.type, compute_dtype(x))
     if reason is not None and reason not in _warned and not torch.compiler.is_compiling():
@@ -226,22 +228,31 @@ class _Chain:
         if found.pad is not None:
             x = F.pad(x, found.pad[0], found.pad[1])
         tensors = [_tensors(b) for b in found.blocks]
-        backend = block_backend(x)
+        autocast = _autocast_dtype(x)
+        backend = backends.select(backends.requested(), x.device.type, autocast or x.dtype)
         if recorder is not None and not torch.compiler.is_compiling():
             with router.recording() as routes:
-                out = self._run(x, tensors, stat_groups, boundaries, backend)
+                out = self._run(x, tensors, stat_groups, boundaries, backend, autocast)
             for block, route in zip(found.blocks, routes, strict=False):
                 recorder.append(Record(block.conv, tuple(x.shape), compute_dtype(x), backend, route))
         else:
-            out = self._run(x, tensors, stat_groups, boundaries, backend)
+            out = self._run(x, tensors, stat_groups, boundaries, backend, autocast)
         return out[0] if unbatched else out
 
-    def _run(self, x: Tensor, tensors: list[BlockTensors], stat_groups: int, boundaries: str, backend: str) -> Tensor:
+    def _run(
+        self,
+        x: Tensor,
+        tensors: list[BlockTensors],
+        stat_groups: int,
+        boundaries: str,
+        backend: str,
+        autocast: torch.dtype | None,
+    ) -> Tensor:
         given = [x, *(t for block in tensors for t in block)]
         planned, direct = None, primitives.unwatched(*(t for t in given if t is not None))
         if direct:
             key = (
-                x.stride(), stat_groups, boundaries, backend, torch.is_grad_enabled(), _autocast_dtype(x),
+                x.stride(), stat_groups, boundaries, backend, torch.is_grad_enabled(), autocast,
                 router.settings(backend), *(process_group(norm) for norm in self._norms),
                 *(None if t is None else _METADATA(t) for t in given), *(t.weight.stride() for t in tensors),
             )  # fmt: skip

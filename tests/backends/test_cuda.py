@@ -70,7 +70,9 @@ def test_without_the_extension(gpu: Path) -> None:
     with pytest.raises(fastdcgan.Unavailable, match="needs the CUDA extension _cuda: it was not built"):
         cuda.CUDABackend().require()
     write_record(gpu, "csrc/cuda/elementwise/norm_act.cu(3): error: expected a ';'")
-    with pytest.raises(fastdcgan.Unavailable, match=r"its build failed:\ncsrc/cuda/elementwise/norm_act.cu\(3\): error"):
+    with pytest.raises(
+        fastdcgan.Unavailable, match=r"its build failed:\ncsrc/cuda/elementwise/norm_act.cu\(3\): error"
+    ):
         cuda.CUDABackend().require()
 
 

@@ -20,7 +20,7 @@ from fastdcgan.geometry import Geometry
 from fastdcgan.spec import STORE, Call, Epilogue, Operand, Unavailable
 from tests.cuda_on_cpu.host_library import ORDERS, HostCUDABackend, set_order
 from tests.cuda_on_cpu.host_programs import needs_compiler
-from tests.helpers.contractions import conv_call, run, why_not
+from tests.helpers.contractions import conv_call, run, why_not, wide
 from tests.helpers.elementwise import coefficients
 from tests.helpers.tolerance import assert_as_accurate
 
@@ -68,13 +68,6 @@ def epilogue(kind: str, out: tuple[int, ...], groups: int, rows: int, act: str, 
         return Epilogue("stats", stat_groups=groups)
     y = normal(*out, seed=8, dtype=dtype) if kind == "grad_stats" else None
     return Epilogue(kind, y, coefficients(rows, groups, out[1]), act, slope)
-
-
-def wide(value: Any) -> Any:
-    """The same in float64."""
-    if isinstance(value, Tensor):
-        return value.double()
-    return type(value)(*map(wide, value)) if isinstance(value, Call | Operand | Epilogue) else value
 
 
 def check(

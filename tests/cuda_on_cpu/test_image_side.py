@@ -21,7 +21,7 @@ from fastdcgan.spec import STORE, Call, Epilogue, Operand, memory_format
 from tests.backends.test_cpu import coefficients
 from tests.cuda_on_cpu.host_library import ORDERS, HostCUDABackend, set_multiprocessors, set_order
 from tests.cuda_on_cpu.host_programs import MODES, assert_passes, needs_compiler
-from tests.helpers.contractions import conv_call, conv_transpose_call, run, weight_grad_call, why_not
+from tests.helpers.contractions import conv_call, conv_transpose_call, run, weight_grad_call, why_not, wide
 from tests.helpers.tolerance import assert_as_accurate
 
 pytestmark = needs_compiler
@@ -86,15 +86,6 @@ def epilogue(kind: str, like: Tensor, channels: int, groups: int, act: str) -> E
     y = torch.empty_like(like).copy_(like * 0.5) if kind == "grad_stats" else None
     coef = coefficients(4 if kind == "grad_stats" else 2, groups, channels)
     return Epilogue(kind, y, coef, act, ACTIVATIONS[act].default_slope, groups)
-
-
-def wide(value: object) -> object:
-    """Tensors, and those in calls, in float64."""
-    if isinstance(value, Tensor):
-        return value.double()
-    if isinstance(value, Call | Operand | Epilogue):
-        return type(value)(*map(wide, value))
-    return value
 
 
 @st.composite

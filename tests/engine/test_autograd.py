@@ -33,6 +33,7 @@ from tests.helpers.twins import (
     outcome,
     subsets,
     twin,
+    without_kinks,
 )
 from tests.machine import backends_here
 
@@ -76,7 +77,7 @@ def test_block_is_as_accurate_as_vanilla(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [generator, discriminator])
 def test_network_is_as_accurate_as_vanilla(make: type, dtype: torch.dtype, backend: str) -> None:
-    low = in_dtype(make(width=8), dtype)
+    low = in_dtype(make(width=8) if dtype == torch.float32 else without_kinks(make(width=8)), dtype)
     x = channels_last(numbers(*((16, 5, 1, 1) if make is generator else (16, 3, 16, 16)), dtype=dtype))
     truth = outcome(in_dtype(low, torch.float64), x.double())
     assert_as_good(outcome(twin(low), x), outcome(low, x), truth, reduction=16 * 16 * 16 * 16)
@@ -181,7 +182,7 @@ def test_no_choice_of_the_plan_changes_the_result(make: type, train: bool, monke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [generator, discriminator])
 def test_deferred_boundaries_are_as_accurate(make: type, dtype: torch.dtype, backend: str) -> None:
-    low = in_dtype(make(width=8), dtype)
+    low = in_dtype(make(width=8) if dtype == torch.float32 else without_kinks(make(width=8)), dtype)
     x = numbers(*((16, 5, 1, 1) if make is generator else (16, 3, 16, 16)), dtype=dtype)
     truth = outcome(in_dtype(low, torch.float64), x.double())
     deferred, finished = twin(low), twin(low)

@@ -1,4 +1,4 @@
-"""One contraction on one backend, by an algorithm of its own or by PyTorch's, without the router."""
+"""One contraction on one backend, by an algorithm of its own or by PyTorch's, without the router; and the reference."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from fastdcgan.backends.base import Backend
+from fastdcgan.backends.reference import ReferenceBackend
 from fastdcgan.geometry import Geometry, Pair
 from fastdcgan.spec import STORE, Call, Epilogue, Operand
+
+REFERENCE = ReferenceBackend()
 
 
 def why_not(on: Backend, call: Call, name: str | None = None) -> str | None:
@@ -47,3 +50,15 @@ def conv_transpose(on: Backend, *args: Any, name: str | None = None) -> tuple[Te
 
 def weight_grad(on: Backend, *args: Any, name: str | None = None) -> Tensor:
     return run(on, weight_grad_call(*args), name)
+
+
+def reference(call: Call) -> Any:
+    """What the reference returns for the call."""
+    return REFERENCE.pytorch(call)
+
+
+def wide(x: Any) -> Any:
+    """The same in float64: a tensor, and those of an operand, an epilogue or a call."""
+    if isinstance(x, Tensor):
+        return x.double()
+    return type(x)(*map(wide, x)) if isinstance(x, (Operand, Epilogue, Call)) else x

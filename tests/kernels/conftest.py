@@ -31,14 +31,8 @@ def _interpreted_here() -> bool:
     return interpreted()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if FOLDER in item.path.parents:
-            item.add_marker("compiles" if FOLDER / "compiled" in item.path.parents else "interpreter")
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("compiles") and FOLDER in item.path.parents and _interpreted_here():
+    if FOLDER / "compiled" in item.path.parents and _interpreted_here():
         pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
 
 

@@ -18,23 +18,28 @@ class Interpreter:
     def __init__(self, config: pytest.Config, folder: Path) -> None:
         """Start it; it will collect the tests of `folder`."""
         self._config = config
+        self._arguments = [f"--rootdir={config.rootpath}", "-o", "addopts=", "-p", "no:cacheprovider", str(folder)]
+        if config.inipath is not None:
+            self._arguments += ["-c", str(config.inipath)]
         handle, self._log = tempfile.mkstemp(suffix=".log")
         os.close(handle)
-        self._connection, there = get_context("spawn").Pipe()
-        arguments = [f"--rootdir={config.rootpath}", "-o", "addopts=", "-p", "no:cacheprovider", str(folder)]
-        if config.inipath is not None:
-            arguments = ["-c", str(config.inipath), *arguments]
-        self._process = get_context("spawn").Process(target=_serve, args=(there, arguments, self._log), daemon=True)
+        self._start()
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        self._connection, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, self._arguments, self._log), daemon=True)
         self._process.start()
         there.close()
 
     def run(self, item: pytest.Item) -> list[pytest.TestReport]:
-        """The reports of the test, or one of its failure if the process has died."""
+        """The reports of the test, or that of its failure if the process dies; then another one takes its place."""
         try:
             self._connection.send(item.nodeid)
             found = self._connection.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+        except (EOFError, OSError):
             call = pytest.CallInfo.from_call(self._died, "call")
+            self._start()
             return [pytest.TestReport.from_item_and_call(item, call)]
         hook = self._config.hook
         return [hook.pytest_report_from_serializable(config=self._config, data=data) for data in found]
@@ -72,7 +77,7 @@ class _Server:
 
 def _serve(connection: Connection, arguments: list[str], log: str) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
-    output = os.open(log, os.O_WRONLY)
+    output = os.open(log, os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     raise SystemExit(pytest.main(arguments, plugins=[_Server(connection)]))

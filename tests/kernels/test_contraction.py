@@ -18,8 +18,8 @@ from fastdcgan.kernels.conv_transpose import conv_transpose
 from fastdcgan.kernels.tiles import TileConfig
 from fastdcgan.kernels.weight_grad import weight_grad
 from fastdcgan.spec import STORE, Call, Epilogue, Operand
+from tests.helpers.contractions import REFERENCE, reference, wide
 from tests.helpers.tolerance import assert_as_accurate
-from tests.kernels.calls import REFERENCE, reference, wide
 from tests.machine import DEVICE
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan", "no_overflow_checks")

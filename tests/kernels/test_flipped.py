@@ -12,9 +12,8 @@ from fastdcgan.backends import get
 from fastdcgan.geometry import Geometry
 from fastdcgan.kernels import flipped, image_side, image_side_transpose
 from fastdcgan.spec import Epilogue, Operand
+from tests.helpers.contractions import conv_call, conv_transpose_call, reference, weight_grad_call, wide
 from tests.helpers.tolerance import assert_as_accurate
-from tests.kernels import calls
-from tests.kernels.calls import reference, wide
 from tests.machine import DEVICE
 
 LAST = torch.channels_last
@@ -44,7 +43,7 @@ def prologue(x: Tensor, act: str = "leaky_relu") -> Operand:
 @example(n=2, c=64, out=1, h=7, w=7, geometry=PATCH, layout=LAST)
 def test_conv(n, c, out, h, w, geometry, layout) -> None:
     x, weight = draw(n, c, h, w, layout=layout), draw(out, c, *geometry.kernel, layout=layout)
-    call = calls.conv(Operand(x), weight, geometry)
+    call = conv_call(Operand(x), weight, geometry)
     assume(image_side.why_not(call) is not None)
     assert flipped.CONV.why_not(call) is None
     (got, _), (usual, _) = flipped.CONV.run(call, None), reference(call)
@@ -56,7 +55,7 @@ def test_conv(n, c, out, h, w, geometry, layout) -> None:
 def test_conv_with_prologue_and_epilogue(geometry: Geometry) -> None:
     a, weight = prologue(draw(2, 20, 9, 6)), draw(3, 20, *geometry.kernel)
     epilogue = Epilogue("activate", None, torch.rand(2, 1, 3, device=DEVICE) + 0.5, "tanh")
-    call = calls.conv(a, weight, geometry, epilogue)
+    call = conv_call(a, weight, geometry, epilogue)
     (got, _), (usual, _) = flipped.CONV.run(call, None), reference(call)
     assert_as_accurate(got, usual, reference(wide(call))[0], reduction=320)
 
@@ -69,7 +68,7 @@ def test_conv_with_prologue_and_epilogue(geometry: Geometry) -> None:
 def test_conv_transpose(n, c, out, h, w, geometry, layout) -> None:
     size = geometry.conv_transpose_size(h, w)
     x, weight = draw(n, c, h, w, layout=layout), draw(c, out, *geometry.kernel, layout=layout)
-    call = calls.conv_transpose(Operand(x), weight, geometry, size)
+    call = conv_transpose_call(Operand(x), weight, geometry, size)
     assert image_side_transpose.why_not(call) is not None
     assert flipped.CONV_TRANSPOSE.why_not(call) is None
     (got, _), (usual, _) = flipped.CONV_TRANSPOSE.run(call, None), reference(call)
@@ -87,7 +86,7 @@ def test_weight_grad(n, c, out, h, w, geometry, layout, lazy) -> None:
     x = Operand(draw(n, c, h, w, layout=layout))
     dy = draw(n, out, *geometry.conv_size(h, w), layout=layout)
     linear = prologue(dy) if lazy else Operand(dy)
-    call = calls.weight_grad(x, linear, geometry)
+    call = weight_grad_call(x, linear, geometry)
     assert flipped.WEIGHT_GRAD.why_not(call) is None
     got, usual = flipped.WEIGHT_GRAD.run(call, None), reference(call)
     assert_as_accurate(got, usual, reference(wide(call)), reduction=n * h * w)
@@ -98,22 +97,22 @@ def test_what_can_not_be_flipped() -> None:
     x, weight = Operand(draw(1, 8, 8, 8)), draw(3, 8, 4, 4)
     strided, padded = Geometry((4, 4), (2, 2), (1, 1)), Geometry((4, 4), (1, 1), (4, 4))
     for geometry in (strided, padded):
-        assert "can't be flipped" in flipped.CONV.why_not(calls.conv(x, weight, geometry))
-        gradient = calls.weight_grad(x, Operand(draw(1, 3, *geometry.conv_size(8, 8))), geometry)
+        assert "can't be flipped" in flipped.CONV.why_not(conv_call(x, weight, geometry))
+        gradient = weight_grad_call(x, Operand(draw(1, 3, *geometry.conv_size(8, 8))), geometry)
         assert "can't be flipped" in flipped.WEIGHT_GRAD.why_not(gradient)
     assert flipped.flip(Geometry((3, 3), (1, 1), (1, 1), (2, 2))) == Geometry((3, 3), (1, 1), (3, 3), (2, 2))
-    output_padding = calls.conv_transpose(x, draw(8, 3, 4, 4), PATCH, (8, 8))
+    output_padding = conv_transpose_call(x, draw(8, 3, 4, 4), PATCH, (8, 8))
     assert "can't be flipped" in flipped.CONV_TRANSPOSE.why_not(output_padding)
-    assert "channels" in flipped.CONV.why_not(calls.conv(x, draw(8, 8, 4, 4), PATCH))
+    assert "channels" in flipped.CONV.why_not(conv_call(x, draw(8, 8, 4, 4), PATCH))
 
 
 @pytest.mark.parametrize("out", [1, 3])
 def test_these_are_the_first_that_can_run(out: int) -> None:
     x, weight, y = Operand(draw(1, 16, 8, 8)), draw(out, 16, 4, 4), Operand(draw(1, out, 7, 7))
     for call in (
-        calls.conv(x, weight, PATCH),
-        calls.conv_transpose(y, weight, PATCH, (8, 8)),
-        calls.weight_grad(x, y, PATCH),
+        conv_call(x, weight, PATCH),
+        conv_transpose_call(y, weight, PATCH, (8, 8)),
+        weight_grad_call(x, y, PATCH),
     ):
         able = [algorithm.name for algorithm in get("triton").algorithms(call.op) if algorithm.why_not(call) is None]
         assert able == ["triton flipped", "triton"]

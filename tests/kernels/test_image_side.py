@@ -12,9 +12,8 @@ from fastdcgan.geometry import Geometry
 from fastdcgan.kernels import image_side, image_side_transpose
 from fastdcgan.kernels.image_side_transpose import ImageSideConfig
 from fastdcgan.spec import STORE, Epilogue, Operand
+from tests.helpers.contractions import conv_call, conv_transpose_call, reference, weight_grad_call, wide
 from tests.helpers.tolerance import assert_as_accurate
-from tests.kernels import calls
-from tests.kernels.calls import reference, wide
 from tests.machine import DEVICE
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
@@ -77,7 +76,7 @@ def compare(got: tuple[Tensor, Tensor], usual: tuple[Tensor, Tensor], truth: tup
 def test_conv(n, c, out, h, w, geometry, dtype, layout) -> None:
     assume(min(geometry.conv_size(h, w)) > 0)
     x, weight = draw(n, c, h, w, dtype=dtype, layout=layout), draw(out, c, *geometry.kernel, dtype=dtype, layout=layout)
-    call = calls.conv(Operand(x), weight, geometry)
+    call = conv_call(Operand(x), weight, geometry)
     assert image_side.why_not(call) is None
     got, usual = image_side.conv(call), reference(call)
     compare(got, usual, reference(wide(call)))
@@ -101,7 +100,7 @@ def test_conv_with_prologue_and_epilogue(before: str, kind: str) -> None:
         rows = 4 if kind == "grad_stats" else 2
         epilogue = Epilogue("grad_stats", y, coef(rows, groups, out), "leaky_relu", 0.2, groups)
     a = prologue(before, x, groups, "tanh")
-    call = calls.conv(a, weight, DCGAN, epilogue)
+    call = conv_call(a, weight, DCGAN, epilogue)
     compare(image_side.conv(call), reference(call), reference(wide(call)))
 
 
@@ -121,7 +120,7 @@ def test_conv_transpose(n, c, out, h, w, geometry, more, dtype, layout) -> None:
     size = geometry.conv_transpose_size(h, w, tuple(min(more, s - 1) for s in geometry.stride))
     assume(min(size) > 0)
     x, weight = draw(n, c, h, w, dtype=dtype, layout=layout), draw(c, out, *geometry.kernel, dtype=dtype, layout=layout)
-    call = calls.conv_transpose(Operand(x), weight, geometry, size)
+    call = conv_transpose_call(Operand(x), weight, geometry, size)
     reason = image_side_transpose.why_not(call)
     if reason is not None:
         assert "products for each pixel" in reason
@@ -142,7 +141,7 @@ def test_conv_transpose_with_prologue_and_epilogue(before: str, kind: str) -> No
     elif kind == "activate":
         epilogue = Epilogue("activate", None, coef(2, 1, out), "tanh")
     a = prologue(before, x, groups)
-    call = calls.conv_transpose(a, weight, DCGAN, (18, 28), epilogue)
+    call = conv_transpose_call(a, weight, DCGAN, (18, 28), epilogue)
     got = image_side_transpose.conv_transpose(call, ImageSideConfig(64, 16, 4))
     compare(got, reference(call), reference(wide(call)))
 
@@ -181,7 +180,7 @@ def test_infinity_stays_where_the_taps_reach() -> None:
     for geometry in (Geometry((3, 3), (1, 1), (1, 1)), Geometry((3, 3), (2, 2), (1, 1))):
         x, weight = draw(1, 8, 6, 6, dtype=torch.float32), draw(8, 3, 3, 3, dtype=torch.float32)
         x[0, 3, 2, 3] = torch.inf
-        call = calls.conv_transpose(Operand(x), weight, geometry, geometry.conv_transpose_size(6, 6))
+        call = conv_transpose_call(Operand(x), weight, geometry, geometry.conv_transpose_size(6, 6))
         got, usual = image_side_transpose.conv_transpose(call)[0], reference(call)[0]
         assert torch.equal(got.isfinite(), usual.isfinite())
         assert not usual.isfinite().all()
@@ -200,7 +199,7 @@ def test_weight_grad(n, c, out, h, w, geometry, dtype, layout) -> None:
     size = geometry.conv_size(h, w)
     assume(min(size) > 0)
     x, dy = Operand(draw(n, c, h, w, dtype=dtype, layout=layout)), Operand(draw(n, out, *size, dtype=dtype))
-    call = calls.weight_grad(x, dy, geometry)
+    call = weight_grad_call(x, dy, geometry)
     assert image_side.why_not(call) is None
     got, usual, truth = image_side.weight_grad(call), reference(call), reference(wide(call))
     assert_as_accurate(got, usual, truth, "weight gradient", reduction=n * size[0] * size[1])
@@ -211,7 +210,7 @@ def test_weight_grad(n, c, out, h, w, geometry, dtype, layout) -> None:
 def test_weight_grad_with_prologues(of_gathered: str, of_linear: str) -> None:
     x, dy = draw(4, 3, 10, 6, dtype=torch.float32), draw(4, 20, 5, 3, dtype=torch.float32)
     a, b = prologue(of_gathered, x, 1, "tanh"), prologue(of_linear, dy, 2)
-    call = calls.weight_grad(a, b, DCGAN)
+    call = weight_grad_call(a, b, DCGAN)
     got = image_side.weight_grad(call, ImageSideConfig(16, 16, 4, splits=3))
     assert_as_accurate(got, reference(call), reference(wide(call)), "weight gradient", reduction=60)
 
@@ -225,9 +224,9 @@ def test_the_same_input_gives_the_same_bits() -> None:
 
     def run() -> list[Tensor]:
         return [
-            *image_side.conv(calls.conv(Operand(x), weight, DCGAN, Epilogue("stats")), small),
-            image_side.weight_grad(calls.weight_grad(Operand(x), Operand(dy), DCGAN), small),
-            image_side_transpose.conv_transpose(calls.conv_transpose(Operand(dy), weight, DCGAN, (16, 16)))[0],
+            *image_side.conv(conv_call(Operand(x), weight, DCGAN, Epilogue("stats")), small),
+            image_side.weight_grad(weight_grad_call(Operand(x), Operand(dy), DCGAN), small),
+            image_side_transpose.conv_transpose(conv_transpose_call(Operand(dy), weight, DCGAN, (16, 16)))[0],
         ]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -236,8 +235,8 @@ def test_the_same_input_gives_the_same_bits() -> None:
 def test_bfloat16_is_multiplied_as_bfloat16() -> None:
     x, weight, dy = (draw(*s, dtype=torch.bfloat16) for s in ((1, 3, 8, 8), (16, 3, 4, 4), (1, 16, 4, 4)))
     a, b = Operand(x), Operand(dy)
-    forward, adjoint = calls.conv(a, weight, DCGAN), calls.conv_transpose(b, weight, DCGAN, (8, 8))
-    gradient = calls.weight_grad(a, b, DCGAN)
+    forward, adjoint = conv_call(a, weight, DCGAN), conv_transpose_call(b, weight, DCGAN, (8, 8))
+    gradient = weight_grad_call(a, b, DCGAN)
     results = [
         (image_side.conv(forward)[0], reference(wide(forward))[0]),
         (image_side.weight_grad(gradient), reference(wide(gradient))),
@@ -253,11 +252,11 @@ def test_what_can_not_run_says_why() -> None:
     image, features = draw(1, 3, 8, 8, dtype=torch.float32), draw(1, 8, 8, 8, dtype=torch.float32)
     weight, up = draw(8, 3, 4, 4, dtype=torch.float32), draw(8, 3, 3, 3, dtype=torch.float32)
     for call, expected in (
-        (calls.conv(Operand(features), weight, DCGAN), "8 channels on the image's side, more than 4"),
-        (calls.conv(Operand(image), weight, Geometry((7, 7))), "patches of 147 values, more than 128"),
-        (calls.conv(Operand(image.double()), weight, DCGAN), "take float32, float16, bfloat16, not torch.float64"),
-        (calls.conv(Operand(image), weight, Geometry((4, 4), groups=3)), "no groups, and here are 3"),
-        (calls.weight_grad(Operand(features), Operand(features), DCGAN), "8 channels on the image's side, more than 4"),
+        (conv_call(Operand(features), weight, DCGAN), "8 channels on the image's side, more than 4"),
+        (conv_call(Operand(image), weight, Geometry((7, 7))), "patches of 147 values, more than 128"),
+        (conv_call(Operand(image.double()), weight, DCGAN), "take float32, float16, bfloat16, not torch.float64"),
+        (conv_call(Operand(image), weight, Geometry((4, 4), groups=3)), "no groups, and here are 3"),
+        (weight_grad_call(Operand(features), Operand(features), DCGAN), "8 channels on the image's side, more than 4"),
     ):
         assert expected in image_side.why_not(call)
     for geometry, epilogue, expected in (
@@ -266,5 +265,5 @@ def test_what_can_not_run_says_why() -> None:
         (Geometry((3, 3)), Epilogue("stats"), "epilogue 'stats' to an image"),
     ):
         size = geometry.conv_transpose_size(8, 8)
-        call = calls.conv_transpose(Operand(features), up, geometry, size, epilogue)
+        call = conv_transpose_call(Operand(features), up, geometry, size, epilogue)
         assert image_side_transpose.why_not(call) == expected

@@ -12,9 +12,9 @@ import fastdcgan
 from fastdcgan import backends
 from fastdcgan.geometry import Geometry
 from fastdcgan.spec import Operand
+from tests.helpers.contractions import conv_call
 from tests.helpers.networks import Discriminator, Generator
 from tests.helpers.twins import assert_as_good, build, draw, results, settled_input
-from tests.kernels import calls
 from tests.machine import DEVICE
 
 STEPS = 1
@@ -63,22 +63,23 @@ def test_what_no_kernel_takes_has_a_reason() -> None:
 
     def why(x: tuple[int, ...], groups: int = 1) -> str | None:
         a, w = Operand(torch.empty(x, device="meta")), torch.empty(4, x[1] // groups, 3, 3, device="meta")
-        call = calls.conv(a, w, Geometry((3, 3), (1, 1), (1, 1), groups=groups))
+        call = conv_call(a, w, Geometry((3, 3), (1, 1), (1, 1), groups=groups))
         return backend.algorithms("conv")[-1].why_not(call)
 
     assert why((2, 8, 4, 4)) is None
     assert "no groups" in why((2, 8, 4, 4), groups=2)
     assert "elements" in why((0, 8, 4, 4))
     assert "elements" in why((2**20, 2**11, 1, 1))
-    assert "float64" in backend.covers(DEVICE.type, torch.float64)
-    assert "meta" in backend.covers("meta", torch.float32)
+    assert "float64" in backend.why_not(DEVICE.type, torch.float64)
+    assert "meta" in backend.why_not("meta", torch.float32)
 
 
 def test_explain_says_what_pytorch_does() -> None:
     factory, shape = NETS["groups"]
     rows = fastdcgan.explain(fastdcgan.fuse(build(factory, torch.float32, DEVICE)), draw(shape, torch.float32, DEVICE))
-    assert "PyTorch's convolution: the Triton contractions have no groups, and here are 2" in rows[0].why
-    assert "PyTorch's" not in rows[1].why
+    assert "pytorch: not triton image-side: 8 channels on the image's side, more than 4" in rows[0].why
+    assert "not triton: the Triton contractions have no groups, and here are 2" in rows[0].why
+    assert "; triton" in rows[1].why and "pytorch" not in rows[1].why
 
 
 def test_an_empty_batch_runs() -> None:

@@ -206,9 +206,9 @@ def test_partials_are_combined(slots: int) -> None:
     m2[count == 0] = 0
     partials = torch.stack([count, mean, m2], dim=2)
     got = kernels.combine_stats(partials.float().contiguous().to(DEVICE)).cpu().double()
-    kept = values[:, : slots - 1] if slots > 1 else values
-    kept = kept.reshape(groups, -1, channels)
-    truth = torch.stack([kept.mean(1), kept.var(1, unbiased=False), kept.var(1)])
+    counted = values[:, : slots - 1] if slots > 1 else values
+    counted = counted.reshape(groups, -1, channels)
+    truth = torch.stack([counted.mean(1), counted.var(1, unbiased=False), counted.var(1)])
     torch.testing.assert_close(got, truth, rtol=1e-5, atol=0)
     sums = kernels.combine_sums(partials[:, :, :2].float().contiguous().to(DEVICE)).cpu().double()
     torch.testing.assert_close(sums, partials[:, :, :2].sum(1).transpose(0, 1), rtol=1e-6, atol=0)

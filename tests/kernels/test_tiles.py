@@ -25,11 +25,20 @@ def problems(draw: st.DrawFn) -> Problem:
     epilogue = "none" if op == "weight_grad" else draw(st.sampled_from(["none", "stats", "grad_stats"]))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
     return Problem(
-        op, dtype, draw(SIZES), draw(SIZES), draw(SIZES) * draw(SIZES), 4, prologue, epilogue, draw(st.booleans())
+        op,
+        dtype,
+        draw(SIZES),
+        draw(SIZES),
+        draw(SIZES) * draw(SIZES),
+        4,
+        prologue,
+        epilogue,
+        draw(st.booleans()),
+        draw(st.integers(0, 2)),
     )
 
 
-PROBLEM = Problem("conv", torch.bfloat16, 8192, 512, 4096, 1, "activate", "stats", True)
+PROBLEM = Problem("conv", torch.bfloat16, 8192, 512, 4096, 1, "activate", "stats", True, 0)
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -48,7 +57,7 @@ def test_the_heuristics_tile_is_in_the_bounded_search_space_and_fits(problem: Pr
 
 
 def test_the_heuristic_fills_the_chip() -> None:
-    few = Problem("weight_grad", torch.bfloat16, 64, 128, 128 * 16 * 16, 16, "none none", "none", True)
+    few = Problem("weight_grad", torch.bfloat16, 64, 128, 128 * 16 * 16, 16, "none none", "none", True, 0)
     chosen = tiles.heuristic(few, H100)
     programs = 16 * tiles.ceil_div(64, chosen.block_m) * tiles.ceil_div(128, chosen.block_n) * chosen.splits
     assert programs >= 0.9 * H100.processors

@@ -109,8 +109,12 @@ def _float32() -> Iterator[Case]:
             yield replace(case, tile=replace(tile, splits=2) if op == "conv" else tile)
 
 
-# Rows of 500 channels are no multiple of 16 bytes, so that masked pointers read them.
-UNALIGNED = [Case(90, BF16, "conv", "activate", "stats", channels=500)]
+# Rows of 500 channels are no multiple of 16 bytes, so that pointers read the values one by one.
+UNALIGNED = [
+    Case(arch, BF16, op, *kind, channels=500)
+    for arch in ARCHITECTURES
+    for op, kind in (("conv", ("bn_backward", "grad_stats")), ("conv_transpose", ("activate", "stats")))
+]
 CASES = [*_shipped(), *_float32(), *UNALIGNED]
 
 

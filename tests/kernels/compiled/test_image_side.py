@@ -10,7 +10,7 @@ import torch
 from fastdcgan.geometry import Geometry
 from fastdcgan.kernels import image_side, image_side_transpose
 from fastdcgan.spec import STORE, Epilogue, Operand
-from tests.kernels import calls
+from tests.helpers.contractions import conv_call, conv_transpose_call, weight_grad_call
 from tests.kernels.compiled.compiling import TENSOR_CORES, assert_fits, compiled, images, vectors
 
 K4, K5 = Geometry((4, 4), (2, 2), (1, 1)), Geometry((5, 5), (2, 2), (2, 2))
@@ -30,19 +30,19 @@ def layers(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     gradient, image_gradient = Operand(features, features, coef, "leaky_relu", 0.2), Operand(x, x, few, "tanh")
 
     def conv(a: Operand, epilogue: Epilogue) -> Callable[[], object]:
-        return lambda: image_side.conv(calls.conv(a, weight, K4, epilogue))
+        return lambda: image_side.conv(conv_call(a, weight, K4, epilogue))
 
     def transpose(a: Operand, epilogue: Epilogue) -> Callable[[], object]:
-        return lambda: image_side_transpose.conv_transpose(calls.conv_transpose(a, weight, K4, (64, 64), epilogue))
+        return lambda: image_side_transpose.conv_transpose(conv_transpose_call(a, weight, K4, (64, 64), epilogue))
 
     def weight_grad(gathered: Operand, linear: Operand) -> Callable[[], object]:
-        return lambda: image_side.weight_grad(calls.weight_grad(gathered, linear, K4))
+        return lambda: image_side.weight_grad(weight_grad_call(gathered, linear, K4))
 
     return {
         "conv": conv(Operand(x), act),
         "conv stats": conv(Operand(x), Epilogue("stats")),
         "conv grad_stats": conv(image_gradient, grad_stats),
-        "conv k5": lambda: image_side.conv(calls.conv(Operand(x), weight5, K5, act)),
+        "conv k5": lambda: image_side.conv(conv_call(Operand(x), weight5, K5, act)),
         "weight_grad": weight_grad(Operand(x), plain),
         "weight_grad of D": weight_grad(Operand(x), gradient),
         "weight_grad of G": weight_grad(image_gradient, deferred),
@@ -50,7 +50,7 @@ def layers(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "conv_transpose of G": transpose(deferred, tanh),
         "conv_transpose of D": transpose(gradient, STORE),
         "conv_transpose k5": lambda: image_side_transpose.conv_transpose(
-            calls.conv_transpose(deferred, weight5, K5, (64, 64), tanh)
+            conv_transpose_call(deferred, weight5, K5, (64, 64), tanh)
         ),
     }
 
