@@ -25,7 +25,7 @@ from tests.machine import DEVICE, ROOT, backends_here
 QUICK = "not compiles and not slow"
 LONG = ("compiles", "slow", "interpreter")
 # The markers of whole folders of tests: folder -> marker
-MARKERS = {"csrc/cuda": "compiles", "cuda_on_cpu": "compiles"}
+MARKERS = {"kernels": "interpreter", "kernels/compiled": "compiles", "csrc/cuda": "compiles", "cuda_on_cpu": "compiles"}
 
 SLOW_CALLS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 

@@ -1,7 +1,7 @@
 // Tiles of matrices in shared memory, and the product of two of them on tensor cores.
 //
 // A tile is rows of chunks of 16 bytes. Along its rows lies the depth of the product (the index that is summed over) or
-// across them (`kDepthRows`): tensors are read as they lie in memory, and ldmatrix turns what has to be turned. Chunks
+// across them (`kDepthRows`): tensors are read as they lie in memory, and ldmatrix transposes what has to be transposed. Chunks
 // are permuted within a row so that what a warp touches at a time fills all banks once.
 #pragma once
 
