@@ -77,8 +77,8 @@ def test_what_no_kernel_takes_has_a_reason() -> None:
 def test_explain_says_what_pytorch_does() -> None:
     factory, shape = NETS["groups"]
     rows = fastdcgan.explain(fastdcgan.fuse(build(factory, torch.float32, DEVICE)), draw(shape, torch.float32, DEVICE))
-    assert "pytorch: not triton image-side: 8 channels on the image's side, more than 4" in rows[0].why
-    assert "not triton: the Triton contractions have no groups, and here are 2" in rows[0].why
+    assert "pytorch: not triton image-side, triton flipped: 8 channels on the image's side" in rows[0].why
+    assert "; not triton: the Triton contractions have no groups, and here are 2" in rows[0].why
     assert "; triton" in rows[1].why and "pytorch" not in rows[1].why
 
 
