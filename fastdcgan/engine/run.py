@@ -132,31 +132,37 @@ def _copied(value: Any) -> Any:
 
 
 class _Structure:
-    """The chains of a Sequential, and what has to hold for them to be that."""
+    """The chains of a Sequential, and what has to hold for them to be that.
+
+    It has no reference to the Sequential itself, which keeps it: that would be a circle, and a model that is given up
+    would keep its memory until the garbage collector comes.
+    """
 
     def __init__(self, sequential: nn.Sequential) -> None:
         self.parts = [_Chain(p) if isinstance(p, FoundChain) else p for p in segments(sequential)]
-        self._opened: list[tuple[nn.Module, list]] = []
+        self._children = list(sequential._modules.values())
+        self._nested: list[tuple[nn.Module, list]] = []
         self._modules: list[tuple] = []
         self._forwards: dict[Any, Any] = {}
-        self._watch(sequential)
+        self._watch(self._children)
 
-    def _watch(self, sequential: nn.Module) -> None:
-        children = sequential._modules
-        self._opened.append((sequential, list(children.values())))
-        for child in children.values():
-            assert child is not None
-            names = _watched(child)
+    def _watch(self, modules: list) -> None:
+        for module in modules:
+            names = _watched(module)
             get = operator.itemgetter(*names)
-            state = tuple(map(_copied, get(child.__dict__)))
-            self._modules.append((child, type(child), child.__dict__, len(child.__dict__), get, state))
-            self._forwards[type(child)] = type(child).forward
-            if isinstance(child, nn.Sequential):
-                self._watch(child)
+            state = tuple(map(_copied, get(module.__dict__)))
+            self._modules.append((module, type(module), module.__dict__, len(module.__dict__), get, state))
+            self._forwards[type(module)] = type(module).forward
+            if isinstance(module, nn.Sequential):
+                children = list(module._modules.values())
+                self._nested.append((module, children))
+                self._watch(children)
 
-    def holds(self) -> bool:
-        for sequential, modules in self._opened:
-            if list(sequential._modules.values()) != modules:
+    def holds(self, sequential: nn.Sequential) -> bool:
+        if list(sequential._modules.values()) != self._children:
+            return False
+        for nested, children in self._nested:
+            if list(nested._modules.values()) != children:
                 return False
         for module, kind, attributes, count, get, state in self._modules:
             if module.__class__ is not kind or len(attributes) != count or get(attributes) != state:
@@ -181,14 +187,15 @@ def _parts(sequential: nn.Sequential) -> list:
     kept = sequential.__dict__.get("_plans")
     if kept is None:
         kept = sequential.__dict__["_plans"] = Plans()
-    for i, structure in enumerate(kept):
-        if structure.holds():
+    for i, structure in enumerate(kept):  # other threads may change the list: of a replica of the same module, say
+        if structure.holds(sequential):
             if i:
                 kept.insert(0, kept.pop(i))
             return structure.parts
-    kept.insert(0, _Structure(sequential))
+    structure = _Structure(sequential)
+    kept.insert(0, structure)
     del kept[_STRUCTURES:]
-    return kept[0].parts
+    return structure.parts
 
 
 # --- a chain of it ----------------------------------------------------------------------------------------------------

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import re
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -231,6 +234,39 @@ def test_so_many_signatures_are_kept() -> None:
         model.append(nn.ReLU())
         model(image())
     assert len(model._plans) <= run._STRUCTURES
+
+
+def test_a_model_that_is_given_up_is_freed_at_once() -> None:
+    model = fastdcgan.fuse(net())
+    model(image()).sum().backward()
+    gone = [weakref.ref(model), *(weakref.ref(p) for p in model.parameters())]
+    gc.disable()
+    try:
+        del model
+        assert all(ref() is None for ref in gone)
+    finally:
+        gc.enable()
+
+
+def test_threads_that_share_what_is_kept_run_their_own_modules() -> None:
+    """As DataParallel's replicas do: copies of a module, which share its attributes, with other children."""
+    model = fastdcgan.fuse(net()).eval()
+    replicas, expected = [], []
+    for scale in (1.0, 2.0, 3.0):
+        other = fastdcgan.fuse(net()).eval()
+        with torch.no_grad():
+            other[0].weight.mul_(scale)
+        replica = copy.copy(model)
+        replica._modules = other._modules
+        replicas.append(replica)
+        expected.append(other(image()))
+    model(image())
+    for replica in replicas:
+        replica.__dict__["_plans"] = model._plans
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(20):
+            for got, right in zip(pool.map(lambda m: m(image()), replicas), expected, strict=True):
+                assert torch.equal(got, right)
 
 
 # --- without a compiled backend ---------------------------------------------------------------------------------------
