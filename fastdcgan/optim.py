@@ -8,7 +8,7 @@ or float16 copy of the weights up to date for whoever computes with it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
@@ -122,6 +122,8 @@ class FusedAdam(torch.optim.Adam):
             for (device, covered), params in batches.items():
                 scaler = (self._scalar("grad_scale", device), self._scalar("found_inf", device))
                 (self._by_kernel if covered else self._by_torch)(params, group, *scaler)
+            # Both write behind autograd's back, which may have saved the parameters for a backward.
+            torch.autograd.graph.increment_version([*ready, *(self._copies[p] for p in ready if p in self._copies)])
         return loss
 
     def write_copies(self) -> None:
@@ -181,8 +183,8 @@ class FusedAdam(torch.optim.Adam):
             if "master" not in state:
                 state["master"] = p.detach().to(dtype, copy=True)
         for name in names:
-            if state[name].dtype != dtype or not _lie_alike(state[name], p):
-                state[name] = torch.empty_like(p, dtype=dtype).copy_(state[name])
+            if state[name].dtype != dtype or not _fits(state[name], p):
+                state[name] = _laid_as(state[name], p, (dtype,))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class, or of `torch.optim.Adam` or `AdamW` with any of their settings."""
@@ -226,7 +228,7 @@ class FusedAdam(torch.optim.Adam):
         self, params: list[Tensor], group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         device = params[0].device
-        grads = [_laid_as(cast(Tensor, p.grad), p) for p in params]
+        grads = [_laid_as(cast(Tensor, p.grad), p, _GRADS) for p in params]
         states = [self.state[p] for p in params]
         nothing = torch.empty(0, device=device)
         low = [p.dtype in _LOW for p in params]
@@ -277,9 +279,10 @@ class FusedAdam(torch.optim.Adam):
     def _by_torch(
         self, params: list[Tensor], group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
+        # It takes tensors without gaps that all lie as the parameter does, without looking.
         states = [self.state[p] for p in params]
-        weights = [state.get("master", p) for p, state in zip(params, states, strict=True)]
-        grads = [cast(Tensor, p.grad).to(w.dtype) for p, w in zip(params, weights, strict=True)]
+        weights = [_laid_as(state.get("master", p), p) for p, state in zip(params, states, strict=True)]
+        grads = [_laid_as(cast(Tensor, p.grad), p, (w.dtype,)) for p, w in zip(params, weights, strict=True)]
         adam(
             weights,
             grads,
@@ -300,9 +303,11 @@ class FusedAdam(torch.optim.Adam):
             capturable=group["capturable"],
             decoupled_weight_decay=group["decoupled_weight_decay"],
         )
-        for p, weight in zip(params, weights, strict=True):
+        for p, weight, grad in zip(params, weights, grads, strict=True):
             if weight is not p:
                 p.copy_(weight)
+            if grad_scale is not None and grad is not p.grad:  # it has unscaled them where they lie
+                cast(Tensor, p.grad).copy_(grad)
             if p in self._copies:
                 self._copies[p].copy_(p)
 
@@ -319,11 +324,19 @@ def _lie_alike(a: Tensor, b: Tensor) -> bool:
     return both and all(t.is_contiguous(memory_format=torch.channels_last) for t in (a, b))
 
 
-def _laid_as(grad: Tensor, p: Tensor) -> Tensor:
-    """A gradient in a dtype that the kernel takes and in the parameter's order, itself where it is so already."""
-    if grad.dtype in _GRADS and _lie_alike(grad, p):
-        return grad
-    return torch.empty_like(p, dtype=grad.dtype if grad.dtype in _GRADS else torch.float32).copy_(grad)
+def _fits(t: Tensor, p: Tensor) -> bool:
+    """Whether `t` lies as a parameter does, or is contiguous where the parameter has gaps."""
+    return _lie_alike(t, p) if _dense(p) else t.is_contiguous()
+
+
+def _laid_as(t: Tensor, p: Tensor, dtypes: Sequence[torch.dtype] | None = None) -> Tensor:
+    """`t` without gaps, in the parameter's order where that has none, and in the first of `dtypes` if it is in none of
+    them; itself where it is so already."""
+    dtype = t.dtype if dtypes is None or t.dtype in dtypes else dtypes[0]
+    if t.dtype == dtype and _fits(t, p):
+        return t
+    order = torch.preserve_format if _dense(p) else torch.contiguous_format
+    return torch.empty_like(p, dtype=dtype, memory_format=order).copy_(t)
 
 
 def _check_copy(p: Tensor, copy: Tensor, known: bool) -> None:
