@@ -113,8 +113,11 @@ def train_step(
     parts, one after the other, and averages their gradients and metrics; BatchNorm's statistics are of a part. Modules
     may be wrapped in DistributedDataParallel. Nothing here waits for the device.
 
-    Raises ValueError if `accumulate` doesn't divide the batch.
+    Raises ValueError for a batch without images, for `z` of another number than the images, and if `accumulate` doesn't
+    divide the batch; nothing is changed then.
     """
+    if real.shape[0] == 0 or real.shape[0] != z.shape[0]:
+        raise ValueError(f"expected as many z as images, at least one, got {z.shape[0]} z and {real.shape[0]} images")
     if accumulate < 1 or real.shape[0] % accumulate:
         raise ValueError(f"accumulate={accumulate} must divide the batch, got {real.shape[0]} images")
     bare = unwrapped(discriminator)

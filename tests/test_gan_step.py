@@ -364,6 +364,17 @@ def test_parts_must_divide_the_batch() -> None:
     assert_equal(state_of(nets, []), before)
 
 
+@pytest.mark.parametrize(("images", "noise"), [(8, 6), (6, 8), (0, 0)])
+def test_there_are_as_many_z_as_images(images: int, noise: int) -> None:
+    nets = networks()
+    step = GANStep(*nets, *adams(nets), graph=False)
+    before = state_of(nets, [])
+    ((real, z),) = batches(1)
+    with pytest.raises(ValueError, match=f"as many z as images, at least one, got {noise} z and {images} images"):
+        step(real[:images], z[:noise])
+    assert_equal(state_of(nets, []), before)
+
+
 def test_the_average_of_weights() -> None:
     nets = networks()
     step = GANStep(*nets, *adams(nets, 1e-2), ema=0.75, graph=False)
