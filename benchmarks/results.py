@@ -169,9 +169,11 @@ def _output(*command: str) -> str | None:
 
 
 def _cpu_name() -> str:
+    """Its model, and whether it has AMX, which hypervisors leave out of the model's name."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    name = found.group(1).strip() if found else platform.processor() or platform.machine()
+    return f"{name} with AMX" if torch.cpu._is_amx_tile_supported() else name
 
 
 def _version(package: str) -> str | None:
