@@ -150,7 +150,8 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_processor()} | {torch.get_num_threads()} threads"
+        instructions = torch.backends.cpu.get_cpu_capability() + (" AMX" if torch.cpu._is_amx_tile_supported() else "")
+        name = f"{_processor()} | {instructions} | {torch.get_num_threads()} threads"
     triton = [f"triton {_triton_version()}"] if device.type == "cuda" else []
     return " | ".join([name, f"fastdcgan {__version__}", f"torch {torch.__version__}", *triton])
 
