@@ -8,6 +8,8 @@ the warm-up runs changed is put back before the capture, which itself computes n
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +90,14 @@ class GANStep:
         for name, net in (("generator", generator), ("discriminator", discriminator)):
             if not isinstance(net, nn.Module):
                 raise TypeError(f"{name} must be an nn.Module, got {type(net).__name__}")
+        check_parameters(generator, discriminator, optimizer_g, optimizer_d)
+        check_settings(loss, real_label, penalty, dtype, scaler, rng)
+        if loss is None and ends_in_sigmoid(discriminator):
+            warnings.warn(
+                "the discriminator ends in a Sigmoid, and the loss takes the sigmoid of what it gives once more: take "
+                "the module out, so that it ends in its logit, or give GANStep a loss of probabilities",
+                stacklevel=2,
+            )
         if not 0 <= ema < 1:
             raise ValueError(f"ema is a decay of at least 0 and below 1, got {ema}")
         if other_shapes not in OTHER_SHAPES:
@@ -321,6 +331,41 @@ class Snapshot:
 
 def _tensor(value: object) -> bool:
     return isinstance(value, Tensor)
+
+
+def check_parameters(generator: nn.Module, discriminator: nn.Module, of_g: Optimizer, of_d: Optimizer) -> None:
+    """Raise TypeError or ValueError for an optimiser that updates none of its network's parameters."""
+    nets = {"generator": generator, "discriminator": discriminator}
+    for name, optimizer in (("generator", of_g), ("discriminator", of_d)):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer_{name[0]} must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        found = [other for other, net in nets.items() if any(id(p) in updated for p in net.parameters())]
+        if name not in found:
+            instead = f", but of the {found[0]}'s: are the two optimisers swapped?" if found else ""
+            raise ValueError(f"optimizer_{name[0]} updates none of the {name}'s parameters{instead}")
+
+
+def check_settings(
+    loss: object, real_label: object, penalty: object, dtype: object, scaler: object, rng: object
+) -> None:
+    """Raise TypeError or ValueError for what `train_step` can't take."""
+    for name, value, expected, fits in (
+        ("loss", loss, "a GANLoss", isinstance(loss, GANLoss)),
+        ("penalty", penalty, "a GradientPenalty", callable(penalty)),
+        ("dtype", dtype, "a torch.dtype", isinstance(dtype, torch.dtype)),
+        ("scaler", scaler, "a torch.amp.GradScaler", isinstance(scaler, torch.amp.GradScaler)),
+        ("rng", rng, "a torch.Generator", isinstance(rng, torch.Generator)),
+    ):
+        if value is not None and not fits:
+            raise TypeError(f"{name} must be {expected} or None, got {value!r}")
+    if not isinstance(real_label, (int, float)) or not math.isfinite(real_label):
+        raise ValueError(f"real_label must be a finite number, got {real_label!r}")
+
+
+def ends_in_sigmoid(discriminator: nn.Module) -> bool:
+    """Whether the last of a network's modules is an `nn.Sigmoid`."""
+    return isinstance(list(discriminator.modules())[-1], nn.Sigmoid)
 
 
 def check_optimizers(*optimizers: Optimizer) -> None:

@@ -355,26 +355,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(penalty: GradientPen
         torch.testing.assert_close(runs[1][0][name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_parts_must_divide_the_batch() -> None:
-    nets = networks()
-    step = GANStep(*nets, *adams(nets), accumulate=3, graph=False)
-    before = state_of(nets, [])
-    with pytest.raises(ValueError, match="accumulate=3 must divide the batch, got 8 images"):
-        step(*batches(1)[0])
-    assert_equal(state_of(nets, []), before)
-
-
-@pytest.mark.parametrize(("images", "noise"), [(8, 6), (6, 8), (0, 0)])
-def test_there_are_as_many_z_as_images(images: int, noise: int) -> None:
-    nets = networks()
-    step = GANStep(*nets, *adams(nets), graph=False)
-    before = state_of(nets, [])
-    ((real, z),) = batches(1)
-    with pytest.raises(ValueError, match=f"as many z as images, at least one, got {noise} z and {images} images"):
-        step(real[:images], z[:noise])
-    assert_equal(state_of(nets, []), before)
-
-
 def test_the_average_of_weights() -> None:
     nets = networks()
     step = GANStep(*nets, *adams(nets, 1e-2), ema=0.75, graph=False)
