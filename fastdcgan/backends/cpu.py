@@ -33,8 +33,8 @@ FEWEST_TILES, FEWEST_CACHED_TILES, FEWEST_SUMMED_TILES = 128, 32, 16
 FEWEST_ROWS, FEWEST_WIDE_ROWS, FEWEST_PROJECTED = 128, 512, 16  # pixels of all samples: 16-bit, float32, from one pixel
 FEWEST_WIDE_CACHED = 32  # of `conv` in float32 with a weight in the packed-weight cache
 # Multiply-adds below which a call of PyTorch's convolution takes longer to set up than ours to run, if a packed weight
-# serves so many rows.
-FEW_PRODUCTS, FEW_ROWS = 2**20, 8
+# serves so many rows, or has few elements itself.
+FEW_PRODUCTS, FEW_ROWS, FEW_WEIGHTS = 2**20, 8, 2**14
 
 NAMESPACE = "fastdcgan_cpu"  # of the operators
 # Of the algorithms in csrc/cpu/contraction/algorithms.cpp; the library says which of them can run a call.
@@ -87,6 +87,12 @@ class Sides(NamedTuple):
         """Multiply-adds."""
         n, channels, height, width = self.linear
         return n * channels * height * width * self.gathered[1] * self.taps
+
+    def small(self, op: str) -> bool:
+        """Whether PyTorch's own takes longer to set up than ours to run."""
+        rows = self.linear[0] * self.linear[2] * self.linear[3]
+        packs_little = op == "weight_grad" or rows >= FEW_ROWS or self.products <= FEW_WEIGHTS * rows
+        return self.products <= FEW_PRODUCTS and packs_little
 
 
 def sides(call: Call) -> Sides:
@@ -193,7 +199,7 @@ class CPUBackend(Backend):
         if name in ("amx_col2im", "amx", "split_bf16"):
             return None if _in_channels_last(call) else "it is channels_last, and these tensors are not"
         s = sides(call)
-        if name != "winograd" and s.products <= FEW_PRODUCTS and s.linear[0] * s.linear[2] * s.linear[3] >= FEW_ROWS:
+        if name != "winograd" and s.small(call.op):
             return None
         if not _in_channels_last(call):
             return "the contractions of csrc/cpu are channels_last, and these tensors are not"
