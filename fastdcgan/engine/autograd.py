@@ -411,19 +411,19 @@ def _norm_act_backward(
     elif sums is None and (batch_stats or need.bias or need.bn_weight or need.bn_bias):
         sums = runs.norm_act_reduce(da, y, coef, act, block.slope)
     d_bias = d_bn_weight = d_bn_bias = None
-    if need.bias:
-        assert bias is not None and sums is not None
-        # With batch statistics the mean takes every constant out.
-        if batch_stats:
-            d_bias = torch.zeros_like(bias)
-        else:
-            d_bias = _over_groups(sums[0] if norm is None else sums[0] * coef[0])
-    if need.bn_weight:
+    if need.bias and batch_stats:  # the mean takes every constant out
+        assert bias is not None
+        d_bias = torch.zeros_like(bias)
+    elif need.bias:
         assert sums is not None
-        d_bn_weight = _over_groups(sums[1])
-    if need.bn_bias:
+        d_bias = _over_groups(sums[0] if norm is None else sums[0] * coef[0])
+    if need.bn_weight and need.bn_bias:
         assert sums is not None
-        d_bn_bias = _over_groups(sums[0])
+        d_bn_bias, d_bn_weight = _over_groups(sums, 1).unbind()
+    elif need.bn_weight or need.bn_bias:
+        assert sums is not None
+        found = _over_groups(sums[1 if need.bn_weight else 0])
+        d_bn_weight, d_bn_bias = (found, None) if need.bn_weight else (None, found)
     if dy is None:
         grad_coef = coef if norm is None else coef[:2]
         if norm is not None and batch_stats:
@@ -439,6 +439,6 @@ def _norm_act_backward(
     return dy, [d_bias, d_bn_weight, d_bn_bias]
 
 
-def _over_groups(row: Tensor) -> Tensor:
-    """[stat_groups, C] -> [C]."""
-    return row[0] if row.shape[0] == 1 else row.sum(0)
+def _over_groups(values: Tensor, dim: int = 0) -> Tensor:
+    """The sum over the statistics groups, which are dimension `dim`."""
+    return values.squeeze(dim) if values.shape[dim] == 1 else values.sum(dim)
