@@ -154,9 +154,8 @@ def _measure(able: Sequence[Algorithm], call: Call, searching: bool) -> dict[str
             except Exception as error:  # Whatever keeps one of our kernels from running here, PyTorch's own is there.
                 if algorithm.name == PYTORCH:
                     raise
-                if tile is None:
-                    reason = f"{type(error).__name__}: {error}"
-                    warnings.warn(f"algorithm {algorithm.name!r} is left out: {reason}", stacklevel=2)
+                what = f"algorithm {algorithm.name!r}" + ("" if tile is None else f" with {tile}")
+                warnings.warn(f"{what} is left out: {type(error).__name__}: {error}", stacklevel=2)
                 continue
             calls[algorithm.name, tile] = attempt
     times = autotune.milliseconds(calls, call.a.x.device)

@@ -217,7 +217,7 @@ def test_a_stored_tile_that_is_no_candidate_is_left_out(clock: Measuring, explai
     assert other.calls == [None]
 
 
-def test_a_tile_without_room_is_left_out(clock: Measuring, explained: Explained) -> None:
+def test_a_tile_without_room_is_left_out_with_a_warning(clock: Measuring, explained: Explained) -> None:
     class Small(Own):
         def algorithms(self, op: str) -> list[Algorithm]:
             (found,) = super().algorithms(op)
@@ -232,7 +232,8 @@ def test_a_tile_without_room_is_left_out(clock: Measuring, explained: Explained)
     clock.searching = True
     clock.times = lambda at: {None: 1.0, Tile(1): 0.9}[at[1]]
     own = Small(**TILES)
-    explained(own)
+    with pytest.warns(UserWarning, match=r"'own' with Tile\(rows=2\) is left out: RuntimeError: out of resources"):
+        explained(own)
     assert own.calls[-1] == Tile(1)
 
 
