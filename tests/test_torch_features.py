@@ -275,11 +275,6 @@ def test_checkpointing(reentrant: bool, device: torch.device) -> None:
 
     vanilla, fused, x = two(torch.float64, device)
     expected, found = results(Checkpointed(vanilla), x), results(Checkpointed(fused), x)
-    if not reentrant:
-        # Recomputing stops at the last saved tensor: vanilla has updated its first norms again by then, a chain not.
-        assert found["model.1.num_batches_tracked"] == 2 < expected["model.1.num_batches_tracked"]
-        for key in [key for key in expected if "running" in key or "num_batches" in key]:
-            del expected[key], found[key]
     assert_same(expected, found)
 
 

@@ -222,7 +222,8 @@ def block_of(found: FoundBlock, padded: bool, backend: str) -> Block:
         padding = (around[2], around[0])
     geometry = Geometry(pair(conv.kernel_size), pair(conv.stride), pair(padding), pair(conv.dilation), conv.groups)
     transposed = isinstance(conv, nn.ConvTranspose2d)
-    return Block(transposed, geometry, pair(conv.output_padding), made, act, slope, backend)
+    inplace = getattr(found.act, "inplace", False)
+    return Block(transposed, geometry, pair(conv.output_padding), made, act, slope, backend, inplace)
 
 
 def process_group(norm: nn.Module) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdcgan import backends
 from fastdcgan.dispatch import autotune
 from fastdcgan.engine import autograd
+from fastdcgan.engine.program import Program
 from fastdcgan.spec import Block, BlockTensors, Boundaries, Plan
 
 KIND = "boundaries"  # of what the autotune cache keeps
@@ -88,7 +89,8 @@ def fastest(rule: Plan, work: Callable[[Plan], Callable[[], object]], device: to
 
 def _work(plan: Plan, x: Tensor, flat: Sequence[Tensor | None], needs: Sequence[bool]) -> Callable[[], object]:
     """A forward, and a backward if anything needs a gradient; no buffer is updated."""
-    program = autograd.Program(plan, direct=True)
+    program = Program(plan, direct=True)
+    layout = program.layout(x, flat)
     da: Tensor | None = None
 
     @torch.no_grad()
@@ -98,7 +100,7 @@ def _work(plan: Plan, x: Tensor, flat: Sequence[Tensor | None], needs: Sequence[
             out, _, states = autograd.forward(program, x, flat, needs)
             da = torch.ones_like(out) if da is None else da
             # The epilogue may write to the gradient that it is given.
-            autograd.backward(program, x, flat, states, needs, da.clone())
+            autograd.backward(program, layout, x.shape[2:], x, flat, states, needs, da.clone())
         else:
             autograd.forward(program, x, flat, None)
 

@@ -8,6 +8,7 @@ shape, strides and requires_grad of the tensors, autocast, grad mode, the backen
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from fastdcgan.dispatch import primitives, router
 from fastdcgan.engine import autograd, planner
 from fastdcgan.engine.double_backward import formula
 from fastdcgan.engine.match import Alone, FoundBlock, FoundChain, block_of, process_group, runs_blocks, segments
+from fastdcgan.engine.program import Program
 from fastdcgan.spec import Block, BlockTensors, Running, Update
 
 # Device types without autocast, which raise where they are asked whether it is on. A list, since Dynamo of torch 2.11
@@ -123,7 +125,8 @@ def _watched(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, _BatchNorm):
         return _HOOKS + _NORM
     slopes = [row.slope_name for row in ACTIVATIONS.values() if row.slope_name in module.__dict__]
-    return (*_HOOKS, *slopes, *(["approximate"] if isinstance(module, nn.GELU) else []))
+    others = [name for name in ("approximate", "inplace") if name in module.__dict__]
+    return (*_HOOKS, *slopes, *others)
 
 
 def _copied(value: Any) -> Any:
@@ -356,7 +359,7 @@ class Planned:
         checks.check_chain(blocks, stat_groups, x, [v for t in tensors for v in t], casts_weights)
         alone = all(b.norm is None or b.norm.process_group is None for b in blocks)
         self._empty = alone and x.shape[0] == 0
-        self._program = autograd.Program(planner.plan(blocks, x, tensors, stat_groups, boundaries), direct)
+        self._program = Program(planner.plan(blocks, x, tensors, stat_groups, boundaries), direct)
 
     def _cast(self, x: Tensor, tensors: Sequence[BlockTensors]) -> tuple[Tensor, Sequence[BlockTensors]]:
         if self._dtype is None:
@@ -370,21 +373,24 @@ class Planned:
         program = self._program
         x, tensors = self._cast(x, tensors)
         flat = [v for t in tensors for v in t]
-        stat_groups = program.plan.stat_groups
         if self._empty:  # as PyTorch: an empty output, zero gradients, running statistics as they were
             for r in running:
                 if r is not None and r.num_batches is not None:
-                    r.num_batches.add_(stat_groups)
-            return formula(program.plan, x, flat)
-        out, stats = autograd.run(program, x, flat)
-        updates = [
-            _update(t, r, s, stat_groups)
-            for t, r, s in zip(tensors, running, stats, strict=True)
-            if r is not None and s is not None
-        ]
+                    r.num_batches.add_(program.plan.stat_groups)
+            return formula(program.plan, x, flat, program.layout(x, flat))
+        return autograd.run(program, x, flat, functools.partial(self._update_running, tensors, running))
+
+    def _update_running(
+        self, tensors: Sequence[BlockTensors], running: Sequence[Running | None], found: Sequence[Tensor]
+    ) -> None:
+        program, waiting, updates = self._program, iter(found), []
+        for block, t, r in zip(program.plan.blocks, tensors, running, strict=True):
+            if block.norm is not None and block.norm.batch_stats:
+                stats = next(waiting)
+                if r is not None:
+                    updates.append(_update(t, r, stats, program.plan.stat_groups))
         if updates:
             program.run.update_all_running(updates)
-        return out
 
 
 def _update(t: BlockTensors, r: Running, stats: Tensor, stat_groups: int) -> Update:
