@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -46,6 +48,10 @@ def check_chain(
 
 
 def _check_tensors(where: str, block: Block, t: BlockTensors, x: Tensor, casts_weights: bool) -> None:
+    for name, tensor in (("the input", x), *zip(t._fields, t, strict=True)):
+        if isinstance(tensor, Tensor) and (tensor.layout is not torch.strided or tensor.is_nested):
+            kind = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+            raise TypeError(f"{name} of {where} must be a dense tensor, got {kind}")
     if t.weight.dtype != x.dtype and not (casts_weights and t.weight.dtype == torch.float32):
         raise TypeError(
             f"input and weight must have one dtype, got an input of {x.dtype} and a weight of {t.weight.dtype} "
@@ -54,6 +60,8 @@ def _check_tensors(where: str, block: Block, t: BlockTensors, x: Tensor, casts_w
     for name, tensor in zip(t._fields, t, strict=True):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} of {where} must be a torch.Tensor or None, got {type(tensor).__name__}")
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} of {where} must be a floating-point tensor, got {tensor.dtype}")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} of {where} is on {tensor.device}, expected {x.device}, where the input is")
     if block.norm is not None and not (block.norm.eps > 0 or (block.norm.eps == 0 and not block.norm.batch_stats)):
@@ -125,6 +133,21 @@ def check_weight(weight: Tensor, groups: int, transposed: bool) -> None:
         raise ValueError(f"groups must divide the weight's {weight.shape[0]} channels, got groups={groups}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError or ValueError unless `value` is a finite number."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_norm(eps: object, momentum: object) -> None:
+    """Raise TypeError or ValueError for numbers that no normalisation has; `momentum` may be None, for an average."""
+    check_number("eps", eps)
+    if momentum is not None:
+        check_number("momentum", momentum)
+
+
 def check_boundaries(boundaries: str) -> None:
     """Raise ValueError for a choice that the plan does not have."""
     if boundaries not in ("auto", "finished", "deferred"):
@@ -140,6 +163,29 @@ def check_stat_groups(stat_groups: int) -> None:
 
 
 def check_module(model: object) -> None:
-    """Raise TypeError unless `model` is an `nn.Module`."""
+    """Raise TypeError unless `model` is an `nn.Module`, ValueError if a module in it contains itself."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    _check_tree(model, "", {}, set())
+
+
+def _check_tree(module: nn.Module, path: str, above: dict[nn.Module, str], seen: set[nn.Module]) -> None:
+    if module in above:
+        raise ValueError(f"module {path!r} is {above[module] or 'the model'!r} itself: a module can't contain itself")
+    if module in seen:
+        return
+    seen.add(module)
+    above[module] = path
+    for name, child in module._modules.items():
+        if child is not None:
+            _check_tree(child, f"{path}.{name}" if path else name, above, seen)
+    del above[module]
+
+
+def check_conv(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
+    """Raise TypeError or ValueError for numbers that no convolution has; PyTorch's modules wait for the call."""
+    least = {"kernel_size": 1, "stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
+    for name, minimum in least.items():
+        value = getattr(conv, name)
+        if not isinstance(value, str):
+            check_pair(name, value, minimum)

@@ -25,7 +25,8 @@ def fold_batchnorm(model: ModuleT) -> ModuleT:
     The BatchNorm2d is replaced by `nn.Identity`, so other modules keep their names. Weight norm, spectral norm and
     parametrizations of a folded convolution are made permanent. Left as they are: BatchNorms without running
     statistics, convolutions that are used in more than one place, and modules with hooks. The output equals that of
-    `model.eval()` up to rounding. Raises TypeError if `model` is no `nn.Module`.
+    `model.eval()` up to rounding.
+    Raises TypeError if `model` is no `nn.Module`, ValueError if a module contains itself.
     """
     check_module(model)
     memo = {}  # the old weight_norm and spectral_norm leave a computed `weight`, which deepcopy refuses

@@ -23,7 +23,7 @@ __all__ = ["Backend", "Unavailable", "backend", "status"]
 NAMES = ("triton", "cuda", "cpu", "reference")  # the order in which "auto" tries them
 _CLASSES = {"triton": "TritonBackend", "cuda": "CUDABackend", "cpu": "CPUBackend", "reference": "ReferenceBackend"}
 _GPU = ("triton", "cuda")  # whose kernels "auto" has a choice of
-_requested: str = os.environ.get("FASTDCGAN_BACKEND", "auto")
+_requested: str = os.environ.get("FASTDCGAN_BACKEND") or "auto"
 _loaded: dict[str, Backend | Unavailable] = {}  # each backend is tried once
 _selected: dict[tuple[str, torch.dtype], str] = {}  # what "auto" found
 

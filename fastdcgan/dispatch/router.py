@@ -24,6 +24,7 @@ from fastdcgan.spec import Algorithm, Call, Epilogue, Operand, says_channels_las
 
 PYTORCH = "pytorch"  # the algorithm of PyTorch's own convolution
 KIND = "algorithms"  # of what the autotune cache keeps
+MOST_ROUTES = 4096  # that are kept: shapes may go on changing
 
 _routes: dict[Any, Route] = {}
 _seen: list[str] | None = None
@@ -53,6 +54,8 @@ def route(call: Call, backend: str) -> Route:
     key = (backend, call.a.x.device, signature(call), settings(backend))
     found = _routes.get(key)
     if found is None or (not found.settled and autotune.may_compare(call.a.x.device)):
+        if len(_routes) >= MOST_ROUTES:
+            _routes.clear()
         found = _routes[key] = _choose(call, backend)
     return found
 

@@ -62,8 +62,9 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
 
 def _needs_every_module(x: Any) -> bool:
     """Whether the call is followed module by module: by global hooks, by tracers, by transforms that know PyTorch's own
-    functions but no chain (torch.func, forward-mode differentiation); or is of complex numbers, which none takes."""
-    if isinstance(x, Tensor) and x.is_complex():
+    functions but no chain (torch.func, forward-mode differentiation); or is of complex numbers or of another layout
+    (sparse, MKL-DNN's, nested), which none takes."""
+    if isinstance(x, Tensor) and (x.is_complex() or x.layout is not torch.strided or x.is_nested):
         return True
     if torch.compiler.is_compiling():
         return _has_any_global_hook()
@@ -232,21 +233,27 @@ class _Chain:
         if not isinstance(x, Tensor):
             raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
         found = self._found
+        tensors = [_tensors(b) for b in found.blocks]
+        given = [x, *(t for block in tensors for t in block if t is not None)]
+        direct = primitives.unwatched(*given)
+        if not direct and not torch.compiler.is_compiling() and any(map(_knows_only_torch, given)):
+            for module in (m for block in found.blocks for m in block.modules()):
+                x = _call_alone(module, x, stat_groups)
+            return x
         unbatched = x.dim() == 3 and all(b.norm is None for b in found.blocks)
         if unbatched:
             x = x[None]
         if found.pad is not None:
             x = F.pad(x, found.pad[0], found.pad[1])
-        tensors = [_tensors(b) for b in found.blocks]
         autocast = _autocast_dtype(x)
         backend = backends.select(backends.requested(), x.device.type, autocast or x.dtype)
         if recorder is not None and not torch.compiler.is_compiling():
             with router.recording() as routes:
-                out = self._run(x, tensors, stat_groups, boundaries, backend, autocast)
+                out = self._run(x, tensors, stat_groups, boundaries, backend, autocast, direct)
             for block, route in zip(found.blocks, routes, strict=False):
                 recorder.append(Record(block.conv, tuple(x.shape), compute_dtype(x), backend, route))
         else:
-            out = self._run(x, tensors, stat_groups, boundaries, backend, autocast)
+            out = self._run(x, tensors, stat_groups, boundaries, backend, autocast, direct)
         return out[0] if unbatched else out
 
     def _run(
@@ -257,10 +264,11 @@ class _Chain:
         boundaries: str,
         backend: str,
         autocast: torch.dtype | None,
+        direct: bool,
     ) -> Tensor:
-        given = [x, *(t for block in tensors for t in block)]
-        planned, direct = None, primitives.unwatched(*(t for t in given if t is not None))
+        planned = None
         if direct:
+            given = [x, *(t for block in tensors for t in block)]
             key = (
                 x.stride(), stat_groups, boundaries, backend, torch.is_grad_enabled(), autocast,
                 router.settings(backend), *(process_group(norm) for norm in self._norms),
@@ -276,6 +284,14 @@ class _Chain:
                     self._plans.clear()
                 self._plans[key] = planned
         return planned(x, tensors, [_running(b.norm, t) for b, t in zip(self._found.blocks, tensors, strict=True)])
+
+
+def _knows_only_torch(t: Tensor) -> bool:
+    """Whether a tensor is of a class with a `__torch_dispatch__` of its own, and so of PyTorch's operators alone."""
+    kind = type(t)
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith(
+        "torch._subclasses"
+    )
 
 
 def _of(module: nn.Module, stored: dict[str, Any], name: str) -> Any:
