@@ -135,7 +135,7 @@ def check_weight(weight: Tensor, groups: int, transposed: bool) -> None:
 
 def check_number(name: str, value: object) -> None:
     """Raise TypeError or ValueError unless `value` is a finite number."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")

@@ -275,12 +275,8 @@ def flat_epilogue(e: Epilogue, taps: int) -> Epilogue:
 
 def says_channels_last(x: Tensor) -> bool:
     """Whether PyTorch's convolution takes the strides of `x` [N, C, H, W] for channels_last, also where one channel or
-    one pixel makes them ambiguous."""
-    return like_channels_last(x.shape, x.stride())
-
-
-def like_channels_last(size: Sequence[int], stride: Sequence[int]) -> bool:
-    """The same of a size and strides (PyTorch's `is_channels_last_strides_2d`)."""
+    one pixel makes them ambiguous (`is_channels_last_strides_2d`)."""
+    size, stride = x.shape, x.stride()
     if stride[1] == 0:
         return False
     least = 0

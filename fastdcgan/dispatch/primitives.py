@@ -150,13 +150,13 @@ def _quietly(first: Tensor, function: Callable, *args: Any) -> Any:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def unwatched(*tensors: Tensor) -> bool:
+def unwatched(*tensors: Tensor | None) -> bool:
     """Whether nobody watches: no compiler, no dispatch mode, no tensor subclass or meta tensor. A primitive then calls
     its backend at once, without the way through the dispatcher."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     for t in tensors:  # noqa: SIM110  all() of a generator takes twice as long, on the way of every call
-        if t.__class__ not in _PLAIN or t.is_meta:
+        if t is not None and (t.__class__ not in _PLAIN or t.is_meta):
             return False
     return True
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdcgan.spec import Block, Plan, format_of_torch, like_channels_last, of_block, says_channels_last, strides_in
+from fastdcgan.spec import Block, Plan, format_of_torch, of_block, says_channels_last, strides_in
 
 Strides = tuple[int, ...]
 _Backend = torch._C._ConvBackend  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ def layout(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> Layout:
         if not one_choice and (block.norm is not None or (block.act != "identity" and not block.inplace)):
             format = torch.contiguous_format
         out = strides_in(shape, format)
-        said = like_channels_last(shape, out)
+        said = says_channels_last(torch.empty_strided(shape, out, device="meta"))
     assert input_grad is not None
     return Layout(out, input_grad, tuple(weight_grads))
 

@@ -234,7 +234,7 @@ class _Chain:
             raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
         found = self._found
         tensors = [_tensors(b) for b in found.blocks]
-        given = [x, *(t for block in tensors for t in block if t is not None)]
+        given = [x, *(t for block in tensors for t in block)]
         direct = primitives.unwatched(*given)
         if not direct and not torch.compiler.is_compiling() and any(map(_knows_only_torch, given)):
             for module in (m for block in found.blocks for m in block.modules()):
@@ -245,15 +245,16 @@ class _Chain:
             x = x[None]
         if found.pad is not None:
             x = F.pad(x, found.pad[0], found.pad[1])
+        given[0] = x
         autocast = _autocast_dtype(x)
         backend = backends.select(backends.requested(), x.device.type, autocast or x.dtype)
         if recorder is not None and not torch.compiler.is_compiling():
             with router.recording() as routes:
-                out = self._run(x, tensors, stat_groups, boundaries, backend, autocast, direct)
+                out = self._run(x, tensors, stat_groups, boundaries, backend, autocast, given if direct else None)
             for block, route in zip(found.blocks, routes, strict=False):
                 recorder.append(Record(block.conv, tuple(x.shape), compute_dtype(x), backend, route))
         else:
-            out = self._run(x, tensors, stat_groups, boundaries, backend, autocast, direct)
+            out = self._run(x, tensors, stat_groups, boundaries, backend, autocast, given if direct else None)
         return out[0] if unbatched else out
 
     def _run(
@@ -264,11 +265,10 @@ class _Chain:
         boundaries: str,
         backend: str,
         autocast: torch.dtype | None,
-        direct: bool,
+        given: list[Tensor | None] | None,
     ) -> Tensor:
         planned = None
-        if direct:
-            given = [x, *(t for block in tensors for t in block)]
+        if given is not None:  # x and the tensors, and nobody watches
             key = (
                 x.stride(), stat_groups, boundaries, backend, torch.is_grad_enabled(), autocast,
                 router.settings(backend), *(process_group(norm) for norm in self._norms),
@@ -278,16 +278,18 @@ class _Chain:
         if planned is None:
             padded = self._found.pad is not None
             blocks = [block_of(b, padded and i == 0, backend) for i, b in enumerate(self._found.blocks)]
-            planned = Planned(blocks, x, tensors, stat_groups, boundaries, direct)
-            if direct:
+            planned = Planned(blocks, x, tensors, stat_groups, boundaries, given is not None)
+            if given is not None:
                 if len(self._plans) >= _PLANS:
                     self._plans.clear()
                 self._plans[key] = planned
         return planned(x, tensors, [_running(b.norm, t) for b, t in zip(self._found.blocks, tensors, strict=True)])
 
 
-def _knows_only_torch(t: Tensor) -> bool:
+def _knows_only_torch(t: Tensor | None) -> bool:
     """Whether a tensor is of a class with a `__torch_dispatch__` of its own, and so of PyTorch's operators alone."""
+    if t is None:
+        return False
     kind = type(t)
     return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith(
         "torch._subclasses"
