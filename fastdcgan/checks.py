@@ -143,3 +143,9 @@ def check_module(model: object) -> None:
     """Raise TypeError unless `model` is an `nn.Module`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def printable(text: object) -> str:
+    """`text` in one line, safe for a terminal: what is not printable, such as the escape codes and line breaks that a
+    file's name may hold, is written as Python writes it in a string."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastdcgan.benchmarks import demo
+from fastdcgan.checks import printable
 from fastdcgan.cli.options import INTERRUPTED, add_device, add_out
 from fastdcgan.dcgan.demo import DemoSettings
 
@@ -21,5 +22,5 @@ def run(args: argparse.Namespace) -> int:
     outcome = demo.run(settings)
     if outcome.reason == "interrupted":
         return INTERRUPTED
-    print(settings.out)
+    print(printable(settings.out))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from fastdcgan.checks import printable
 from fastdcgan.cli.options import add_checkpoint, add_labelled_data, add_out, at_least, folder_to_fill
 from fastdcgan.dcgan import augmentation, distributed, feature_report, trained
 
@@ -70,5 +71,5 @@ def run(args: argparse.Namespace) -> int:
     if args.augment:
         accuracies = augmentation.experiment(nets, split, settings, device)
         print(augmentation.write(accuracies, split, settings, nets, args.out))
-    print(args.out)
+    print(printable(args.out))
     return 0

@@ -9,6 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Of image files in the `decoding.FORMATS`
+_JPEG, _NETPBM = {".jpg", ".jpeg", ".jpe", ".jfif"}, {".ppm", ".pgm", ".pbm", ".pnm", ".pfm"}
+SUFFIXES = {".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"} | _JPEG | _NETPBM
+MARKER = ".fastdcgan"  # a file that lists what of its folder fastdcgan wrote, a name a line
+WHOLE = "."  # all that is in the folder, and below it
+_MOST_BYTES = 2**26  # of a text that is read at once
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -48,6 +55,49 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def own_folder(path: Path, *pictures: str) -> None:
+    """Make a folder for what fastdcgan writes: whatever will be in it is no data. One that has pictures or folders in
+    it already is somebody's: then only those of these names, pictures and folders of them, are no data."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not any(entry.suffix.lower() in SUFFIXES or entry.is_dir() for entry in path.iterdir()):
+        _mark(path, WHOLE)
+    for name in pictures:
+        mark_written(path / name)
+
+
+def mark_written(path: Path) -> None:
+    """Note beside a picture, or a folder of pictures, that it is no data, unless it lies in a folder of our own."""
+    if WHOLE not in read_marker(path.parent):
+        _mark(path.parent, path.name)
+
+
+def _mark(folder: Path, name: str) -> None:
+    marker = folder / MARKER
+    if name not in read_marker(folder) and (marker.is_file() or not marker.exists()):
+        with marker.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(f"{name}\n")
+
+
+def read_marker(folder: Path) -> set[str]:
+    """The names in a folder's marker: of what fastdcgan wrote there, or `WHOLE`. One that can't be read has none."""
+    try:
+        return set(read_text(folder / MARKER).splitlines())
+    except (OSError, ValueError):
+        return set()
+
+
+def read_text(path: Path) -> str:
+    """A whole file, of at most 64 MiB. Raises OSError for what is no file (a pipe would never end), ValueError for a
+    larger one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file")
+    with path.open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"{path} has more than {_MOST_BYTES} bytes")
+    return data.decode("utf-8", "surrogateescape")
 
 
 def _umask() -> int:
