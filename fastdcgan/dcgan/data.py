@@ -18,14 +18,13 @@ from torch import Tensor
 from fastdcgan.dcgan import cache
 from fastdcgan.dcgan.config import BUILTIN_DATA
 from fastdcgan.dcgan.console import say, track
-from fastdcgan.dcgan.files import replacing
+from fastdcgan.dcgan.files import replacing, short_name
 from fastdcgan.dcgan.sources import Source, open_source
 from fastdcgan.images import normalize_images
 
 T = TypeVar("T")
 
 _NAMED_IN_FULL = 10
-_NAME_BYTES = 64  # of a folder's name that its cache is called by
 _AHEAD = 4  # decoded images that wait to be written, for each thread
 _RESIDENT_SHARE = 0.25  # part of a GPU's free memory that images may take
 
@@ -104,8 +103,7 @@ def _cache_name(data: str) -> str:
     if data in BUILTIN_DATA:
         return data
     path = Path(data).resolve()
-    start = os.fsencode(path.name)[:_NAME_BYTES].decode("utf-8", "ignore")
-    return f"{start}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
+    return f"{short_name(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
 
 
 def _decode_all(source: Source, path: Path, fingerprint: str, shape: tuple[int, ...], threads: int) -> Images:

@@ -14,6 +14,7 @@ _JPEG, _NETPBM = {".jpg", ".jpeg", ".jpe", ".jfif"}, {".ppm", ".pgm", ".pbm", ".
 SUFFIXES = {".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"} | _JPEG | _NETPBM
 MARKER = ".fastdcgan"  # a file that lists what of its folder fastdcgan wrote, a name a line
 WHOLE = "."  # all that is in the folder, and below it
+_NAME_BYTES = 200  # of the 255 that most file systems allow
 _MOST_BYTES = 2**26  # of a text that is read at once
 
 
@@ -55,6 +56,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def short_name(path: Path) -> str:
+    """The name of a file or folder, cut to what leaves room to make another name of it."""
+    return os.fsencode(path.name)[:_NAME_BYTES].decode("utf-8", "ignore")
 
 
 def own_folder(path: Path, *pictures: str) -> None:
