@@ -24,10 +24,14 @@ MOST_SECONDS = 60  # for one image
 
 
 class _TimedFile(io.BufferedReader):
-    """A file that can be read for `MOST_SECONDS`: decoders ask for a piece at a time."""
+    """A file that can be read for `MOST_SECONDS` from its opening, or its `restart`: decoders ask for a piece at a
+    time."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
+        self.restart()
+
+    def restart(self) -> None:
         self._end = time.monotonic() + MOST_SECONDS
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -81,6 +85,7 @@ def open_image(path: Path, side: int | None = None) -> Iterator[Image.Image]:
             if held > MOST_PIXELS:
                 raise ValueError(f"it has {held} pixels: expected at most {MOST_PIXELS}")
             with _in_flight.take(held):
+                file.restart()  # to have waited for others is not the file's fault
                 yield image
 
 

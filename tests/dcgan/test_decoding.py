@@ -184,6 +184,16 @@ def test_most_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - began < 30
 
 
+def test_waiting_for_others_takes_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (30, 20), 7).save(tmp_path / "a.png")
+    monkeypatch.setattr(decoding, "MOST_SECONDS", 0.2)
+    with ThreadPoolExecutor(1) as pool:
+        with decoding._in_flight.take(decoding.MOST_PIXELS):
+            reading = pool.submit(read_image, tmp_path / "a.png", 1)
+            time.sleep(0.4)
+        assert reading.result().size == (30, 20)
+
+
 def test_pixels_in_flight() -> None:
     """All threads together hold no more than the budget, and none waits for ever."""
     budget, lock, held, most = decoding._Budget(10), threading.Lock(), 0, 0
