@@ -155,6 +155,21 @@ def test_copies_are_of_the_weights_after_a_step(write: Any) -> None:
         write(net)
 
 
+@pytest.mark.parametrize(
+    "convert",
+    [{"memory_format": torch.channels_last}, {"dtype": torch.float16}, {"dtype": torch.float64}],
+    ids=["channels_last", "float16", "float64"],
+)
+def test_copies_of_parameters_that_were_converted(convert: dict[str, Any]) -> None:
+    net = network()
+    params = list(net.parameters())
+    copies = {p: torch.empty_like(p, dtype=torch.bfloat16) for p in params}
+    optimizer = FusedAdam(params, lr=1e-3, copies=copies)
+    net.to(**convert)
+    step(optimizer, params, 0)
+    assert all(torch.equal(copies[p], p.bfloat16()) for p in params)
+
+
 @pytest.mark.parametrize("of", ["state", "gradient"])
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_a_parameter_of_another_shape_is_refused(of: str, amsgrad: bool) -> None:
