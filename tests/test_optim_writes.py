@@ -12,12 +12,10 @@ from torch import nn
 
 import fastdcgan
 from fastdcgan.optim import FusedAdam
-from tests.helpers.writes import WRITES, by_load_state_dict_that_assigns
+from tests.helpers.writes import KEEPS_OBJECTS
 from tests.machine import DEVICE
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
-# An optimiser is told of nothing, and keeps the objects that it was given.
-KEEPS_OBJECTS = {name: write for name, write in WRITES.items() if write is not by_load_state_dict_that_assigns}
 
 
 def network() -> nn.Module:

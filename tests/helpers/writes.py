@@ -133,3 +133,5 @@ WRITES: dict[str, Write] = {
         *([by_numpy] if DEVICE.type == "cpu" else []),
     )
 }  # fmt: skip
+# For what keeps the objects that it was given, as optimisers do.
+KEEPS_OBJECTS = {name: write for name, write in WRITES.items() if write is not by_load_state_dict_that_assigns}
