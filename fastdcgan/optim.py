@@ -43,8 +43,8 @@ class FusedAdam(torch.optim.Adam):
     Parameters in bfloat16 or float16 get float32 moments and a float32 master copy, `state[p]["master"]`, which is what
     is updated; the parameter is that, rounded. Where it isn't, somebody else has written to it (loaded weights, clamped
     them, put an average back), and a step goes on from what it finds there, element by element, however it was written.
-    (Such a state_dict loads into `torch.optim.Adam`, which rounds the moments and ignores the master.) `state[p]["step"]`
-    of a parameter on a GPU is set in place or loaded: what is written through its `.data` is not seen.
+    (Such a state_dict loads into `torch.optim.Adam`, which rounds the moments and ignores the master.) On a GPU, set
+    `state[p]["step"]` in place or load it: what is written through its `.data` is not seen.
 
     Args:
         params: an iterable of parameters or of param groups, real and dense, on any device.
