@@ -48,7 +48,7 @@ def test_what_is_forbidden_is_found() -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", [None, "wgan-gp", "r1"])
 @pytest.mark.parametrize(
-    "name, dtype",
+    ("name", "dtype"),
     [
         (name, dtype)
         for dtype in (None, torch.bfloat16, torch.float16, torch.float64)
