@@ -150,14 +150,14 @@ except Exception as error:
 
 
 def test_auto_leaves_out_a_library_for_other_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Loaded(ReferenceBackend):
+    class Stub(ReferenceBackend):
         def __init__(self, reason: str | None) -> None:
             self.reason = reason
 
         def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
             return self.reason
 
-    cuda, triton = Loaded("it was built for 9.0a"), Loaded(None)
+    cuda, triton = Stub("it was built for 9.0a"), Stub(None)
     monkeypatch.setattr(backends, "_loaded", {"cuda": cuda, "triton": triton})
     assert backends.members("auto") == [triton]
     cuda.reason = None

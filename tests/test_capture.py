@@ -1,4 +1,5 @@
-"""What a CUDA graph's capture forbids, found on a CPU: nothing in a step copies from the host or asks for a value."""
+"""What a CUDA graph's capture forbids, found on a CPU: nothing in a step copies from the host or asks for a value; and
+how a change of what a graph took for granted is noticed."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdcgan
+from fastdcgan.capture import Granted
 from fastdcgan.optim import FusedAdam
 from fastdcgan.train_step import GradientPenalty
 from tests.machine import DEVICE, backends_here
@@ -83,3 +85,23 @@ def test_a_step_asks_nothing_of_the_host(
             step(real, z)
     assert watched.calls > 50
     assert not watched.found, "\n".join(watched.found)
+
+
+def test_what_is_unchanged_is_seen_at_a_glance(monkeypatch: pytest.MonkeyPatch) -> None:
+    nets = (fastdcgan.Generator(32, nz=8, ngf=4), fastdcgan.Discriminator(32, ndf=4))
+    optimizers = [FusedAdam(net.parameters()) for net in nets]
+    for optimizer in optimizers:
+        optimizer.prepare()
+    granted = Granted(nets, optimizers)
+    looks = []
+    look = Granted._look
+    monkeypatch.setattr(Granted, "_look", lambda self: looks.append(self) or look(self))
+    assert granted.holds() and granted.holds() and not looks
+    nets[0].note = object()  # somebody's own attribute: looked at once
+    assert granted.holds() and granted.holds() and len(looks) == 1
+    state = optimizers[0].state[next(nets[0].parameters())]
+    state["exp_avg"] = state["exp_avg"].clone()
+    assert not granted.holds()
+    granted = Granted(nets, optimizers)
+    optimizers[1].param_groups[0]["betas"] = (0.1, 0.2)
+    assert not granted.holds()
