@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastdcgan.cli.options import add_checkpoint
+from fastdcgan.checks import AMOUNT, Range
+from fastdcgan.cli.options import add_checkpoint, add_number
 from fastdcgan.dcgan import distributed, interpolation, trained
 from fastdcgan.dcgan.images import save_image
 
@@ -27,8 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="EXPRESSION",
         help="sums and differences of means of inputs, such as '1,2,3 - 4,5,6 + 7,8,9', with images around the result",
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="images of each part of the walk [default: 8; GIF: 16]")
-    parser.add_argument("--noise", type=float, default=0.25, metavar="X", help="how far around the result: +-X")
+    add_number(
+        parser, "--steps", Range(1, 10_000), metavar="N", help="images of each part of the walk [default: 8; GIF: 16]"
+    )
+    add_number(parser, "--noise", AMOUNT, default=0.25, metavar="X", help="how far around the result: +-X")
     parser.add_argument("--ema", action="store_true", help="with the run's moving average of the generator")
     parser.add_argument(
         "--out",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastdcgan.cli.options import add_device, at_least
+from fastdcgan.checks import Range
+from fastdcgan.cli.options import add_device, add_number, add_seed
 from fastdcgan.dcgan import distributed, sampling, trained
 
 
@@ -20,9 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=CHECKPOINT",
         help="a generator for each class instead: --count images of each go into the folder OUT/NAME",
     )
-    parser.add_argument("--count", type=int, default=64, help="how many images")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise they are made from")
-    parser.add_argument("--truncation", type=float, metavar="T", help="redraw noise beyond +-T: fewer odd images")
+    add_number(parser, "--count", Range(1), default=64, help="how many images")
+    add_seed(parser, "of the noise they are made from")
+    add_number(
+        parser,
+        "--truncation",
+        Range(None, 1e12, above=0, whole=False),
+        metavar="T",
+        help="redraw noise beyond +-T: fewer odd images",
+    )
     parser.add_argument("--ema", action="store_true", help="with the run's moving average of the generator")
     parser.add_argument(
         "--out",
@@ -38,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    at_least("--count", args.count, 1)
     device = distributed.choose_device(args.device)
     how = {"seed": args.seed, "truncation": args.truncation}
     in_folder = args.per_class or args.separate or args.as_folder

@@ -67,7 +67,7 @@ def colour_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("inpaint RUN --mask mask.png", "the mask mask.png is 32x32: expected 28x28, as the images are"),
         ("inpaint RUN --mask white.png", "the mask leaves nothing known"),
         ("inpaint RUN --mask mask.png --share 0.5", "the mask mask.png is a file: expected no share"),
-        ("inpaint RUN --share 1", "the share of missing pixels is 1.0: expected more than 0 and less than 1"),
+        ("inpaint RUN --share 1", "--share is 1.0: expected more than 0 and below 1"),
         # Where to write to
         ("sample RUN --out file/a.png", "file"),
         ("sample RUN --out empty", "--out is empty: expected a file .png, .npy or .npz, or a folder with --separate"),
@@ -97,7 +97,7 @@ def colour_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("interpolate RUN --steps 1", "steps is 1: expected at least 2"),
         ("interpolate RUN --steps 0 --out walk.gif", "steps is 0: expected at least 1"),
         ("interpolate RUN --arithmetic 1*2", "'1*2' has '1*2': expected something like"),
-        ("interpolate RUN --arithmetic 1+2 --noise -1", "the scale of the noise is -1.0: expected at least 0"),
+        ("interpolate RUN --arithmetic 1+2 --noise -1", "--noise is -1.0: expected at least 0"),
         ("inpaint RUN --count 0", "--count is 0: expected at least 1"),
         ("inpaint RUN --steps 0", "--steps is 0: expected at least 1"),
         ("inpaint RUN --restarts 0", "--restarts is 0: expected at least 1"),
