@@ -7,7 +7,6 @@ is killed leaves its temporary file behind; the next one that writes into the sa
 from __future__ import annotations
 
 import fcntl
-import io
 import os
 import shutil
 import tempfile
@@ -15,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -39,10 +38,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[io.BufferedWriter]:
-    """An open file in place of `replacing`'s path."""
-    with replacing(path) as temporary, io.BufferedWriter(_Writer(temporary, "w")) as file:
-        yield file
+def writing(path: Path) -> Iterator[Any]:
+    """An open binary file in place of `replacing`'s path."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        yield _Writer(file)
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -120,17 +119,21 @@ def clean(folder: Path) -> None:
             os.close(handle)
 
 
-class _Writer(io.FileIO):
-    """Takes writes and drops them once one has failed: an archive that is closed after that would fail again, where
-    nobody can catch it."""
+class _Writer:
+    """An open file that drops what is written once a write has failed: an archive that is closed after that would fail
+    again, where nobody can catch it."""
 
-    _failed = False
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._failed = file, False
 
-    def write(self, content: Any, /) -> int:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, content: Any) -> int:
         if self._failed:
             return memoryview(content).nbytes
         try:
-            return super().write(content)
+            return self._file.write(content)
         except OSError:
             self._failed = True
             raise
