@@ -7,6 +7,7 @@ is killed leaves its temporary file behind; the next one that writes into the sa
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import shutil
 import tempfile
@@ -120,22 +121,20 @@ def clean(folder: Path) -> None:
 
 
 class _Writer:
-    """An open file that drops what is written once a write has failed: an archive that is closed after that would fail
-    again, where nobody can catch it."""
+    """An open file that forgets what is written once a write has failed: an archive that is closed after that would
+    fail again, where nobody can catch it."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._failed = file, False
+        self._file = file
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
     def write(self, content: Any) -> int:
-        if self._failed:
-            return memoryview(content).nbytes
         try:
             return self._file.write(content)
         except OSError:
-            self._failed = True
+            self._file = io.BytesIO()
             raise
 
 
