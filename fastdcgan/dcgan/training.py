@@ -141,6 +141,13 @@ class Trainer:
             before.max_steps,
         ):
             raise ValueError(f"{trainer._finished()}: expected more of them, or max_steps 0 for no limit")
+        changed = [
+            f"{f.name} is {getattr(config, f.name)} (was {getattr(before, f.name)})"
+            for f in dataclasses.fields(config)
+            if f.name in changes and getattr(config, f.name) != getattr(before, f.name)
+        ]
+        if changed:
+            say(f"Changed from here on: {', '.join(changed)}")
         later = [p.stem for p in checkpoint.all_of(trainer.out) if checkpoint.step_of(p) > trainer.step]
         if later:
             say(f"Going on from step {trainer.step}: the next checkpoint takes the place of {', '.join(later)}")

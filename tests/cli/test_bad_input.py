@@ -93,6 +93,15 @@ def colour_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sample --per-class a/b=RUN", "the class 'a/b' can't be a folder"),
         ("sample --per-class ..=RUN", "the class '..' can't be a folder"),
         ("interpolate RUN --seeds 1", "a walk between 1 inputs: expected at least 2"),
+        (
+            "interpolate RUN --seeds 0:999999999 1",
+            "the number of an image is 999999999: expected at least 0 and at most 99",
+        ),
+        (f"interpolate RUN --seeds {10**23} 1", "a seed is 100000000000000000000000: expected at least 0 and at most"),
+        (
+            f"interpolate RUN --arithmetic {10**23}-1",
+            "a seed is 100000000000000000000000: expected at least 0 and at most",
+        ),
         ("interpolate RUN --seeds 1 two", "'two' names no input: expected a seed, or SEED:NUMBER"),
         ("interpolate RUN --steps 1", "steps is 1: expected at least 2"),
         ("interpolate RUN --steps 0 --out walk.gif", "steps is 0: expected at least 1"),
