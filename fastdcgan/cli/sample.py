@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     device = distributed.choose_device(args.device)
     how = {"seed": args.seed, "truncation": args.truncation}
+    if args.per_class and (args.separate or args.as_folder):
+        raise ValueError("--per-class has a folder for each class: expected neither --separate nor --as-folder with it")
     in_folder = args.per_class or args.separate or args.as_folder
     out = args.out or Path("samples" if in_folder else "samples.png")
     if args.per_class:

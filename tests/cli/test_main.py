@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import subprocess
@@ -120,6 +121,19 @@ def test_errors(
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "nowhere", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_files_that_can_not_be_used_exit_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the reason: read-only, full, broken."""
+
+    def read_only(place: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), place)
+
+    monkeypatch.setattr(checkpoint, "find", read_only)
+    assert main(["sample", "anything"]) == 2
+    assert capsys.readouterr().err == f"error: [Errno {errno.EROFS}] Read-only file system: 'anything'\n"
 
 
 def test_unexpected_errors_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
