@@ -23,6 +23,7 @@ from fastdcgan.train_step import GANLoss, GradientPenalty, StepMetrics, train_st
 
 _WARM_UPS = 3  # calls, for autotuners, cuDNN's search and lazily made state
 OTHER_SHAPES = ("eager", "capture")
+_NUMBERS = frozenset((bool, int, float, str, tuple, type(None)))  # modes, momentum, slopes, ... of a module
 # What these make at their first step begins as zeros, so that zeroing it undoes a warm-up.
 _START_AT_ZERO = (
     torch.optim.Adam,
@@ -47,8 +48,8 @@ class GANStep:
 
     On a GPU the step is one CUDA graph. The first call of a shape warms up, puts back everything that this changed
     (weights, buffers, optimisers, scaler, random generators), and captures. Learning rates may change between
-    calls, by a scheduler or by hand; when weights have moved in memory or other settings have changed, it is
-    captured anew.
+    calls, by a scheduler or by hand; when weights have moved in memory, or settings of optimisers or modules have
+    changed, it is captured anew.
 
     Args:
         generator, discriminator: any two modules, z -> images [N, C, H, W] and images -> one logit each, fused or not.
@@ -127,11 +128,13 @@ class GANStep:
         self._rates: dict[int, list[Tensor]] = {}
         self._captured: dict[Hashable, _Captured] = {}
         self._fingerprint: Hashable = None
+        self._first = self._first_parameters()
 
     def __call__(self, real: Tensor, z: Tensor | None = None) -> StepMetrics:
         """A step on `real` [N, C, H, W] and `z` [N, ...], drawn if not given. Nothing here waits for the device.
 
-        Raises ValueError if there is neither `z` nor `noise`, TypeError for images that are no floating-point tensor.
+        Raises ValueError if there is neither `z` nor `noise`, or if the networks have other parameters now than those
+        that the optimisers update; TypeError for images that are no floating-point tensor.
         """
         if not isinstance(real, Tensor) or not real.is_floating_point():
             raise TypeError(
@@ -139,6 +142,10 @@ class GANStep:
             )
         if z is None and self.noise is None:
             raise ValueError("no z given: pass it, or give GANStep the shape of one, as in noise=(100,)")
+        first = self._first_parameters()
+        if first[0] is not self._first[0] or first[1] is not self._first[1]:  # by load_state_dict(assign=True), say
+            check_parameters(self.generator, self.discriminator, self.optimizer_g, self.optimizer_d)
+            self._first = first
         if not self.graph:
             return self._run(real, z)
         self._settle_rates()
@@ -152,6 +159,9 @@ class GANStep:
             captured = self._captured[key] = self._capture(real, z)
             self._fingerprint = self._state_of_things()
         return captured(real, z)
+
+    def _first_parameters(self) -> tuple[Tensor, Tensor]:
+        return next(self.generator.parameters()), next(self.discriminator.parameters())
 
     # --- eager ---
 
@@ -186,8 +196,18 @@ class GANStep:
 
     def _state_of_things(self) -> Hashable:
         """What a captured graph has taken for granted: another one means that it would compute something else."""
-        nets, optimizers = (self.generator, self.discriminator), (self.optimizer_g, self.optimizer_d)
-        tensors = tuple((t.data_ptr(), t.requires_grad) for net in nets for t in (*net.parameters(), *net.buffers()))
+        optimizers = (self.optimizer_g, self.optimizer_d)
+        nets = [net for net in (self.generator, self.discriminator, self.ema) if net is not None]
+        tensors = tuple(
+            (t.data_ptr(), t.dtype, t.stride(), t.requires_grad)
+            for net in nets
+            for t in (*net.parameters(), *net.buffers())
+        )
+        modules = tuple(
+            (id(m), *(value for value in vars(m).values() if value.__class__ in _NUMBERS))
+            for net in nets
+            for m in net.modules()
+        )
         states = tuple(
             value.data_ptr()
             for o in optimizers
@@ -201,7 +221,7 @@ class GANStep:
             for group in optimizer.param_groups
         )
         ready = tuple(o.ready() for o in optimizers if hasattr(o, "ready"))
-        return tensors, states, ready, repr(groups), tuple(m.training for net in nets for m in net.modules())
+        return tensors, modules, states, ready, repr(groups)
 
     def _settle_rates(self) -> None:
         """Learning rates as tensors on the device that stay the same objects, whoever sets them."""
