@@ -183,3 +183,9 @@ class Range:
 
 SEED = Range(0, 2**32 - 1)  # what PyTorch's, NumPy's and scikit-learn's generators have in common
 AMOUNT = Range(0, 1e12, whole=False)  # a weight or a time
+
+
+def printable(text: object) -> str:
+    """`text` in one line, safe for a terminal: what is not printable, such as the escape codes and line breaks that a
+    file's name may hold, is written as Python writes it in a string."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -15,7 +15,9 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
+from fastdcgan.checks import printable
 from fastdcgan.cli import packages
 from fastdcgan.cli.options import INTERRUPTED
 from fastdcgan.version import __version__
@@ -62,10 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in argv:  # there are no `args` where importing the command failed
             traceback.print_exc()
         elif lacking is not None:
-            print(f"error: {lacking}", file=sys.stderr)
+            print(f"error: {printable(lacking)}", file=sys.stderr)
         else:
             expected = isinstance(error, ValueError | RuntimeError | OSError)
-            print(f"error: {error if expected else f'{type(error).__name__}: {error}'}", file=sys.stderr)
+            text = error if expected else f"{type(error).__name__}: {error}"
+            print(f"error: {printable(str(text).replace(chr(10), ' '))}", file=sys.stderr)
             if not expected:
                 print("Run it with --debug to see where.", file=sys.stderr)
         return 2 if usage else 1
@@ -80,7 +83,7 @@ def _is_usage(error: Exception) -> bool:
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastdcgan", description="Fast training of convolutional GANs.")
+    parser = _ArgumentParser(prog="fastdcgan", description="Fast training of convolutional GANs.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
@@ -93,6 +96,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             implementation.add_arguments(command)
             command.set_defaults(command=implementation.run)
     return parser
+
+
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 class _HelpFormatter(argparse.HelpFormatter):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastdcgan.benchmarks import demo
-from fastdcgan.checks import Range
+from fastdcgan.checks import Range, printable
 from fastdcgan.cli.options import INTERRUPTED, add_device, add_number, add_out, add_seed
 from fastdcgan.dcgan.demo import DemoSettings
 
@@ -22,5 +22,5 @@ def run(args: argparse.Namespace) -> int:
     outcome = demo.run(settings)
     if outcome.reason == "interrupted":
         return INTERRUPTED
-    print(settings.out)
+    print(printable(settings.out))
     return 0

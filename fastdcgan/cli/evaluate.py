@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastdcgan.checks import Range
+from fastdcgan.checks import Range, printable
 from fastdcgan.cli.options import add_checkpoint, add_labelled_data, add_number, add_seed, folder_to_fill
 from fastdcgan.dcgan import checkpoint, distributed, evaluation, feature_report, trained
+from fastdcgan.dcgan.files import mark_written
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,5 +43,6 @@ def run(args: argparse.Namespace) -> int:
         f"{args.count} generated images against {split.test.sum()} held-out ones, in the feature space of a classifier "
         f"that gets {100 * yardstick.accuracy:.1f}% of these right.\n\n{evaluation.to_markdown(found, real)}"
     )
-    print(out)
+    mark_written(out / "evaluation.png")
+    print(printable(out))
     return 0

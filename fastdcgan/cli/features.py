@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastdcgan.checks import Range
+from fastdcgan.checks import Range, printable
 from fastdcgan.cli.options import add_checkpoint, add_labelled_data, add_number, add_out, add_seed, folder_to_fill
 from fastdcgan.dcgan import augmentation, distributed, feature_report, trained
 
@@ -65,5 +65,5 @@ def run(args: argparse.Namespace) -> int:
     if args.augment:
         accuracies = augmentation.experiment(nets, split, settings, device)
         print(augmentation.write(accuracies, split, settings, nets, args.out))
-    print(args.out)
+    print(printable(args.out))
     return 0

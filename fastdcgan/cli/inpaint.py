@@ -13,9 +13,9 @@ from torch import Tensor
 from fastdcgan.checks import AMOUNT, Range
 from fastdcgan.cli.options import add_checkpoint, add_number, add_out, add_seed
 from fastdcgan.dcgan import distributed, inpainting, masks, trained
-from fastdcgan.dcgan.console import Bar, say
+from fastdcgan.dcgan.console import Bar, say, wrote
 from fastdcgan.dcgan.data import held_out, load_images
-from fastdcgan.dcgan.files import new_folder, replacing
+from fastdcgan.dcgan.files import mark_written, new_folder, replacing
 from fastdcgan.dcgan.images import encoded, save_numbered, to_pixels
 from fastdcgan.dcgan.trained import Trained
 from fastdcgan.images import normalize_images
@@ -88,9 +88,19 @@ def run(args: argparse.Namespace) -> int:
     say(f"PSNR over the missing pixels of {len(images)} images of {size}x{size}, mask {args.mask}:")
     for title, filling in lines.items():
         filled = inpainting.fill_with(images, known, filling)
-        say(f"  {title:<34}{inpainting.psnr(filled, images, ~known).mean():6.2f} dB")
-    print(args.out)
+        say(f"  {title:<34}{_in_words(inpainting.psnr(filled, images, ~known))}")
+    if args.separate:
+        mark_written(args.separate)
+    wrote(args.out)
     return 0
+
+
+def _in_words(psnr: Tensor) -> str:
+    """The mean of PSNRs, which are infinite where an image is filled in without any error: those are counted."""
+    finite = psnr[psnr.isfinite()]
+    exact = len(psnr) - len(finite)
+    words = [f"{finite.mean():6.2f} dB"] if len(finite) else []
+    return ", ".join(words + [f"{exact} of {len(psnr)} without error"] * (exact > 0))
 
 
 def _images(run: Trained, args: argparse.Namespace) -> tuple[Tensor, Tensor | None]:

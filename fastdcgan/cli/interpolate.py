@@ -8,6 +8,7 @@ from pathlib import Path
 from fastdcgan.checks import AMOUNT, Range
 from fastdcgan.cli.options import add_checkpoint, add_number
 from fastdcgan.dcgan import distributed, interpolation, trained
+from fastdcgan.dcgan.console import wrote
 from fastdcgan.dcgan.images import save_image
 
 _SEEDS = ["0", "1", "2", "3", "4"]
@@ -62,5 +63,5 @@ def run(args: argparse.Namespace) -> int:
             interpolation.save_walk(generator, points, out, **how)
         else:
             save_image(interpolation.walk_sheet(generator, points, **how), out)
-    print(out)
+    wrote(out)
     return 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastdcgan.checks import Range
+from fastdcgan.checks import Range, printable
 from fastdcgan.cli.options import add_device, add_number, add_seed
 from fastdcgan.dcgan import distributed, sampling, trained
+from fastdcgan.dcgan.console import wrote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         places = _places(args.per_class)
         generators = {name: trained.load_generator(place, device, args.ema) for name, place in places.items()}
         sampling.write_classes(generators, args.count, out, **how)
-        print(out)
+        wrote(out)
         return 0
     if not in_folder and out.suffix not in (".png", ".npy", ".npz"):
         raise ValueError(f"--out is {out}: expected a file .png, .npy or .npz, or a folder with --separate")
@@ -68,7 +69,10 @@ def run(args: argparse.Namespace) -> int:
         sampling.write_grid(run.generator, args.count, out, **how)
     else:
         sampling.write_array(run.generator, args.count, out, **how)
-    print(out)
+    if args.as_folder:  # made to be data
+        print(printable(out))
+    else:
+        wrote(out)
     return 0
 
 

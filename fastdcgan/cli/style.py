@@ -51,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
         )
     images.save_image(pictures.beside([content, manner, result.image.cpu()]), args.out)
     print(f"loss {result.first_loss:.3g} -> {result.loss:.3g}")
-    print(args.out)
+    console.wrote(args.out)
     return 0

@@ -7,6 +7,7 @@ import dataclasses
 import typing
 from collections.abc import Sequence
 
+from fastdcgan.checks import printable
 from fastdcgan.cli.options import INTERRUPTED
 from fastdcgan.dcgan import distributed
 from fastdcgan.dcgan.config import TrainConfig
@@ -54,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
         outcome = trainer.run()
         if trainer.processes.main:
             if outcome.reason == "interrupted":
-                print(f"Stopped at step {outcome.step}. Go on with: fastdcgan train --resume {outcome.out}")
+                print(f"Stopped at step {outcome.step}. Go on with: fastdcgan train --resume {printable(outcome.out)}")
             else:
-                print(f"Done at step {outcome.step}. Samples, metrics and checkpoints are in {outcome.out}")
+                print(f"Done at step {outcome.step}. Samples, metrics and checkpoints are in {printable(outcome.out)}")
     finally:
         distributed.leave()
     return INTERRUPTED if outcome.reason == "interrupted" else 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdcgan.checks import AMOUNT, SEED, Range
+from fastdcgan.dcgan.files import short_name
 from fastdcgan.dcgan.models import IMAGE_SIZES, PROJECTIONS
 from fastdcgan.train_step import PENALTIES
 
@@ -113,7 +114,7 @@ class TrainConfig:
         builtin = self.data in BUILTIN_DATA
         size, channels, flips = BUILTIN_DATA.get(self.data, FOLDER_DATA)
         size = self.image_size or size
-        name = self.data if builtin else Path(self.data).resolve().name
+        name = self.data if builtin else short_name(Path(self.data).resolve())
         return dataclasses.replace(
             self,
             data=self.data if builtin else str(Path(self.data).resolve()),  # a run may go on from another folder

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdcgan.dcgan import cache
+from fastdcgan.dcgan.config import BUILTIN_DATA
 from fastdcgan.dcgan.console import say, track
-from fastdcgan.dcgan.files import replacing
+from fastdcgan.dcgan.files import replacing, short_name
 from fastdcgan.dcgan.sources import Source, open_source
 from fastdcgan.images import normalize_images
 
+T = TypeVar("T")
+
 _NAMED_IN_FULL = 10
+_AHEAD = 4  # decoded images that wait to be written, for each thread
 _RESIDENT_SHARE = 0.25  # part of a GPU's free memory that images may take
 
 
@@ -58,19 +63,7 @@ def load_images(
     that can't be read are named, counted and left out.
     Raises ValueError for a source without images, ModuleNotFoundError for a set whose package is not installed.
     """
-    source = open_source(data)
-    fingerprint = source.fingerprint(image_size, channels)
-    folder = Path(cache_folder) if cache_folder else cache.default_folder()
-    path = folder / f"{_cache_name(data)}-{image_size}x{channels}.npy"
-    if path.exists() or cache.header_path(path).exists():
-        try:
-            images = Images(*cache.read(path, fingerprint))
-        except cache.Untrusted as error:
-            say(f"Decoding again: the cache {path} {error}")
-        else:
-            _report_skipped(images.skipped, len(source))
-            return images
-    return _decode_all(source, path, fingerprint, image_size, channels, workers)
+    return _load(open_source(data), data, image_size, channels, cache_folder, workers)
 
 
 def load_labelled(
@@ -80,53 +73,75 @@ def load_labelled(
 
     Raises NoClasses for a folder without classes, and what `load_images` raises.
     """
-    classes, labels = open_source(data).classes()
-    images = load_images(data, image_size, channels, cache_folder=cache_folder, workers=workers)
+    source = open_source(data)  # once: the folder may change before it is looked at again
+    classes, labels = source.classes()
+    images = _load(source, data, image_size, channels, cache_folder, workers)
     return Labelled(images, np.delete(labels, images.left_out), classes)
 
 
-def _cache_name(data: str) -> str:
-    path = Path(data)
-    if not path.is_dir():
-        return data
-    return f"{path.resolve().name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-
-
-def _decode_all(source: Source, path: Path, fingerprint: str, image_size: int, channels: int, workers: int) -> Images:
-    """Decode in parallel (Pillow decodes and resizes without holding Python's lock) straight into the cache file."""
-    failed: dict[int, str] = {}
+def _load(
+    source: Source, data: str, image_size: int, channels: int, cache_folder: str | Path | None, workers: int
+) -> Images:
+    for note in source.notes:
+        say(note)
     shape = (len(source), image_size, image_size, channels)
+    fingerprint = source.fingerprint(image_size, channels)
+    folder = Path(cache_folder) if cache_folder else cache.default_folder()
+    path = folder / f"{_cache_name(data)}-{image_size}x{channels}.npy"
+    if path.exists() or cache.header_path(path).exists():
+        try:
+            images = Images(*cache.read(path, fingerprint, shape))
+        except cache.Untrusted as error:
+            say(f"Decoding again: the cache {path} {error}")
+        else:
+            _report_skipped(images.skipped, len(source))
+            return images
+    return _decode_all(source, path, fingerprint, shape, workers or os.cpu_count() or 1)
+
+
+def _cache_name(data: str) -> str:
+    if data in BUILTIN_DATA:
+        return data
+    path = Path(data).resolve()
+    return f"{short_name(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
+
+
+def _decode_all(source: Source, path: Path, fingerprint: str, shape: tuple[int, ...], threads: int) -> Images:
+    """Decode in parallel (Pillow decodes and resizes without holding Python's lock), and write in order."""
+    failed: dict[int, str] = {}
+
+    def decode(index: int) -> np.ndarray | None:
+        try:
+            return source.decode(index, shape[1], shape[3])
+        except Exception as error:  # whatever a broken file makes Pillow raise; it is reported by name
+            failed[index] = f"{type(error).__name__}: {error}"
+            return None
 
     with replacing(path) as temporary:
-        rows = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-
-        def decode(index: int) -> None:
-            try:
-                rows[index] = source.decode(index, image_size, channels)
-            except Exception as error:  # whatever a broken file makes Pillow raise; it is reported by name
-                failed[index] = f"{type(error).__name__}: {error}"
-
-        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-            for _ in track(pool.map(decode, range(len(source))), f"decoding {source.title}", len(source)):
-                pass
-        rows.flush()
+        with ThreadPoolExecutor(threads) as pool:
+            decoded = _in_order(pool, decode, len(source), _AHEAD * threads)
+            images = track(decoded, f"decoding {source.title}", len(source))
+            cache.write_array(temporary, shape, (image for image in images if image is not None))
         left_out = sorted(failed)
         skipped = [f"{source.name_of(i)} ({failed[i]})" for i in left_out]
         _report_skipped(skipped, len(source))
         if len(failed) == len(source):
             raise ValueError(f"none of the {source.title} could be read")
-        if failed:
-            _keep_rows(temporary, rows, [i for i in range(len(source)) if i not in failed])
-    cache.write_header(path, fingerprint, skipped, left_out)
-    return Images(*cache.read(path, fingerprint))
+        described = cache.describe(temporary)
+        array = np.load(temporary, mmap_mode="r", allow_pickle=False)
+    cache.write_header(path, fingerprint, described, skipped, left_out)
+    return Images(array, skipped, left_out)
 
 
-def _keep_rows(path: Path, rows: np.ndarray, keep: list[int]) -> None:
-    with replacing(path) as shorter:
-        out = np.lib.format.open_memmap(shorter, "w+", np.uint8, (len(keep), *rows.shape[1:]))
-        for to, index in enumerate(keep):
-            out[to] = rows[index]
-        out.flush()
+def _in_order(pool: Executor, function: Callable[[int], T], count: int, ahead: int) -> Iterator[T]:
+    """`function` of 0, 1, ... `count` - 1, with at most `ahead` results that wait to be taken."""
+    coming: deque[Future[T]] = deque()
+    for number in range(count):
+        coming.append(pool.submit(function, number))
+        if len(coming) == ahead:
+            yield coming.popleft().result()
+    while coming:
+        yield coming.popleft().result()
 
 
 def _report_skipped(skipped: list[str], total: int) -> None:

@@ -10,7 +10,7 @@ from fastdcgan.dcgan.checkpoint import folder as checkpoint_folder
 from fastdcgan.dcgan.config import TrainConfig
 from fastdcgan.dcgan.console import say
 from fastdcgan.dcgan.data import Images, load_images
-from fastdcgan.dcgan.files import locked, write
+from fastdcgan.dcgan.files import locked, own_folder, write
 from fastdcgan.dcgan.training import Outcome, Trainer
 
 # Wide enough for digits, narrow enough for many steps in the time that there is.
@@ -99,3 +99,4 @@ def clear(out: Path) -> None:
         for folder in (out / "samples", checkpoint_folder(out)):
             if folder.exists():
                 shutil.rmtree(folder)
+        own_folder(out, "samples", "samples.png", "samples.gif", "losses.png")

@@ -21,6 +21,13 @@ from safetensors import SafetensorError
 
 LOCK = ".lock"
 _SUFFIX = ".fastdcgan.tmp"
+# Of image files in the `decoding.FORMATS`
+_JPEG, _NETPBM = {".jpg", ".jpeg", ".jpe", ".jfif"}, {".ppm", ".pgm", ".pbm", ".pnm", ".pfm"}
+SUFFIXES = {".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"} | _JPEG | _NETPBM
+MARKER = ".fastdcgan"  # a file that lists what of its folder fastdcgan wrote, a name a line
+WHOLE = "."  # all that is in the folder, and below it
+_NAME_BYTES = 200  # of the 255 that most file systems allow
+_MOST_BYTES = 2**26  # of a text that is read at once
 
 
 @contextmanager
@@ -53,7 +60,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 def append(path: Path, text: str) -> None:
     """`text` at the end of a file: all of it or, where that raises OSError, nothing."""
-    rest = text.encode()
+    rest = text.encode("utf-8", "surrogateescape")
     with _named(path), path.open("ab", buffering=0) as file:
         size = file.tell()
         try:
@@ -143,8 +150,7 @@ def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
     """A new file or folder beside `path`, locked for as long as it has that name, which is at most until the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     clean(path.parent)
-    # A name that is too long for the file system with something added is cut.
-    prefix = f".{path.name[:50]}."
+    prefix = f".{short_name(path)}."
     while True:
         if folder:
             temporary = Path(tempfile.mkdtemp(_SUFFIX, prefix, path.parent))
@@ -185,6 +191,53 @@ def _named(path: Path) -> Iterator[None]:
         if len(error.args) == 1 and str(path) in str(error):
             raise  # a line that names it already
         raise type(error)(f"{path} can't be written: {error.strerror or error}") from error
+
+
+def short_name(path: Path) -> str:
+    """The name of a file or folder, cut to what leaves room to make another name of it."""
+    return os.fsencode(path.name)[:_NAME_BYTES].decode("utf-8", "ignore")
+
+
+def own_folder(path: Path, *pictures: str) -> None:
+    """Make a folder for what fastdcgan writes: whatever will be in it is no data. One that has pictures or folders in
+    it already is somebody's: then only those of these names, pictures and folders of them, are no data."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not any(entry.suffix.lower() in SUFFIXES or entry.is_dir() for entry in path.iterdir()):
+        _mark(path, WHOLE)
+    for name in pictures:
+        mark_written(path / name)
+
+
+def mark_written(path: Path) -> None:
+    """Note beside a picture, or a folder of pictures, that it is no data, unless it lies in a folder of our own."""
+    if WHOLE not in read_marker(path.parent):
+        _mark(path.parent, path.name)
+
+
+def _mark(folder: Path, name: str) -> None:
+    marker = folder / MARKER
+    if name not in read_marker(folder) and (marker.is_file() or not marker.exists()):
+        append(marker, f"{name}\n")
+
+
+def read_marker(folder: Path) -> set[str]:
+    """The names in a folder's marker: of what fastdcgan wrote there, or `WHOLE`. One that can't be read has none."""
+    try:
+        return set(read_text(folder / MARKER).splitlines())
+    except (OSError, ValueError):
+        return set()
+
+
+def read_text(path: Path) -> str:
+    """A whole file, of at most 64 MiB. Raises OSError for what is no file (a pipe would never end), ValueError for a
+    larger one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file")
+    with path.open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"{path} has more than {_MOST_BYTES} bytes")
+    return data.decode("utf-8", "surrogateescape")
 
 
 def _umask() -> int:

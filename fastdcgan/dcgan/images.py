@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastdcgan.dcgan.decoding import open_image
 from fastdcgan.dcgan.files import write
 
 _GIF_FRAMES = 100
@@ -86,7 +87,7 @@ def save_gif(frames: Sequence[Path], path: Path, seconds: float = 8.0) -> None:
         frames = [frames[round(i * (len(frames) - 1) / (_GIF_FRAMES - 1))] for i in range(_GIF_FRAMES)]
     pictures = []
     for frame in frames:
-        with Image.open(frame) as image:
+        with open_image(frame) as image:
             pictures.append(image.copy())
     each = max(20, round(1000 * seconds / len(pictures)))
     save_animation(pictures, path, [each] * (len(pictures) - 1) + [2000])

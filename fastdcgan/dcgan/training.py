@@ -29,7 +29,7 @@ from fastdcgan.dcgan.checkpoint import Checkpoint, CheckpointError
 from fastdcgan.dcgan.config import KEPT, TrainConfig
 from fastdcgan.dcgan.console import Bar, say
 from fastdcgan.dcgan.data import Batches, Images, load_images, send
-from fastdcgan.dcgan.files import LOCK, locked
+from fastdcgan.dcgan.files import LOCK, locked, own_folder
 from fastdcgan.dcgan.metrics import ADVICE_NOT_FINITE, Diverged, MetricsLog, Watch
 from fastdcgan.dcgan.models import Discriminator, Generator, placed
 from fastdcgan.gan_step import GANStep
@@ -194,6 +194,8 @@ class Trainer:
         sample_every = config.sample_every or self.batches.per_epoch
         checkpoint_every = config.checkpoint_every or self.batches.per_epoch
         deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else float("inf")
+        if self.processes.main:
+            own_folder(self.out, "samples", "losses.png", "samples.gif")
         self._watch = Watch(config.real_label)
         self._announce()
         if self.step == 0:
