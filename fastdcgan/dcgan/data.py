@@ -63,7 +63,7 @@ def load_images(
     that can't be read are named, counted and left out.
     Raises ValueError for a source without images, ModuleNotFoundError for a set whose package is not installed.
     """
-    return _load(open_source(data), data, image_size, channels, cache_folder, workers)
+    return _load(_open(data), data, image_size, channels, cache_folder, workers)
 
 
 def load_labelled(
@@ -73,17 +73,22 @@ def load_labelled(
 
     Raises NoClasses for a folder without classes, and what `load_images` raises.
     """
-    source = open_source(data)  # once: the folder may change before it is looked at again
+    source = _open(data)  # once: the folder may change before it is looked at again
     classes, labels = source.classes()
     images = _load(source, data, image_size, channels, cache_folder, workers)
     return Labelled(images, np.delete(labels, images.left_out), classes)
 
 
+def _open(data: str) -> Source:
+    source = open_source(data)
+    for note in source.notes:
+        say(note)
+    return source
+
+
 def _load(
     source: Source, data: str, image_size: int, channels: int, cache_folder: str | Path | None, workers: int
 ) -> Images:
-    for note in source.notes:
-        say(note)
     shape = (len(source), image_size, image_size, channels)
     fingerprint = source.fingerprint(image_size, channels)
     folder = Path(cache_folder) if cache_folder else cache.default_folder()

@@ -78,15 +78,18 @@ class _Walk:
 
     def _look(self, name: str, prefix: str, written: set[str]) -> None:
         path, suffix = prefix + name, os.path.splitext(name)[1].lower()
+        hidden = name == "__MACOSX" or name.startswith(".")
         try:
             status = os.stat(os.path.join(self.folder, path))
-        except OSError:  # a link to nowhere, or a folder whose names can be read and no more
-            status = None
-        folder = status is not None and stat.S_ISDIR(status.st_mode)
-        if name == "__MACOSX" or name.startswith("."):
+        except OSError as error:  # a link to nowhere, or a folder whose names can be read and no more
+            if not hidden:
+                self.unread.append(f"{path} ({error.strerror})")
+            return
+        folder = stat.S_ISDIR(status.st_mode)
+        if hidden:
             if folder or suffix in SUFFIXES:
                 self.left_out["hidden"] += 1
-        elif status is not None and folder:
+        elif folder:
             if _identity(status) in self.above:
                 self.left_out["links in a circle"] += 1
             else:
@@ -96,7 +99,7 @@ class _Walk:
         elif suffix in SUFFIXES:
             if written & {WHOLE, name}:
                 self.left_out["written by fastdcgan"] += 1
-            elif status is None or not stat.S_ISREG(status.st_mode):
+            elif not stat.S_ISREG(status.st_mode):
                 self.left_out["no files"] += 1
             else:
                 self.files.append(path)
@@ -108,7 +111,7 @@ class _Walk:
             notes.append(f"Left out of {self.folder}: " + ", ".join(f"{n} {why}" for why, n in self.left_out.items()))
         if self.unread:
             more = len(self.unread) - _NAMED_IN_FULL
-            notes.append(f"{len(self.unread)} folders could not be read and are left out:")
+            notes.append(f"{len(self.unread)} files and folders can't be reached and are left out:")
             notes += [f"  {name}" for name in self.unread[:_NAMED_IN_FULL]]
             notes += [f"  ... and {more} more"] if more > 0 else []
         return notes

@@ -64,10 +64,17 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "1.png").symlink_to("nowhere.png")
     (tmp_path / "2.png").symlink_to("2.png")
     os.mkfifo(tmp_path / "3.png")
+    (tmp_path / "class").symlink_to("unplugged", target_is_directory=True)
     (tmp_path / "4.avif").touch()
     found = list_images(tmp_path)
     assert found.files == ["0.png"]
-    assert found.notes == [f"Left out of {tmp_path}: 3 no files, 1 of formats that are not read"]
+    assert found.notes == [
+        f"Left out of {tmp_path}: 1 no files, 1 of formats that are not read",
+        "3 files and folders can't be reached and are left out:",
+        "  1.png (No such file or directory)",
+        "  2.png (Too many levels of symbolic links)",
+        "  class (No such file or directory)",
+    ]
 
 
 def test_folders_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +89,7 @@ def test_folders_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "listdir", listdir)
     found = list_images(tmp_path)
     assert found.files == ["a/0.png"]
-    assert found.notes == ["1 folders could not be read and are left out:", "  b/ (Permission denied)"]
+    assert found.notes == ["1 files and folders can't be reached and are left out:", "  b/ (Permission denied)"]
 
 
 def test_the_digest_sees_every_change(tmp_path: Path) -> None:
