@@ -34,11 +34,11 @@ def say(text: str) -> None:
     if _muted:
         return
     text = printable(text)
-    if _live is not None:
-        _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        return
     try:
-        print(text, flush=True)
+        if _live is not None:
+            _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise

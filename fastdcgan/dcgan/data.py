@@ -244,6 +244,8 @@ class Batches:
         return {"epoch": self.epoch, "position": self.position, "random": self._random_at_start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not 0 <= state["position"] <= self.images:
+            raise ValueError(f"the position in the data is {state['position']}: expected one of {self.images} images")
         self._random.set_state(state["random"])
         self._start_epoch()
         self.epoch, self.position = state["epoch"], state["position"]

@@ -392,6 +392,7 @@ class _StopSignals:
     def __init__(self) -> None:
         self.asked = False
         self._before: dict[int, Any] = {}
+        self._terminal = sys.stdout.isatty()  # one that has hung up is none any more
 
     def __enter__(self) -> _StopSignals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody handle signals
@@ -409,6 +410,6 @@ class _StopSignals:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         self.__exit__()
-        if number == signal.SIGHUP and sys.stdout.isatty():
+        if number == signal.SIGHUP and self._terminal:
             console.hang_up()
         say("Stopping after this step and saving; once more stops at once.")

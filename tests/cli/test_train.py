@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -73,12 +74,16 @@ def test_train_sample_resume(photos: Path, tmp_path: Path, capsys: pytest.Captur
     assert "nz is 9: the checkpoint's is 8" in capsys.readouterr().err
 
 
-def start(run: Path, code: str = "", *options: str) -> subprocess.Popen:
-    """A run without an end, which runs `code` first."""
+def endless(run: Path, code: str = "", *options: str) -> list[str]:
+    """The command of a run without an end, which runs `code` first."""
     program = f"{code}\nimport sys\nfrom fastdcgan.cli import main\nsys.exit(main(sys.argv[1:]))"
-    endless = ["--epochs", "1000000", "--sample-every", "1000000", "--checkpoint-every", "1000000", "--log-every", "1"]
+    often = ["--epochs", "1000000", "--sample-every", "1000000", "--checkpoint-every", "1000000", "--log-every", "1"]
+    return [sys.executable, "-c", program, "train", "digits", *SMALL, *often, "--out", str(run), *options]
+
+
+def start(run: Path, code: str = "", *options: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", program, "train", "digits", *SMALL, *endless, "--out", str(run), *options],
+        endless(run, code, *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -120,6 +125,17 @@ def test_a_closed_pipe_saves(tmp_path: Path) -> None:
     process.stdout.close()
     assert process.wait(60) == 130
     assert process.stderr.read() == ""
+    assert checkpoint.step_of(checkpoint.find(run)) > 0
+
+
+def test_a_terminal_that_hangs_up_saves(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, endless(run))
+    wait_for_steps(run)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
     assert checkpoint.step_of(checkpoint.find(run)) > 0
 
 
