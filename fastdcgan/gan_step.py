@@ -291,7 +291,8 @@ def record(
         graph = torch.cuda.CUDAGraph()
         if rng is not None:
             graph.register_generator_state(rng)
-        with torch.cuda.graph(graph):
+        # Of this thread's calls alone: another one may copy the next batch to the GPU meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             return graph, function()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Sequence
 
@@ -189,7 +190,7 @@ class Backend(Composites):
         `shift` [C] is a conv bias that the raw output, and so `stats`, lacks; `factor` [stat_groups], where given,
         takes the place of `momentum` (a cumulative average). The same roundings as PyTorch's, so the same bits.
         """
-        rounded = float(torch.tensor(momentum, dtype=stats.dtype))
+        rounded = momentum if stats.dtype == torch.float64 else ctypes.c_float(momentum).value
         for group in range(stats.shape[1]):
             weight = rounded if factor is None else factor[group]
             batch_mean = stats[0, group] if shift is None else stats[0, group] + shift
