@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +146,43 @@ def check_module(model: object) -> None:
     """Raise TypeError unless `model` is an `nn.Module`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+
+
+MOST = 2**31 - 1  # of what is counted, where nothing else limits it
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting takes: whole ones, or finite ones with `whole=False`, between limits that belong to
+    them (`least`, `most`) or not (`above`, `below`)."""
+
+    least: float | None = None
+    most: float | None = MOST
+    above: float | None = None
+    below: float | None = None
+    whole: bool = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError for what is no such number, ValueError for one outside of the limits."""
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            raise TypeError(f"{name} is {value!r}: expected a {'whole ' if self.whole else ''}number")
+        limits = {
+            "at least": (self.least, operator.ge),
+            "more than": (self.above, operator.gt),
+            "at most": (self.most, operator.le),
+            "below": (self.below, operator.lt),
+        }
+        given = {words: (limit, holds) for words, (limit, holds) in limits.items() if limit is not None}
+        if not (-math.inf < value < math.inf and all(holds(value, limit) for limit, holds in given.values())):
+            expected = [
+                f"{words} {limit:g}" if isinstance(limit, float) else f"{words} {limit}"
+                for words, (limit, _) in given.items()
+            ]
+            raise ValueError(f"{name} is {value}: expected {' and '.join(expected) or 'a finite number'}")
+
+
+SEED = Range(0, 2**32 - 1)  # what PyTorch's, NumPy's and scikit-learn's generators have in common
+AMOUNT = Range(0, 1e12, whole=False)  # a weight or a time
 
 
 def printable(text: object) -> str:

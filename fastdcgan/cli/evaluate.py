@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastdcgan.checks import printable
-from fastdcgan.cli.options import add_checkpoint, add_labelled_data, at_least, folder_to_fill
+from fastdcgan.checks import Range, printable
+from fastdcgan.cli.options import add_checkpoint, add_labelled_data, add_number, add_seed, folder_to_fill
 from fastdcgan.dcgan import checkpoint, distributed, evaluation, feature_report, trained
 from fastdcgan.dcgan.files import mark_written
 
@@ -15,15 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     add_labelled_data(parser)
     parser.add_argument("--all", action="store_true", help="all checkpoints of the run, not the newest alone")
-    parser.add_argument("--count", type=int, default=1000, help="how many images to generate")
+    add_number(parser, "--count", Range(10), default=1000, help="how many images to generate")
     parser.add_argument("--ema", action="store_true", help="the moving average of the generator")
     parser.add_argument("--fid", action="store_true", help="Inception's FID too (needs torch-fidelity and its weights)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    add_seed(parser, "of the noise")
     parser.add_argument("--out", type=Path, help="folder for the results [default: evaluation, in the run's folder]")
 
 
 def run(args: argparse.Namespace) -> int:
-    at_least("--count", args.count, 10)
     device = distributed.choose_device(args.device)
     if args.fid:
         evaluation.check_fid()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastdcgan.checks import printable
-from fastdcgan.cli.options import add_device, at_least
+from fastdcgan.checks import Range, printable
+from fastdcgan.cli.options import add_device, add_number, add_seed
 from fastdcgan.dcgan import distributed, sampling, trained
 from fastdcgan.dcgan.console import wrote
 
@@ -22,9 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=CHECKPOINT",
         help="a generator for each class instead: --count images of each go into the folder OUT/NAME",
     )
-    parser.add_argument("--count", type=int, default=64, help="how many images")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise they are made from")
-    parser.add_argument("--truncation", type=float, metavar="T", help="redraw noise beyond +-T: fewer odd images")
+    add_number(parser, "--count", Range(1), default=64, help="how many images")
+    add_seed(parser, "of the noise they are made from")
+    add_number(
+        parser,
+        "--truncation",
+        Range(None, 1e12, above=0, whole=False),
+        metavar="T",
+        help="redraw noise beyond +-T: fewer odd images",
+    )
     parser.add_argument("--ema", action="store_true", help="with the run's moving average of the generator")
     parser.add_argument(
         "--out",
@@ -40,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    at_least("--count", args.count, 1)
     device = distributed.choose_device(args.device)
     how = {"seed": args.seed, "truncation": args.truncation}
+    if args.per_class and (args.separate or args.as_folder):
+        raise ValueError("--per-class has a folder for each class: expected neither --separate nor --as-folder with it")
     in_folder = args.per_class or args.separate or args.as_folder
     out = args.out or Path("samples" if in_folder else "samples.png")
     if args.per_class:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastdcgan.dcgan.console import track
-from fastdcgan.dcgan.files import replacing
+from fastdcgan.dcgan.files import writing
 
 REGULARISATIONS = (0.1, 1.0, 10.0)  # C, for features of mean squared length 1
 _FOLDS = 3
@@ -200,5 +200,5 @@ def to_markdown(scores: Sequence[Score]) -> str:
 
 def save_npz(path: Path, **arrays: Any) -> None:
     """Arrays by name, written atomically."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with writing(path) as file:
         np.savez(file, **arrays)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -32,10 +34,28 @@ def say(text: str) -> None:
     if _muted:
         return
     text = printable(text)
-    if _live is not None:
-        _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-    else:
-        print(text, flush=True)
+    try:
+        if _live is not None:
+            _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        hang_up()
+
+
+def hang_up() -> None:
+    """Say nothing from here on to a pipe or a terminal that is closed: each further word would raise an error."""
+    global _closed
+    _closed = True
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def closed() -> bool:
+    """Whether the reader of standard output has gone."""
+    return _closed
 
 
 def mute(muted: bool) -> None:
@@ -46,6 +66,7 @@ def mute(muted: bool) -> None:
 
 _live: Progress | None = None
 _muted = False
+_closed = False
 
 
 class Bar:

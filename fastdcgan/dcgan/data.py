@@ -217,24 +217,39 @@ class Batches:
             coming = self._submit(pool)
             while True:
                 pixels, flip = coming.result()
-                self.position += 1
-                if self.position == self.per_epoch:
-                    self.epoch, self.position = self.epoch + 1, 0
-                    self._start_epoch()
+                self._advance(self.batch_size)
                 coming = self._submit(pool)
                 yield self._normalised(pixels, flip)
 
     def _submit(self, pool: ThreadPoolExecutor) -> Future:
         return pool.submit(self._gather, *self._chosen())
 
+    def left(self, epochs: int) -> int:
+        """Batches from where the stream stands to the end of so many epochs, counted from the first one."""
+        return (epochs - self.epoch - 1) * self.per_epoch + self._left_in_epoch
+
+    @property
+    def _left_in_epoch(self) -> int:
+        return (self.images - self.position) // self.batch_size
+
+    def _advance(self, images: int) -> None:
+        self.position += images
+        if self._left_in_epoch < 1:
+            self.epoch, self.position = self.epoch + 1, 0
+            self._start_epoch()
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands; the same arguments and this state give the same batches from here on."""
+        """Where the stream stands, in images of an epoch: the same arguments and this state give the same batches from
+        here on, and with another batch size no image comes twice in an epoch."""
         return {"epoch": self.epoch, "position": self.position, "random": self._random_at_start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not 0 <= state["position"] <= self.images:
+            raise ValueError(f"the position in the data is {state['position']}: expected one of {self.images} images")
         self._random.set_state(state["random"])
         self._start_epoch()
         self.epoch, self.position = state["epoch"], state["position"]
+        self._advance(0)
 
     def _start_epoch(self) -> None:
         self._random_at_start = self._random.get_state()
@@ -242,8 +257,7 @@ class Batches:
         self._flipped = torch.rand(len(self._kept), generator=self._random) < (0.5 if self.flips else 0.0)
 
     def _chosen(self) -> tuple[Tensor, Tensor]:
-        start = self.position * self.batch_size
-        mine = slice(start + self._slice.start, start + self._slice.stop)
+        mine = slice(self.position + self._slice.start, self.position + self._slice.stop)
         return self._order[mine], self._flipped[mine]
 
     def _on_device(self) -> Tensor | None:

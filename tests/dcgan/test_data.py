@@ -243,8 +243,24 @@ def test_a_stream_goes_on_anywhere(done: int) -> None:
     rest = [next(stream) for _ in range(6)]
     other = Batches(numbered(21), 5, flips=True, seed=99)
     other.load_state_dict(state)
-    assert (other.epoch, other.position) == divmod(done, 4)
+    assert (other.epoch, other.position) == (done // 4, done % 4 * 5)
     assert all(torch.equal(a, b) for a, b in zip(take(other, 6), rest, strict=True))
+
+
+def test_a_stream_goes_on_with_another_batch_size() -> None:
+    whole = Batches(numbered(21), 3)
+    stream = whole.stream()
+    seen = [number for _ in range(3) for number in numbers(next(stream))]
+    other = Batches(numbered(21), 5)
+    other.load_state_dict(whole.state_dict())
+    assert other.left(3) == 2 + 2 * 4
+    seen += [number for batch in take(other, 2) for number in numbers(batch)]
+    assert len({*seen}) == 9 + 2 * 5
+    assert (other.epoch, other.position) == (1, 0)
+    # Less than a batch is left of the epoch: the next one begins.
+    larger = Batches(numbered(21), 13)
+    larger.load_state_dict(whole.state_dict())
+    assert (larger.epoch, larger.position, larger.left(2)) == (1, 0, 1)
 
 
 def test_held_out_images_stay_out() -> None:
