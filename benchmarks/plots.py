@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from fastdcgan.benchmarks.harness import Summary
 from fastdcgan.benchmarks.peers import PEERS
 from fastdcgan.benchmarks.results import Results
 from fastdcgan.benchmarks.tables import FLOOR_NET, caption
+from fastdcgan.dcgan.files import write
 
 # Both colours are readable on white, which is the plot's ground in a dark page too.
 _OURS, _OTHERS = "tab:orange", "tab:blue"
@@ -57,5 +59,6 @@ def plot_steps(results: Results, floors_ms: Mapping[int, Mapping[str, float]], p
         axes.set_title(f"{'' if suite == 'step' else 'generation, '}{name}, batch {batch}")
         axes.grid(axis="x", alpha=0.3)
     figure.suptitle(textwrap.fill(caption(results), 80 * across), fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write(path, content.getvalue())

@@ -18,6 +18,7 @@ import torch
 from fastdcgan import backends
 from fastdcgan.benchmarks import harness
 from fastdcgan.benchmarks.harness import Summary
+from fastdcgan.dcgan.files import write
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
@@ -115,11 +116,8 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Write it as JSON; the file appears whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
         data = {name: value for name, value in asdict(self).items() if name != "plot"}
-        partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-        partial.replace(path)
+        write(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Results:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import numbers
+import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -133,19 +134,11 @@ def check_weight(weight: Tensor, groups: int, transposed: bool) -> None:
         raise ValueError(f"groups must divide the weight's {weight.shape[0]} channels, got groups={groups}")
 
 
-def check_number(name: str, value: object) -> None:
-    """Raise TypeError or ValueError unless `value` is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-
-
 def check_norm(eps: object, momentum: object) -> None:
     """Raise TypeError or ValueError for numbers that no normalisation has; `momentum` may be None, for an average."""
-    check_number("eps", eps)
+    FINITE.check("eps", eps)
     if momentum is not None:
-        check_number("momentum", momentum)
+        FINITE.check("momentum", momentum)
 
 
 def check_boundaries(boundaries: str) -> None:
@@ -189,3 +182,47 @@ def check_conv(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
         value = getattr(conv, name)
         if not isinstance(value, str):
             check_pair(name, value, minimum)
+
+
+MOST = 2**31 - 1  # of what is counted, where nothing else limits it
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting takes: whole ones, or finite ones with `whole=False`, between limits that belong to
+    them (`least`, `most`) or not (`above`, `below`)."""
+
+    least: float | None = None
+    most: float | None = MOST
+    above: float | None = None
+    below: float | None = None
+    whole: bool = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError for what is no such number, ValueError for one outside of the limits."""
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            raise TypeError(f"{name} is {value!r}: expected a {'whole ' if self.whole else ''}number")
+        limits = {
+            "at least": (self.least, operator.ge),
+            "more than": (self.above, operator.gt),
+            "at most": (self.most, operator.le),
+            "below": (self.below, operator.lt),
+        }
+        given = {words: (limit, holds) for words, (limit, holds) in limits.items() if limit is not None}
+        if not (-math.inf < value < math.inf and all(holds(value, limit) for limit, holds in given.values())):
+            expected = [
+                f"{words} {limit:g}" if isinstance(limit, float) else f"{words} {limit}"
+                for words, (limit, _) in given.items()
+            ]
+            raise ValueError(f"{name} is {value}: expected {' and '.join(expected) or 'a finite number'}")
+
+
+FINITE = Range(most=None, whole=False)
+SEED = Range(0, 2**32 - 1)  # what PyTorch's, NumPy's and scikit-learn's generators have in common
+AMOUNT = Range(0, 1e12, whole=False)  # a weight or a time
+
+
+def printable(text: object) -> str:
+    """`text` in one line, safe for a terminal: what is not printable, such as the escape codes and line breaks that a
+    file's name may hold, is written as Python writes it in a string."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -22,6 +22,8 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def fold_batchnorm(model: ModuleT) -> ModuleT:
     """A copy of `model`, in eval mode, with every BatchNorm2d of a block folded into its convolution's weight and bias.
 
+    It is a copy: what is trained, loaded or written into `model` later doesn't reach it. Fold again then.
+
     The BatchNorm2d is replaced by `nn.Identity`, so other modules keep their names. Weight norm, spectral norm and
     parametrizations of a folded convolution are made permanent. Left as they are: BatchNorms without running
     statistics, convolutions that are used in more than one place, and modules with hooks. The output equals that of

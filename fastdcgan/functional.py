@@ -42,7 +42,7 @@ def _single(
 ) -> Tensor:
     checks.check_activation(activation)
     if slope is not None:
-        checks.check_number("slope", slope)
+        checks.FINITE.check("slope", slope)
     checks.check_weight(weight, groups, transposed)
     checks.check_stat_groups(stat_groups)
     for name, value, minimum in (

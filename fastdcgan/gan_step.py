@@ -1,8 +1,6 @@
 """A whole training step of a GAN as one object: captured as one CUDA graph on a GPU, run eagerly anywhere else.
 
-What a step does is written in `train_step.py`; here is what a graph needs around it. A graph replays the very kernels
-that were captured, on the very memory: so inputs are copied to fixed places, learning rates are tensors, and whatever
-the warm-up runs changed is put back before the capture, which itself computes nothing.
+What a step does is written in `train_step.py`, what a graph needs around it in `capture.py`.
 """
 
 from __future__ import annotations
@@ -10,8 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -19,19 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from fastdcgan.capture import Captured, Granted, Snapshot, check_first_state, check_optimizers, record
 from fastdcgan.train_step import GANLoss, GradientPenalty, StepMetrics, train_step, unwrapped
 
 _WARM_UPS = 3  # calls, for autotuners, cuDNN's search and lazily made state
 OTHER_SHAPES = ("eager", "capture")
-# What these make at their first step begins as zeros, so that zeroing it undoes a warm-up.
-_START_AT_ZERO = (
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.Adadelta,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-)
 
 
 class GANStep:
@@ -47,8 +36,8 @@ class GANStep:
 
     On a GPU the step is one CUDA graph. The first call of a shape warms up, puts back everything that this changed
     (weights, buffers, optimisers, scaler, random generators), and captures. Learning rates may change between
-    calls, by a scheduler or by hand; when weights have moved in memory or other settings have changed, it is
-    captured anew.
+    calls, by a scheduler or by hand; when weights have moved in memory, or settings of optimisers or modules have
+    changed, it is captured anew.
 
     Args:
         generator, discriminator: any two modules, z -> images [N, C, H, W] and images -> one logit each, fused or not.
@@ -125,13 +114,15 @@ class GANStep:
         self._g: Any = torch.compile(generator) if compile else generator
         self._d: Any = torch.compile(discriminator) if compile else discriminator
         self._rates: dict[int, list[Tensor]] = {}
-        self._captured: dict[Hashable, _Captured] = {}
-        self._fingerprint: Hashable = None
+        self._captured: dict[Hashable, Captured] = {}
+        self._granted: Granted | None = None
+        self._first = self._first_parameters()
 
     def __call__(self, real: Tensor, z: Tensor | None = None) -> StepMetrics:
         """A step on `real` [N, C, H, W] and `z` [N, ...], drawn if not given. Nothing here waits for the device.
 
-        Raises ValueError if there is neither `z` nor `noise`, TypeError for images that are no floating-point tensor.
+        Raises ValueError if there is neither `z` nor `noise`, or if the networks have other parameters now than those
+        that the optimisers update; TypeError for images that are no floating-point tensor.
         """
         if not isinstance(real, Tensor) or not real.is_floating_point():
             raise TypeError(
@@ -140,9 +131,11 @@ class GANStep:
         if z is None and self.noise is None:
             raise ValueError("no z given: pass it, or give GANStep the shape of one, as in noise=(100,)")
         if not self.graph:
+            self._check_parameters()
             return self._run(real, z)
         self._settle_rates()
-        if self._state_of_things() != self._fingerprint:
+        if self._granted is None or not self._granted.holds():
+            self._check_parameters()
             self._captured.clear()
         key = (real.shape, real.dtype, real.stride(), None if z is None else (z.shape, z.dtype))
         captured = self._captured.get(key)
@@ -150,8 +143,18 @@ class GANStep:
             if self._captured and self.other_shapes == "eager":
                 return self._run(real, z)
             captured = self._captured[key] = self._capture(real, z)
-            self._fingerprint = self._state_of_things()
+            nets = [net for net in (self.generator, self.discriminator, self.ema) if net is not None]
+            self._granted = Granted(nets, (self.optimizer_g, self.optimizer_d))
         return captured(real, z)
+
+    def _check_parameters(self) -> None:
+        first = self._first_parameters()
+        if first[0] is not self._first[0] or first[1] is not self._first[1]:  # by load_state_dict(assign=True), say
+            check_parameters(self.generator, self.discriminator, self.optimizer_g, self.optimizer_d)
+            self._first = first
+
+    def _first_parameters(self) -> tuple[Tensor, Tensor]:
+        return next(self.generator.parameters()), next(self.discriminator.parameters())
 
     # --- eager ---
 
@@ -184,25 +187,6 @@ class GANStep:
             raise ValueError("graph=True does not go with DistributedDataParallel: leave it out")
         check_optimizers(self.optimizer_g, self.optimizer_d)
 
-    def _state_of_things(self) -> Hashable:
-        """What a captured graph has taken for granted: another one means that it would compute something else."""
-        nets, optimizers = (self.generator, self.discriminator), (self.optimizer_g, self.optimizer_d)
-        tensors = tuple((t.data_ptr(), t.requires_grad) for net in nets for t in (*net.parameters(), *net.buffers()))
-        states = tuple(
-            value.data_ptr()
-            for o in optimizers
-            for state in o.state.values()
-            for value in state.values()
-            if _tensor(value)
-        )
-        groups = tuple(
-            tuple((name, value) for name, value in group.items() if name not in ("params", "lr", "initial_lr"))
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-        )
-        ready = tuple(o.ready() for o in optimizers if hasattr(o, "ready"))
-        return tensors, states, ready, repr(groups), tuple(m.training for net in nets for m in net.modules())
-
     def _settle_rates(self) -> None:
         """Learning rates as tensors on the device that stay the same objects, whoever sets them."""
         for optimizer in (self.optimizer_g, self.optimizer_d):
@@ -214,10 +198,10 @@ class GANStep:
                     rates[i].fill_(group["lr"])
                 group["lr"] = rates[i]
 
-    def _capture(self, real: Tensor, z: Tensor | None) -> _Captured:
+    def _capture(self, real: Tensor, z: Tensor | None) -> Captured:
         real, z = real.clone(), None if z is None else z.clone()
         self.warm_up(real, z)
-        return _Captured(*record(lambda: torch.stack(self._run(real, z)), self.device, self.rng), real, z)
+        return Captured(*record(lambda: torch.stack(self._run(real, z)), self.device, self.rng), real, z)
 
     def warm_up(self, real: Tensor, z: Tensor | None = None) -> None:
         """Run the step a few times, and put back everything that this changed.
@@ -243,94 +227,6 @@ class GANStep:
         snapshot.restore()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-
-
-@dataclass(frozen=True)
-class _Captured:
-    """A step that was captured: its graph, and the memory that it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    metrics: Tensor  # [6]
-    real: Tensor
-    z: Tensor | None
-
-    def __call__(self, real: Tensor, z: Tensor | None) -> StepMetrics:
-        self.real.copy_(real, non_blocking=True)
-        if self.z is not None:
-            assert z is not None
-            self.z.copy_(z, non_blocking=True)
-        self.graph.replay()
-        return StepMetrics(*self.metrics.clone().unbind())  # the next replay writes over it
-
-
-def record(
-    function: Callable[[], Tensor], device: torch.device, rng: torch.Generator | None
-) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """Capture what `function` does on the GPU, without doing it, and the memory of its result."""
-    with torch.cuda.device(device):
-        graph = torch.cuda.CUDAGraph()
-        if rng is not None:
-            graph.register_generator_state(rng)
-        with torch.cuda.graph(graph):
-            return graph, function()
-
-
-# --- putting back what a warm-up changed ------------------------------------------------------------------------------
-
-
-class Snapshot:
-    """Copies of all that a training step changes; `restore` puts them back in place, where graphs read and write."""
-
-    def __init__(
-        self,
-        modules: Iterable[nn.Module],
-        optimizers: Sequence[Optimizer],
-        scaler: torch.amp.GradScaler | None = None,
-        rng: torch.Generator | None = None,
-    ) -> None:
-        tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
-        self._tensors = [(t, t.detach().clone()) for t in tensors.values()]
-        self._optimizers = optimizers
-        self._states = [
-            {
-                (p, name): value.clone()
-                for p, state in o.state.items()
-                for name, value in state.items()
-                if _tensor(value)
-            }
-            for o in optimizers
-        ]
-        self._scaler, self._rng = scaler, rng
-        self._scale = None if scaler is None else scaler.state_dict()
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        self._own = None if rng is None else rng.get_state()
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """State of an optimiser that was not there is set to zero (`check_first_state`)."""
-        for tensor, before in self._tensors:
-            tensor.copy_(before)
-        for optimizer, known in zip(self._optimizers, self._states, strict=True):
-            for p, state in optimizer.state.items():
-                for name, value in state.items():
-                    if name == "master" and (p, name) not in known:  # FusedAdam's float32 copy of a weight
-                        value.copy_(p)
-                    elif _tensor(value):
-                        value.copy_(known[p, name]) if (p, name) in known else value.zero_()
-            if hasattr(optimizer, "prepare"):
-                optimizer.prepare()
-        if self._scaler is not None and self._scale is not None:
-            self._scaler.load_state_dict(self._scale)
-        torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-        if self._rng is not None and self._own is not None:
-            self._rng.set_state(self._own)
-
-
-def _tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 def check_parameters(generator: nn.Module, discriminator: nn.Module, of_g: Optimizer, of_d: Optimizer) -> None:
@@ -366,26 +262,3 @@ def check_settings(
 def ends_in_sigmoid(discriminator: nn.Module) -> bool:
     """Whether the last of a network's modules is an `nn.Sigmoid`."""
     return isinstance(list(discriminator.modules())[-1], nn.Sigmoid)
-
-
-def check_optimizers(*optimizers: Optimizer) -> None:
-    """Raise ValueError for an optimiser whose step can't be captured in a CUDA graph."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if not group.get("capturable", isinstance(optimizer, torch.optim.SGD)):
-                name = type(optimizer).__name__
-                raise ValueError(
-                    f"{name} can't be captured in a CUDA graph as it is: expected {name}(..., capturable=True) where "
-                    f"it has that, or fastdcgan.optim.FusedAdam(..., capturable=True); or GANStep(..., graph=False)"
-                )
-
-
-def check_first_state(optimizers: Sequence[Optimizer]) -> None:
-    """Raise ValueError for an optimiser whose first step makes state that nobody could put back."""
-    for optimizer in optimizers:
-        plain = type(optimizer) is torch.optim.SGD and all(not g["momentum"] for g in optimizer.param_groups)
-        if not optimizer.state and not plain and not isinstance(optimizer, _START_AT_ZERO):
-            raise ValueError(
-                f"{type(optimizer).__name__} makes its state at its first step, and a warm-up must not leave a trace: "
-                f"make it before, by one step of an eager GANStep(..., graph=False)"
-            )

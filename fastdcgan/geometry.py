@@ -49,6 +49,16 @@ class Geometry:
             (width - 1) * s[1] - 2 * p[1] + d[1] * (k[1] - 1) + o[1] + 1,
         )
 
+    def reaches(self, image: Pair, outputs: Pair) -> bool:
+        """Whether each tap of `conv` reads a pixel of the image for some output."""
+        axes = zip(self.kernel, self.stride, self.padding, self.dilation, image, outputs, strict=True)
+        for kernel, stride, padding, dilation, size, many in axes:
+            for start in (tap * dilation - padding for tap in range(kernel)):
+                first = max(0, -(start // stride))  # output whose tap lies at 0 or beyond
+                if first >= many or start + first * stride >= size:
+                    return False
+        return True
+
     def output_padding(self, height: int, width: int, output_size: Pair) -> Pair:
         """The rows and columns that `conv_transpose` of a `height` x `width` input adds to reach `output_size`."""
         base = self.conv_transpose_size(height, width)

@@ -56,7 +56,7 @@ class _Layer(FusedSequential):
         checks.check_activation(activation)
         checks.check_conv(conv)
         if slope is not None:
-            checks.check_number("slope", slope)
+            checks.FINITE.check("slope", slope)
         if bn is not None:
             checks.check_norm(bn.eps, bn.momentum)
         parts = {"conv": conv, "bn": bn, "act": to_module(activation, slope)}

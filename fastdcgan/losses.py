@@ -43,9 +43,10 @@ def bce_with_logits(logits: Tensor, labels: float | Sequence[float]) -> tuple[Te
 
 
 def _by_part(logits: Tensor, labels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Logits [parts, size] in float32 or float64, and labels [parts, 1]."""
+    """Logits [parts, size] in float32 or float64, and labels [parts, 1], made on the device: copied from the host they
+    couldn't be captured in a CUDA graph."""
     x = logits.to(stat_dtype(logits)).reshape(len(labels), -1)
-    return x, torch.tensor(labels, dtype=x.dtype, device=x.device)[:, None]
+    return x, torch.stack([x.new_full((1,), label) for label in labels])
 
 
 def _formula(logits: Tensor, labels: tuple[float, ...]) -> tuple[Tensor, Tensor]:

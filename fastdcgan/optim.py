@@ -41,8 +41,10 @@ class FusedAdam(torch.optim.Adam):
     Weight Decay Regularization" (2019), algorithm 2.
 
     Parameters in bfloat16 or float16 get float32 moments and a float32 master copy, `state[p]["master"]`, which is what
-    is updated; the parameter is that, rounded. (Such a state_dict loads into `torch.optim.Adam`, which rounds the
-    moments and ignores the master.)
+    is updated; the parameter is that, rounded. Where it isn't, somebody else has written to it (loaded weights, clamped
+    them, put an average back), and a step goes on from what it finds there, element by element, however it was written.
+    (Such a state_dict loads into `torch.optim.Adam`, which rounds the moments and ignores the master.) On a GPU, set
+    `state[p]["step"]` in place or load it: what is written through its `.data` is not seen.
 
     Args:
         params: an iterable of parameters or of param groups, real and dense, on any device.
@@ -113,15 +115,18 @@ class FusedAdam(torch.optim.Adam):
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
             _check_capture(group, ready)
-            batches: dict[tuple[torch.device, bool], list[Tensor]] = defaultdict(list)
+            batches: dict[tuple[torch.device, bool, bool], list[Tensor]] = defaultdict(list)
             for p in ready:
                 if p.grad.layout != torch.strided:
                     raise TypeError(f"FusedAdam takes dense gradients, got one of layout {p.grad.layout}")
                 self._prepare(p, group)
-                batches[p.device, self._why_torch(p, group) is None].append(p)
-            for (device, covered), params in batches.items():
+                batches[p.device, p.dtype in _LOW, self._why_torch(p, group) is None].append(p)
+            for (device, _, covered), params in batches.items():
                 scaler = (self._scalar("grad_scale", device), self._scalar("found_inf", device))
                 (self._by_kernel if covered else self._by_torch)(params, group, *scaler)
+                for p in params:
+                    if p in self._copies and not (covered and _takes(self._copies[p], p)):
+                        self._copies[p].copy_(p)
             # Both write behind autograd's back, which may have saved the parameters for a backward.
             torch.autograd.graph.increment_version([*ready, *(self._copies[p] for p in ready if p in self._copies)])
         return loss
@@ -172,8 +177,9 @@ class FusedAdam(torch.optim.Adam):
         dtype = torch.float32 if p.dtype in _LOW else p.dtype
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        if state["step"].device != p.device:  # torch.optim.Adam without `fused` keeps it on the CPU
-            state["step"] = state["step"].to(p.device, torch.float32)
+        if state["step"].device != p.device:  # p was moved; and torch.optim.Adam without `fused` keeps it on the CPU
+            state.update({name: value.to(p.device) for name, value in state.items()})
+            state["step"] = state["step"].float()
         names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
         for name in names:
             if name not in state:
@@ -182,6 +188,8 @@ class FusedAdam(torch.optim.Adam):
             names = (*names, "master")
             if "master" not in state:
                 state["master"] = p.detach().to(dtype, copy=True)
+        else:
+            state.pop("master", None)  # of when it was bfloat16 or float16
         for name in names:
             if state[name].dtype != dtype or not _fits(state[name], p):
                 state[name] = _laid_as(state[name], p, (dtype,))
@@ -231,15 +239,16 @@ class FusedAdam(torch.optim.Adam):
         grads = [_laid_as(cast(Tensor, p.grad), p, _GRADS) for p in params]
         states = [self.state[p] for p in params]
         nothing = torch.empty(0, device=device)
-        low = [p.dtype in _LOW for p in params]
+        low = params[0].dtype in _LOW
+        copies = params if low else [c if _takes(c := self._copies.get(p, nothing), p) else nothing for p in params]
         lr, by_chunk = group["lr"], device.type in training_ops.ADAM_CHUNK
         steps = [self._counter(p) if by_chunk else state["step"] for p, state in zip(params, states, strict=True)]
         training_ops.operators(device.type).adam_(
-            [state["master"] if is_low else p for p, state, is_low in zip(params, states, low, strict=True)],
+            [state["master"] for state in states] if low else params,
             grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [p if is_low else self._copies.get(p, nothing) for p, is_low in zip(params, low, strict=True)],
+            copies,
             steps,
             0.0 if isinstance(lr, Tensor) else float(lr),
             lr.to(device, torch.float32).reshape(()) if isinstance(lr, Tensor) else None,
@@ -248,6 +257,7 @@ class FusedAdam(torch.optim.Adam):
             float(group["weight_decay"]),
             group["decoupled_weight_decay"],
             group["maximize"],
+            low,
             grad_scale,
             found_inf,
         )
@@ -282,6 +292,9 @@ class FusedAdam(torch.optim.Adam):
         # It takes tensors without gaps that all lie as the parameter does, without looking.
         states = [self.state[p] for p in params]
         weights = [_laid_as(state.get("master", p), p) for p, state in zip(params, states, strict=True)]
+        for p, weight in zip(params, weights, strict=True):
+            if p.dtype in _LOW:  # a master follows what somebody else has written since, as the kernels have it do
+                weight.copy_(torch.where(weight.to(p.dtype) == p, weight, p))
         grads = [_laid_as(cast(Tensor, p.grad), p, (w.dtype,)) for p, w in zip(params, weights, strict=True)]
         adam(
             weights,
@@ -308,8 +321,6 @@ class FusedAdam(torch.optim.Adam):
                 p.copy_(weight)
             if grad_scale is not None and grad is not p.grad:  # it has unscaled them where they lie
                 cast(Tensor, p.grad).copy_(grad)
-            if p in self._copies:
-                self._copies[p].copy_(p)
 
 
 def _dense(t: Tensor) -> bool:
@@ -325,8 +336,20 @@ def _lie_alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _fits(t: Tensor, p: Tensor) -> bool:
-    """Whether `t` lies as a parameter does, or is contiguous where the parameter has gaps."""
+    """Whether `t`, of a parameter's shape, lies as it does, or is contiguous where the parameter has gaps."""
+    if t.shape != p.shape:
+        raise ValueError(
+            f"a gradient or state of shape {list(t.shape)} for a parameter of shape {list(p.shape)}: make a new "
+            f"FusedAdam where the shape of a parameter was changed"
+        )
     return _lie_alike(t, p) if _dense(p) else t.is_contiguous()
+
+
+def _takes(copy: Tensor, p: Tensor) -> bool:
+    """Whether a kernel that runs over a float32 parameter can write its copy along."""
+    if copy.dtype not in _LOW or p.dtype != torch.float32:
+        return False
+    return copy.shape == p.shape and copy.device == p.device and _lie_alike(copy, p)
 
 
 def _laid_as(t: Tensor, p: Tensor, dtypes: Sequence[torch.dtype] | None = None) -> Tensor:
@@ -344,7 +367,7 @@ def _check_copy(p: Tensor, copy: Tensor, known: bool) -> None:
         raise ValueError(f"copies has a tensor {list(p.shape)} that is none of the parameters")
     if p.dtype != torch.float32 or copy.dtype not in _LOW:
         raise TypeError(f"copies are bfloat16 or float16 of float32 parameters, got {copy.dtype} of {p.dtype}")
-    if copy.shape != p.shape or copy.device != p.device or not _lie_alike(copy, p):
+    if not _takes(copy, p):
         raise ValueError(
             f"a copy has shape {list(copy.shape)} and strides {copy.stride()} on {copy.device}: expected "
             f"{list(p.shape)} and {p.stride()} on {p.device}"

@@ -5,6 +5,9 @@ Tiles that return statistics write **partials**: float32 `[stat_groups, tiles_pe
     stats       rows = 3: (count, mean, M2) of the tile's values per channel, M2 = sum((value - mean)^2)
     grad_stats  rows = 2: (sum(g), sum(g*xhat)), or rows = 1: (sum(g),) for a coef of two rows
 
+Both are of the values as they are stored: the rounding error of a constant channel, the same everywhere, would
+otherwise stay as a distance to its mean, and be multiplied by 1/sqrt(eps).
+
 A tile covers pixels of one statistics group. Every slot is written by exactly one program; a tile that covers no pixel
 has count = mean = M2 = 0. `partials.combine_stats` and `combine_sums` merge the tiles of a group in a fixed order
 (Chan, Golub, LeVeque: Updating formulae and a pairwise algorithm for computing sample variances, 1979), so the same
@@ -67,6 +70,7 @@ def apply_epilogue(
     pixel = (n * height + q * S.stride[0] + phase[0]) * width + r * S.stride[1] + phase[1]
     offsets = pixel[:, None] * channels + c[None, :]
     mask = inside[:, None] & in_range[None, :]
+    STORED: tl.constexpr = out.dtype if S.descriptors else out.dtype.element_ty
 
     if S.epilogue == "bias":
         acc += tl.load(coef + c, mask=in_range, other=0.0).to(tl.float32)[None, :]
@@ -84,6 +88,7 @@ def apply_epilogue(
                 raw = tl.load(y + offsets, mask=mask, other=0.0)
             raw = raw.to(tl.float32)
             acc = acc * activation_derivative(raw * s[None, :] + t[None, :], slope, S.act)
+            acc = acc.to(STORED).to(tl.float32)
             g = tl.where(mask, acc, 0.0)
             place = partials + slot * S.partial_rows * channels + c
             tl.store(place, tl.sum(g, 0), mask=in_range)
@@ -94,6 +99,7 @@ def apply_epilogue(
                 centred = tl.where(mask, g * (raw - mean[None, :]), 0.0)
                 tl.store(place + channels, tl.sum(centred, 0) * rstd, mask=in_range)
     elif S.epilogue == "stats":
+        acc = acc.to(STORED).to(tl.float32)
         count = tl.sum(inside.to(tl.float32), 0)
         mean = tl.sum(tl.where(inside[:, None], acc, 0.0), 0) / tl.maximum(count, 1.0)
         centred = tl.where(inside[:, None], acc - mean[None, :], 0.0)
@@ -103,10 +109,10 @@ def apply_epilogue(
         tl.store(place + 2 * channels, tl.sum(centred * centred, 0), mask=in_range)
 
     if S.descriptors:
-        tile = acc.to(out.dtype).reshape(S.tma_tile[0], S.tma_tile[1], 1, S.tma_tile[2], S.block_c)
+        tile = acc.to(STORED).reshape(S.tma_tile[0], S.tma_tile[1], 1, S.tma_tile[2], S.block_c)
         out.store([n0, q0, phase[0], r0, phase[1] * channels + channel], tile)
     else:
-        tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + offsets, acc.to(STORED), mask=mask)
 
 
 @triton.jit

@@ -123,8 +123,10 @@ def grad_sums_kernel(
         g = tl.load(da + base + offsets, mask=inside, other=0.0).to(tl.float32)
         wide = tl.load(y + base + offsets, mask=inside, other=0.0).to(tl.float32)
         g = tl.where(inside, g * activation_derivative(s * wide + t, slope, ACT), 0.0)
-        if STORE:
-            tl.store(g_out + base + offsets, g.to(g_out.dtype.element_ty), mask=inside)
+        if STORE:  # and sum what is stored: the next pass takes a difference to its mean
+            stored = g.to(g_out.dtype.element_ty)
+            tl.store(g_out + base + offsets, stored, mask=inside)
+            g = stored.to(tl.float32)
         sum_g += g
         if XHAT:
             sum_gx += g * (wide - mean)

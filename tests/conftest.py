@@ -100,3 +100,14 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_memory_is_nan() -> Iterator[None]:
+    """An output that is not wholly written keeps NaNs."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

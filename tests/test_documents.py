@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import fastdcgan
@@ -58,6 +59,31 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_commands_take_their_options(line: str) -> None:
     arguments = shlex.split(line)[1:]
     assert cli._parser(arguments).parse_args(arguments).command
+
+
+# What makes a command of the README quick, behind its own options.
+QUICK = {
+    "train FOLDER": "--nz 8 --ngf 4 --ndf 4 --batch-size 8 --max-steps 2 --samples 4 --cache cache --device cpu",
+    "train --resume": "--max-steps 3",
+    "sample": "--device cpu",
+    "bench": "--suite generate --rounds 1 --peers eager",
+}
+
+
+def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as they are written, `FOLDER` being a folder of images."""
+    monkeypatch.chdir(tmp_path)
+    Path("FOLDER").mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (9, 70, 80, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(f"FOLDER/{i}.png")
+    shown = [line for block in blocks(ROOT / "README.md", "") for line in block.splitlines()]
+    lines = [line for line in shown if line.startswith("fastdcgan ")]
+    assert len(lines) >= len(QUICK)
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        (more,) = (options for start, options in QUICK.items() if f"{' '.join(words)} ".startswith(f"{start} "))
+        assert cli.main([*words, *more.split()]) == 0, line
+    assert Path("samples.png").is_file()
 
 
 def test_targets_are_in_the_makefile() -> None:

@@ -14,6 +14,7 @@ import fastdcgan
 from tests.helpers.networks import IMAGE, MODELS, VARIANTS, Generator
 from tests.helpers.tolerance import assert_as_accurate
 from tests.helpers.twins import build, draw, one_thread
+from tests.helpers.writes import WRITES, Write
 
 PAIRS = {**MODELS, **VARIANTS}
 # Those in which some norm stays, and why it has to.
@@ -149,3 +150,17 @@ def test_a_copy_of_a_folded_model_is_whole(device: torch.device) -> None:
     x = draw((2, 100, 1, 1), torch.float64, device)
     assert torch.equal(copy.deepcopy(folded)(x), folded(x))
     assert torch.equal(other(x), folded(x))
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_folded_copy_has_nothing_of_the_model(write: Write, device: torch.device) -> None:
+    """What is written into the one is not seen in the other."""
+    model, x = build(Generator, torch.float32, device).eval(), draw((2, 100, 1, 1), torch.float32, device)
+    folded = fastdcgan.fold_batchnorm(model)
+    with torch.no_grad():
+        before = model(x), folded(x)
+        write(model)
+        assert not torch.equal(model(x), before[0]) and torch.equal(folded(x), before[1])
+        now = model(x)
+        write(folded)
+        assert torch.equal(model(x), now) and not torch.equal(folded(x), before[1])

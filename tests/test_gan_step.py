@@ -20,6 +20,7 @@ from fastdcgan.dcgan import Discriminator, Generator, GradientPenalty
 from fastdcgan.dcgan.models import placed
 from fastdcgan.optim import FusedAdam
 from fastdcgan.train_step import HINGE, LEAST_SQUARES, WASSERSTEIN
+from tests.helpers.writes import KEEPS_OBJECTS, Write, by_load_state_dict_that_assigns
 from tests.machine import DEVICE
 
 NZ = 8
@@ -295,20 +296,28 @@ def test_learning_rates_change_without_a_new_capture(recorded: list[Any]) -> Non
         torch.testing.assert_close(captured[name], value, rtol=1e-5, atol=1e-7)
 
 
-def _move(net: nn.Module) -> None:
+def _change(net: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
     weight = next(net.parameters())
-    weight.data = weight.data.clone()
+    weight.data = function(weight.data)
+
+
+def _first_of(net: nn.Module, kind: type) -> nn.Module:
+    return next(module for module in net.modules() if isinstance(module, kind))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda g, d, opt: _move(d),
+        lambda g, d, opt: _change(d, torch.clone),
+        lambda g, d, opt: _change(d, lambda weight: weight.transpose(2, 3)),
         lambda g, d, opt: g.eval(),
         lambda g, d, opt: opt.param_groups[0].update(betas=(0.9, 0.99)),
         lambda g, d, opt: next(d.parameters()).requires_grad_(False),
+        lambda g, d, opt: setattr(_first_of(d, nn.LeakyReLU), "negative_slope", 0.5),
+        lambda g, d, opt: setattr(_first_of(g, nn.BatchNorm2d), "momentum", None),
+        lambda g, d, opt: g.blocks[-1].__setitem__(-1, nn.Hardsigmoid()),
     ],
-    ids=["weights moved", "eval", "betas", "frozen"],
+    ids=["weights moved", "turned", "eval", "betas", "frozen", "slope", "momentum", "another module"],
 )
 def test_what_a_graph_took_for_granted_is_captured_anew(change: Callable, recorded: list[Any]) -> None:
     def train(step: GANStep, nets: Nets, opts: list[FusedAdam]) -> None:
@@ -319,6 +328,41 @@ def test_what_a_graph_took_for_granted_is_captured_anew(change: Callable, record
 
     assert_equal(*eager_and_captured(train))
     assert len(recorded) == 2
+
+
+def _where(net: nn.Module) -> list[tuple]:
+    return [(p.data_ptr(), p.stride()) for p in net.parameters()]
+
+
+@pytest.mark.parametrize("name", ["generator", "discriminator", "ema"])
+@pytest.mark.parametrize("write", KEEPS_OBJECTS.values(), ids=KEEPS_OBJECTS)
+def test_what_was_written_is_trained_on(write: Write, name: str, recorded: list[Any]) -> None:
+    """Where it lies in other memory, a graph that knew the old one is captured anew."""
+    averages, moved = [], False
+
+    def train(step: GANStep, nets: Nets, opts: list[FusedAdam]) -> None:
+        nonlocal moved
+        net = getattr(step, name)
+        for i, (real, z) in enumerate(batches(3)):
+            if i == 2:
+                before = _where(net)
+                write(net)
+                moved = _where(net) != before
+            step(real, z)
+        averages.append(state_of((step.ema, step.ema), []))  # type: ignore[arg-type]
+
+    assert_equal(*eager_and_captured(train, ema=0.5))
+    assert_equal(*averages)
+    assert len(recorded) == 1 + moved
+
+
+def test_parameters_that_an_optimizer_does_not_know_are_refused() -> None:
+    nets = networks()
+    step = GANStep(*nets, *adams(nets), graph=False)
+    step(*batches(1)[0])
+    by_load_state_dict_that_assigns(nets[1])
+    with pytest.raises(ValueError, match="optimizer_d updates none of the discriminator's parameters"):
+        step(*batches(1)[0])
 
 
 def test_loaded_weights_are_trained_on(recorded: list[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -69,3 +69,15 @@ def test_the_adjoint_of_a_convolution_needs_less_padding_than_a_stride(
         return
     extra = g.output_padding(*size, (height, width))
     assert all(0 <= e < s for e, s in zip(extra, g.stride, strict=True))
+
+
+@settings(max_examples=100)
+@given(SIDES, SIDES)
+def test_taps_that_reach_the_image(rows: tuple[int, ...], columns: tuple[int, ...]) -> None:
+    g, *image = geometry_of(rows, columns)
+    outputs = g.conv_size(*image)
+    assume(min(outputs) >= 1)
+    # The gradient of a weight is nonzero where its tap has read an image of ones.
+    weight = torch.ones(1, 1, *g.kernel, requires_grad=True)
+    F.conv2d(torch.ones(1, 1, *image), weight, None, g.stride, g.padding, g.dilation).sum().backward()
+    assert g.reaches((image[0], image[1]), outputs) == bool(weight.grad.all())

@@ -442,7 +442,7 @@ def test_the_operator_checks_its_lists() -> None:
             name: [torch.zeros(4, device=DEVICE)] for name in ("weights", "grads", "exp_avgs", "exp_avg_sqs", "copies")
         }
         tensors = {**tensors, "copies": [torch.empty(0)], "steps": [torch.zeros(1, device=DEVICE)], **changes}
-        scalars = (0.1, None, 0.9, 0.99, 1e-8, 0.0, False, False, None, None)
+        scalars = (0.1, None, 0.9, 0.99, 1e-8, 0.0, False, False, False, None, None)
         training_ops.operators(DEVICE.type).adam_(*tensors.values(), *scalars)
 
     call()

@@ -20,9 +20,10 @@ from fastdcgan.spec import Unavailable
 
 __all__ = ["Backend", "Unavailable", "backend", "status"]
 
-NAMES = ("triton", "cuda", "cpu", "reference")  # the order in which "auto" tries them
+# The order in which "auto" tries them: what is compiled before what compiles itself at first use.
+NAMES = ("cuda", "triton", "cpu", "reference")
 _CLASSES = {"triton": "TritonBackend", "cuda": "CUDABackend", "cpu": "CPUBackend", "reference": "ReferenceBackend"}
-_GPU = ("triton", "cuda")  # whose kernels "auto" has a choice of
+_GPU = ("cuda", "triton")  # whose kernels "auto" has a choice of
 _requested: str = os.environ.get("FASTDCGAN_BACKEND") or "auto"
 _loaded: dict[str, Backend | Unavailable] = {}  # each backend is tried once
 _selected: dict[tuple[str, torch.dtype], str] = {}  # what "auto" found
@@ -56,7 +57,9 @@ def members(name: str) -> list[Backend]:
 
     The first does all that is no contraction.
     """
-    return [get(name)] if name != "auto" else [get(own) for own in _GPU if _why_not(own) is None]
+    if name != "auto":
+        return [get(name)]
+    return [get(own) for own in _GPU if _why_not(own) is None and get(own).why_not("cuda", torch.float32) is None]
 
 
 def status() -> dict[str, str]:

@@ -3,13 +3,31 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastdcgan.geometry import Pair
+from fastdcgan.geometry import Geometry, Pair
 from fastdcgan.spec import Algorithm, Block, Boundaries, Call, Epilogue, Operand, Update, memory_format, stat_dtype
+
+
+def _image_and_linear(op: str, x: Tensor, other: Tensor, size: Pair) -> tuple[Pair, Pair]:
+    """Height and width of the side that the taps of a contraction shift over, and of the other."""
+    own = (x.shape[2], x.shape[3])
+    if op == "weight_grad":
+        return own, (other.shape[2], other.shape[3])
+    return (own, size) if op == "conv" else (size, own)
+
+
+@functools.lru_cache(maxsize=1024)
+def _odd(g: Geometry, image: Pair, linear: Pair) -> bool:
+    """Whether PyTorch 2.13's convolutions of 16-bit numbers on CPUs, in either memory format, may leave values
+    unwritten, count some twice or read outside the image: for taps that read padding alone, and for a single column
+    of outputs with a stride (found by trying thousands of geometries on processors with AMX and with AVX512_BF16)."""
+    return not g.reaches(image, linear) or (linear[1] == 1 and g.stride[1] > 1)
 
 
 class Composites:
@@ -121,25 +139,28 @@ class Backend(Composites):
     def pytorch(self, call: Call, tile: None = None) -> Tensor | tuple[Tensor, Tensor]:
         """The contraction as PyTorch's convolution between this backend's passes."""
         g, x = call.geometry, self.finished(call.a)
+        other = self.finished(call.b) if call.op == "weight_grad" else call.b
+        image, linear = _image_and_linear(call.op, x, other, call.size)
+        # Where PyTorch gets 16 bits wrong, they are multiplied as float32 and rounded then.
+        dtype = torch.float32 if x.device.type == "cpu" and x.itemsize == 2 and _odd(g, image, linear) else x.dtype
         if call.op == "weight_grad":
-            dy = self.finished(call.b)
             # PyTorch reads no more than the shape, dtype and strides of the weight.
-            shape = (dy.shape[1], x.shape[1] // g.groups, *g.kernel)
-            weight = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+            shape = (other.shape[1], x.shape[1] // g.groups, *g.kernel)
+            weight = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format(x))
             return torch.ops.aten.convolution_backward(
-                dy, x, weight, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [False, True, False]
-            )[1]
-        weight, e = call.b.to(x.dtype), call.epilogue
-        bias = None
+                other.to(dtype), x.to(dtype), weight, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups,
+                [False, True, False],
+            )[1].to(x.dtype)  # fmt: skip
+        e, bias = call.epilogue, None
         if e.kind == "bias":
             assert e.coef is not None
-            bias = e.coef.to(x.dtype)
+            bias = e.coef.to(x.dtype).to(dtype)
         transposed = call.op == "conv_transpose"
         extra = g.output_padding(x.shape[2], x.shape[3], call.size) if transposed else (0, 0)
         acc = torch.ops.aten.convolution(
-            x, weight, bias, g.stride, g.padding, g.dilation, transposed, extra, g.groups
+            x.to(dtype), other.to(x.dtype).to(dtype), bias, g.stride, g.padding, g.dilation, transposed, extra, g.groups
         )  # fmt: skip
-        return self.apply_epilogue(acc, e)
+        return self.apply_epilogue(acc.to(x.dtype), e)
 
     def finished(self, a: Operand) -> Tensor:
         """The operand as a plain tensor."""
@@ -169,7 +190,7 @@ class Backend(Composites):
         `shift` [C] is a conv bias that the raw output, and so `stats`, lacks; `factor` [stat_groups], where given,
         takes the place of `momentum` (a cumulative average). The same roundings as PyTorch's, so the same bits.
         """
-        rounded = float(torch.tensor(momentum, dtype=stats.dtype))
+        rounded = momentum if stats.dtype == torch.float64 else ctypes.c_float(momentum).value
         for group in range(stats.shape[1]):
             weight = rounded if factor is None else factor[group]
             batch_mean = stats[0, group] if shift is None else stats[0, group] + shift

@@ -40,8 +40,8 @@ class ReferenceBackend(Backend):
         return dy.to(y.dtype)
 
     def grad_stats(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
-        g = self._g(da, y, coef, act, slope)
-        return g.to(y.dtype), self._sums(g, y, coef)
+        g = self._g(da, y, coef, act, slope).to(y.dtype)
+        return g, self._sums(g.to(stat_dtype(g)), y, coef)
 
     def _g(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> Tensor:
         z = y.to(stat_dtype(y)) * per_sample(coef[0], y) + per_sample(coef[1], y)

@@ -48,8 +48,21 @@ class TritonBackend(Backend):
         if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
             oldest = ".".join(map(str, _OLDEST))
             raise Unavailable(f"backend 'triton' needs triton {oldest} or later, found {triton.__version__}; {_OTHERS}")
-        if not torch.cuda.is_available() and not interpreted():
+        if interpreted():
+            return
+        if not torch.cuda.is_available():
             raise Unavailable(f"backend 'triton' needs a CUDA GPU, or TRITON_INTERPRET=1, not {asked!r}; {_OTHERS}")
+        self._try()
+
+    def _try(self) -> None:
+        """Compile and run a small kernel: that takes a C compiler, Triton's own tools and a folder to write to."""
+        ones = torch.ones(1, 1, device="cuda")
+        try:
+            self.coefficients(ones, ones, None, None, None, 1e-5)
+        except Exception as error:  # whatever Triton raises where one of these is missing
+            raise Unavailable(
+                f"backend 'triton' can't run a kernel: {type(error).__name__}: {error}; {_OTHERS}"
+            ) from error
 
     def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         runs_on = "cpu" if interpreted() else "cuda"

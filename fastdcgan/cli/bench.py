@@ -15,6 +15,8 @@ from fastdcgan.benchmarks import bench, plots, tables
 from fastdcgan.benchmarks.peers import PEERS
 from fastdcgan.benchmarks.results import Results, environment
 from fastdcgan.benchmarks.shapes import IMAGE_SIZES
+from fastdcgan.checks import Range
+from fastdcgan.cli.options import add_number
 from fastdcgan.dispatch import autotune
 
 if TYPE_CHECKING:
@@ -24,12 +26,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", choices=(*bench.SUITES, "all"), default="all", help="what to time")
     parser.add_argument("--image-size", type=int, choices=IMAGE_SIZES, help="of the DCGAN (default: 64; --quick: 32)")
-    parser.add_argument("--batch", type=int, nargs="+", help="(default: 32 on a CPU, 128 on a GPU; --quick: 16)")
+    add_number(parser, "--batch", Range(1), nargs="+", help="(default: 32 on a CPU, 128 on a GPU; --quick: 16)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     parser.add_argument(
         "--dtype", nargs="+", choices=("fp32", "bf16"), help="bf16 is autocast (default: fp32 on a CPU, bf16 on a GPU)"
     )
-    parser.add_argument("--rounds", type=int, help="interleaved rounds a case (default: what fits into its time)")
+    add_number(parser, "--rounds", Range(1), help="interleaved rounds a case (default: what fits into its time)")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of: {', '.join(PEERS)}")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="profile our step instead: a Chrome trace, and each kernel's floor"

@@ -5,23 +5,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastdcgan.cli.options import add_checkpoint, add_labelled_data, at_least, folder_to_fill
+from fastdcgan.checks import Range, printable
+from fastdcgan.cli.options import add_checkpoint, add_labelled_data, add_number, add_seed, folder_to_fill
 from fastdcgan.dcgan import checkpoint, distributed, evaluation, feature_report, trained
+from fastdcgan.dcgan.files import mark_written
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     add_labelled_data(parser)
     parser.add_argument("--all", action="store_true", help="all checkpoints of the run, not the newest alone")
-    parser.add_argument("--count", type=int, default=1000, help="how many images to generate")
+    add_number(parser, "--count", Range(10), default=1000, help="how many images to generate")
     parser.add_argument("--ema", action="store_true", help="the moving average of the generator")
     parser.add_argument("--fid", action="store_true", help="Inception's FID too (needs torch-fidelity and its weights)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    add_seed(parser, "of the noise")
     parser.add_argument("--out", type=Path, help="folder for the results [default: evaluation, in the run's folder]")
 
 
 def run(args: argparse.Namespace) -> int:
-    at_least("--count", args.count, 10)
     device = distributed.choose_device(args.device)
     if args.fid:
         evaluation.check_fid()
@@ -42,5 +43,6 @@ def run(args: argparse.Namespace) -> int:
         f"{args.count} generated images against {split.test.sum()} held-out ones, in the feature space of a classifier "
         f"that gets {100 * yardstick.accuracy:.1f}% of these right.\n\n{evaluation.to_markdown(found, real)}"
     )
-    print(out)
+    mark_written(out / "evaluation.png")
+    print(printable(out))
     return 0

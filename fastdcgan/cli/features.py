@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from fastdcgan.cli.options import add_checkpoint, add_labelled_data, add_out, at_least, folder_to_fill
+from fastdcgan.checks import Range, printable
+from fastdcgan.cli.options import add_checkpoint, add_labelled_data, add_number, add_out, add_seed, folder_to_fill
 from fastdcgan.dcgan import augmentation, distributed, feature_report, trained
 
 
@@ -24,22 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", help="names with commas, of the discriminator; or of the generator as generator.NAME, or z, by "
         "searching for each image's z [default: all of the discriminator's but the logit]"
     )  # fmt: skip
-    parser.add_argument("--pool", type=int, default=4, help="max-pool maps to this side, 0 for not at all")
-    parser.add_argument("--search-steps", type=int, default=200, help="of the search for an image's z")
-    parser.add_argument(
-        "--labels", type=int, nargs="+", default=[10, 100, 1000], help="numbers of labels to compare at"
-    )
-    parser.add_argument("--per-class", type=int, default=10, help="labels of each class for --augment")
-    parser.add_argument("--draws", type=int, default=5, help="sets of labels to draw for each number")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws, the random network and k-means")
+    add_number(parser, "--pool", Range(0), default=4, help="max-pool maps to this side, 0 for not at all")
+    add_number(parser, "--search-steps", Range(1), default=200, help="of the search for an image's z")
+    add_number(parser, "--labels", Range(1), nargs="+", default=[10, 100, 1000], help="numbers of labels to compare at")
+    add_number(parser, "--per-class", Range(1), default=10, help="labels of each class for --augment")
+    add_number(parser, "--draws", Range(1), default=5, help="sets of labels to draw for each number")
+    add_seed(parser, "of the draws, the random network and k-means")
     add_out(parser, "features", "folder for the results")
 
 
 def run(args: argparse.Namespace) -> int:
-    at_least("--pool", args.pool, 0)
-    at_least("--draws", args.draws, 1)
-    at_least("--search-steps", args.search_steps, 1)
-    at_least("--labels", min(args.labels), 1)
     device = distributed.choose_device(args.device)
     nets = trained.load_trained(args.checkpoint, device)
     data = args.data or nets.config.data
@@ -70,5 +65,5 @@ def run(args: argparse.Namespace) -> int:
     if args.augment:
         accuracies = augmentation.experiment(nets, split, settings, device)
         print(augmentation.write(accuracies, split, settings, nets, args.out))
-    print(args.out)
+    print(printable(args.out))
     return 0

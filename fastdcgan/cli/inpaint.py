@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdcgan.cli.options import add_checkpoint, add_out, at_least
+from fastdcgan.checks import AMOUNT, Range
+from fastdcgan.cli.options import add_checkpoint, add_number, add_out, add_seed
 from fastdcgan.dcgan import distributed, inpainting, masks, trained
-from fastdcgan.dcgan.console import Bar, say
+from fastdcgan.dcgan.console import Bar, say, wrote
 from fastdcgan.dcgan.data import held_out, load_images
-from fastdcgan.dcgan.files import new_folder, replacing
-from fastdcgan.dcgan.images import save_numbered, to_pixels
+from fastdcgan.dcgan.files import mark_written, new_folder, replacing
+from fastdcgan.dcgan.images import encoded, save_numbered, to_pixels
 from fastdcgan.dcgan.trained import Trained
 from fastdcgan.images import normalize_images
 
@@ -35,12 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is missing: centre, random, top, bottom, left, right, or an image file of the size of the images, "
         "white where something is missing",
     )
-    parser.add_argument("--share", type=float, help="how much is missing [default: centre 0.25, random 0.8, else 0.5]")
-    parser.add_argument("--count", type=int, default=12, help="how many images, evenly chosen")
-    parser.add_argument("--steps", type=int, default=300, help="of each search")
-    parser.add_argument("--restarts", type=int, default=4, help="searches for each image; the best one is kept")
-    parser.add_argument("--prior", type=float, default=0.003, help="weight of the prior loss")
-    parser.add_argument("--seed", type=int, default=0, help="of random masks, and of where the searches begin")
+    add_number(
+        parser,
+        "--share",
+        Range(None, None, above=0, below=1, whole=False),
+        help="how much is missing [default: centre 0.25, random 0.8, else 0.5]",
+    )
+    add_number(parser, "--count", Range(1), default=12, help="how many images, evenly chosen")
+    add_number(parser, "--steps", Range(1), default=300, help="of each search")
+    add_number(parser, "--restarts", Range(1), default=4, help="searches for each image; the best one is kept")
+    add_number(parser, "--prior", AMOUNT, default=0.003, help="weight of the prior loss")
+    add_seed(parser, "of random masks, and of where the searches begin")
     parser.add_argument("--ema", action="store_true", help="with the run's moving average of the generator")
     parser.add_argument("--cache", type=Path, help="folder of decoded images [default: as train has it]")
     parser.add_argument(
@@ -50,9 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    at_least("--count", args.count, 1)
-    at_least("--steps", args.steps, 1)
-    at_least("--restarts", args.restarts, 1)
     if args.out.suffix != ".png":
         raise ValueError(f"--out is {args.out}: expected the name of a file .png")
     run = trained.load_trained(args.checkpoint, distributed.choose_device(args.device), args.ema)
@@ -76,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
                 seed=args.seed,
                 progress=bar.update,
             )
-        inpainting.sheet(images, known, result.images).save(picture, format="PNG")
+        picture.write_bytes(encoded(inpainting.sheet(images, known, result.images)))
         if folder is not None:
             save_numbered([to_pixels(result.images)], len(images), folder)
     lines = {"filled in": result.images, "mean of the image's known pixels": inpainting.mean_of_known(images, known)}
@@ -85,9 +88,19 @@ def run(args: argparse.Namespace) -> int:
     say(f"PSNR over the missing pixels of {len(images)} images of {size}x{size}, mask {args.mask}:")
     for title, filling in lines.items():
         filled = inpainting.fill_with(images, known, filling)
-        say(f"  {title:<34}{inpainting.psnr(filled, images, ~known).mean():6.2f} dB")
-    print(args.out)
+        say(f"  {title:<34}{_in_words(inpainting.psnr(filled, images, ~known))}")
+    if args.separate:
+        mark_written(args.separate)
+    wrote(args.out)
     return 0
+
+
+def _in_words(psnr: Tensor) -> str:
+    """The mean of PSNRs, which are infinite where an image is filled in without any error: those are counted."""
+    finite = psnr[psnr.isfinite()]
+    exact = len(psnr) - len(finite)
+    words = [f"{finite.mean():6.2f} dB"] if len(finite) else []
+    return ", ".join(words + [f"{exact} of {len(psnr)} without error"] * (exact > 0))
 
 
 def _images(run: Trained, args: argparse.Namespace) -> tuple[Tensor, Tensor | None]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastdcgan.cli.options import add_checkpoint
+from fastdcgan.checks import AMOUNT, Range
+from fastdcgan.cli.options import add_checkpoint, add_number
 from fastdcgan.dcgan import distributed, interpolation, trained
+from fastdcgan.dcgan.console import wrote
 from fastdcgan.dcgan.images import save_image
 
 _SEEDS = ["0", "1", "2", "3", "4"]
@@ -27,8 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="EXPRESSION",
         help="sums and differences of means of inputs, such as '1,2,3 - 4,5,6 + 7,8,9', with images around the result",
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="images of each part of the walk [default: 8; GIF: 16]")
-    parser.add_argument("--noise", type=float, default=0.25, metavar="X", help="how far around the result: +-X")
+    add_number(
+        parser, "--steps", Range(1, 10_000), metavar="N", help="images of each part of the walk [default: 8; GIF: 16]"
+    )
+    add_number(parser, "--noise", AMOUNT, metavar="X", help="how far around the result: +-X [default: 0.25]")
     parser.add_argument("--ema", action="store_true", help="with the run's moving average of the generator")
     parser.add_argument(
         "--out",
@@ -42,11 +46,16 @@ def run(args: argparse.Namespace) -> int:
     kinds = (".png", ".gif") if args.arithmetic is None else (".png",)
     if out.suffix not in kinds:
         raise ValueError(f"--out is {out}: expected the name of a file {' or '.join(kinds)}")
+    if args.arithmetic is not None and args.steps is not None:
+        raise ValueError("--steps is of a walk: expected none with --arithmetic")
+    if args.arithmetic is None and args.noise is not None:
+        raise ValueError("--noise is around a result: expected --arithmetic with it")
     device = distributed.choose_device(args.device)
     terms = None if args.arithmetic is None else interpolation.parse(args.arithmetic)
     generator = trained.load_generator(args.checkpoint, device, args.ema)
     if terms is not None:
-        save_image(interpolation.arithmetic_sheet(generator, terms, args.noise), out)
+        around = {} if args.noise is None else {"scale": args.noise}
+        save_image(interpolation.arithmetic_sheet(generator, terms, **around), out)
     else:
         points = interpolation.latents(generator.nz, args.seeds or _SEEDS)
         how = {} if args.steps is None else {"steps": args.steps}
@@ -54,5 +63,5 @@ def run(args: argparse.Namespace) -> int:
             interpolation.save_walk(generator, points, out, **how)
         else:
             save_image(interpolation.walk_sheet(generator, points, **how), out)
-    print(out)
+    wrote(out)
     return 0

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
+
+from fastdcgan.checks import SEED, Range
 
 INTERRUPTED = 130
 
@@ -33,10 +36,27 @@ def add_out(parser: argparse.ArgumentParser, default: str, help: str) -> None:
     parser.add_argument("--out", type=Path, default=Path(default), help=help)
 
 
-def at_least(option: str, value: float, least: float) -> None:
-    """Raises ValueError where an option's value is below `least`."""
-    if not value >= least:
-        raise ValueError(f"{option} is {value}: expected at least {least}")
+def add_number(parser: argparse.ArgumentParser, flag: str, range: Range, **how: Any) -> None:
+    """An option that takes a number, or several, of that range; `how` is what `add_argument` takes."""
+    parser.add_argument(flag, type=int if range.whole else float, action=_Number, range=range, **how)
+
+
+def add_seed(parser: argparse.ArgumentParser, help: str) -> None:
+    """--seed, of all that is random."""
+    add_number(parser, "--seed", SEED, default=0, help=help)
+
+
+class _Number(argparse.Action):
+    """Stores numbers. Raises ValueError for one out of range, which is one line; argparse's own errors are a page."""
+
+    def __init__(self, range: Range, **how: Any) -> None:
+        super().__init__(**how)
+        self.range = range
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        for value in values if isinstance(values, list) else [values]:
+            self.range.check(self.option_strings[0], value)
+        setattr(namespace, self.dest, values)
 
 
 def folder_to_fill(path: Path) -> None:

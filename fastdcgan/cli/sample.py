@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastdcgan.cli.options import add_device, at_least
+from fastdcgan.checks import Range, printable
+from fastdcgan.cli.options import add_device, add_number, add_seed
 from fastdcgan.dcgan import distributed, sampling, trained
+from fastdcgan.dcgan.console import wrote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=CHECKPOINT",
         help="a generator for each class instead: --count images of each go into the folder OUT/NAME",
     )
-    parser.add_argument("--count", type=int, default=64, help="how many images")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise they are made from")
-    parser.add_argument("--truncation", type=float, metavar="T", help="redraw noise beyond +-T: fewer odd images")
+    add_number(parser, "--count", Range(1), default=64, help="how many images")
+    add_seed(parser, "of the noise they are made from")
+    add_number(
+        parser,
+        "--truncation",
+        Range(None, 1e12, above=0, whole=False),
+        metavar="T",
+        help="redraw noise beyond +-T: fewer odd images",
+    )
     parser.add_argument("--ema", action="store_true", help="with the run's moving average of the generator")
     parser.add_argument(
         "--out",
@@ -38,16 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    at_least("--count", args.count, 1)
     device = distributed.choose_device(args.device)
     how = {"seed": args.seed, "truncation": args.truncation}
+    if args.per_class and (args.separate or args.as_folder):
+        raise ValueError("--per-class has a folder for each class: expected neither --separate nor --as-folder with it")
     in_folder = args.per_class or args.separate or args.as_folder
     out = args.out or Path("samples" if in_folder else "samples.png")
     if args.per_class:
         places = _places(args.per_class)
         generators = {name: trained.load_generator(place, device, args.ema) for name, place in places.items()}
         sampling.write_classes(generators, args.count, out, **how)
-        print(out)
+        wrote(out)
         return 0
     if not in_folder and out.suffix not in (".png", ".npy", ".npz"):
         raise ValueError(f"--out is {out}: expected a file .png, .npy or .npz, or a folder with --separate")
@@ -60,7 +69,10 @@ def run(args: argparse.Namespace) -> int:
         sampling.write_grid(run.generator, args.count, out, **how)
     else:
         sampling.write_array(run.generator, args.count, out, **how)
-    print(out)
+    if args.as_folder:  # made to be data
+        print(printable(out))
+    else:
+        wrote(out)
     return 0
 
 

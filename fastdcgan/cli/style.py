@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastdcgan.cli.options import add_checkpoint, add_out, at_least, file_to_write
+from fastdcgan.checks import AMOUNT, Range
+from fastdcgan.cli.options import add_checkpoint, add_number, add_out, add_seed, file_to_write
 from fastdcgan.dcgan import console, distributed, images, pictures, style, trained
 
 
@@ -13,21 +14,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument("content", metavar="CONTENT", type=Path, help="a picture of what shall be seen")
     parser.add_argument("style", metavar="STYLE", type=Path, help="a picture of how")
-    parser.add_argument("--size", type=int, default=256, help="pixels of the longer sides")
+    add_number(parser, "--size", Range(style.LEAST_SIDE, 2**14), default=256, help="pixels of the longer sides")
     parser.add_argument("--optimize", choices=("image", "z"), default="image", help="the pixels, or a generator's z")
     parser.add_argument("--layers", help="of the style, with commas [default: all but the logit]")
     parser.add_argument("--content-layer", help="of the content [default: the second]")
-    parser.add_argument("--content-weight", type=float, default=1.0, help="of the content's loss")
-    parser.add_argument("--style-weight", type=float, default=3.0, help="of the style's loss")
-    parser.add_argument("--variation-weight", type=float, default=0.2, help="of the total variation")
-    parser.add_argument("--steps", type=int, default=300, help="of Adam")
-    parser.add_argument("--seed", type=int, default=0, help="of the first z, and of what is random on the way")
+    add_number(parser, "--content-weight", AMOUNT, default=1.0, help="of the content's loss")
+    add_number(parser, "--style-weight", AMOUNT, default=3.0, help="of the style's loss")
+    add_number(parser, "--variation-weight", AMOUNT, default=0.2, help="of the total variation")
+    add_number(parser, "--steps", Range(1), default=300, help="of Adam")
+    add_seed(parser, "of the first z, and of what is random on the way")
     add_out(parser, "style.png", "file of the sheet: content, style, result")
 
 
 def run(args: argparse.Namespace) -> int:
-    at_least("--size", args.size, style.LEAST_SIDE)
-    at_least("--steps", args.steps, 1)
     device = distributed.choose_device(args.device)
     nets = trained.load_trained(args.checkpoint, device)
     channels = nets.discriminator.channels
@@ -52,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
         )
     images.save_image(pictures.beside([content, manner, result.image.cpu()]), args.out)
     print(f"loss {result.first_loss:.3g} -> {result.loss:.3g}")
-    print(args.out)
+    console.wrote(args.out)
     return 0

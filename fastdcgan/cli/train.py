@@ -7,6 +7,7 @@ import dataclasses
 import typing
 from collections.abc import Sequence
 
+from fastdcgan.checks import printable
 from fastdcgan.cli.options import INTERRUPTED
 from fastdcgan.dcgan import distributed
 from fastdcgan.dcgan.config import TrainConfig
@@ -14,7 +15,13 @@ from fastdcgan.dcgan.training import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run's newest checkpoint, or with this file")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        nargs="?",
+        const="",
+        help="go on with this run's newest checkpoint, or with this file; without RUN with the run in --out",
+    )
     types = typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         text, choices = field.metadata["help"], field.metadata.get("choices")
@@ -40,14 +47,17 @@ def _metavar(choices: Sequence | None, field: dataclasses.Field) -> str:
 
 def run(args: argparse.Namespace) -> int:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
+    place = given.get("out", "") if args.resume == "" else args.resume
+    if place == "":
+        raise ValueError("--resume names no run: expected --resume RUN, or --out RUN --resume")
     try:
-        trainer = Trainer.resume(args.resume, **given) if args.resume else Trainer(TrainConfig(**given))
+        trainer = Trainer(TrainConfig(**given)) if place is None else Trainer.resume(place, **given)
         outcome = trainer.run()
         if trainer.processes.main:
             if outcome.reason == "interrupted":
-                print(f"Stopped at step {outcome.step}. Go on with: fastdcgan train --resume {outcome.out}")
+                print(f"Stopped at step {outcome.step}. Go on with: fastdcgan train --resume {printable(outcome.out)}")
             else:
-                print(f"Done at step {outcome.step}. Samples, metrics and checkpoints are in {outcome.out}")
+                print(f"Done at step {outcome.step}. Samples, metrics and checkpoints are in {printable(outcome.out)}")
     finally:
         distributed.leave()
     return INTERRUPTED if outcome.reason == "interrupted" else 0

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
+import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from fastdcgan.dcgan.files import replacing
+from fastdcgan.dcgan.files import read_text, replacing
+
+Shape = tuple[int, ...]  # [N, H, W, C]
 
 FORMAT = "fastdcgan-images"
-VERSION = 1
+VERSION = 2
 
 
 class Untrusted(Exception):
@@ -24,61 +30,90 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdcgan"
 
 
-def read(array_path: Path, fingerprint: str) -> tuple[np.ndarray, list[str], list[int]]:
+def read(array_path: Path, fingerprint: str, shape: Shape) -> tuple[np.ndarray, list[str], list[int]]:
     """The cached array (memory-mapped, read-only), and of the files that were skipped when it was made the names and
-    the numbers in the source.
+    the numbers in the source, which without them would have this `shape`.
 
     Raises Untrusted unless header and array are whole, of this version, made from the source that `fingerprint` stands
     for, and the array has the checksum that was written with it.
     """
-    header = _read_header(header_path(array_path))
-    if header.get("format") != FORMAT or header.get("version") != VERSION:
-        raise Untrusted(f"is not a cache of version {VERSION}")
+    try:
+        header = json.loads(read_text(header_path(array_path)))
+        if header.get("format") != FORMAT or header.get("version") != VERSION:
+            raise Untrusted(f"is not a cache of version {VERSION}")
+    except Untrusted:
+        raise
+    except Exception as error:  # no file, no JSON, JSON that is nested too deeply, no dictionary
+        raise Untrusted(f"has no readable header: {error or type(error).__name__}") from error
     if header.get("fingerprint") != fingerprint:
         raise Untrusted("was made from other images, or they have changed since")
     try:
-        if array_path.stat().st_size != header["size"]:
-            raise Untrusted(f"has {array_path.stat().st_size} bytes: expected {header['size']}")
-        if _digest(array_path) != header["sha256"]:
+        size = array_path.stat().st_size
+        if size != header["size"]:
+            raise Untrusted(f"has {size} bytes: expected {header['size']}")
+        if not array_path.is_file() or _digest(array_path) != header["sha256"]:
             raise Untrusted("is damaged: its checksum is another than the one written with it")
         array = np.load(array_path, mmap_mode="r", allow_pickle=False)
-        skipped = [str(name) for name in header["skipped"]]
-        left_out = [int(number) for number in header["left_out"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Untrusted(f"can't be read: {error}") from error
-    if array.dtype != np.uint8 or list(array.shape) != header.get("shape"):
-        raise Untrusted(f"holds {array.dtype} {list(array.shape)}: expected uint8 {header.get('shape')}")
+        skipped, left_out = header["skipped"], header["left_out"]
+        expected = [len(np.delete(np.arange(shape[0]), left_out)), *shape[1:]]
+        if len(skipped) != len(left_out) or not all(isinstance(name, str) for name in skipped):
+            raise Untrusted("has a header that contradicts itself")
+    except Untrusted:
+        raise
+    except Exception as error:  # whatever values of other types make of these
+        raise Untrusted(f"can't be read: {error or type(error).__name__}") from error
+    if array.dtype != np.uint8 or not list(array.shape) == header.get("shape") == expected:
+        raise Untrusted(f"holds {array.dtype} {list(array.shape)}: expected uint8 {expected}")
     return array, skipped, left_out
 
 
-def write_header(array_path: Path, fingerprint: str, skipped: list[str], left_out: list[int]) -> None:
-    """Vouch for the array that is in place. Until this is done, nothing trusts it."""
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "fingerprint": fingerprint,
-        "shape": list(np.load(array_path, mmap_mode="r", allow_pickle=False).shape),
-        "size": array_path.stat().st_size,
-        "sha256": _digest(array_path),
-        "skipped": skipped,
-        "left_out": left_out,
-    }
+def write_array(path: Path, shape: Shape, images: Iterable[np.ndarray]) -> None:
+    """Write at most `shape[0]` images, each uint8 `shape[1:]`, one after the other. Raises OSError, before the first
+    one, where there is no space for all of them."""
+    with path.open("wb") as file:
+        _reserve(file.fileno(), math.prod(shape), path.parent)
+        file.write(_npy_header(shape))
+        count = 0
+        for image in images:
+            file.write(image.tobytes())
+            count += 1
+        file.truncate()
+        file.seek(0)
+        file.write(_npy_header((count, *shape[1:])))  # as long as the first one: numpy pads it
+
+
+def describe(array_path: Path) -> dict:
+    """What a header says of a finished array, taken while nobody else knows the file: once it has its place, another
+    process's may be there."""
+    shape = list(np.load(array_path, mmap_mode="r", allow_pickle=False).shape)
+    return {"shape": shape, "size": array_path.stat().st_size, "sha256": _digest(array_path)}
+
+
+def write_header(array_path: Path, fingerprint: str, described: dict, skipped: list[str], left_out: list[int]) -> None:
+    """Vouch for the array of that description. Until this is done, nothing trusts it."""
+    header = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, **described}
     with replacing(header_path(array_path)) as path:
-        path.write_text(json.dumps(header, indent=1))
+        path.write_text(json.dumps({**header, "skipped": skipped, "left_out": left_out}, indent=1))
 
 
 def header_path(array_path: Path) -> Path:
     return array_path.with_suffix(".json")
 
 
-def _read_header(path: Path) -> dict:
+def _npy_header(shape: Shape) -> bytes:
+    text = io.BytesIO()
+    np.lib.format.write_array_header_1_0(text, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return text.getvalue()
+
+
+def _reserve(file: int, size: int, folder: Path) -> None:
     try:
-        header = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Untrusted(f"has no readable header: {error}") from error
-    if not isinstance(header, dict):
-        raise Untrusted("has no readable header")
-    return header
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # this file system can't: then writing finds out
+            return
+        why = f"{error.strerror} for {size / 1e6:.1f} MB of decoded images"
+        raise OSError(error.errno, why, str(folder)) from error
 
 
 def _digest(path: Path) -> str:

@@ -142,8 +142,9 @@ def find(place: str | Path) -> Path:
 
 
 def keep_newest(run: str | Path, step: int, keep: int) -> None:
-    """Delete the checkpoints of a run that come after `step`, and of the others all but the newest `keep`."""
+    """Delete the checkpoints of a run that come after `step`, and of the others all but the newest `keep`; that of the
+    start goes with the first one after it."""
     paths = all_of(run)
-    past = [path for path in paths if step_of(path) <= step]
+    past = [path for path in paths if min(step, 1) <= step_of(path) <= step]
     for path in {*paths} - {*past[-keep:]}:
         path.unlink(missing_ok=True)

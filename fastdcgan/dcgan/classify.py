@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastdcgan.dcgan.console import track
-from fastdcgan.dcgan.files import replacing
+from fastdcgan.dcgan.files import writing
 
 REGULARISATIONS = (0.1, 1.0, 10.0)  # C, for features of mean squared length 1
 _FOLDS = 3
@@ -94,10 +94,17 @@ class LinearSVM:
     def load(cls, path: str | Path) -> LinearSVM:
         """Raises ValueError for a file that is none."""
         try:
+            if not Path(path).is_file():  # from a pipe it would wait for ever
+                raise ValueError("there is no such file")
             with np.load(path, allow_pickle=False) as saved:
-                return cls(saved["weight"], saved["bias"], saved["classes"], float(saved["c"]))
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{path} is no classifier: {error}") from error
+                weight, bias, classes = (saved[name] for name in ("weight", "bias", "classes"))
+                if weight.dtype.kind + bias.dtype.kind + classes.dtype.kind not in ("ffi", "ffu"):
+                    raise ValueError(f"weight {weight.dtype}, bias {bias.dtype}, classes {classes.dtype}")
+                if weight.ndim != 2 or not bias.shape == classes.shape == weight.shape[:1]:
+                    raise ValueError(f"weight {weight.shape}, bias {bias.shape}, classes {classes.shape}")
+                return cls(weight, bias, classes, float(saved["c"]))
+        except Exception as error:  # whatever a damaged archive, or one with other things in it, makes numpy raise
+            raise ValueError(f"{path} is no classifier: {error or type(error).__name__}") from error
 
 
 def _rotated(points: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -193,5 +200,5 @@ def to_markdown(scores: Sequence[Score]) -> str:
 
 def save_npz(path: Path, **arrays: Any) -> None:
     """Arrays by name, written atomically."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with writing(path) as file:
         np.savez(file, **arrays)

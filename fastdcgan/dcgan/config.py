@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdcgan.checks import AMOUNT, SEED, Range
+from fastdcgan.dcgan.files import short_name
 from fastdcgan.dcgan.models import IMAGE_SIZES, PROJECTIONS
 from fastdcgan.train_step import PENALTIES
 
@@ -15,8 +18,13 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 BUILTIN_DATA = {"mnist": (32, 1, False), "digits": (32, 1, False), "photo-crops": (64, 3, True)}
 FOLDER_DATA = (64, 3, True)
 
-# What a resumed run can't change: the shapes of its weights, and which images they have not seen.
-KEPT = ("image_size", "channels", "nz", "ngf", "ndf", "projection", "holdout")
+# What a resumed run can't change: the shapes of its weights, which images they have not seen, what was drawn at its
+# start, and the size of the pictures that make its animation.
+KEPT = ("image_size", "channels", "nz", "ngf", "ndf", "projection", "holdout", "seed", "samples")
+
+_WIDTH = Range(1, 2**14)
+_RATE = Range(None, 1e38, above=0, whole=False)
+_DECAY = Range(0, None, below=1, whole=False)
 
 
 def _option(default: Any, help: str, **extra: Any) -> Any:
@@ -34,67 +42,70 @@ class TrainConfig:
     image_size: int = _option(0, "side of the images [default: 32 for mnist and digits, else 64]", choices=IMAGE_SIZES)
     channels: int = _option(0, "1 (grey) or 3 (colour) [default: 1 for mnist and digits, else 3]", choices=(1, 3))
     flips: bool | None = _option(None, "mirror half of the images, chosen at random [default: not of mnist and digits]")
-    holdout: int = _option(0, "leave every Nth image out of training, to judge by [default: none]")
-    workers: int = _option(0, "threads that decode images [default: one per core]")
+    holdout: int = _option(0, "leave every Nth image out of training, to judge by [default: none]", range=Range(0))
+    workers: int = _option(0, "threads that decode images [default: one per core]", range=Range(0, 1024))
 
-    nz: int = _option(100, "size of the generator's input")
-    ngf: int = _option(64, "channels of the generator's last feature map")
-    ndf: int = _option(64, "channels of the discriminator's first feature map")
+    nz: int = _option(100, "size of the generator's input", range=_WIDTH)
+    ngf: int = _option(64, "channels of the generator's last feature map", range=_WIDTH)
+    ndf: int = _option(64, "channels of the discriminator's first feature map", range=_WIDTH)
     projection: str = _option("conv", "the generator's first block", choices=PROJECTIONS)
 
-    batch_size: int = _option(64, "images per step, over all processes")
-    epochs: int = _option(25, "passes over the data")
-    max_steps: int = _option(0, "stop after this many steps [default: no limit]")
-    max_minutes: float = _option(0.0, "stop after this much time, counted from this start [default: no limit]")
+    batch_size: int = _option(64, "images per step, over all processes", range=Range(1))
+    epochs: int = _option(25, "passes over the data", range=Range(1))
+    max_steps: int = _option(0, "stop after this many steps [default: no limit]", range=Range(0))
+    max_minutes: float = _option(
+        0.0, "stop after this much time, counted from this start [default: no limit]", range=AMOUNT
+    )
     # Two time scales (Heusel et al., 2017): a D that learns faster keeps up with G in one step each. G's rate is the
     # paper's (section 4), D's is twice that.
-    lr_g: float = _option(2e-4, "learning rate of the generator, below the discriminator's")
-    lr_d: float = _option(4e-4, "learning rate of the discriminator")
-    beta1: float = _option(0.5, "Adam's first momentum")
-    beta2: float = _option(0.999, "Adam's second momentum")
-    real_label: float = _option(0.9, "label of real images: below 1 is one-sided label smoothing")
-    gradient_penalty: float = _option(0.0, "weight of a gradient penalty on the discriminator, 0 for none")
-    accumulate: int = _option(1, "parts that a batch is computed in, one after the other, to save memory")
-    ema: float = _option(0.0, "decay of a moving average of the generator's weights, 0 for none")
+    lr_g: float = _option(2e-4, "learning rate of the generator, below the discriminator's", range=_RATE)
+    lr_d: float = _option(4e-4, "learning rate of the discriminator", range=_RATE)
+    beta1: float = _option(0.5, "Adam's first momentum", range=_DECAY)
+    beta2: float = _option(0.999, "Adam's second momentum", range=_DECAY)
+    real_label: float = _option(
+        0.9, "label of real images: below 1 is one-sided label smoothing", range=Range(None, 1, above=0.5, whole=False)
+    )
+    gradient_penalty: float = _option(
+        0.0, "weight of a gradient penalty on the discriminator, 0 for none", range=AMOUNT
+    )
+    accumulate: int = _option(
+        1, "parts that a batch is computed in, one after the other, to save memory", range=Range(1)
+    )
+    ema: float = _option(0.0, "decay of a moving average of the generator's weights, 0 for none", range=_DECAY)
     penalty_kind: str = _option("wgan-gp", "on mixtures, towards norm 1, or R1 on real images", choices=PENALTIES)
 
     precision: str = _option("fp32", "arithmetic of the networks; bf16 and fp16 by autocast", choices=PRECISIONS)
     device: str = _option("auto", "auto, cpu, cuda or cuda:N; auto is a GPU where there is one")
     sync_bn: bool = _option(False, "share BatchNorm statistics between processes")
-    seed: int = _option(0, "of the weights, the order of the data, flips and noise")
+    seed: int = _option(0, "of the weights, the order of the data, flips and noise", range=SEED)
 
-    sample_every: int = _option(0, "steps between sample grids [default: once an epoch]")
-    samples: int = _option(64, "images in a sample grid")
-    checkpoint_every: int = _option(0, "steps between checkpoints [default: once an epoch]")
-    keep: int = _option(3, "checkpoints to keep, the newest ones")
-    log_every: int = _option(10, "steps that one line of metrics.csv averages over")
+    sample_every: int = _option(0, "steps between sample grids [default: once an epoch]", range=Range(0))
+    samples: int = _option(64, "images in a sample grid", range=Range(1, 10_000))
+    checkpoint_every: int = _option(0, "steps between checkpoints [default: once an epoch]", range=Range(0))
+    keep: int = _option(3, "checkpoints to keep, the newest ones", range=Range(1))
+    log_every: int = _option(10, "steps that one line of metrics.csv averages over", range=Range(1))
     tensorboard: bool = _option(False, "write TensorBoard events too (needs the package tensorboard)")
 
     def __post_init__(self) -> None:
+        types = typing.get_type_hints(TrainConfig)
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices")
-            if choices and value not in choices and value != f.default:
+            if "range" in f.metadata:
+                f.metadata["range"].check(f.name, value)
+            elif not isinstance(value, types[f.name]):
+                raise TypeError(f"{f.name} is {value!r}: expected {f.type}")
+            elif choices and value not in choices and value != f.default:
                 raise ValueError(f"{f.name} is {value!r}: expected one of {', '.join(map(str, choices))}")
-        for name in ("nz", "ngf", "ndf", "batch_size", "epochs", "samples", "keep", "log_every", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
-        for name in ("max_steps", "max_minutes", "gradient_penalty", "sample_every", "checkpoint_every", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 0")
-        if self.holdout < 0 or self.holdout == 1:
+        if self.holdout == 1:
             raise ValueError(f"holdout is {self.holdout}: expected 0 for none, or at least 2")
-        for name in ("lr_g", "lr_d"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
-        for name in ("beta1", "beta2", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 0 and below 1")
+        if self.sync_bn and self.gradient_penalty:
+            raise ValueError(
+                "sync_bn and gradient_penalty don't go together: PyTorch can't differentiate SyncBatchNorm twice"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate is {self.accumulate}: expected a divisor of the batch size, {self.batch_size}"
             )
-        if not 0.5 < self.real_label <= 1:
-            raise ValueError(f"real_label is {self.real_label}: expected more than 0.5 and at most 1")
 
     def resolved(self) -> TrainConfig:
         """The settings with every value that depends on the data filled in. Raises ValueError without `data`."""
@@ -103,7 +114,7 @@ class TrainConfig:
         builtin = self.data in BUILTIN_DATA
         size, channels, flips = BUILTIN_DATA.get(self.data, FOLDER_DATA)
         size = self.image_size or size
-        name = self.data if builtin else Path(self.data).resolve().name
+        name = self.data if builtin else short_name(Path(self.data).resolve())
         return dataclasses.replace(
             self,
             data=self.data if builtin else str(Path(self.data).resolve()),  # a run may go on from another folder

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
@@ -19,6 +22,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fastdcgan.checks import printable
+from fastdcgan.dcgan.files import mark_written
+
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -27,10 +33,29 @@ def say(text: str) -> None:
     """One line on standard output, above a live bar where there is one."""
     if _muted:
         return
-    if _live is not None:
-        _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-    else:
-        print(text, flush=True)
+    text = printable(text)
+    try:
+        if _live is not None:
+            _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        hang_up()
+
+
+def hang_up() -> None:
+    """Say nothing from here on to a pipe or a terminal that is closed: each further word would raise an error."""
+    global _closed
+    _closed = True
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def closed() -> bool:
+    """Whether the reader of standard output has gone."""
+    return _closed
 
 
 def mute(muted: bool) -> None:
@@ -41,6 +66,7 @@ def mute(muted: bool) -> None:
 
 _live: Progress | None = None
 _muted = False
+_closed = False
 
 
 class Bar:
@@ -48,7 +74,7 @@ class Bar:
 
     def __init__(self, title: str, total: int, start: int = 0) -> None:
         self.text = ""
-        self.title, self.total, self.start = title, total, start
+        self.title, self.total, self.start = printable(title), total, start
         self._progress: Progress | None = None
 
     def __enter__(self) -> Bar:
@@ -57,7 +83,7 @@ class Bar:
         # A bar inside a bar, or a stream that is no terminal, gets plain lines.
         if Console().is_terminal and _live is None and not _muted:
             self._progress = Progress(
-                "[bold]{task.description}",
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 TaskProgressColumn(),
                 MofNCompleteColumn(),
@@ -98,7 +124,16 @@ def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
 
 def warn(text: str) -> None:
     """One line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def wrote(path: Path) -> None:
+    """Say where a result is, and mark it as no data (`files.mark_written`)."""
+    try:
+        mark_written(path)
+    except OSError as error:
+        warn(f"{path} could not be marked as written by fastdcgan: {error}")
+    print(printable(path))
 
 
 def _clock(seconds: float) -> str:

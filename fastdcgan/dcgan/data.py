@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdcgan.dcgan import cache
+from fastdcgan.dcgan.config import BUILTIN_DATA
 from fastdcgan.dcgan.console import say, track
-from fastdcgan.dcgan.files import replacing
+from fastdcgan.dcgan.files import replacing, short_name
 from fastdcgan.dcgan.sources import Source, open_source
 from fastdcgan.images import normalize_images
 
+T = TypeVar("T")
+
 _NAMED_IN_FULL = 10
+_AHEAD = 4  # decoded images that wait to be written, for each thread
 _RESIDENT_SHARE = 0.25  # part of a GPU's free memory that images may take
 
 
@@ -58,19 +63,7 @@ def load_images(
     that can't be read are named, counted and left out.
     Raises ValueError for a source without images, ModuleNotFoundError for a set whose package is not installed.
     """
-    source = open_source(data)
-    fingerprint = source.fingerprint(image_size, channels)
-    folder = Path(cache_folder) if cache_folder else cache.default_folder()
-    path = folder / f"{_cache_name(data)}-{image_size}x{channels}.npy"
-    if path.exists() or cache.header_path(path).exists():
-        try:
-            images = Images(*cache.read(path, fingerprint))
-        except cache.Untrusted as error:
-            say(f"Decoding again: the cache {path} {error}")
-        else:
-            _report_skipped(images.skipped, len(source))
-            return images
-    return _decode_all(source, path, fingerprint, image_size, channels, workers)
+    return _load(_open(data), data, image_size, channels, cache_folder, workers)
 
 
 def load_labelled(
@@ -80,53 +73,80 @@ def load_labelled(
 
     Raises NoClasses for a folder without classes, and what `load_images` raises.
     """
-    classes, labels = open_source(data).classes()
-    images = load_images(data, image_size, channels, cache_folder=cache_folder, workers=workers)
+    source = _open(data)  # once: the folder may change before it is looked at again
+    classes, labels = source.classes()
+    images = _load(source, data, image_size, channels, cache_folder, workers)
     return Labelled(images, np.delete(labels, images.left_out), classes)
 
 
-def _cache_name(data: str) -> str:
-    path = Path(data)
-    if not path.is_dir():
-        return data
-    return f"{path.resolve().name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+def _open(data: str) -> Source:
+    source = open_source(data)
+    for note in source.notes:
+        say(note)
+    return source
 
 
-def _decode_all(source: Source, path: Path, fingerprint: str, image_size: int, channels: int, workers: int) -> Images:
-    """Decode in parallel (Pillow decodes and resizes without holding Python's lock) straight into the cache file."""
-    failed: dict[int, str] = {}
+def _load(
+    source: Source, data: str, image_size: int, channels: int, cache_folder: str | Path | None, workers: int
+) -> Images:
     shape = (len(source), image_size, image_size, channels)
+    fingerprint = source.fingerprint(image_size, channels)
+    folder = Path(cache_folder) if cache_folder else cache.default_folder()
+    path = folder / f"{_cache_name(data)}-{image_size}x{channels}.npy"
+    if path.exists() or cache.header_path(path).exists():
+        try:
+            images = Images(*cache.read(path, fingerprint, shape))
+        except cache.Untrusted as error:
+            say(f"Decoding again: the cache {path} {error}")
+        else:
+            _report_skipped(images.skipped, len(source))
+            return images
+    return _decode_all(source, path, fingerprint, shape, workers or os.cpu_count() or 1)
+
+
+def _cache_name(data: str) -> str:
+    if data in BUILTIN_DATA:
+        return data
+    path = Path(data).resolve()
+    return f"{short_name(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
+
+
+def _decode_all(source: Source, path: Path, fingerprint: str, shape: tuple[int, ...], threads: int) -> Images:
+    """Decode in parallel (Pillow decodes and resizes without holding Python's lock), and write in order."""
+    failed: dict[int, str] = {}
+
+    def decode(index: int) -> np.ndarray | None:
+        try:
+            return source.decode(index, shape[1], shape[3])
+        except Exception as error:  # whatever a broken file makes Pillow raise; it is reported by name
+            failed[index] = f"{type(error).__name__}: {error}"
+            return None
 
     with replacing(path) as temporary:
-        rows = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-
-        def decode(index: int) -> None:
-            try:
-                rows[index] = source.decode(index, image_size, channels)
-            except Exception as error:  # whatever a broken file makes Pillow raise; it is reported by name
-                failed[index] = f"{type(error).__name__}: {error}"
-
-        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-            for _ in track(pool.map(decode, range(len(source))), f"decoding {source.title}", len(source)):
-                pass
-        rows.flush()
+        with ThreadPoolExecutor(threads) as pool:
+            decoded = _in_order(pool, decode, len(source), _AHEAD * threads)
+            images = track(decoded, f"decoding {source.title}", len(source))
+            cache.write_array(temporary, shape, (image for image in images if image is not None))
         left_out = sorted(failed)
         skipped = [f"{source.name_of(i)} ({failed[i]})" for i in left_out]
         _report_skipped(skipped, len(source))
         if len(failed) == len(source):
             raise ValueError(f"none of the {source.title} could be read")
-        if failed:
-            _keep_rows(temporary, rows, [i for i in range(len(source)) if i not in failed])
-    cache.write_header(path, fingerprint, skipped, left_out)
-    return Images(*cache.read(path, fingerprint))
+        described = cache.describe(temporary)
+        array = np.load(temporary, mmap_mode="r", allow_pickle=False)
+    cache.write_header(path, fingerprint, described, skipped, left_out)
+    return Images(array, skipped, left_out)
 
 
-def _keep_rows(path: Path, rows: np.ndarray, keep: list[int]) -> None:
-    with replacing(path) as shorter:
-        out = np.lib.format.open_memmap(shorter, "w+", np.uint8, (len(keep), *rows.shape[1:]))
-        for to, index in enumerate(keep):
-            out[to] = rows[index]
-        out.flush()
+def _in_order(pool: Executor, function: Callable[[int], T], count: int, ahead: int) -> Iterator[T]:
+    """`function` of 0, 1, ... `count` - 1, with at most `ahead` results that wait to be taken."""
+    coming: deque[Future[T]] = deque()
+    for number in range(count):
+        coming.append(pool.submit(function, number))
+        if len(coming) == ahead:
+            yield coming.popleft().result()
+    while coming:
+        yield coming.popleft().result()
 
 
 def _report_skipped(skipped: list[str], total: int) -> None:
@@ -197,24 +217,39 @@ class Batches:
             coming = self._submit(pool)
             while True:
                 pixels, flip = coming.result()
-                self.position += 1
-                if self.position == self.per_epoch:
-                    self.epoch, self.position = self.epoch + 1, 0
-                    self._start_epoch()
+                self._advance(self.batch_size)
                 coming = self._submit(pool)
                 yield self._normalised(pixels, flip)
 
     def _submit(self, pool: ThreadPoolExecutor) -> Future:
         return pool.submit(self._gather, *self._chosen())
 
+    def left(self, epochs: int) -> int:
+        """Batches from where the stream stands to the end of so many epochs, counted from the first one."""
+        return (epochs - self.epoch - 1) * self.per_epoch + self._left_in_epoch
+
+    @property
+    def _left_in_epoch(self) -> int:
+        return (self.images - self.position) // self.batch_size
+
+    def _advance(self, images: int) -> None:
+        self.position += images
+        if self._left_in_epoch < 1:
+            self.epoch, self.position = self.epoch + 1, 0
+            self._start_epoch()
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands; the same arguments and this state give the same batches from here on."""
+        """Where the stream stands, in images of an epoch: the same arguments and this state give the same batches from
+        here on, and with another batch size no image comes twice in an epoch."""
         return {"epoch": self.epoch, "position": self.position, "random": self._random_at_start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not 0 <= state["position"] <= self.images:
+            raise ValueError(f"the position in the data is {state['position']}: expected one of {self.images} images")
         self._random.set_state(state["random"])
         self._start_epoch()
         self.epoch, self.position = state["epoch"], state["position"]
+        self._advance(0)
 
     def _start_epoch(self) -> None:
         self._random_at_start = self._random.get_state()
@@ -222,8 +257,7 @@ class Batches:
         self._flipped = torch.rand(len(self._kept), generator=self._random) < (0.5 if self.flips else 0.0)
 
     def _chosen(self) -> tuple[Tensor, Tensor]:
-        start = self.position * self.batch_size
-        mine = slice(start + self._slice.start, start + self._slice.stop)
+        mine = slice(self.position + self._slice.start, self.position + self._slice.stop)
         return self._order[mine], self._flipped[mine]
 
     def _on_device(self) -> Tensor | None:

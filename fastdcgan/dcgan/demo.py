@@ -10,6 +10,7 @@ from fastdcgan.dcgan.checkpoint import folder as checkpoint_folder
 from fastdcgan.dcgan.config import TrainConfig
 from fastdcgan.dcgan.console import say
 from fastdcgan.dcgan.data import Images, load_images
+from fastdcgan.dcgan.files import locked, own_folder, write
 from fastdcgan.dcgan.training import Outcome, Trainer
 
 # Wide enough for digits, narrow enough for many steps in the time that there is.
@@ -38,7 +39,7 @@ class DemoSettings:
             raise ValueError(f"minutes is {self.minutes}: expected at least 0.5")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"{self.out} is no folder")
-        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / RESULT).exists():
+        if self.out.is_dir() and any(self.out.glob("[!.]*")) and not (self.out / RESULT).exists():
             raise ValueError(f"{self.out} has files that are not of a demo: expected a new or empty folder")
 
 
@@ -60,7 +61,7 @@ def train(settings: DemoSettings, images: Images, precision: str, step_s: float,
     outcome = Trainer(_config(settings, precision, likely, left / 60, len(images)), images).run()
     if outcome.reason == "time":
         say(f"The time was over at step {outcome.step} of {MOST_STEPS}.")
-    shutil.copyfile(settings.out / "samples" / f"step-{outcome.step:08}.png", settings.out / "samples.png")
+    write(settings.out / "samples.png", (settings.out / "samples" / f"step-{outcome.step:08}.png").read_bytes())
     return outcome
 
 
@@ -91,10 +92,11 @@ def _config(settings: DemoSettings, precision: str, likely: int, minutes: float,
 
 
 def clear(out: Path) -> None:
-    """Remove what an earlier demo left."""
-    for name in ("samples.png", "samples.gif", "losses.png", "metrics.csv", "comparison.md", RESULT):
-        (out / name).unlink(missing_ok=True)
-    for folder in (out / "samples", checkpoint_folder(out)):
-        if folder.exists():
-            shutil.rmtree(folder)
-    out.mkdir(parents=True, exist_ok=True)
+    """Remove what an earlier demo left. Raises BlockingIOError while it runs."""
+    with locked(out):
+        for name in ("samples.png", "samples.gif", "losses.png", "metrics.csv", "comparison.md", RESULT):
+            (out / name).unlink(missing_ok=True)
+        for folder in (out / "samples", checkpoint_folder(out)):
+            if folder.exists():
+                shutil.rmtree(folder)
+        own_folder(out, "samples", "samples.png", "samples.gif", "losses.png")

@@ -66,6 +66,7 @@ def join(device: str) -> tuple[Processes, torch.device]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    choose_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)  # a GPU that is missing is missing for all
     chosen = choose_device(device, local_rank)
     if world == 1:
         return Processes(), chosen

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdcgan.checks import printable
 from fastdcgan.dcgan import classify
 from fastdcgan.dcgan.config import TrainConfig
 from fastdcgan.dcgan.console import say
@@ -147,8 +148,9 @@ def compare(
 def write_comparison(scores: Sequence[classify.Score], trained: Trained, data: str, split: Split, out: Path) -> str:
     """accuracy.md and accuracy.json in the folder `out`; returns the table."""
     few = max(len(score.accuracies) for score in scores)
+    name = printable(Path(data).name)
     table = (
-        f"Accuracy in % of a linear SVM on {int(split.test.sum())} test images of {Path(data).name}, networks of step "
+        f"Accuracy in % of a linear SVM on {int(split.test.sum())} test images of {name}, networks of step "
         f"{trained.step}; mean ± standard deviation over {few} draws of the labels.\n\n{classify.to_markdown(scores)}"
     )
     result = {

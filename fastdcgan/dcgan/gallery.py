@@ -19,8 +19,8 @@ from fastdcgan.dcgan import checkpoint, demo, inpainting, interpolation, masks, 
 from fastdcgan.dcgan.config import TrainConfig
 from fastdcgan.dcgan.console import say
 from fastdcgan.dcgan.data import held_out, load_images
-from fastdcgan.dcgan.files import replacing
-from fastdcgan.dcgan.images import grid
+from fastdcgan.dcgan.files import write
+from fastdcgan.dcgan.images import encoded, grid
 from fastdcgan.dcgan.trained import Trained, load_trained
 from fastdcgan.dcgan.training import Trainer
 from fastdcgan.images import normalize_images
@@ -69,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, config in (("digits", _DIGITS), ("colour", dataclasses.replace(_COLOUR, data=args.data))):
         run = _trained(dataclasses.replace(config, device=args.device), args.runs / name, args.minutes)
         sections.append((name, describe(run), draw(run, args.out, name)))
-    with replacing(args.out / "README.md") as temporary:
-        temporary.write_text(page(sections))
+    write(args.out / "README.md", page(sections))
     print(args.out)
     return 0
 
@@ -161,8 +160,7 @@ def _enlarged(image: Image.Image, size: int) -> Image.Image:
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG", optimize=True)
+    write(path, encoded(image, optimize=True))
     _check_size(path)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdcgan.dcgan.files import replacing
+from fastdcgan.dcgan.decoding import open_image
+from fastdcgan.dcgan.files import write
 
 _GIF_FRAMES = 100
 
@@ -59,17 +62,23 @@ class Sheet:
         return to_image(self._pixels)
 
 
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """A picture as a file's content. Pillow doesn't say why it could not write to a file, so it writes to memory."""
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
 def save_image(image: Image.Image, path: Path) -> None:
     """A PNG file, written atomically."""
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+    write(path, encoded(image))
 
 
 def save_numbered(parts: Iterable[np.ndarray], count: int, folder: Path) -> None:
     """`count` pictures that come in parts, uint8 [N, H, W, C], as PNG files in `folder`: 000.png, 001.png, ..."""
     digits = len(str(count - 1))
     for number, pixels in enumerate(picture for part in parts for picture in part):
-        to_image(pixels).save(folder / f"{number:0{digits}}.png")
+        (folder / f"{number:0{digits}}.png").write_bytes(encoded(to_image(pixels)))
 
 
 def save_gif(frames: Sequence[Path], path: Path, seconds: float = 8.0) -> None:
@@ -78,7 +87,7 @@ def save_gif(frames: Sequence[Path], path: Path, seconds: float = 8.0) -> None:
         frames = [frames[round(i * (len(frames) - 1) / (_GIF_FRAMES - 1))] for i in range(_GIF_FRAMES)]
     pictures = []
     for frame in frames:
-        with Image.open(frame) as image:
+        with open_image(frame) as image:
             pictures.append(image.copy())
     each = max(20, round(1000 * seconds / len(pictures)))
     save_animation(pictures, path, [each] * (len(pictures) - 1) + [2000])
@@ -87,5 +96,4 @@ def save_gif(frames: Sequence[Path], path: Path, seconds: float = 8.0) -> None:
 def save_animation(pictures: Sequence[Image.Image], path: Path, milliseconds: int | list[int]) -> None:
     """A GIF of pictures of one size that starts over and over, each shown that long, written atomically."""
     first, *others = pictures
-    with replacing(path) as temporary:
-        first.save(temporary, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+    write(path, encoded(first, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0))

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastdcgan.checks import SEED, Range
 from fastdcgan.dcgan.images import grid, save_animation, to_image, to_pixels
 from fastdcgan.dcgan.models import Generator
 from fastdcgan.dcgan.sampling import noise
@@ -30,6 +31,7 @@ _GIF_SIDE = 128  # pixels: smaller images are enlarged to at least this
 _MILLISECONDS = 60
 _NAME = re.compile(r"(\d+)(?::(\d+))?")
 _BATCH = 64
+_NUMBER = Range(0, 99_999)  # the noise of all images before it is drawn, too
 
 Terms = list[tuple[int, list[str]]]  # sign, and the names of the inputs that are averaged
 
@@ -45,6 +47,8 @@ def latents(nz: int, names: Sequence[str | int]) -> Tensor:
         if not found:
             raise ValueError(f"{str(name)!r} names no input: expected a seed, or SEED:NUMBER")
         seed, number = int(found[1]), int(found[2] or 0)
+        SEED.check("a seed", seed)
+        _NUMBER.check("the number of an image", number)
         rows.append(noise(nz, number + 1, seed)[number])
     return torch.stack(rows)
 

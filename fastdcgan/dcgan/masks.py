@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+
+from fastdcgan.dcgan.decoding import read_image
 
 # What a half mask takes away: (axis, whether from the start) of [N, 1, H, W]
 HALVES = {"top": (2, True), "bottom": (2, False), "left": (3, True), "right": (3, False)}
@@ -73,9 +74,8 @@ def from_file(path: str | Path, image_size: int) -> Tensor:
     if not path.is_file():
         raise ValueError(f"there is no mask {path}: expected a file, or one of {', '.join(MASKS)}")
     try:
-        with Image.open(path) as image:
-            light = np.asarray(image.convert("L")) >= 128
-    except (OSError, SyntaxError) as error:  # SyntaxError: what Pillow raises for some broken files
+        light = np.asarray(read_image(path, 1)) >= 128
+    except ValueError as error:
         raise ValueError(f"the mask {path} can't be read: {error}") from error
     height, width = light.shape
     if (height, width) != (image_size, image_size):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastdcgan.dcgan.console import say
 from fastdcgan.dcgan.distributed import Processes
-from fastdcgan.dcgan.files import replacing
+from fastdcgan.dcgan.files import append, write
 from fastdcgan.train_step import StepMetrics
 
 COLUMNS = ("step", "epoch", *StepMetrics._fields, "images_per_second")
+HEADER = ",".join(COLUMNS)
 
 
 class Diverged(RuntimeError):
@@ -24,64 +27,100 @@ class Diverged(RuntimeError):
 class MetricsLog:
     """Collects the metrics of steps on the device, and reads and writes their averages every now and then.
 
-    An existing file is continued after `step`: rows of later steps belong to a run that went another way, and go.
     In a run of several processes the averages are over all of them; process 0 writes.
     """
 
-    def __init__(self, run: Path, step: int, batch_size: int, processes: Processes, tensorboard: bool = False) -> None:
+    def __init__(self, run: Path, batch_size: int, processes: Processes, tensorboard: bool = False) -> None:
         self.path = run / "metrics.csv"
         self.batch_size, self.processes = batch_size, processes
-        self._pending: list[torch.Tensor] = []
-        self._file = self._tensorboard = None
-        if processes.main:
-            run.mkdir(parents=True, exist_ok=True)
-            rows = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
-            _rewrite(self.path, rows)
-            self._file = self.path.open("a", newline="")
-            self._writer = csv.DictWriter(self._file, COLUMNS)
-            self._tensorboard = _summary_writer(run, step) if tensorboard else None
+        # Since the last line of the file: each step's values, and how many images this process saw in how much time.
+        self._values: list[torch.Tensor] = []
+        self._images, self._seconds = 0, 0.0
+        self._since = time.perf_counter()
+        self._summary_writer: Any = None
+        self._writer: Any = None
+        if tensorboard:  # its package may be missing: then that is said before anything is written
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._summary_writer = SummaryWriter
+
+    def start(self, step: int) -> None:
+        """Begin to write. An existing file is continued where the values that are not averaged yet begin: rows of later
+        steps belong to a run that was killed or went another way, and go."""
+        if self.processes.main:
+            written = step - len(self._values)
+            rows = [row for row in read_metrics(self.path) if row["step"] <= written] if self.path.exists() else []
+            write(self.path, "".join([f"{HEADER}\n", *map(_as_line, rows)]))
+            if self._summary_writer is not None:
+                folder, purge = self.path.parent / "tensorboard", written + 1 if written else None
+                self._writer = self._summary_writer(str(folder), purge_step=purge)
         self._since = time.perf_counter()
 
     def add(self, metrics: StepMetrics) -> None:
-        self._pending.append(torch.stack(metrics))
+        self._values.append(torch.stack(metrics))
+        self._images += self.batch_size
 
-    def flush(self, step: int, epoch: int) -> tuple[dict[str, float], list[dict[str, float]]] | None:
-        """Write the averages of what was added since the last time, up to `step`; None if that is nothing.
+    def flush(self, step: int, epoch: int, complete: bool = True) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """Write the averages of what was added since the last complete line, up to `step`.
 
-        Returns the row, and the values of each single step. This waits for the device.
+        A line that is not complete is of a run that stops, which may go on: then the line takes its place that has the
+        steps to come as well. Returns the row, and the values of each single step. This waits for the device.
         """
-        if not self._pending:
-            return None
-        values = self.processes.mean(torch.stack(self._pending).cpu())
-        elapsed = time.perf_counter() - self._since
+        self._count_time()
+        values = self._averaged()
         steps = [dict(zip(StepMetrics._fields, row, strict=True)) for row in values.tolist()]
         row: dict[str, Any] = {"step": step, "epoch": epoch}
         row |= dict(zip(StepMetrics._fields, values.double().mean(0).tolist(), strict=True))
-        row["images_per_second"] = len(steps) * self.batch_size / elapsed
-        self._pending.clear()
-        self._since = time.perf_counter()
-        if self._file is not None:
-            self._writer.writerow(_as_text(row))
-            self._file.flush()
-        if self._tensorboard is not None:
+        row["images_per_second"] = self._images / self._seconds
+        if complete:
+            self._values, self._images, self._seconds = [], 0, 0.0
+        if self.processes.main:
+            append(self.path, _as_line(row))
+        if self._writer is not None:
             for key in (*StepMetrics._fields, "images_per_second"):
-                self._tensorboard.add_scalar(key, row[key], step)
+                self._writer.add_scalar(key, row[key], step)
         return row, steps
 
-    def skip_time(self) -> None:
-        """Leave the time since the last flush out of images/s; for pauses between a flush and the next step."""
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What the line to come has so far: each step's values, float32 [steps, values]."""
+        return {"values": self._averaged()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from that; from any other state the line to come begins here, since a log never stops a run."""
+        values = state.get("values", torch.empty(0))
+        if values.dim() == 2 and values.shape[1] == len(StepMetrics._fields):
+            self._values = list(values.float())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done inside out of images/s, but not the steps before that the device is still at."""
+        if self._values:
+            self._values[-1].cpu()
+        self._count_time()
+        yield
         self._since = time.perf_counter()
 
     def add_picture(self, name: str, pixels: Any, step: int) -> None:
         """A picture, uint8 [H, W, C] or [H, W], for TensorBoard if it is on."""
-        if self._tensorboard is not None:
-            self._tensorboard.add_image(name, pixels, step, dataformats="HWC" if pixels.ndim == 3 else "HW")
+        if self._writer is not None:
+            self._writer.add_image(name, pixels, step, dataformats="HWC" if pixels.ndim == 3 else "HW")
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _averaged(self) -> torch.Tensor:
+        """The values over all processes, on the CPU: [steps, values]."""
+        if not self._values:
+            return torch.empty(0, len(StepMetrics._fields))
+        values = self.processes.mean(torch.stack(self._values).cpu())
+        self._values = list(values)
+        return values
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self._seconds += now - self._since
+        self._since = now
 
 
 class Watch:
@@ -119,23 +158,22 @@ ADVICE_NOT_FINITE = (
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv."""
-    with path.open(newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    """The rows of a metrics.csv. Lines that a kill cut short or an editor changed are left out, with a word."""
+    rows, bad = [], []
+    for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), start=1):
+        if line == HEADER:
+            continue
+        try:
+            row = dict(zip(COLUMNS, map(float, line.split(",")), strict=True))
+            int(row["step"]), int(row["epoch"])
+            rows.append(row)
+        except (ValueError, OverflowError):
+            bad.append(number)
+    if bad:
+        say(f"{path}: {len(bad)} lines can't be read and are left out, the first of them line {bad[0]}")
+    return rows
 
 
-def _rewrite(path: Path, rows: list[dict[str, float]]) -> None:
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(map(_as_text, rows))
-
-
-def _as_text(row: dict[str, float]) -> dict[str, str]:
-    return {key: str(int(value)) if key in ("step", "epoch") else f"{value:.6g}" for key, value in row.items()}
-
-
-def _summary_writer(run: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+def _as_line(row: Mapping[str, float]) -> str:
+    texts = (str(int(value)) if key in ("step", "epoch") else f"{value:.6g}" for key, value in row.items())
+    return ",".join(texts) + "\n"

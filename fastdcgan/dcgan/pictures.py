@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fastdcgan.dcgan.decoding import read_image
 from fastdcgan.dcgan.images import to_image, to_pixels
-from fastdcgan.dcgan.sources import as_rgb_or_grey
 from fastdcgan.images import normalize_images
 
 
@@ -24,9 +24,8 @@ def load_picture(path: str | Path, channels: int, side: int, *, square: bool = F
     if not path.is_file():
         raise ValueError(f"there is no picture {path}")
     try:
-        with Image.open(path) as image:
-            plain = as_rgb_or_grey(ImageOps.exif_transpose(image), channels)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        plain = read_image(path, channels)
+    except ValueError as error:
         raise ValueError(f"{path} is no picture that can be read: {error}") from error
     if square:
         plain = ImageOps.fit(plain, (side, side), Image.Resampling.LANCZOS)

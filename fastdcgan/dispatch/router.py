@@ -3,7 +3,8 @@
 The backends offer algorithms in their order of preference, and PyTorch's own convolution between our passes can run
 every call. What was measured on this machine decides (`autotune.py` says when that is); of two that are as fast as each
 other the first is taken. Where nothing was measured, the first that can run is taken, those with a `why_last` after the
-others.
+others. On a GPU "auto" tries it first: one that can't run there, for want of a compiler or of shared memory, is left
+out, with a warning.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _choose(call: Call, backend: str) -> Route:
         return Route(able[0], None, why_others, True)
     name, searching = repr(signature(call)), autotune.may_search(device)
     known = _known(autotune.lookup(KIND, autotune.machine(device), name), able, call)
-    if known is not None and not (searching and not known.searched):
+    if known is not None and not (searching and not known.searched) and _runs(known.route, call, backend):
         return known.route
     if searching or autotune.may_compare(device) or (any(a.compare for a in able) and autotune.may_compare_cpu(device)):
         made = _measure(able, call, searching)
@@ -109,7 +110,28 @@ def _choose(call: Call, backend: str) -> Route:
         known = _known(made, able, call)
         assert known is not None
         return known.route
-    return Route(able[0], None, why_others if able[0].name == PYTORCH else "not measured", False)
+    routes = (Route(a, None, why_others if a.name == PYTORCH else "not measured", False) for a in able)
+    return next(route for route in routes if _runs(route, call, backend))
+
+
+def _runs(route: Route, call: Call, backend: str) -> bool:
+    """Whether a route can be taken: "auto" finds out by taking it, and what was asked for by name may fail later."""
+    return backend != "auto" or _attempt(route.algorithm, call, route.tile)
+
+
+def _attempt(algorithm: Algorithm, call: Call, tile: Any) -> bool:
+    """Whether an algorithm runs a call here, with a warning if not; PyTorch's own has to run."""
+    if algorithm.name == PYTORCH:
+        return True
+    try:
+        algorithm.run(call, tile)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Whatever keeps one of our kernels from running here, PyTorch's own is there.
+        what = f"algorithm {algorithm.name!r}" + ("" if tile is None else f" with {tile}")
+        warnings.warn(f"fastdcgan leaves {what} out: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 class _Known(NamedTuple):
@@ -151,16 +173,8 @@ def _measure(able: Sequence[Algorithm], call: Call, searching: bool) -> dict[str
     for algorithm in able:
         choices = list(algorithm.tiles(call)) if searching and algorithm.tiles is not None else [None]
         for tile in choices:
-            attempt = functools.partial(algorithm.run, call, tile)
-            try:
-                attempt()
-            except Exception as error:  # Whatever keeps one of our kernels from running here, PyTorch's own is there.
-                if algorithm.name == PYTORCH:
-                    raise
-                what = f"algorithm {algorithm.name!r}" + ("" if tile is None else f" with {tile}")
-                warnings.warn(f"{what} is left out: {type(error).__name__}: {error}", stacklevel=2)
-                continue
-            calls[algorithm.name, tile] = attempt
+            if _attempt(algorithm, call, tile):
+                calls[algorithm.name, tile] = functools.partial(algorithm.run, call, tile)
     times = autotune.milliseconds(calls, call.a.x.device)
     best: dict[str, tuple[float, Any]] = {}
     for (name, tile), ms in times.items():

@@ -12,11 +12,14 @@ import torch
 
 import fastdcgan
 from fastdcgan import Unavailable, backends
+from fastdcgan.backends import triton as triton_module
 from fastdcgan.backends.cpu import CPUBackend
+from fastdcgan.backends.reference import ReferenceBackend
+from fastdcgan.backends.triton import TritonBackend
 from tests.helpers.networks import IMAGE, VARIANTS
 from tests.helpers.twins import draw
 
-NAMES = ("triton", "cuda", "cpu", "reference")
+NAMES = ("cuda", "triton", "cpu", "reference")
 
 
 def runs_on(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -50,7 +53,7 @@ def test_the_context_nests_and_survives_errors(device: torch.device) -> None:
 def test_an_unknown_name(name: str) -> None:
     before = backends.requested()
     with pytest.raises(
-        ValueError, match=f"unknown backend {name!r}: expected 'auto' or one of 'triton', 'cuda', 'cpu'"
+        ValueError, match=f"unknown backend {name!r}: expected 'auto' or one of 'cuda', 'triton', 'cpu'"
     ):
         fastdcgan.backend(name).__enter__()
     assert backends.requested() == before
@@ -145,3 +148,32 @@ except Exception as error:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.startswith(expected), done.stdout
+
+
+def test_auto_leaves_out_a_library_for_other_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stub(ReferenceBackend):
+        def __init__(self, reason: str | None) -> None:
+            self.reason = reason
+
+        def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
+            return self.reason
+
+    cuda, triton = Stub("it was built for 9.0a"), Stub(None)
+    monkeypatch.setattr(backends, "_loaded", {"cuda": cuda, "triton": triton})
+    assert backends.members("auto") == [triton]
+    cuda.reason = None
+    assert backends.members("auto") == [cuda, triton]  # compiled passes before those that compile at first use
+
+
+def test_triton_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton imports without what it compiles with."""
+
+    def fails(self: TritonBackend, *args: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_module, "interpreted", lambda: False)
+    monkeypatch.setattr(torch, "ones", lambda *args, **kwargs: None)
+    monkeypatch.setattr(TritonBackend, "coefficients", fails)
+    with pytest.raises(Unavailable, match="can't run a kernel: RuntimeError: Failed to find C compiler; use 'auto'"):
+        TritonBackend().require()

@@ -233,7 +233,7 @@ def test_wrong_checkpoints(name: str, which: str, message: str, bad: Path, capsy
         (f"style @run {PICTURE} {PICTURE} --layers lips", "there is no layer 'lips'"),
         (f"style @run {PICTURE} {PICTURE} --size 8", "--size is 8"),
         (f"style @run {PICTURE} {PICTURE} --steps 0", "--steps is 0"),
-        (f"style @run {PICTURE} {PICTURE} --style-weight -1", "the style's weight is -1.0"),
+        (f"style @run {PICTURE} {PICTURE} --style-weight -1", "--style-weight is -1.0: expected at least 0"),
     ],
 )
 def test_wrong_input(line: str, message: str, bad: Path, capsys: pytest.CaptureFixture[str]) -> None:

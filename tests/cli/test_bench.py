@@ -76,8 +76,8 @@ def test_bench_fails_if_ours_is_wrong(tiny_sizes, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--batch", "0"), "--batch has to be at least 1, not 0"),
-        (("--rounds", "-1"), "--rounds has to be at least 1, not -1"),
+        (("--batch", "0"), "--batch is 0: expected at least 1"),
+        (("--rounds", "-1"), "--rounds is -1: expected at least 1"),
     ],
 )
 def test_bench_rejects(arguments, message):

@@ -47,3 +47,23 @@ def test_command_on_a_folder_and_a_mask_of_a_file(
     assert "1 of 4 files could not be read" in said
     assert "of 3 images of 28x28" in said
     assert "trained on" not in said
+
+
+@pytest.mark.parametrize(("levels", "words"), [([0], ["1 of 1 without error"]), ([0, 200], ["dB", "1 of 2 without"])])
+def test_images_of_one_colour(
+    levels: list[int], words: list[str], trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The mean of a black image's known pixels fills it in without any error."""
+    for level in levels:
+        pixels = np.zeros((28, 28), np.uint8)
+        pixels[:14] = level
+        save_to = tmp_path / "images" / f"{level}.png"
+        save_to.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(save_to)
+    options = ["--mask", "top", "--steps", "1", "--device", "cpu", "--cache", str(tmp_path / "cache")]
+    command = ["inpaint", str(trained_run), str(tmp_path / "images"), *options, "--out", str(tmp_path / "filled.png")]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "mean of the image's known pixels" in line]
+    assert all(word in line for word in words)
+    assert "inf" not in line.removesuffix("filled.png")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +16,8 @@ import torch
 
 import fastdcgan
 from fastdcgan import doctor
-from fastdcgan.cli import bench, main
-from fastdcgan.dcgan import checkpoint
+from fastdcgan.cli import COMMANDS, _parser, bench, main
+from fastdcgan.dcgan import checkpoint, training
 from fastdcgan.dcgan.config import TrainConfig
 
 
@@ -25,6 +30,42 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         main([*command.split(), "--help"])
     assert exit.value.code == 0
     assert "usage: fastdcgan" in capsys.readouterr().out
+
+
+def test_help_on_an_ascii_terminal() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdcgan", "--help"],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert b"Fr\\xe9chet" in done.stdout
+
+
+def numbers() -> Iterator[tuple[str, argparse.Action]]:
+    """Every option that takes a number, with its command."""
+    for command in COMMANDS:
+        (commands,) = (a for a in _parser([command])._actions if isinstance(a, argparse._SubParsersAction))
+        for action in commands.choices[command]._actions:
+            if action.type in (int, float) and not action.choices:
+                yield command, action
+
+
+@pytest.mark.parametrize(("command", "action"), [pytest.param(*n, id=f"{n[0]} {n[1].dest}") for n in numbers()])
+def test_every_number_has_a_range(
+    command: str, action: argparse.Action, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.Trainer, "__init__", None)  # nothing begins
+    option = action.option_strings[0]
+    needed = {
+        "sample": ["run"], "interpolate": ["run"], "inpaint": ["run"], "features": ["run"], "evaluate": ["run"],
+        "style": ["run", "a.png", "b.png"], "train": ["digits"],
+    }.get(command, [])  # fmt: skip
+    for value in ("1e99", "-1e99", "nan", "inf") if action.type is float else (f"{10**99}", f"-{10**99}"):
+        assert main([command, *needed, f"{option}={value}"]) == 2
+        err = capsys.readouterr().err
+        name = option if command != "train" else action.dest
+        assert re.fullmatch(rf"error: {name} is \S+: expected [^\n]+\n", err), err
 
 
 def test_help_has_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +121,19 @@ def test_errors(
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "nowhere", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_files_that_can_not_be_used_exit_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the reason: read-only, full, broken."""
+
+    def read_only(place: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), place)
+
+    monkeypatch.setattr(checkpoint, "find", read_only)
+    assert main(["sample", "anything"]) == 2
+    assert capsys.readouterr().err == f"error: [Errno {errno.EROFS}] Read-only file system: 'anything'\n"
 
 
 def test_unexpected_errors_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

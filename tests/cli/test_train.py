@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -65,32 +66,47 @@ def test_train_sample_resume(photos: Path, tmp_path: Path, capsys: pytest.Captur
     assert "holds a run already" in capsys.readouterr().err
     assert main(["train", "--resume", run, "--epochs", "4"]) == 0
     assert "steps 2 to 4" in capsys.readouterr().out
+    assert main(["train", "--out", run, "--resume", "--epochs", "5"]) == 0
+    assert "steps 4 to 5" in capsys.readouterr().out
+    assert main(["train", str(photos), "--resume"]) == 2
+    assert capsys.readouterr().err == "error: --resume names no run: expected --resume RUN, or --out RUN --resume\n"
     assert main(["train", "--resume", run, "--nz", "9"]) == 2
     assert "nz is 9: the checkpoint's is 8" in capsys.readouterr().err
 
 
-def test_ctrl_c(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "fastdcgan", "train", "digits", *SMALL, "--epochs", "1000000", "--out", str(run)]
-    process = subprocess.Popen(
-        [
-            *command,
-            "--log-every",
-            "1",
-            "--sample-every",
-            "1000000",
-            "--checkpoint-every",
-            "1000000",
-        ],
+def endless(run: Path, code: str = "", *options: str) -> list[str]:
+    """The command of a run without an end, which runs `code` first."""
+    program = f"{code}\nimport sys\nfrom fastdcgan.cli import main\nsys.exit(main(sys.argv[1:]))"
+    often = ["--epochs", "1000000", "--sample-every", "1000000", "--checkpoint-every", "1000000", "--log-every", "1"]
+    return [sys.executable, "-c", program, "train", "digits", *SMALL, *often, "--out", str(run), *options]
+
+
+def start(run: Path, code: str = "", *options: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        endless(run, code, *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def wait_for_steps(run: Path) -> None:
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (run / "metrics.csv").exists():
+    while not ((run / "metrics.csv").exists() and (run / "metrics.csv").read_text().count("\n") > 2):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.3)
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run)
+    wait_for_steps(run)
+    second = start(run, "", "--resume")
+    out, err = second.communicate(timeout=60)
+    assert (second.returncode, out) == (2, "")
+    assert err.startswith(f"error: {run} is in use by process {process.pid} on ")
+    assert err.count("\n") == 1
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -98,6 +114,57 @@ def test_ctrl_c(tmp_path: Path) -> None:
     found = re.search(r"Stopped at step (\d+)\. Go on with: fastdcgan train --resume (\S+)", out)
     assert found, out
     assert checkpoint.find(found[2]) == checkpoint.path_at(run, int(found[1]))
+
+
+def test_a_closed_pipe_saves(tmp_path: Path) -> None:
+    """As of `train | head -1`."""
+    run = tmp_path / "run"
+    process = start(run, "from fastdcgan.dcgan import console\nconsole._SECONDS_BETWEEN_LINES = 0.0")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 130
+    assert process.stderr.read() == ""
+    assert checkpoint.step_of(checkpoint.find(run)) > 0
+
+
+def test_a_terminal_that_hangs_up_saves(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, endless(run))
+    wait_for_steps(run)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
+    assert checkpoint.step_of(checkpoint.find(run)) > 0
+
+
+@pytest.mark.parametrize("full", ["checkpoint", "samples", "metrics"])
+def test_a_full_disk(full: str, tmp_path: Path) -> None:
+    """One line and exit code 2, and what was saved before goes on afterwards."""
+    run = tmp_path / "run"
+    # From its second step on the run can write no file, or add to none, that is larger than this.
+    limit = {"checkpoint": 50_000, "samples": 1_000, "metrics": 60}[full]
+    code = f"""if True:
+        import resource
+        from fastdcgan.dcgan.training import Trainer
+        step = Trainer.train_step
+        def limited(self, real):
+            if self.step == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+            return step(self, real)
+        Trainer.train_step = limited"""
+    often = {"checkpoint": "--checkpoint-every", "samples": "--sample-every", "metrics": "--log-every"}[full]
+    rare = ["--log-every", "1000000"] if full != "metrics" else []
+    process = start(run, code, *rare, often, "2")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert re.fullmatch(rf"error: {run}/\S+ can't be written: .*File too large.*\n", err)
+    before = sorted(path.name for path in run.rglob("*") if path.is_file())
+    assert before == [".fastdcgan", ".lock", "metrics.csv", "step-00000000.png", "step-00000000.safetensors"]
+    assert (run / "metrics.csv").read_text().count("\n") == 1
+    assert main(["train", "--resume", str(run), "--epochs", "1", "--max-steps", "3"]) == 0
+    assert checkpoint.step_of(checkpoint.find(run)) == 3
 
 
 def test_divergence_exits_with_1(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

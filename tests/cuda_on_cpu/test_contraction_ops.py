@@ -20,7 +20,7 @@ from fastdcgan.geometry import Geometry
 from fastdcgan.spec import STORE, Call, Epilogue, Operand, Unavailable
 from tests.cuda_on_cpu.host_library import ORDERS, HostCUDABackend, set_order
 from tests.cuda_on_cpu.host_programs import needs_compiler
-from tests.helpers.contractions import conv_call, run, why_not, wide
+from tests.helpers.contractions import check_constant, constant_call, conv_call, run, why_not, wide
 from tests.helpers.elementwise import coefficients
 from tests.helpers.tolerance import assert_as_accurate
 
@@ -214,6 +214,14 @@ def test_what_can_not_run_has_a_reason(cuda: HostCUDABackend) -> None:
     a = Operand(x, None, coefficients(2, 2, 24), "relu")
     assert "statistics groups" in reason(a, w, g, Epilogue("stats", stat_groups=3))
     assert reason(a, w, g, Epilogue("stats", stat_groups=2)) == "None"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [(3, 24), (40, 24)], ids=str)
+def test_statistics_of_a_constant_image(cuda: HostCUDABackend, channels: tuple[int, int], dtype: torch.dtype) -> None:
+    call = constant_call(Geometry((4, 4), (2, 2)), channels, dtype)
+    for name in [a.name for a in cuda.algorithms("conv") if a.why_not(call) is None]:
+        check_constant(*run(cuda, call, name), name)
 
 
 @pytest.mark.parametrize("name", ["tiles", "sm90_tiles", "epilogues", "image_side_limits", "adam_chunk"])

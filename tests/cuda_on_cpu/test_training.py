@@ -23,7 +23,7 @@ def test_kernels(mode: str) -> None:
 
 def test_the_public_functions_on_these_kernels() -> None:
     """What the tests say of FusedAdam, the loss and the images holds with the CUDA kernels behind them."""
-    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in ("optim", "losses", "images")]
+    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in ("optim", "optim_writes", "losses", "images")]
     library()  # compiled here, so that a failure to do so is shown as such
     plugins = ["-p", "no:cacheprovider", "-p", "tests.cuda_on_cpu.host_library"]
     done = subprocess.run(
@@ -42,7 +42,7 @@ def test_a_chunk_is_as_long_as_python_thinks() -> None:
     chunk = training_ops.ADAM_CHUNK["cuda"]
     for size, counters in ((chunk, 1), (chunk + 1, 2)):
         state = [[torch.zeros(size)] for _ in range(4)]
-        scalars = (0.1, None, 0.9, 0.99, 1e-8, 0.0, False, False, None, None)
+        scalars = (0.1, None, 0.9, 0.99, 1e-8, 0.0, False, False, False, None, None)
         call = torch.ops.fastdcgan_cuda_on_cpu.adam_
         call(*state, [torch.empty(0)], [torch.zeros(counters)], *scalars)
         with pytest.raises(RuntimeError, match=f"expected {counters} step counters"):

@@ -21,6 +21,7 @@ struct AdamCase {
   float grad_scale = 1;
   bool lr_on_device = false;
   size_t offset = 0;  // elements before: 1 keeps an address from being a vector's
+  bool masters = false;
 };
 
 // A parameter with everything that belongs to it, and the same in double.
@@ -80,6 +81,15 @@ struct Parameter {
     for (size_t i = 0; i < offset; ++i) weight[i] = m[i] = v[i] = 7;  // nobody may touch them
     for (size_t i = 0; i < steps.size(); ++i) steps[i] = 3;
   }
+  // The copy as a step leaves it, but that somebody has set every fifth number.
+  void write_copy(float value) {
+    for (size_t i = 0; i < size; ++i) {
+      const bool set = i % 5 == 0;
+      if (copied == Storage::bfloat16) copy_bf16[offset + i] = gpu::from_float<bf16>(set ? value : weight[offset + i]);
+      if (copied == Storage::float16) copy_fp16[offset + i] = gpu::from_float<fp16>(set ? value : weight[offset + i]);
+      if (set && copied != Storage::none) want_weight[i] = value;
+    }
+  }
   std::string bytes() const { return test::bytes(weight) + test::bytes(m) + test::bytes(v) + test::bytes(steps); }
 };
 
@@ -103,6 +113,7 @@ std::string adam_steps(const AdamCase& c, std::deque<Parameter>& parameters, boo
     for (Parameter& p : parameters) {
       std::mt19937 random(seed++);
       std::normal_distribution<float> normal;
+      if (c.masters) p.write_copy(.25f * step);
       for (size_t i = 0; i < p.size; ++i) {
         p.set_grad(i, c.grad_scale * normal(random));
         if (skipped) continue;
@@ -118,7 +129,7 @@ std::string adam_steps(const AdamCase& c, std::deque<Parameter>& parameters, boo
       table.push_back(p.tensor());
     }
     const AdamSettings settings{lr, beta1, beta2, eps, c.weight_decay, c.lr_on_device ? rate.data() : nullptr,
-                                c.grad_scale != 1 ? scale.data() : nullptr, found.data(), c.decoupled, c.maximize};
+                                c.grad_scale != 1 ? scale.data() : nullptr, found.data(), c.decoupled, c.maximize, c.masters};
     std::vector<double> given;
     for (const Parameter& p : parameters)
       for (size_t i = 0; i < p.size; ++i) given.push_back(p.grad(i) / (skipped ? 1 : c.grad_scale));
@@ -254,6 +265,8 @@ int main() {
       {"adam that maximises, misaligned", 0.1, false, true, 1, false, 1},
       {"adam of scaled gradients", 0.1, true, false, 128},
       {"adam of scaled gradients, misaligned", 0, false, false, 128, true, 3},
+      {"adam of masters", 0.1, false, false, 1, false, 0, true},
+      {"adam of masters, misaligned", 0.1, true, false, 1, false, 1, true},
   };
   bool ok = true;
   for (const size_t count : {1, 3})

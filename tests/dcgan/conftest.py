@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastdcgan.dcgan import Generator, Images, TrainConfig, Trainer, load_generator
 
@@ -84,6 +85,12 @@ def squares(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         top, left = ((2, 2), (2, 18), (18, 2))[label]
         picture[top : top + 8, left : left + 8] += 190
     return pixels, labels
+
+
+def save(path: Path, level: int) -> None:
+    """A grey image of 20x20 pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (20, 20), level).save(path)
 
 
 def lively(generator: Generator) -> Generator:

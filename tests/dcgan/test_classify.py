@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,14 @@ def test_svm_of_one_class() -> None:
 def test_file_that_is_no_classifier(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", weight=np.zeros(3))
     (tmp_path / "text.npz").write_text("text")
-    for name in ("other.npz", "text.npz", "none.npz"):
+    os.mkfifo(tmp_path / "pipe.npz")
+    good = {"weight": np.zeros((2, 3)), "bias": np.zeros(2), "classes": np.arange(2), "c": 1.0}
+    np.savez(tmp_path / "cut.npz", **good)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-30])
+    changes = {"bias": np.zeros(3), "weight": np.array("x"), "classes": np.zeros((2, 1), int), "c": np.zeros(2)}
+    for key, value in changes.items():
+        np.savez(tmp_path / f"{key}.npz", **{**good, key: value})
+    for name in ("other.npz", "text.npz", "none.npz", "pipe.npz", "cut.npz", *(f"{key}.npz" for key in changes)):
         with pytest.raises(ValueError, match=f"{name} is no classifier"):
             LinearSVM.load(tmp_path / name)
 

@@ -39,6 +39,16 @@ def test_live_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert "\x1b[" in out
 
 
+def test_a_title_is_no_markup(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "150")
+    with console.Bar("[/red]\x1b[2J\x07", 1) as bar:
+        bar.update(1)
+    out = capsys.readouterr().out
+    assert r"[/red]\x1b[2J\x07" in out
+    assert "\x1b[2J" not in out
+
+
 def test_muted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(console, "_muted", True)
     monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.0)

@@ -1,11 +1,10 @@
-"""Decoding, the cache and when it is trusted, batches, the classes of images."""
+"""Decoding of folders, batches, the classes of images."""
 
 from __future__ import annotations
 
 import functools
-import json
 import operator
-import os
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -14,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdcgan.dcgan import Batches, Images, cache, load_images
-from fastdcgan.dcgan.data import held_out, load_labelled
+from fastdcgan.cli import main
+from fastdcgan.dcgan import Batches, Images, load_images
+from fastdcgan.dcgan.data import _in_order, held_out, load_labelled
 from fastdcgan.dcgan.sources import FolderSource
+from tests.dcgan.conftest import save
 from tests.machine import needs_mnist
 
 
@@ -103,137 +104,66 @@ def test_missing_package(name: str, package: str, tmp_path: Path, monkeypatch: p
         load_images(name, 32, 1, cache_folder=tmp_path)
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
+def test_labels_and_images_are_of_one_look_at_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "images" / "a" / "0.png", 10)
+    save(tmp_path / "images" / "b" / "0.png", 20)
+    classes = FolderSource.classes
+
+    def changes_after(source: FolderSource) -> tuple[list[str], np.ndarray]:
+        found = classes(source)
+        save(tmp_path / "images" / "a" / "1.png", 30)
+        return found
+
+    monkeypatch.setattr(FolderSource, "classes", changes_after)
+    found = load_labelled(str(tmp_path / "images"), 16, 1, cache_folder=tmp_path / "cache")
+    assert found.labels.tolist() == [0, 1]
+    assert found.images.array[:, 0, 0, 0].tolist() == [10, 20]
 
 
-@pytest.fixture
-def cached(tmp_path: Path) -> tuple[Path, Path, np.ndarray]:
-    """A folder of images, the .npy file of its cache, and what is in it."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(6):
-        uniform("RGB", (20, 20), (40 * i, 0, 0)).save(folder / f"{i}.png")
-    array = np.array(load_images(str(folder), 16, 3, cache_folder=tmp_path / "cache").array)
-    (path,) = (tmp_path / "cache").glob("*.npy")
-    return folder, path, array
+def test_few_decoded_images_wait(tmp_path: Path) -> None:
+    """However many there are, and however slowly they are taken."""
+    begun = 0
+
+    def begin(number: int) -> int:
+        nonlocal begun
+        begun += 1
+        return number
+
+    with ThreadPoolExecutor(2) as pool:
+        for taken, number in enumerate(_in_order(pool, begin, 50, 8)):
+            assert number == taken
+            assert begun <= taken + 8
+    assert begun == 50
 
 
-def test_a_good_cache_is_used(cached: tuple[Path, Path, np.ndarray], capsys: pytest.CaptureFixture[str]) -> None:
-    folder, path, array = cached
-    before = path.stat().st_mtime_ns
-    capsys.readouterr()
-    again = load_images(str(folder), 16, 3, cache_folder=path.parent)
-    assert np.array_equal(again.array, array)
-    assert isinstance(again.array, np.memmap)
-    assert path.stat().st_mtime_ns == before
-    assert capsys.readouterr().out == ""
+def test_names_are_safe_to_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a\x1b[2Jb"
+    save(folder / "0.png", 10)
+    for name in ("\x1b]0;x\x07.png", "new\nline.png", "\udcff.png"):
+        (folder / name).touch()
+    for _ in range(2):
+        load_images(str(folder), 16, 1, cache_folder=tmp_path / "cache")
+        said = capsys.readouterr().out
+        assert said.replace("\n", "").isprintable()
+        for name in (r"\x1b]0;x\x07.png", r"new\nline.png", r"\udcff.png"):
+            assert f"\n  {name} (" in said
+    assert main(["train", str(folder / "\x1b[31m\n")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()
+    with pytest.raises(SystemExit):
+        main(["train", "--no\x1b[31m"])
+    assert "\x1b" not in capsys.readouterr().err
 
 
-def truncate(folder: Path, path: Path) -> None:
-    with path.open("r+b") as file:
-        file.truncate(path.stat().st_size - 100)
-
-
-def flip_a_bit(folder: Path, path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-50] ^= 1
-    path.write_bytes(data)
-
-
-def swap_the_array(folder: Path, path: Path) -> None:
-    np.save(path, np.zeros((6, 16, 16, 3), np.uint8))
-
-
-def lose_the_header(folder: Path, path: Path) -> None:
-    cache.header_path(path).unlink()
-
-
-def lose_the_array(folder: Path, path: Path) -> None:
-    path.unlink()
-
-
-def spoil_the_header(folder: Path, path: Path) -> None:
-    cache.header_path(path).write_text("{" + cache.header_path(path).read_text())
-
-
-def empty_the_header(folder: Path, path: Path) -> None:
-    cache.header_path(path).write_text("[]")
-
-
-def change_header(path: Path, key: str, value: object) -> None:
-    header = json.loads(cache.header_path(path).read_text())
-    cache.header_path(path).write_text(json.dumps({**header, key: value}))
-
-
-def age(folder: Path, path: Path) -> None:
-    change_header(path, "version", cache.VERSION - 1)
-
-
-def foreign(folder: Path, path: Path) -> None:
-    change_header(path, "fingerprint", "0" * 64)
-
-
-def reshaped(folder: Path, path: Path) -> None:
-    change_header(path, "shape", [6, 16, 48])
-
-
-def change_an_image(folder: Path, path: Path) -> None:
-    uniform("RGB", (20, 20), (0, 0, 99)).save(folder / "0.png")
-    os.utime(folder / "0.png", ns=(1, 1))
-
-
-def add_an_image(folder: Path, path: Path) -> None:
-    uniform("RGB", (20, 20), (0, 0, 99)).save(folder / "9.png")
-
-
-def rename_an_image(folder: Path, path: Path) -> None:
-    (folder / "5.png").rename(folder / "A.png")
-
-
-@pytest.mark.parametrize(
-    ("damage", "why"),
-    [
-        (truncate, "bytes: expected"),
-        (flip_a_bit, "damaged"),
-        (swap_the_array, "damaged"),
-        (lose_the_header, "no readable header"),
-        (lose_the_array, "can't be read"),
-        (spoil_the_header, "no readable header"),
-        (empty_the_header, "no readable header"),
-        (age, "not a cache of version"),
-        (foreign, "other images"),
-        (reshaped, "expected uint8"),
-        (change_an_image, "other images"),
-        (add_an_image, "other images"),
-        (rename_an_image, "other images"),
-    ],
-)
-def test_a_bad_cache_is_made_anew(
-    damage, why: str, cached: tuple[Path, Path, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_built_in_set_says_that_it_hides_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, path, _ = cached
-    damage(folder, path)
-    capsys.readouterr()
-    again = load_images(str(folder), 16, 3, cache_folder=path.parent)
-    said = capsys.readouterr().out
-    assert "Decoding again" in said
-    assert why in said
-    assert str(path) in said
-    fresh = load_images(str(folder), 16, 3, cache_folder=tmp_path / "other cache")
-    assert np.array_equal(again.array, fresh.array)
-    capsys.readouterr()
-    load_images(str(folder), 16, 3, cache_folder=path.parent)
-    assert capsys.readouterr().out == ""  # and from now on it is trusted
-
-
-def test_skipped_files_are_named_from_the_cache_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = make_folder(tmp_path / "images")
-    first = load_images(str(folder), 16, 3, cache_folder=tmp_path / "cache")
-    capsys.readouterr()
-    again = load_images(str(folder), 16, 3, cache_folder=tmp_path / "cache")
-    assert again.skipped == first.skipped
-    assert len(again.skipped) == 3
-    assert "bad-cut.png" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "digits" / "0.png", 10)
+    assert len(load_images("digits", 16, 1)) == 1797
+    assert "digits is the built-in set here: ./digits would be the folder" in capsys.readouterr().out
+    assert len(load_images("./digits", 16, 1)) == 1
+    assert "built-in" not in capsys.readouterr().out
 
 
 def test_stopped_while_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +178,16 @@ def test_stopped_while_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(KeyboardInterrupt):
         load_images(str(folder), 16, 3, cache_folder=tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_skipped_files_are_named_from_the_cache_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "images")
+    first = load_images(str(folder), 16, 3, cache_folder=tmp_path / "cache")
+    capsys.readouterr()
+    again = load_images(str(folder), 16, 3, cache_folder=tmp_path / "cache")
+    assert again.skipped == first.skipped
+    assert len(again.skipped) == 3
+    assert "bad-cut.png" in capsys.readouterr().out
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -303,8 +243,24 @@ def test_a_stream_goes_on_anywhere(done: int) -> None:
     rest = [next(stream) for _ in range(6)]
     other = Batches(numbered(21), 5, flips=True, seed=99)
     other.load_state_dict(state)
-    assert (other.epoch, other.position) == divmod(done, 4)
+    assert (other.epoch, other.position) == (done // 4, done % 4 * 5)
     assert all(torch.equal(a, b) for a, b in zip(take(other, 6), rest, strict=True))
+
+
+def test_a_stream_goes_on_with_another_batch_size() -> None:
+    whole = Batches(numbered(21), 3)
+    stream = whole.stream()
+    seen = [number for _ in range(3) for number in numbers(next(stream))]
+    other = Batches(numbered(21), 5)
+    other.load_state_dict(whole.state_dict())
+    assert other.left(3) == 2 + 2 * 4
+    seen += [number for batch in take(other, 2) for number in numbers(batch)]
+    assert len({*seen}) == 9 + 2 * 5
+    assert (other.epoch, other.position) == (1, 0)
+    # Less than a batch is left of the epoch: the next one begins.
+    larger = Batches(numbered(21), 13)
+    larger.load_state_dict(whole.state_dict())
+    assert (larger.epoch, larger.position, larger.left(2)) == (1, 0, 1)
 
 
 def test_held_out_images_stay_out() -> None:
@@ -332,11 +288,6 @@ def test_batches_that_can_not_be() -> None:
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
-
-
-def save(path: Path, level: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (20, 20), level).save(path)
 
 
 def test_folders_are_classes(tmp_path: Path) -> None:

@@ -21,9 +21,13 @@ OPTIONS += ["--samples", "4", "--log-every", "1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def torchrun(out: Path, *options: str) -> str:
+def run_torchrun(out: Path, *options: str) -> subprocess.CompletedProcess:
     command = [*TORCHRUN, "-m", "fastdcgan", "train", *options, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def torchrun(out: Path, *options: str) -> str:
+    done = run_torchrun(out, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -83,3 +87,23 @@ def test_statistics_stay_apart_unless_asked(runs: tuple[Path, Path, str]) -> Non
     assert f"steps {STEPS} to {STEPS + 2}" in said
     a, b = (checkpoint.load(checkpoint.find(run)).part("discriminator") for run in (one, two))
     assert distance(b["blocks.down1.bn.running_mean"], a["blocks.down1.bn.running_mean"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sync-bn", "--gradient-penalty", "1"], "sync_bn and gradient_penalty don't go together"),
+        (["--accumulate", "16"], "batch_size is 16: expected a multiple of 32, for 2 processes and accumulate 16"),
+    ],
+)
+def test_what_does_not_go_together_is_said_once(options: list[str], message: str, tmp_path: Path) -> None:
+    done = run_torchrun(tmp_path / "run", *OPTIONS, *options)
+    assert done.returncode != 0
+    assert done.stderr.count(f"error: {message}") == 1, done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_settings_that_work_with_two_processes(tmp_path: Path) -> None:
+    torchrun(tmp_path, *OPTIONS, "--gradient-penalty", "1", "--accumulate", "2", "--precision", "bf16", "--ema", "0.9")
+    assert checkpoint.find(tmp_path) == checkpoint.path_at(tmp_path, STEPS)

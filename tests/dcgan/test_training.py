@@ -51,6 +51,7 @@ def test_resumed_is_uninterrupted(
 ) -> None:
     if "image_size" in changes:
         images = Images(images.array.repeat(2, axis=1).repeat(2, axis=2)[:, :32, :32])
+    config = dataclasses.replace(config, log_every=4)
     whole = Trainer(with_out(config, tmp_path / "whole", **changes), images)
     assert whole.run().step == 15
 
@@ -86,16 +87,21 @@ def test_resume_from_an_older_checkpoint_replaces_later_ones(
     assert [row["step"] for row in read_metrics(run.out / "metrics.csv")] == list(range(1, 10))
 
 
-def test_resume_takes_changed_settings(config: TrainConfig, images: Images, tmp_path: Path) -> None:
+def test_resume_takes_changed_settings(
+    config: TrainConfig, images: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Trainer(dataclasses.replace(config, max_steps=2), images).run()
     trainer = Trainer.resume(config.out, images, lr_g=0.5, beta1=0.7)
+    assert "Changed from here on: lr_g is 0.5 (was 0.0002), beta1 is 0.7 (was 0.5)\n" in capsys.readouterr().out
     assert trainer.optimizer_g.param_groups[0]["lr"] == 0.5
     assert trainer.optimizer_d.param_groups[0]["lr"] == config.lr_d
     assert trainer.optimizer_d.param_groups[0]["betas"] == (0.7, config.beta2)
     with pytest.raises(ValueError, match="ngf is 5: the checkpoint's is 4"):
         Trainer.resume(config.out, images, ngf=5)
-    with pytest.raises(ValueError, match="holdout is 5: the checkpoint's is 0, and stays"):
-        Trainer.resume(config.out, images, holdout=5)
+    for name, value in (("holdout", 5), ("seed", 1), ("samples", 9)):
+        before = getattr(config, name)
+        with pytest.raises(ValueError, match=f"{name} is {value}: the checkpoint's is {before}, and stays"):
+            Trainer.resume(config.out, images, **{name: value})
     with pytest.raises(CheckpointError, match=r"was trained on 45 images: .*squares has 44 now"):
         Trainer.resume(config.out, Images(images.array[:44]))
     moved = tmp_path / "moved"
@@ -103,10 +109,104 @@ def test_resume_takes_changed_settings(config: TrainConfig, images: Images, tmp_
     assert Trainer.resume(moved, images).out == moved
 
 
+def test_resume_with_another_batch_size(config: TrainConfig, images: Images) -> None:
+    """What is left of the epoch is trained on, in batches of the new size; epochs stay passes over the data."""
+    Trainer(dataclasses.replace(config, max_steps=3), images).run()
+    trainer = Trainer.resume(config.out, images, batch_size=20, max_steps=0)
+    assert trainer.batches.position == 24
+    assert trainer.total_steps == 3 + 1 + 2 * 2
+    assert trainer.run().step == 8
+    assert trainer.batches.epoch == 3
+
+
+def test_resume_of_a_finished_run(config: TrainConfig, images: Images, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Trainer(dataclasses.replace(config, max_steps=3, log_every=2), images).run()
+    before = {path: path.read_bytes() for path in run.out.rglob("*") if path.suffix in (".csv", ".safetensors")}
+    for changes in ({"epochs": 9}, {"max_steps": 2}, {"max_steps": 0, "epochs": 1, "batch_size": 23}):
+        with pytest.raises(
+            ValueError, match=rf"is finished at step 3: epochs is {changes.get('epochs', 3)}, max_steps"
+        ):
+            Trainer.resume(run.out, images, **changes)
+    assert Trainer.resume(run.out, images).run() == run
+    assert "is finished at step 3: epochs is 3, max_steps is 3. Nothing is left to do." in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in before}
+    assert Trainer.resume(run.out, images, max_steps=4).run().step == 4
+
+
+class Killed(Trainer):
+    """Ends without a word after the given step."""
+
+    after = 7
+
+    def train_step(self, real: Tensor) -> StepMetrics:
+        if self.step == self.after:
+            raise KeyboardInterrupt
+        return super().train_step(real)
+
+
+@pytest.mark.parametrize("after", [0, 2, 7])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    after: int, config: TrainConfig, images: Images, tmp_path: Path
+) -> None:
+    """Also before its first checkpoint but that of the start; the log's lines average over the same steps."""
+    settings = {"checkpoint_every": 3, "log_every": 4, "epochs": 2}
+    Trainer(with_out(config, tmp_path / "whole", **settings), images).run()
+    killed = Killed(with_out(config, tmp_path / "killed", **settings), images)
+    killed.after = after
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    with pytest.raises(ValueError, match="holds a run already: expected a new folder, or that run to be resumed"):
+        Trainer(killed.config, images)
+    resumed = Trainer.resume(killed.out, images)
+    assert resumed.step == after // 3 * 3
+    resumed.run()
+    assert_same(checkpoint.find(tmp_path / "whole"), checkpoint.find(killed.out))
+    rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "killed")]
+    for row in (*rows[0], *rows[1]):
+        del row["images_per_second"]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == [4, 8, 10]
+    assert checkpoint.all_of(killed.out) == [checkpoint.path_at(killed.out, step) for step in (6, 9, 10)]
+
+
+def test_a_folder_without_checkpoints_is_begun_anew(config: TrainConfig, images: Images) -> None:
+    out = Path(config.out)
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "metrics.csv").write_text("step,epoch\n1,")
+    assert Trainer(dataclasses.replace(config, max_steps=1), images).run().step == 1
+    assert [row["step"] for row in read_metrics(out / "metrics.csv")] == [1]
+
+
+class Second(Trainer):
+    """Somebody starts the run a second time while it is at its second step."""
+
+    def train_step(self, real: Tensor) -> StepMetrics:
+        if self.step == 1:
+            message = f"is in use by process {os.getpid()} on"
+            with pytest.raises(BlockingIOError, match=message):
+                Trainer.resume(self.out, self.images)
+            with pytest.raises(BlockingIOError, match=message):
+                self.other.run()
+        return super().train_step(real)
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(config: TrainConfig, images: Images) -> None:
+    run = Second(config, images)
+    run.other = Trainer(config, images)
+    assert run.run().step == 15
+    with pytest.raises(ValueError, match="holds another run since this one was set up: resume that one"):
+        run.other.run()
+    assert Trainer.resume(config.out, images).step == 15
+
+
 def test_a_new_run_does_not_overwrite_another(config: TrainConfig, images: Images) -> None:
     Trainer(dataclasses.replace(config, max_steps=1), images).run()
     with pytest.raises(ValueError, match="holds a run already"):
         Trainer(config, images)
+    other = dataclasses.replace(config, out=f"{config.out}-2", max_steps=1)
+    Trainer(other, images).run()
+    with pytest.raises(ValueError, match="run-2 holds a run already"):
+        Trainer.resume(config.out, images, out=other.out)
 
 
 def test_same_seed_same_bits(config: TrainConfig, images: Images, tmp_path: Path) -> None:
@@ -147,7 +247,7 @@ class Interrupting(Trainer):
         return super().train_step(real)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_saves(
     number: signal.Signals, config: TrainConfig, images: Images, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,12 +262,22 @@ def test_signal_saves(
     assert Trainer.resume(outcome.out, images).run().step == 15
 
 
+def test_what_nohup_ignores_stays_ignored(config: TrainConfig, images: Images) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = Interrupting(config, images)
+        trainer.number = signal.SIGHUP
+        assert trainer.run().reason == "finished"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_second_signal_stops_at_once(config: TrainConfig, images: Images) -> None:
     trainer = Interrupting(config, images)
     trainer.times = 2
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    assert not checkpoint.all_of(config.out)
+    assert checkpoint.all_of(config.out) == [checkpoint.path_at(config.out, 0)]  # from the start
 
 
 def test_time_limit(config: TrainConfig, images: Images) -> None:

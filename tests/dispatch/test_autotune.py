@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdcgan.build_info import BuildInfo, CUDABuild
 from fastdcgan.dispatch import autotune
 
 CUDA = torch.device("cuda")
@@ -61,6 +62,17 @@ def test_a_cache_that_can_not_be_written_is_known_to_this_process(
             autotune.remember("algorithms", "here", key, value)
     assert autotune.lookup("algorithms", "here", "problem") == 1
     assert autotune.lookup("algorithms", "here", "other") == 2
+
+
+def test_what_a_library_was_built_for_belongs_to_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of one architecture are no candidates of another's."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    names = set()
+    for architectures in ((), ("9.0",), ("9.0a",), ("8.0", "9.0a")):
+        built = BuildInfo(cuda=CUDABuild("13.0", architectures))
+        monkeypatch.setattr(autotune, "build_info", lambda built=built: built)
+        names.add(autotune.machine(CUDA))
+    assert len(names) == 4
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations
 import fastdcgan
 from fastdcgan import FusedSequential, backends
 from fastdcgan.engine import planner, run
+from tests.helpers.writes import WRITES, Write
 from tests.machine import DEVICE
 
 
@@ -153,6 +154,24 @@ def test_a_change_taken_back_is_noticed(change: str) -> None:
     ran._modules = plain._modules  # the very modules of an unchanged net
     for found, expected in zip(outcome(ran, image()), outcome(fastdcgan.fuse(usual), image()), strict=True):
         assert torch.equal(found, expected), change
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad", "inference"])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_no_weight_is_kept_that_was_written_since(write: Write, mode: str, autocast: bool) -> None:
+    """Also within one autocast region, where PyTorch itself keeps what it cast."""
+    model, x = fastdcgan.fuse(net()).train(mode == "train"), image()
+    grad_mode = {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(mode, torch.enable_grad)
+    with grad_mode(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+        before = outcome(model, x)
+        with torch.inference_mode(False):
+            write(model)
+        new = copy.deepcopy(model)  # has neither plans nor memory of the model's
+        found = outcome(model, x)
+        for got, expected in zip(found, outcome(new, x), strict=True):
+            assert torch.equal(got, expected)
+    assert not torch.equal(found[0], before[0])
 
 
 def test_a_forward_given_to_a_class_is_noticed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdcgan.backends.base import Backend
@@ -50,6 +51,22 @@ def conv_transpose(on: Backend, *args: Any, name: str | None = None) -> tuple[Te
 
 def weight_grad(on: Backend, *args: Any, name: str | None = None) -> Tensor:
     return run(on, weight_grad_call(*args), name)
+
+
+def constant_call(g: Geometry, channels: Pair, dtype: torch.dtype, device: str = "cpu") -> Call:
+    """A `conv` with statistics of an image whose pixels are all alike."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, channels[0], 1, 1, generator=generator).expand(4, -1, 18, 18)
+    weight = torch.randn(channels[1], channels[0], *g.kernel, generator=generator)
+    x, weight = (t.to(device, dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    return conv_call(Operand(x), weight, g, Epilogue("stats", stat_groups=2))
+
+
+def check_constant(out: Tensor, stats: Tensor, what: str) -> None:
+    """What a `constant_call` gives: the same everywhere, with that as its mean, and no variance."""
+    assert torch.equal(out, out[:1, :, :1, :1].expand_as(out)), what
+    assert torch.equal(stats[0], out[::2, :, 0, 0].float()), f"{what}: means"
+    assert not stats[1:].any(), f"{what}: variances up to {float(stats[1:].max())}"
 
 
 def reference(call: Call) -> Any:

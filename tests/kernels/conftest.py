@@ -10,11 +10,9 @@ be there.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.kernels.interpreter import Interpreter
 from tests.machine import DEVICE
@@ -54,17 +52,6 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _INTERPRETER in config.stash:
         config.stash[_INTERPRETER].close()
-
-
-@pytest.fixture
-def fresh_memory_is_nan() -> Iterator[None]:
-    """An output that is not wholly written keeps NaNs."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from fastdcgan.kernels.conv_transpose import conv_transpose
 from fastdcgan.kernels.tiles import TileConfig
 from fastdcgan.kernels.weight_grad import weight_grad
 from fastdcgan.spec import STORE, Call, Epilogue, Operand
-from tests.helpers.contractions import REFERENCE, reference, wide
+from tests.helpers.contractions import REFERENCE, check_constant, constant_call, reference, wide
 from tests.helpers.tolerance import assert_as_accurate
 from tests.machine import DEVICE
 
@@ -157,6 +157,12 @@ def test_prologue_and_epilogue(op: str, prologue: str, kind: str, tile: str) -> 
     dtype = torch.float16 if prologue == "activate" else torch.float32
     case = Case(op, Geometry((4, 4), (2, 2), (1, 1)), (4, 6) if op == "conv" else (2, 3), dtype=dtype)
     check_output(case, prologue, kind, "leaky_relu", TILES[tile])
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_statistics_of_a_constant_image(tile: str) -> None:
+    call = constant_call(Geometry((4, 4), (2, 2)), (24, 40), torch.float16, DEVICE)
+    check_constant(*conv(call, TILES[tile]), tile)
 
 
 @pytest.mark.parametrize("kind", EPILOGUES)

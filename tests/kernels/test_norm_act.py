@@ -97,12 +97,12 @@ def test_gradient_sums(shape: Shape, dtype: torch.dtype, layout: torch.memory_fo
     before = da.clone()
     g, sums = kernels.grad_stats(da, y, coef, act, 0.3)
     assert torch.equal(da, before)
-    assert_sums(sums, da, y, coef, act)
+    assert torch.equal(sums, kernels.norm_act_reduce(g, y, coef, "identity", 0.0)), "not the sums of what is stored"
     truth, _ = REFERENCE.grad_stats(da.double(), y.double(), coef.double(), act, 0.3)
     usual, _ = REFERENCE.grad_stats(da, y, coef, act, 0.3)
     assert_as_accurate(g, usual, truth, "g")
     assert g.stride() == y.stride()
-    assert torch.equal(kernels.norm_act_reduce(da, y, coef, act, 0.3), sums)
+    assert_sums(kernels.norm_act_reduce(da, y, coef, act, 0.3), da, y, coef, act)
 
 
 def assert_stats(got: Tensor, y: Tensor, groups: int) -> None:

@@ -9,19 +9,26 @@
 
 namespace fastdcgan::cpu {
 
-// Per channel, mean and sum of squared deviations of rows `row(0)` to `row(rows - 1)` of `width` floats.
-template <class Row>
-void moments(const Row& row, int64_t rows, int64_t width, float* mean, float* m2) {
+// Rounds rows `row(0)` to `row(rows - 1)` of `width` floats to what T stores of them, and gives their mean and sum of
+// squared deviations by column, exactly so where they are all equal: in a constant channel whatever is left of
+// y - mean is multiplied by 1/sqrt(eps). Hence of rounded floats, and by their distance to the first.
+template <class T, class Row>
+void round_and_sum(const Row& row, int64_t rows, int64_t width, float* mean, float* m2) {
   for (int64_t n = 0; n < width; n += kWidth) {
-    Floats sum{}, squares{};
-    for (int64_t r = 0; r < rows; ++r) sum += load(row(r) + n);
-    const Floats mu = sum / static_cast<float>(rows);
+    V first(0.f), sum(0.f), squares(0.f);
     for (int64_t r = 0; r < rows; ++r) {
-      const Floats d = load(row(r) + n) - mu;
-      squares += d * d;
+      const V x = rounded<T>(V::loadu(row(r) + n));
+      if constexpr (!std::is_same_v<T, float>) x.store(row(r) + n);
+      if (r == 0) first = x;
+      sum = sum + (x - first);
     }
-    store(mean + n, mu);
-    store(m2 + n, squares);
+    const V mu = first + sum / V(static_cast<float>(rows));
+    for (int64_t r = 0; r < rows; ++r) {
+      const V d = V::loadu(row(r) + n) - mu;
+      squares = at::vec::fmadd(d, d, squares);
+    }
+    mu.store(mean + n);
+    squares.store(m2 + n);
   }
 }
 

@@ -5,8 +5,9 @@
 namespace fastdcgan::cpu {
 namespace {
 
-// g = da*act'(s*y + t); sums of g and of g*(y - mean)*rstd
-template <class Act, bool kNormalised>
+// g = da*act'(s*y + t); sums of g and of g*(y - mean)*rstd: of g as T stores it where it is stored, since a difference
+// to its own mean is taken of it.
+template <class T, class Act, bool kNormalised>
 struct GradSums {
   static constexpr int rows = kNormalised ? 4 : 2, sums = kNormalised ? 2 : 1;
   static constexpr bool stores = true, reads_grad = true, non_temporal = false;
@@ -14,6 +15,7 @@ struct GradSums {
     V s, t, mean, rstd;
   };
   Act act;
+  bool stored;
 
   Coef load(const float* const* row, int64_t column) const {
     Coef k{V::loadu(row[0] + column), V::loadu(row[1] + column), V(0.f), V(0.f)};
@@ -24,7 +26,8 @@ struct GradSums {
     return k;
   }
   V operator()(const Coef& k, V y, V da, V* total) const {
-    const V g = da * act.derivative(at::vec::fmadd(y, k.s, k.t));
+    V g = da * act.derivative(at::vec::fmadd(y, k.s, k.t));
+    if (stored) g = rounded<T>(g);
     total[0] = total[0] + g;
     if constexpr (kNormalised) total[1] = at::vec::fmadd(g, (y - k.mean) * k.rstd, total[1]);
     return g;
@@ -71,13 +74,17 @@ void run(const InnerLoop& loop, const Shape& s, Memory m, const float* coef, flo
 
 bool grad_sums_pass(
     const Shape& s, Memory m, c10::ScalarType dtype, const float* coef, int64_t rows, Activation a, float* sums) {
-  const auto run_loop = [&](const InnerLoop& loop) { run(loop, s, m, coef, sums); };
   return with_activation<V>(a.id, a.slope, [&](auto act) {
-    if (rows == 4) {
-      with_loop(GradSums<decltype(act), true>{act}, dtype, run_loop);
-    } else {
-      with_loop(GradSums<decltype(act), false>{act}, dtype, run_loop);
-    }
+    with_type(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      const auto run_loop = [&](const auto& op) { run(make_loop<std::decay_t<decltype(op)>, T>(op), s, m, coef, sums); };
+      const bool stored = m.out != nullptr;
+      if (rows == 4) {
+        run_loop(GradSums<T, decltype(act), true>{act, stored});
+      } else {
+        run_loop(GradSums<T, decltype(act), false>{act, stored});
+      }
+    });
   });
 }
 

@@ -5,6 +5,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <cstdint>
+#include <tuple>
 #include <type_traits>
 
 #include "common/activations.h"
@@ -89,6 +90,16 @@ inline void write_non_temporal(T* p, const Lanes& v) {
 #else
   write(p, v);
 #endif
+}
+
+// As an element of T that is read again.
+template <class T>
+inline V rounded(V x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    return std::get<0>(at::vec::convert_to_float<T>(at::vec::convert_from_float<T>(x, x)));
+  }
 }
 
 // Non-temporal stores are seen by other threads after this.

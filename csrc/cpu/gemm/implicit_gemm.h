@@ -91,7 +91,7 @@ class ImplicitGemm {
         if (!all_finite(c + r * stride, width)) finite_ = false;
     if (partial) {
       const auto sums = [&](int64_t r) { return c + r * stride; };
-      moments(sums, b.rows, width, partial + begin, partial + panels_.width + begin);
+      round_and_sum<T>(sums, b.rows, width, partial + begin, partial + panels_.width + begin);
     }
     const int64_t channels = std::min(width, c_.out_channels - begin);
     Place place(rows, b.first);

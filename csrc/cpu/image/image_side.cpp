@@ -80,7 +80,7 @@ class ImageSideConv {
     }
     if (!partial) return;
     const auto pixel = [&](int64_t i) { return sums(0) + i * columns_.width; };
-    moments(pixel, rows.count * c_.x.out, columns_.width, partial, partial + columns_.width);
+    round_and_sum<T>(pixel, rows.count * c_.x.out, columns_.width, partial, partial + columns_.width);
     for (int64_t r = 0; r < rows.count; ++r) store_row(rows.n, rows.first + r, sums(r));
   }
 

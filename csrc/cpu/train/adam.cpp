@@ -23,6 +23,7 @@ struct Coefficients {
   float eps, l2, keep;       // keep: what decoupled weight decay leaves of a weight
   float step_size, root_scale;
   float sign, unscale;
+  bool masters;
 
   Coefficients(const AdamSettings& s, int64_t step)
       : take(static_cast<float>(1 - s.beta1)), beta2(static_cast<float>(s.beta2)),
@@ -31,7 +32,8 @@ struct Coefficients {
         keep(s.decoupled ? static_cast<float>(1 - s.lr * s.weight_decay) : 1.f),
         step_size(static_cast<float>(s.lr / (1 - std::pow(s.beta1, static_cast<double>(step))))),
         root_scale(static_cast<float>(1 / std::sqrt(1 - std::pow(s.beta2, static_cast<double>(step))))),
-        sign(s.maximize ? -1.f : 1.f), unscale(static_cast<float>(1 / s.grad_scale)) {}
+        sign(s.maximize ? -1.f : 1.f), unscale(static_cast<float>(1 / s.grad_scale)),
+        masters(s.masters) {}
 };
 
 template <class G, class C>
@@ -42,6 +44,15 @@ struct Pointers {
   C* copy;
 };
 
+// A copy is its master rounded. Where it isn't (a NaN never is), somebody has set it since, and that is the weight now.
+template <class C>
+Lanes followed(const Lanes& master, const C* copy) {
+  const Lanes given = read(copy);
+  const auto rounded = at::vec::convert_to_float<C>(at::vec::convert_from_float<C>(master.half[0], master.half[1]));
+  return {{V::blendv(given.half[0], master.half[0], std::get<0>(rounded) == given.half[0]),
+           V::blendv(given.half[1], master.half[1], std::get<1>(rounded) == given.half[1])}};
+}
+
 // `n` elements, a whole number of steps.
 template <class G, class C>
 void update(const Pointers<G, C>& p, const Coefficients& k, int64_t n) {
@@ -51,6 +62,8 @@ void update(const Pointers<G, C>& p, const Coefficients& k, int64_t n) {
   for (int64_t i = 0; i < n; i += kStep) {
     Lanes weight = read(p.weight + i), grad = read(p.grad + i);
     Lanes m = read(p.exp_avg + i), v = read(p.exp_avg_sq + i);
+    if constexpr (!std::is_same_v<C, NoCopy>)
+      if (k.masters) weight = followed(weight, p.copy + i);
     if (scaled) {
       for (V& g : grad.half) g = g * unscale;
       write(p.grad + i, grad);
@@ -82,7 +95,8 @@ void update_rest(const Pointers<G, C>& p, const Coefficients& k, int64_t n) {
   alignas(64) float weight[kStep] = {}, m[kStep] = {}, v[kStep] = {};
   alignas(64) G grad[kStep] = {};
   alignas(64) C copy[kStep] = {};
-  move(p.weight, weight, n), move(p.grad, grad, n), move(p.exp_avg, m, n), move(p.exp_avg_sq, v, n);
+  move(p.weight, weight, n), move(p.grad, grad, n), move(p.exp_avg, m, n), move(p.exp_avg_sq, v, n),
+      move(p.copy, copy, n);
   update(Pointers<G, C>{weight, grad, m, v, copy}, k, kStep);
   move(weight, p.weight, n), move(m, p.exp_avg, n), move(v, p.exp_avg_sq, n), move(copy, p.copy, n);
   if (k.unscale != 1.f) move(grad, p.grad, n);

@@ -25,6 +25,7 @@ struct AdamSettings {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled;  // weight decay shrinks the weight (AdamW), else it is added to the gradient
   bool maximize;
+  bool masters;  // weights are masters of their copies: a copy that is another number was set, and is the weight
   double grad_scale;  // where not 1, gradients are divided by it, also where they lie
 };
 

@@ -29,11 +29,12 @@ void check_float32(const Tensor& t, const char* what) {
   TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, "expected float32 as ", what, ", got ", t.scalar_type());
 }
 
-// Where `found_inf` is not 0 nothing is done, and no step counted. A copy with no elements is none.
+// Where `found_inf` is not 0 nothing is done, and no step counted. A copy with no elements is none; with `masters`, the
+// copies are the parameters, and what somebody has set in them since the last step takes hold.
 void adam_(
     at::TensorList weights, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
     at::TensorList copies, at::TensorList steps, double lr, const optional<Tensor>& lr_tensor,
-    double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
+    double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize, bool masters,
     const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf) {
   for (const at::TensorList& list : {grads, exp_avgs, exp_avg_sqs, copies, steps})
     TORCH_CHECK_VALUE(
@@ -61,7 +62,7 @@ void adam_(
   }
   const double scale = grad_scale.has_value() ? grad_scale->item<double>() : 1;
   const double rate = lr_tensor.has_value() ? lr_tensor->item<double>() : lr;
-  adam_pass(tensors, {rate, beta1, beta2, eps, weight_decay, decoupled, maximize, scale});
+  adam_pass(tensors, {rate, beta1, beta2, eps, weight_decay, decoupled, maximize, masters, scale});
   for (const Tensor& step : steps) step.data_ptr<float>()[0] += 1;
 }
 
@@ -108,7 +109,7 @@ TORCH_LIBRARY_FRAGMENT(fastdcgan_cpu, m) {
   m.def(
       "adam_(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
       "Tensor(e!)[] copies, Tensor(f!)[] steps, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
-      "float weight_decay, bool decoupled, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()");
+      "float weight_decay, bool decoupled, bool maximize, bool masters, Tensor? grad_scale, Tensor? found_inf) -> ()");
   m.def("images(Tensor pixels, Tensor? flip, ScalarType dtype) -> Tensor");
   m.def("bce_with_logits(Tensor logits, float[] labels, bool with_grad) -> (Tensor, Tensor, Tensor)");
 }

@@ -235,7 +235,7 @@ class Winograd {
     }
     if (!partial) return;
     const auto row = [&](int64_t r) { return rows[r].first; };
-    moments(row, b.rows, width, partial + begin, partial + panels_.width + begin);
+    round_and_sum<T>(row, b.rows, width, partial + begin, partial + panels_.width + begin);
     for (const auto& [from, to] : rows) store_row(from, to);
   }
 

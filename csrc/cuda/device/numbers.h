@@ -91,4 +91,10 @@ GPU_INLINE fp16 from_float<fp16>(float x) {
 #endif
 }
 
+// As a T that is read again.
+template <class T>
+GPU_INLINE float rounded(float x) {
+  return to_float(from_float<T>(x));
+}
+
 }  // namespace fastdcgan::gpu

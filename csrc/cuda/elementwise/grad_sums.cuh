@@ -52,7 +52,8 @@ __global__ void __launch_bounds__(kThreads, kGradSumsBlocks)
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const float value = gpu::to_float(values[i]);
-      const float g = gpu::to_float(grads[i]) * act.derivative(s[i] * value + t[i]);
+      float g = gpu::to_float(grads[i]) * act.derivative(s[i] * value + t[i]);
+      if (g_out != nullptr) g = gpu::rounded<T>(g);  // what the next pass takes a difference to the mean of
       sums[i].sum[0] += g;
       if constexpr (kValues == 2) sums[i].sum[1] += g * (value - mean[i]);
       grads[i] = gpu::from_float<T>(g);

@@ -2,7 +2,9 @@
 // in fastdcgan/backends/base.py.
 //
 // Partials are float [groups, slots, rows, channels]: (count, mean, M2) for `stats`, (sum(g), sum(g*xhat)) or (sum(g))
-// for `grad_stats`. Every tile writes its own slot; they are merged afterwards in a fixed order.
+// for `grad_stats`. Every tile writes its own slot; they are merged afterwards in a fixed order. They are of the numbers
+// as T stores them: the rounding error of a constant channel, the same everywhere, would otherwise stay as a distance to
+// its mean, and be multiplied by 1/sqrt(eps).
 #pragma once
 
 #include "common/moments.h"
@@ -148,6 +150,7 @@ GPU_INLINE void apply_epilogue(
         const float share = 1.f / rows;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
+          v[i] = gpu::rounded<T>(v[i]);
           const float delta = v[i] - a[i];
           a[i] += delta * share;
           b[i] += delta * (v[i] - a[i]);
@@ -158,6 +161,7 @@ GPU_INLINE void apply_epilogue(
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           if (f.act.linear) v[i] *= f.act.linear_derivative(y[i] * s[i] + t[i]);
+          v[i] = gpu::rounded<T>(v[i]);
           a[i] += v[i];
           b[i] += v[i] * (y[i] - mean[i]);
         }

@@ -6,7 +6,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTDCGAN_NAMESPACE, m) {
   m.def(
       "adam_(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
       "Tensor(e!)[] copies, Tensor(f!)[] steps, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
-      "float weight_decay, bool decoupled, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()");
+      "float weight_decay, bool decoupled, bool maximize, bool masters, Tensor? grad_scale, Tensor? found_inf) -> ()");
   m.def("images(Tensor pixels, Tensor? flip, ScalarType dtype) -> Tensor");
   m.def("bce_with_logits(Tensor logits, float[] labels, bool with_grad) -> (Tensor, Tensor, Tensor)");
 }

@@ -55,7 +55,7 @@ void adam_op(
     std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
     std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> copies, std::vector<Tensor> steps, double lr,
     const optional<Tensor>& lr_tensor, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-    bool maximize, const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf) {
+    bool maximize, bool masters, const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf) {
   const size_t count = weights.size();
   for (const auto* list : {&grads, &exp_avgs, &exp_avg_sqs, &copies, &steps})
     STD_TORCH_CHECK(list->size() == count, "expected lists of ", count, ", got one of ", list->size());
@@ -90,7 +90,7 @@ void adam_op(
   }
   const AdamSettings settings{
       lr, beta1, beta2, eps, weight_decay, scalar(lr_tensor, "lr"), scalar(grad_scale, "grad_scale"),
-      scalar(found_inf, "found_inf"), decoupled, maximize};
+      scalar(found_inf, "found_inf"), decoupled, maximize, masters};
   adam_pass(tensors.data(), static_cast<int64_t>(count), settings, on.stream);
 }
 

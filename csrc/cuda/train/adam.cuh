@@ -51,6 +51,7 @@ struct AdamSettings {
   const float* found_inf;     // where it is not 0, nothing is done
   bool decoupled;             // weight decay shrinks the weight (AdamW), else it is added to the gradient
   bool maximize;
+  bool masters;  // weights are masters of their copies: a copy that is another number was set, and is the weight
 };
 
 // What an element's update reads.
@@ -59,6 +60,7 @@ struct AdamCoefficients {
   float eps, l2, keep;       // keep: what decoupled weight decay leaves of a weight
   float step_size, root_scale;
   float sign, unscale;
+  bool masters;
 
   GPU_INLINE void set(const AdamSettings& s, double step) {
     const double lr = s.lr_on_device != nullptr ? static_cast<double>(*s.lr_on_device) : s.lr;
@@ -72,12 +74,23 @@ struct AdamCoefficients {
     root_scale = static_cast<float>(1 / sqrt(1 - pow(s.beta2, step)));
     sign = s.maximize ? -1.f : 1.f;
     unscale = s.grad_scale != nullptr ? static_cast<float>(1 / static_cast<double>(*s.grad_scale)) : 1.f;
+    masters = s.masters;
   }
 };
 
 namespace adam_detail {
 
 struct NoCopy {};  // stands for the type of a copy that nobody wants
+
+// A copy is its master rounded. Where it isn't (a NaN never is), somebody has set it since, and that is the weight now.
+template <int N, class C>
+GPU_INLINE void follow(const C* copy, float (&master)[N]) {
+  float given[N];
+  gpu::read_floats(copy, given);
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (gpu::to_float(gpu::from_float<C>(master[i])) != given[i]) master[i] = given[i];
+}
 
 // N elements from `at` on.
 template <int N, class G, class C>
@@ -86,6 +99,8 @@ GPU_INLINE void update(const AdamTensor& t, const AdamCoefficients& k, int64_t a
   G* grads = static_cast<G*>(t.grad) + at;
   gpu::read_floats(t.weight + at, weight), gpu::read_floats(grads, grad);
   gpu::read_floats(t.exp_avg + at, m), gpu::read_floats(t.exp_avg_sq + at, v);
+  if constexpr (!std::is_same_v<C, NoCopy>)
+    if (k.masters) follow(static_cast<const C*>(t.copy) + at, weight);
   if (k.unscale != 1.f) {
 #pragma unroll
     for (int i = 0; i < N; ++i) grad[i] *= k.unscale;

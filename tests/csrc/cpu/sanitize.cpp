@@ -57,7 +57,7 @@ int run_training(c10::ScalarType dtype) {
       adam_pass({{weight.get(), grad.get(), m.get(), v.get(), nullptr, n, dtype, c10::ScalarType::Float, 1},
                  {weight.get(), grad.get(), m.get(), v.get(), copy.get(), n, dtype, c10::ScalarType::BFloat16, 2},
                  {weight.get(), grad.get(), m.get(), v.get(), half.get(), n, dtype, c10::ScalarType::Half, 3}},
-                {.1, .9, .99, 1e-8, .1, scale == 1, false, scale});
+                {.1, .9, .99, 1e-8, .1, scale == 1, false, scale != 1, scale});
       ++calls;
     }
   }

@@ -21,7 +21,15 @@ from fastdcgan.backends.cpu import CPUBackend
 from fastdcgan.backends.reference import ReferenceBackend
 from fastdcgan.geometry import Geometry
 from fastdcgan.spec import STORE, Algorithm, Call, Epilogue, Operand, memory_format, says_channels_last
-from tests.helpers.contractions import conv_call, conv_transpose_call, run, weight_grad_call, why_not
+from tests.helpers.contractions import (
+    check_constant,
+    constant_call,
+    conv_call,
+    conv_transpose_call,
+    run,
+    weight_grad_call,
+    why_not,
+)
 from tests.helpers.tolerance import assert_as_accurate
 from tests.machine import run_capped
 
@@ -238,6 +246,17 @@ def test_statistics_of_a_large_mean(cpu: Kernels) -> None:
     _, stats = run(cpu, conv_call(Operand(x), weight, Geometry((1, 1)), Epilogue("stats")))
     truth = REFERENCE.batch_stats(x.double(), 1)
     assert ((stats[:, 0].double() - truth[:, 0]) / truth[:, 0]).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [3, 24])
+@pytest.mark.parametrize("g", [Geometry((4, 4), (2, 2)), Geometry((3, 3))], ids=["k4 s2", "k3 s1"])
+def test_statistics_of_a_constant_image(cpu: Kernels, g: Geometry, channels: int, dtype: torch.dtype) -> None:
+    call = constant_call(g, (channels, 50), dtype)
+    able = [(on, name) for on in (cpu, Kernels(*DIRECT), Kernels("winograd")) for name in on.able(call)]
+    assert able
+    for on, name in able:
+        check_constant(*run(on, call, name), name)
 
 
 def test_a_weight_may_lie_as_it_likes(cpu: Kernels) -> None:

@@ -1,0 +1,67 @@
+"""PyTorch's own convolution between a backend's passes, where PyTorch's own is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastdcgan.geometry import Geometry, Pair
+from fastdcgan.spec import Call, Operand
+from tests.helpers.contractions import REFERENCE, conv_call, conv_transpose_call, weight_grad_call
+from tests.helpers.tolerance import assert_as_accurate
+
+PAIRS = st.tuples(st.integers(1, 5), st.integers(1, 5))
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.usefixtures("fresh_memory_is_nan")
+@settings(max_examples=100)
+@given(
+    kernel=PAIRS, stride=PAIRS, padding=PAIRS, dilation=st.sampled_from([(1, 1), (1, 1), (3, 1), (1, 2)]), size=PAIRS,
+    channels=st.sampled_from([(8, 8), (24, 1), (1, 3), (16, 50)]), groups=st.sampled_from([1, 1, 2]),
+    layout=st.sampled_from(FORMATS), dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+)  # fmt: skip
+@example((8, 3), (4, 3), (3, 0), (1, 1), (2, 1), (8, 8), 1, torch.channels_last, torch.bfloat16)
+@example((3, 3), (2, 2), (1, 1), (1, 1), (1, 1), (8, 8), 1, torch.channels_last, torch.bfloat16)
+@example((2, 3), (1, 3), (1, 0), (1, 1), (7, 4), (50, 8), 1, torch.channels_last, torch.bfloat16)
+@example((2, 6), (1, 4), (0, 4), (3, 1), (6, 3), (8, 16), 1, torch.contiguous_format, torch.bfloat16)
+@example((3, 5), (1, 2), (1, 2), (1, 1), (7, 1), (3, 50), 1, torch.channels_last, torch.float16)
+def test_taps_that_reach_no_data(
+    kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, size: Pair, channels: Pair, groups: int,
+    layout: torch.memory_format, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Of 16-bit numbers, PyTorch's own leaves values unwritten or reads outside the image for some."""
+    g = Geometry(kernel, stride, padding, dilation, groups)
+    out = g.conv_size(*size)
+    assume(min(out) >= 1)
+    ci, co = groups * channels[0], groups * channels[1]
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
+
+    x, weight, dy = random(3, ci, *size), random(co, channels[0], *kernel), random(3, co, *out)
+
+    def calls(x: Tensor, weight: Tensor, dy: Tensor) -> list[Call]:
+        found = [conv_call(Operand(x), weight, g), weight_grad_call(Operand(x), Operand(dy), g)]
+        extra = g.output_padding(*out, size)
+        if all(e < max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
+            found.append(conv_transpose_call(Operand(dy), weight, g, size))
+        return found
+
+    for call, floats, truth in zip(
+        calls(x, weight, dy),
+        calls(x.float(), weight.float(), dy.float()),
+        calls(x.double(), weight.double(), dy.double()),
+        strict=True,
+    ):
+        results = [REFERENCE.pytorch(c) for c in (call, floats, truth)]
+        got, vanilla, exact = (r if call.op == "weight_grad" else r[0] for r in results)
+        terms = ci * kernel[0] * kernel[1] if call.op == "conv" else co * kernel[0] * kernel[1]
+        if call.op == "weight_grad":
+            terms = 3 * out[0] * out[1]
+        assert got.dtype == dtype
+        assert_as_accurate(got, vanilla.to(dtype), exact, call.op, reduction=terms, scale=1.0)
