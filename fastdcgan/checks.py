@@ -49,27 +49,34 @@ def check_chain(
 
 
 def _check_tensors(where: str, block: Block, t: BlockTensors, x: Tensor, casts_weights: bool) -> None:
-    for name, tensor in (("the input", x), *zip(t._fields, t, strict=True)):
-        if isinstance(tensor, Tensor) and (tensor.layout is not torch.strided or tensor.is_nested):
-            kind = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
-            raise TypeError(f"{name} of {where} must be a dense tensor, got {kind}")
     if t.weight.dtype != x.dtype and not (casts_weights and t.weight.dtype == torch.float32):
         raise TypeError(
             f"input and weight must have one dtype, got an input of {x.dtype} and a weight of {t.weight.dtype} "
             f"at {where}: cast the input, or run under torch.autocast"
         )
+    check_values(f"the input of {where}", x)
     for name, tensor in zip(t._fields, t, strict=True):
-        if tensor is not None and not isinstance(tensor, Tensor):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} of {where} must be a torch.Tensor or None, got {type(tensor).__name__}")
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name} of {where} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
+        check_values(f"{name} of {where}", tensor)
+        if tensor.device != x.device:
             raise ValueError(f"{name} of {where} is on {tensor.device}, expected {x.device}, where the input is")
     if block.norm is not None and not (block.norm.eps > 0 or (block.norm.eps == 0 and not block.norm.batch_stats)):
         least = "positive with batch statistics" if block.norm.batch_stats else "0 or more"
         raise ValueError(f"eps of {where} must be {least}, got {block.norm.eps}")
     if block.norm is not None and not block.norm.batch_stats and (t.running_mean is None or t.running_var is None):
         raise ValueError(f"{where} is asked to use running statistics, but running_mean or running_var is None")
+
+
+def check_values(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is dense and of floating-point numbers."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
 
 
 def _check_shapes(
