@@ -3,6 +3,9 @@
 #pragma once
 
 #include "cuda/device/vec.h"
+#if defined(__CUDACC__) && defined(FASTDCGAN_BOUNDED_WAITS)
+#include <cstdio>
+#endif
 
 namespace fastdcgan::gpu {
 
@@ -33,16 +36,31 @@ GPU_INLINE void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
       "r"(bytes)
       : "memory");
 }
-// Waits until the phase of that parity has ended.
-GPU_INLINE void mbarrier_wait(Mbarrier* barrier, int parity) {
+// Whether the phase of that parity has ended, after up to `kPollTime` nanoseconds.
+constexpr int kPollTime = 1000;
+GPU_INLINE bool mbarrier_poll(Mbarrier* barrier, int parity) {
   unsigned ended;
-  do {
-    asm volatile(
-        "{\n.reg .pred ended;\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\nselp.b32 %0, 1, 0, ended;\n}"
-        : "=r"(ended)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  } while (!ended);
+  asm volatile(
+      "{\n.reg .pred ended;\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2, %3;\n"
+      "selp.b32 %0, 1, 0, ended;\n}"
+      : "=r"(ended)
+      : "r"(shared_address(barrier)), "r"(parity), "r"(kPollTime)
+      : "memory");
+  return ended != 0;
+}
+// Waits until the phase of that parity of barriers[which], which are called `name`, has ended. A build with
+// FASTDCGAN_BOUNDED_WAITS, for checks, ends a launch that has waited for seconds and says where: it would hang.
+GPU_INLINE void mbarrier_wait([[maybe_unused]] const char* name, Mbarrier* barriers, int which, int parity) {
+#ifdef FASTDCGAN_BOUNDED_WAITS
+  for (int polls = 0; !mbarrier_poll(&barriers[which], parity); ++polls)
+    if (polls == 1 << 23) {
+      printf("block (%d,%d) thread %d: mbarrier %s[%d] never ended its phase of parity %d\n", blockIdx.x, blockIdx.y,
+             threadIdx.x, name, which, parity);
+      trap();
+    }
+#else
+  while (!mbarrier_poll(&barriers[which], parity)) continue;
+#endif
 }
 
 // Waits for `threads` threads, whole warps, at barrier `number` of 1 to 15.
@@ -66,9 +84,10 @@ inline void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
   [[maybe_unused]] volatile uint64_t is_there = *barrier;
   cuda_on_cpu::mbarrier_arrive(barrier, bytes);
 }
-inline void mbarrier_wait(Mbarrier* barrier, int parity, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
-  [[maybe_unused]] volatile uint64_t is_there = *barrier;
-  cuda_on_cpu::mbarrier_wait(barrier, static_cast<unsigned>(parity), site);
+inline void mbarrier_wait(const char* name, Mbarrier* barriers, int which, int parity,
+                          cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+  [[maybe_unused]] volatile uint64_t is_there = barriers[which];
+  cuda_on_cpu::mbarrier_wait(&barriers[which], static_cast<unsigned>(parity), name, site);
 }
 inline void named_barrier(int number, int threads, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
   cuda_on_cpu::named_barrier(number, static_cast<unsigned>(threads), site);

@@ -60,12 +60,16 @@ struct Operand {
   const T* x = nullptr;
   const T* y = nullptr;         // bn_backward
   const float* coef = nullptr;  // rows [groups, channels]
-  int groups = 1;
+  int groups = 1;               // of the coefficients: 1, or those of the batch
   int channels = 0;
   Prologue prologue = Prologue::none;
   RuntimeActivation act;
   bool affine = false;   // bn_backward with p and q
   bool vectors = false;  // all rows begin at multiples of 16 bytes
+
+  GPU_INLINE const float* coef_of(int group) const {
+    return coef + static_cast<int64_t>(min(group, groups - 1)) * channels;
+  }
 };
 
 // N floats of which the first `count` are there, the rest 0. `vectors`: all are, at a multiple of 16 bytes.
@@ -103,7 +107,7 @@ template <class T>
 GPU_INLINE void apply_prologue(const Operand<T>& operand, T* x, const T* y, int group, int channel) {
   const int count = operand.channels - channel;
   const int64_t row = static_cast<int64_t>(operand.groups) * operand.channels;
-  const float* coef = operand.coef + static_cast<int64_t>(group % operand.groups) * operand.channels + channel;
+  const float* coef = operand.coef_of(group) + channel;
   const bool backward = operand.prologue == Prologue::bn_backward;
   if (operand.act.linear) {
     constexpr int N = 4;  // at a time, beside all the sums that a thread holds
@@ -142,16 +146,16 @@ GPU_INLINE void apply_prologue(const Operand<T>& operand, T* x, const T* y, int 
   } else {
 #pragma unroll 1
     for (int i = 0; i < min(count, kVec<T>); ++i) {
-      const float s = coef[i], t = coef[row + i], value = gpu::to_float(x[i]);
+      const float s = coef[i], t = coef[row + i], value = gpu::to_float(gpu::load<1>(x + i)[0]);
       float result;
       if (!backward) {
         result = operand.act.smooth_forward(value * s + t);
       } else {
-        const float raw = gpu::to_float(y[i]);
+        const float raw = gpu::to_float(gpu::load<1>(y + i)[0]);
         result = s * operand.act.smooth_derivative(raw * s + t) * value;
         if (operand.affine) result += coef[2 * row + i] * raw + coef[3 * row + i];
       }
-      x[i] = gpu::from_float<T>(result);
+      gpu::store(x + i, Vec<T, 1>{{gpu::from_float<T>(result)}});
     }
   }
 }

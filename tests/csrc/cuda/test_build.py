@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.csrc.cuda import machine_code
+from tests.csrc.cuda.compiling import ROOT, needs_nvcc
+
 triton = pytest.importorskip("triton")  # whose cuobjdump looks into the library
 
-ROOT = Path(__file__).parents[3]
 WORK = ROOT / "build" / "cuda-test"
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc builds the CUDA extension, and it is not here")
+pytestmark = needs_nvcc
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +50,7 @@ def dump(library: Path, *options: str) -> str:
 @pytest.fixture(scope="module")
 def code(library: Path) -> dict[str, list[str]]:
     """Name -> instructions with their operands of each kernel for sm_90a."""
-    found: dict[str, list[str]] = {}
-    for line in dump(library, "-sass", "-arch", "sm_90a").splitlines():
-        if function := re.match(r"\s*Function : (\S+)", line):
-            instructions = found.setdefault(function[1], [])
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][^;]*);", line):
-            instructions.append(instruction[1])
-    return found
+    return machine_code.functions(dump(library, "-sass", "-arch", "sm_90a"))
 
 
 def test_architectures(library: Path) -> None:
@@ -84,7 +79,8 @@ def test_nothing_is_spilled(library: Path) -> None:
 
 
 def test_contractions_are_on_tensor_cores(code: dict[str, list[str]]) -> None:
-    """Matrix instructions and asynchronous copies; on warpgroups no product waits for the one before."""
+    """Matrix instructions and asynchronous copies; on warpgroups no product waits for the one before, and what they add
+    up and multiply in registers stays as it is from their fence to their wait."""
     sm90 = {name: each for name, each in code.items() if "16sm90_contraction" in name}
     warps = {name: each for name, each in code.items() if "11contraction" in name}
     assert len(sm90) == 3 * 2 * 3 * 2 and len(warps) == 3 * (2 * 5 + 2 * 2)  # contractions, dtypes, tiles, prologues
@@ -92,6 +88,7 @@ def test_contractions_are_on_tensor_cores(code: dict[str, list[str]]) -> None:
         products = [each for each in instructions if each.startswith("HGMMA")]
         assert products and any(each.startswith("UTMALDG") for each in instructions), name
         assert 2 * sum("gsb0" in each for each in products) <= len(products), name
+        assert not list(machine_code.touched_products(instructions)), name
     for name, instructions in warps.items():
         assert all(any(each.startswith(kind) for each in instructions) for kind in ("HMMA", "LDGSTS")), name
     for kernel in IMAGE_SIDE:
