@@ -2,10 +2,8 @@
 // for a part of the threads of a block.
 #pragma once
 
+#include "cuda/device/hangs.h"
 #include "cuda/device/vec.h"
-#if defined(__CUDACC__) && defined(FASTDCGAN_BOUNDED_WAITS)
-#include <cstdio>
-#endif
 
 namespace fastdcgan::gpu {
 
@@ -48,21 +46,18 @@ GPU_INLINE bool mbarrier_poll(Mbarrier* barrier, int parity) {
       : "memory");
   return ended != 0;
 }
-// Waits until the phase of that parity of barriers[which], which are called `name`, has ended. A build with
-// FASTDCGAN_BOUNDED_WAITS, for checks, ends a launch that has waited for seconds and says where: it would hang.
-GPU_INLINE void mbarrier_wait([[maybe_unused]] const char* name, Mbarrier* barriers, int which, int parity) {
+// Waits until the phase of that parity has ended, and returns true. With FASTDCGAN_BOUNDED_WAITS (hangs.h) it gives up
+// after seconds, and returns false.
+GPU_INLINE bool mbarrier_wait(Mbarrier* barrier, int parity) {
 #ifdef FASTDCGAN_BOUNDED_WAITS
-  for (int polls = 0; !mbarrier_poll(&barriers[which], parity); ++polls)
-    if (polls == 1 << 23) {
-      printf("block (%d,%d) thread %d: mbarrier %s[%d] never ended its phase of parity %d\n", blockIdx.x, blockIdx.y,
-             threadIdx.x, name, which, parity);
-      trap();
-    }
+  for (int polls = 0; polls < 1 << 23; ++polls)
+    if (mbarrier_poll(barrier, parity)) return true;
+  return false;
 #else
-  while (!mbarrier_poll(&barriers[which], parity)) continue;
+  while (!mbarrier_poll(barrier, parity)) continue;
+  return true;
 #endif
 }
-
 // Waits for `threads` threads, whole warps, at barrier `number` of 1 to 15.
 GPU_INLINE void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
@@ -84,10 +79,10 @@ inline void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
   [[maybe_unused]] volatile uint64_t is_there = *barrier;
   cuda_on_cpu::mbarrier_arrive(barrier, bytes);
 }
-inline void mbarrier_wait(const char* name, Mbarrier* barriers, int which, int parity,
-                          cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
-  [[maybe_unused]] volatile uint64_t is_there = barriers[which];
-  cuda_on_cpu::mbarrier_wait(&barriers[which], static_cast<unsigned>(parity), name, site);
+inline bool mbarrier_wait(Mbarrier* barrier, int parity, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+  [[maybe_unused]] volatile uint64_t is_there = *barrier;
+  cuda_on_cpu::mbarrier_wait(barrier, static_cast<unsigned>(parity), site);
+  return true;  // or the engine says where there is a deadlock
 }
 inline void named_barrier(int number, int threads, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
   cuda_on_cpu::named_barrier(number, static_cast<unsigned>(threads), site);

@@ -76,6 +76,13 @@ struct Consumers {
 // Stages of the ring, one after the other, and the parity of the phase that each is in.
 struct RingPlace {
   int slot = 0, parity = 0;
+  bool hangs = false;
+
+  // Waits for the barrier of the stage, of one phase before with `before`; false where it hangs.
+  GPU_INLINE bool await(gpu::Mbarrier* barriers, int before = 0) {
+    hangs = !gpu::mbarrier_wait(&barriers[slot], parity ^ before);
+    return !hangs;
+  }
   GPU_INLINE void advance(int stages) {
     if (++slot == stages) slot = 0, parity ^= 1;
   }
@@ -129,7 +136,7 @@ GPU_INLINE void multiply_transformed(
   RingPlace at;
   for (int i = 0; i < loader.steps; ++i, at.advance(w.stages), loader.advance(step)) {
     const bool above_inside = loader.inside(above, step), below_inside = loader.inside(below, step);
-    gpu::mbarrier_wait("full", shared.full, at.slot, at.parity);
+    if (!at.await(shared.full)) break;
     const unsigned char* stage = shared.ring + at.slot * bytes;
     const auto& left = *reinterpret_cast<const typename C::Left*>(stage);
     const auto& left_y = *reinterpret_cast<const typename C::Left*>(stage + C::kLeftBytes);
@@ -159,6 +166,7 @@ GPU_INLINE void multiply_transformed(
     __syncwarp();
     if (lane == 0) gpu::mbarrier_arrive(&shared.empty[at.slot]);
   }
+  if (at.hangs) gpu::hangs(w.hang, gpu::Hang::full, at.slot, at.parity);
 }
 
 // grid (tiles, splits)
@@ -186,13 +194,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     RingPlace at;
     if (thread >= C::kConsumers) {
       if constexpr (C::kUneven) gpu::give_registers<C::kRegistersOfCopies>();
-      if (thread == C::kConsumers)
+      if (thread == C::kConsumers) {
         for (int i = 0; i < loader.steps; ++i, at.advance(w.stages)) {
-          gpu::mbarrier_wait("empty", shared.empty, at.slot, at.parity ^ 1);
+          if (!at.await(shared.empty, 1)) break;
           gpu::mbarrier_arrive_expect(&shared.full[at.slot], bytes);
           loader.load(shared.ring + at.slot * bytes, &shared.full[at.slot], step);
           loader.advance(step);
         }
+        if (at.hangs) gpu::hangs(w.hang, gpu::Hang::empty, at.slot, at.parity ^ 1);
+      }
     } else {
       if constexpr (C::kUneven) gpu::take_registers<C::kRegisters>();
       loader.find_place(shared.place, thread);
@@ -203,7 +213,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
       } else {
         const int left_bytes = C::kLeftBytes * (C::kOp == Op::weight_grad && p.other.y != nullptr ? 2 : 1);
         for (int i = 0, before = 0; i < loader.steps; ++i, before = at.slot, at.advance(w.stages)) {
-          gpu::mbarrier_wait("full", shared.full, at.slot, at.parity);
+          if (!at.await(shared.full)) break;
           unsigned char* stage = shared.ring + at.slot * bytes;
           if constexpr (C::kTransforms) {
             loader.transform(stage, step, thread);
@@ -226,6 +236,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         }
         gpu::wgmma_wait<0>();
         gpu::hold(sum);
+        if (at.hangs) gpu::hangs(w.hang, gpu::Hang::full, at.slot, at.parity);
       }
       Consumers<C>::sync();  // the sums take over the ring's memory
 
@@ -309,6 +320,7 @@ void run_sm90(const Problem<typename C::T>& problem, float* workspace, gpu::Stre
   const Operand<T>& a = p.gathered;
   const bool shifted = op != Op::conv_transpose;  // by the stride; else the output is
   const int stride_y = shifted ? p.rows.stride : 1, stride_x = shifted ? p.columns.stride : 1;
+  w.hang = gpu::hang_note();
   w.stride_y = Divider(stride_y), w.stride_x = Divider(stride_x), w.batch = Divider(p.batch);
   const int images = p.groups * p.batch, taps = p.rows.kernel * p.columns.kernel;
   const auto gathered = [&](const T* from) {

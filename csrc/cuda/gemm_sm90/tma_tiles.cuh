@@ -24,6 +24,7 @@ struct TmaProblem {
   int row_bits = 0, column_bits = 0;  // of the TMA tile's sides, powers of two
   Divider stride_y, stride_x, batch;
   int stages = 0;
+  gpu::Hang* hang = nullptr;
 
   void set_tma_tile(const PixelTile& tile) {
     tma_tile = tile;

@@ -1,6 +1,8 @@
-// As much of a CUDA runtime as csrc/cuda/device/launch.h and what nvcc generates call: a GPU of 9.0 with code that is
+// As much of a CUDA runtime as csrc/cuda/device and what nvcc generates call: a GPU of 9.0 with code that is
 // said to be loaded. The linker takes these functions, with nvcc's --cudart none.
 #include <cuda_runtime_api.h>
+
+#include <cstdlib>
 
 namespace fake {
 int ptx_version, device, asked, early;
@@ -25,6 +27,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, v
     fake::early += config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
   return cudaSuccess;
 }
+cudaError_t cudaHostAlloc(void** at, size_t bytes, unsigned) { return *at = std::malloc(bytes), cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "refused"; }
 
 // What nvcc generates names these; only the first four are called.

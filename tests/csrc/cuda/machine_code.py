@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
 
 _FIRST_REGISTER = re.compile(r"[A-Z]\S* R(\d+)")
 _PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16\S* R(\d+), (?:R(\d+)|gdesc)")
+
+
+def dump(library: Path, *options: str) -> str:
+    """What cuobjdump, which comes with Triton, prints of a library."""
+    triton = pytest.importorskip("triton")
+    command = [triton.knobs.nvidia.cuobjdump.path, *options, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def functions(text: str) -> dict[str, list[str]]:

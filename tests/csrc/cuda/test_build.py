@@ -17,8 +17,7 @@ import torch
 
 from tests.csrc.cuda import machine_code
 from tests.csrc.cuda.compiling import ROOT, needs_nvcc
-
-triton = pytest.importorskip("triton")  # whose cuobjdump looks into the library
+from tests.csrc.cuda.machine_code import dump
 
 WORK = ROOT / "build" / "cuda-test"
 
@@ -39,12 +38,6 @@ def library() -> Path:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return WORK / "lib" / "fastdcgan" / "_cuda.so"
-
-
-def dump(library: Path, *options: str) -> str:
-    """What cuobjdump prints of a library."""
-    command = [triton.knobs.nvidia.cuobjdump.path, *options, str(library)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,7 @@ def test_functions() -> None:
         Function : second
         /*0000*/                   EXIT ;
     """
-    assert machine_code.functions(text) == {
-        "first": ["LDC R1, c[0x0][0x28] ", "FADD R0, R2, -R3 "],
-        "second": ["EXIT "],
-    }
+    assert machine_code.functions(text) == {"first": ["LDC R1, c[0x0][0x28]", "FADD R0, R2, -R3"], "second": ["EXIT"]}
 
 
 def test_what_is_pinned_is_not_touched() -> None:

@@ -51,6 +51,7 @@ class Engine {
   }
 
   bool running() const { return running_; }
+  const LaunchShape& shape() const { return shape_; }  // of the last launch
   Thread& self() { return threads_[current_]; }
   unsigned lane() const { return current_ % warpSize; }
 

@@ -80,7 +80,7 @@ inline void mbarrier_arrive(const void* at, int bytes) {
   detail::come(at, barrier, 1, -bytes);
 }
 
-inline void mbarrier_wait(const void* at, unsigned parity, const char* name, Site site) {
+inline void mbarrier_wait(const void* at, unsigned parity, Site site) {
   Mbarrier& barrier = detail::mbarrier_at(at);
   for (bool passed = false, copies = false;;) {
     {
@@ -92,7 +92,7 @@ inline void mbarrier_wait(const void* at, unsigned parity, const char* name, Sit
     if (copies)
       detail::do_copy(at, barrier);
     else
-      engine.sleep(at, name, site);
+      engine.sleep(at, "mbarrier.try_wait", site);
   }
   note::acquire(&barrier.sync[parity % 2]);
 }
