@@ -60,10 +60,7 @@ GPU_INLINE void store_floats(float* to, const float (&values)[N], bool vectors, 
 template <class T, int N>
 GPU_INLINE void store_chunk(T* to, const float (&values)[N], bool vectors, int count) {
   if (vectors) {
-    Vec<T, N> all;
-#pragma unroll
-    for (int i = 0; i < N; ++i) all[i] = gpu::from_float<T>(values[i]);
-    gpu::store(to, all);
+    gpu::store_numbers(to, values);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i)
@@ -74,9 +71,7 @@ GPU_INLINE void store_chunk(T* to, const float (&values)[N], bool vectors, int c
 template <class T, int N>
 GPU_INLINE void read_chunk(float (&to)[N], const T* from, bool vectors, int count) {
   if (vectors) {
-    const Vec<T, N> all = gpu::load<N>(from);
-#pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = gpu::to_float(all[i]);
+    gpu::load_numbers(to, from);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i] = i < count ? gpu::to_float(from[i]) : 0.f;
