@@ -321,7 +321,17 @@ def cuda_extension() -> Extension:
     )
     if torch.version.cuda is None:  # FASTDCGAN_FORCE_CUDA: such a torch has neither of these, a CUDA torch brings them
         extension.libraries = [x for x in extension.libraries if x not in ("c10_cuda", "torch_cuda")]
+        extension.extra_link_args = ["-Wl,--no-as-needed", empty_library("libtorch_cuda.so")]
     return extension
+
+
+def empty_library(name: str) -> str:
+    """An empty shared library; what is linked with it asks for the real one of this name when it is loaded."""
+    path = ROOT / "build" / "empty" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-shared", "-o", path, f"-Wl,-soname,{name}", "-x", "c", os.devnull], check=True)
+    return str(path)
 
 
 def build_one(name: str) -> None:
