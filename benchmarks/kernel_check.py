@@ -29,7 +29,13 @@ FORMS = [
 ]
 GEOMETRIES = (Geometry((4, 4), (2, 2), (1, 1)), Geometry((3, 3), (1, 1), (1, 1)))
 CHANNELS, DRY_CHANNELS = ((64, 128), (128, 256), (256, 64)), ((8, 16),)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The dtype, and the distance from 1 to the next number that is multiplied; "tf32" is what PyTorch does by default.
+PRECISIONS = {
+    "bf16": (torch.bfloat16, 2.0**-7),
+    "fp32": (torch.float32, 2.0**-23),
+    "fp16": (torch.float16, 2.0**-10),
+    "tf32": (torch.float32, 2.0**-10),
+}
 ACT, SLOPE = "leaky_relu", 0.2
 GROUPS = 2  # of statistics
 
@@ -50,13 +56,16 @@ def check(
     dry: bool,
     say: Callable[[str], None],
 ) -> Checked:
-    """Run a share of all forms in all dtypes by each algorithm of a backend that can.
+    """Run a share of all forms by each algorithm of a backend that can.
 
-    With the tile of the algorithm's rule, or with each that has one of these numbers, and each number of parts that
-    tuning compares. `say` hears what is run next, since it may never return.
+    With the tile of the algorithm's rule in bf16 and fp32; or in all precisions with each tile that has one of these
+    numbers, and each number of parts that tuning compares. `say` hears what is run next: it may never return.
     """
+    precisions = list(PRECISIONS)[: 2 if tiles is None else 4]
     found, (first, step) = Checked(), share
-    for i, (dtype, form) in list(enumerate(itertools.product(DTYPES, FORMS)))[first::step]:
+    for i, (precision, form) in list(enumerate(itertools.product(precisions, FORMS)))[first::step]:
+        dtype, eps = PRECISIONS[precision]
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
         channels = DRY_CHANNELS[0] if dry else CHANNELS[i % 3]
         call = make(form, channels, GEOMETRIES[i % 2], dtype, device)
         runs = [(a, tile) for a in on.algorithms(call.op) if a.why_not(call) is None for tile in _tiles(a, call, tiles)]
@@ -64,10 +73,10 @@ def check(
             continue
         exact, usual = (_results(backends.get("reference").pytorch(c)) for c in (wide(call), call))
         terms = math.prod(call.size) * 64 if form[0] == OPS[2] else channels[0] * math.prod(call.geometry.kernel)
-        allowed = peers.tolerance(peers.distance(usual, exact), dtype, 0)
-        allowed += torch.finfo(torch.float32).eps * math.sqrt(terms)  # another order of a sum in float32
+        # Twice as far as PyTorch, four roundings, and another order of a sum in float32.
+        allowed = 2 * peers.distance(usual, exact) + 4 * eps + math.sqrt(terms) * 2.0**-23
         for algorithm, tile in runs:
-            what = f"{algorithm.name} {' '.join(form)} {channels} {dtype} {tile or ''}".replace("torch.", "").strip()
+            what = f"{algorithm.name} {' '.join(form)} {channels} {precision} {tile or ''}".strip()
             say(what)
             found.count += 1
             try:
