@@ -114,7 +114,10 @@ class Check:
         self.own, self.compiled = ("cpu", "cpu") if dry else ("cuda", "triton")
         self.processes = 2 if dry else min(12, max(1, (os.cpu_count() or 1) * 3 // 4))
         self.work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
-        self.tree = package_in(self.work / "tree")
+        self.path = [str(package_in(self.work / "tree")), str(ROOT)]
+        self.without_triton = self.work / "without_triton"
+        self.without_triton.mkdir()
+        (self.without_triton / "triton.py").write_text("raise ModuleNotFoundError('this part does without Triton')\n")
         self.measured = self.work / "measured"  # what "auto" measures in this run, from nothing
         known = {part.name: part for part in self.parts()}
         visits = {name: parts for name, (_, parts) in VISITS.items()}
@@ -138,7 +141,7 @@ class Check:
     def parts(self) -> list[Part]:
         """Every part, in the order in which all of them run."""
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # an allocator's pool would hide accesses out of bounds
-        alone = {"FASTDCGAN_BACKEND": self.own}  # no Triton, and an error where a kernel can't run
+        alone = {"PYTHONPATH": os.pathsep.join([str(self.without_triton), *self.path])}
         return [
             Part("build", 600, {"build": self._build()}, environment={"NVCC_APPEND_FLAGS": BOUNDED_WAITS}),
             self._part("doctor", 20, "doctor"),
@@ -200,11 +203,12 @@ class Check:
         return [sys.executable, "setup.py", *(("--version",) if self.dry else ("build_ext", "--inplace"))]
 
     def _tests(self, *arguments: str) -> dict[str, list[str]]:
-        """The tests that ask which device to test, without Triton and torch.compile; `make test` has the others."""
+        """The tests that ask which device to test, but for those of Triton and of inductor, which uses it; `make test`
+        has the others."""
         # What fails is named as it does (-v, over the project's -q): the end may not be reached.
         options = ["-vv", "-rf", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
         options += ["--import-mode=importlib", "-W", "error:fastdcgan leaves:RuntimeWarning"]
-        options += ["-m", "device and not interpreter", "-k", "not triton and not compile"]
+        options += ["-m", "device", "-k", "not inductor and not compiled_networks", "--ignore=tests/kernels"]
         # A dry run shows that they are found on this device; `make test` is what runs them there.
         how = ["--collect-only", "-q"] if self.dry else self._parallel()
         return {"tests": [sys.executable, "-m", "pytest", *options, *how, *arguments]}
@@ -272,7 +276,7 @@ class Check:
         environment = {
             "TRITON_CACHE_DIR": str(self.work / "triton"),
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(self.tree), str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join(self.path),
             "PYTHONSAFEPATH": "1",  # the working folder, which has a part of the package, is not looked at
             "PYTHONUNBUFFERED": "1",
             "MPLBACKEND": "Agg",

@@ -73,6 +73,16 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"device: {DEVICE}", *(f"backend {name}: {status}" for name, status in fastdcgan.backends().items())]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """After a kernel has trapped, nothing runs on the GPU in this process: a worker ends, and another takes over."""
+    if report.failed and DEVICE.type == "cuda" and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `backend` runs once per backend available here (`test_primitives.py` reports the others as
     skips), and on a CPU once more on the CUDA kernels, which the shim in `cuda_on_cpu` runs on CPU tensors, slowly."""
