@@ -48,7 +48,7 @@ VISITS = {
     "second": (
         480,
         (
-            *("doctor", "compile", "smoke", "step-128", "step-1024", "step-32", "contractions-128", "graphs"),
+            *("doctor", "compile", "smoke", "step-128", "step-1024", "step-32", "graphs", "contractions-128"),
             *("blocks", "bandwidth", "ceilings", "fp32-128"),
         ),
     ),
@@ -61,7 +61,7 @@ GRAPHS = ("bf16", "graph", "fused-graph", "train")
 FP32 = ("fp32", "eager", "eager-nhwc", "fused", "train")
 COMPILED = ("bf16", "compile", "compile-max", "compile-graph", "train")  # takes PyTorch minutes: in neither visit
 BLOCKS = ("bf16", "graph", "fused-graph")
-DRY_CASE = ("fp32", "eager-nhwc", "fused")
+DRY_CASE = ("fp32", "eager-nhwc", "fused", "train")
 
 
 @dataclass
@@ -155,8 +155,8 @@ class Check:
             self._step("step-128", 50, 128, HEADLINE, STEP),
             self._step("step-1024", 55, 1024, STEP),
             self._step("step-32", 35, 32, STEP),
-            self._part("contractions-128", 45, "contractions", *self._timing(128, 0.5)),
             self._step("graphs", 40, 128, GRAPHS, environment={"FASTDCGAN_BACKEND": self.compiled}),
+            self._part("contractions-128", 45, "contractions", *self._timing(128, 0.5)),
             self._part("blocks", 40, "blocks", *self._timing(128, 1), "--case", *(DRY_CASE if self.dry else BLOCKS)),
             self._part("bandwidth", 30, "bandwidth"),
             self._part("ceilings", 15, "ceilings"),
@@ -263,7 +263,7 @@ class Check:
         status = min(status for status, _ in (bad or found).values())  # "failed" before "out of time"
         detail = "; ".join(f"{name}: {status}, {detail}" for name, (status, detail) in bad.items())
         if len(found) == 1:
-            (_, detail) = next(iter(found.values()))
+            (detail,) = (detail for _, detail in found.values())
         seconds = time.monotonic() - began
         self.outcomes.append(Outcome(part.name, status, round(seconds, 1), part.required, detail))
         self.say(f"== {part.name}: {status} after {seconds:.0f} s. {detail}")
@@ -271,7 +271,7 @@ class Check:
 
     def _execute(self, command: Sequence[str], limit_s: float, more: Mapping[str, str], prefix: str) -> tuple[str, str]:
         """Run it with its output shown line by line; (status, its last line or why it didn't end well)."""
-        if limit_s < 1:
+        if limit_s <= 0:
             return "out of time", "not started"
         environment = {
             "TRITON_CACHE_DIR": str(self.work / "triton"),
