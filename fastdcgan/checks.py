@@ -54,16 +54,29 @@ def _check_tensors(where: str, block: Block, t: BlockTensors, x: Tensor, casts_w
             f"input and weight must have one dtype, got an input of {x.dtype} and a weight of {t.weight.dtype} "
             f"at {where}: cast the input, or run under torch.autocast"
         )
+    check_values(f"the input of {where}", x)
     for name, tensor in zip(t._fields, t, strict=True):
-        if tensor is not None and not isinstance(tensor, Tensor):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} of {where} must be a torch.Tensor or None, got {type(tensor).__name__}")
-        if tensor is not None and tensor.device != x.device:
+        check_values(f"{name} of {where}", tensor)
+        if tensor.device != x.device:
             raise ValueError(f"{name} of {where} is on {tensor.device}, expected {x.device}, where the input is")
     if block.norm is not None and not (block.norm.eps > 0 or (block.norm.eps == 0 and not block.norm.batch_stats)):
         least = "positive with batch statistics" if block.norm.batch_stats else "0 or more"
         raise ValueError(f"eps of {where} must be {least}, got {block.norm.eps}")
     if block.norm is not None and not block.norm.batch_stats and (t.running_mean is None or t.running_var is None):
         raise ValueError(f"{where} is asked to use running statistics, but running_mean or running_var is None")
+
+
+def check_values(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is dense and of floating-point numbers."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
 
 
 def _check_shapes(
@@ -128,6 +141,13 @@ def check_weight(weight: Tensor, groups: int, transposed: bool) -> None:
         raise ValueError(f"groups must divide the weight's {weight.shape[0]} channels, got groups={groups}")
 
 
+def check_norm(eps: object, momentum: object) -> None:
+    """Raise TypeError or ValueError for numbers that no normalisation has; `momentum` may be None, for an average."""
+    FINITE.check("eps", eps)
+    if momentum is not None:
+        FINITE.check("momentum", momentum)
+
+
 def check_boundaries(boundaries: str) -> None:
     """Raise ValueError for a choice that the plan does not have."""
     if boundaries not in ("auto", "finished", "deferred"):
@@ -143,9 +163,32 @@ def check_stat_groups(stat_groups: int) -> None:
 
 
 def check_module(model: object) -> None:
-    """Raise TypeError unless `model` is an `nn.Module`."""
+    """Raise TypeError unless `model` is an `nn.Module`, ValueError if a module in it contains itself."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    _check_tree(model, "", {}, set())
+
+
+def _check_tree(module: nn.Module, path: str, above: dict[nn.Module, str], seen: set[nn.Module]) -> None:
+    if module in above:
+        raise ValueError(f"module {path!r} is {above[module] or 'the model'!r} itself: a module can't contain itself")
+    if module in seen:
+        return
+    seen.add(module)
+    above[module] = path
+    for name, child in module._modules.items():
+        if child is not None:
+            _check_tree(child, f"{path}.{name}" if path else name, above, seen)
+    del above[module]
+
+
+def check_conv(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
+    """Raise TypeError or ValueError for numbers that no convolution has; PyTorch's modules wait for the call."""
+    least = {"kernel_size": 1, "stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
+    for name, minimum in least.items():
+        value = getattr(conv, name)
+        if not isinstance(value, str):
+            check_pair(name, value, minimum)
 
 
 MOST = 2**31 - 1  # of what is counted, where nothing else limits it
@@ -181,6 +224,7 @@ class Range:
             raise ValueError(f"{name} is {value}: expected {' and '.join(expected) or 'a finite number'}")
 
 
+FINITE = Range(most=None, whole=False)
 SEED = Range(0, 2**32 - 1)  # what PyTorch's, NumPy's and scikit-learn's generators have in common
 AMOUNT = Range(0, 1e12, whole=False)  # a weight or a time
 

@@ -48,9 +48,12 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
 
     With an input `x` the model is run once without gradients, and the backends are those that did run; buffers are put
     back afterwards. Without, they are those that its parameters' device and dtype would get.
-    Raises TypeError if `model` is no `nn.Module`, and what running it raises.
+    Raises TypeError if `model` is no `nn.Module` or `x` no tensor, ValueError if a module contains itself, and what
+    running it raises.
     """
     check_module(model)
+    if x is not None and not isinstance(x, Tensor):
+        raise TypeError(f"expected a torch.Tensor as input, or None, got {type(x).__name__}")
     ran = {} if x is None else _observe(model, x)
     rows, seen = Explanation(), set[int]()
     for path, module in model.named_modules():
@@ -126,7 +129,7 @@ def _rows(part: FoundChain | Alone, prefix: str, fused: bool, ran: dict[int, run
             rows.append(Row(name, block.pattern, False, None, f"runs as PyTorch's own modules: {plain}"))
             continue
         if observed and record is None:
-            rows.append(Row(name, block.pattern, False, None, "was not reached by this input"))
+            rows.append(Row(name, block.pattern, False, None, "was not reached by this input, or ran module by module"))
             continue
         name_of = record.backend if record else backends.select(backends.requested(), device, dtype)
         why = _why_backend(name_of, device, dtype)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
-from fastdcgan.checks import check_module
+from fastdcgan.checks import check_module, check_values
 from fastdcgan.engine import match
 from fastdcgan.engine.match import FoundBlock, FoundChain, segments
 
@@ -27,7 +27,9 @@ def fold_batchnorm(model: ModuleT) -> ModuleT:
     The BatchNorm2d is replaced by `nn.Identity`, so other modules keep their names. Weight norm, spectral norm and
     parametrizations of a folded convolution are made permanent. Left as they are: BatchNorms without running
     statistics, convolutions that are used in more than one place, and modules with hooks. The output equals that of
-    `model.eval()` up to rounding. Raises TypeError if `model` is no `nn.Module`.
+    `model.eval()` up to rounding.
+    Raises TypeError if `model` is no `nn.Module` or what would be folded is not of real numbers, ValueError if a module
+    contains itself.
     """
     check_module(model)
     memo = {}  # the old weight_norm and spectral_norm leave a computed `weight`, which deepcopy refuses
@@ -55,6 +57,10 @@ def _fold(model: nn.Module, block: FoundBlock) -> None:
     assert norm is not None
     if norm.running_mean is None or norm.running_var is None:
         return
+    for owner in (conv, norm):
+        for name, tensor in (*owner.named_parameters(), *owner.named_buffers()):
+            if name != "num_batches_tracked":
+                check_values(f"{name} of {type(owner).__name__} in the block {block.name!r}", tensor)
     _bake(conv)
     wide = torch.promote_types(conv.weight.dtype, torch.float32)
     scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)

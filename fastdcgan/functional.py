@@ -41,6 +41,8 @@ def _single(
     stat_groups: int,
 ) -> Tensor:
     checks.check_activation(activation)
+    if slope is not None:
+        checks.FINITE.check("slope", slope)
     checks.check_weight(weight, groups, transposed)
     checks.check_stat_groups(stat_groups)
     for name, value, minimum in (
@@ -174,6 +176,9 @@ def conv_transpose_act(
 def _norm(
     training: bool, mean: Tensor | None, var: Tensor | None, momentum: float, eps: float
 ) -> tuple[Norm, Running | None]:
+    checks.check_norm(eps, momentum)
+    if not isinstance(training, bool):
+        raise TypeError(f"training must be True or False, got {training!r}")
     if (mean is None) != (var is None):
         raise ValueError("running_mean and running_var must be given together, got only one of them")
     batch_stats = training or mean is None

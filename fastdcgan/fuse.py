@@ -29,7 +29,7 @@ def fuse(model: ModuleT) -> ModuleT:
     Each `nn.Sequential` (nested, shared, or the model itself) that has a convolution followed by a BatchNorm2d or an
     activation becomes a `FusedSequential` with the very same modules in it. Same parameter objects, state_dict keys,
     buffers, hooks, device, train/eval state; results differ by rounding only. Fusing twice is fusing once.
-    Raises TypeError if `model` is no `nn.Module`.
+    Raises TypeError if `model` is no `nn.Module`, ValueError if a module contains itself.
     """
     check_module(model)
     for module in list(model.modules()):
@@ -41,7 +41,7 @@ def fuse(model: ModuleT) -> ModuleT:
 def unfuse(model: ModuleT) -> ModuleT:
     """Undo `fuse`, in place: every `FusedSequential` (the drop-in layers too) becomes a plain `nn.Sequential`.
 
-    Raises TypeError if `model` is no `nn.Module`.
+    Raises TypeError if `model` is no `nn.Module`, ValueError if a module contains itself.
     """
     check_module(model)
     for module in list(model.modules()):

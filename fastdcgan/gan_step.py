@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from fastdcgan import backends
 from fastdcgan.capture import Captured, Granted, Snapshot, check_first_state, check_optimizers, record
+from fastdcgan.dispatch import router
 from fastdcgan.train_step import GANLoss, GradientPenalty, StepMetrics, train_step, unwrapped
 
 _WARM_UPS = 3  # calls, for autotuners, cuDNN's search and lazily made state
@@ -218,6 +220,8 @@ class GANStep:
             side = torch.cuda.Stream(self.device)
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
+                self._compile_ahead(real, z)
+                snapshot.restore()
                 for _ in range(_WARM_UPS):
                     self._run(real, z)
             torch.cuda.current_stream(self.device).wait_stream(side)
@@ -227,6 +231,16 @@ class GANStep:
         snapshot.restore()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+    def _compile_ahead(self, real: Tensor, z: Tensor | None) -> None:
+        """One step whose kernels are compiled side by side; what it leaves is no numbers."""
+        try:
+            with router.compiling_ahead(backends.requested()) as compiles:
+                if compiles:
+                    self._run(real, z)
+        except Exception as error:  # Then they are compiled one after the other, as they are used.
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"fastdcgan can't compile kernels ahead: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def check_parameters(generator: nn.Module, discriminator: nn.Module, of_g: Optimizer, of_d: Optimizer) -> None:

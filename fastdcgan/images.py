@@ -17,9 +17,12 @@ def normalize_images(pixels: Tensor, flip: Tensor | None = None, dtype: torch.dt
     `flip` bool [N], on the same device, says which images are mirrored left to right. The bits are the same on every
     device and with or without the extension. Raises TypeError or ValueError for arguments that don't fit.
     """
+    for name, value in (("pixels", pixels), ("flip", flip)):
+        if not isinstance(value, Tensor) and not (name == "flip" and value is None):
+            raise TypeError(f"expected {name} to be a torch.Tensor, got {type(value).__name__}")
     if pixels.dtype != torch.uint8 or pixels.dim() != 4:
         raise TypeError(f"expected uint8 pixels [N, H, W, C], got {pixels.dtype} {list(pixels.shape)}")
-    if not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"expected a floating-point dtype, got {dtype}")
     if flip is not None and (flip.dtype != torch.bool or flip.shape != pixels.shape[:1]):
         raise ValueError(f"expected flip to be bool [{pixels.shape[0]}], got {flip.dtype} {list(flip.shape)}")

@@ -38,6 +38,9 @@ class FusedSequential(nn.Sequential):
 
     forward.runs_blocks = True  # type: ignore[attr-defined]  # how `engine/match.py` knows it
 
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError("torch.jit.script can't compile fused blocks: call fastdcgan.unfuse(model) first")
+
     def __getitem__(self, idx: int | slice) -> Any:
         if isinstance(idx, slice):  # a part of a layer is no longer that layer
             return FusedSequential(OrderedDict(list(self._modules.items())[idx]))
@@ -51,6 +54,11 @@ class _Layer(FusedSequential):
         self, conv: nn.Conv2d | nn.ConvTranspose2d, bn: nn.BatchNorm2d | None, activation: str, slope: float | None
     ):
         checks.check_activation(activation)
+        checks.check_conv(conv)
+        if slope is not None:
+            checks.FINITE.check("slope", slope)
+        if bn is not None:
+            checks.check_norm(bn.eps, bn.momentum)
         parts = {"conv": conv, "bn": bn, "act": to_module(activation, slope)}
         super().__init__(OrderedDict((name, part) for name, part in parts.items() if part is not None))
 
@@ -61,7 +69,8 @@ class ConvBNAct2d(_Layer):
     The positional arguments are `nn.Conv2d`'s, `eps` to `track_running_stats` are `nn.BatchNorm2d`'s; `activation` is
     a name of `fastdcgan.activations.ACTIVATIONS`, `slope` leaky_relu's negative slope (default 0.2) or elu's alpha.
     A bias costs nothing, but in front of a BatchNorm it does nothing in training either: DCGAN's nets have none.
-    Raises ValueError for an unknown activation; else what PyTorch's modules raise.
+    Raises ValueError for an unknown activation, TypeError or ValueError for numbers that no convolution or
+    normalisation has (a stride of 0, an infinite slope); else what PyTorch's modules raise.
     """
 
     def __init__(

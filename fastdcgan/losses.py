@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,11 +24,17 @@ def bce_with_logits(logits: Tensor, labels: float | Sequence[float]) -> tuple[Te
     with [real; fake] as one batch, `labels=(0.9, 0.0)` is the discriminator's loss in one launch.
 
     `logits` of any shape and floating dtype; results are float32 (float64 of float64) of shape [] or [k].
-    Raises TypeError for logits that are no floating-point tensor, ValueError for none or for parts of unequal length.
+    Raises TypeError for logits that are no floating-point tensor and labels that are no numbers, ValueError for labels
+    that are not finite, for no logits, or for parts of unequal length.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"expected a floating-point tensor of logits, got {getattr(logits, 'dtype', type(logits))}")
-    each = (float(labels),) if isinstance(labels, int | float) else tuple(map(float, labels))
+    given = (labels,) if isinstance(labels, int | float) else labels
+    if not isinstance(given, tuple | list) or not all(isinstance(label, int | float) for label in given):
+        raise TypeError(f"labels must be a number, or a tuple or list of numbers, got {labels!r}")
+    each = tuple(map(float, given))
+    if not all(map(math.isfinite, each)):
+        raise ValueError(f"labels must be finite, got {labels!r}")
     if not each or logits.numel() == 0 or logits.numel() % len(each):
         raise ValueError(f"expected logits in {len(each)} equal parts, got {list(logits.shape)}")
     plain = torch.compiler.is_compiling() or logits.dtype == torch.float64 or training_ops.why_not(logits.device.type)

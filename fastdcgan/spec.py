@@ -16,12 +16,11 @@ covers the `i`-th of `stat_groups` equal parts of the batch:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from fastdcgan.geometry import Geometry, Pair
 
@@ -151,6 +150,7 @@ class Block:
     act: str
     slope: float
     backend: str
+    inplace: bool = field(default=False, repr=False, compare=False)  # the activation's module: it decides strides alone
 
     @property
     def op(self) -> str:
@@ -221,10 +221,38 @@ def nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def strides_in(shape: Sequence[int], layout: torch.memory_format) -> tuple[int, ...]:
+    """The strides of [N, C, H, W] without gaps in a memory format, also where sizes of 1 leave a choice."""
+    _, channels, height, width = shape
+    if layout == torch.channels_last:
+        return (height * width * channels, 1, width * channels, channels)
+    return (channels * height * width, height * width, width, 1)
+
+
+def with_strides(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """`x` [N, C, H, W], which nobody else holds, with exactly these strides, which are those of a memory format.
+
+    Code around a block may ask for its strides, and takes one channel or one pixel for what they say: so they have to
+    be PyTorch's even where others describe the same memory.
+    """
+    if x.stride() != stride:
+        channels_last = stride == strides_in(x.shape, torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        if x.stride() != stride:  # in place: a view could not be changed in place behind an autograd.Function
+            x.as_strided_(x.shape, stride)
+    return x
+
+
+def format_of_torch(said: bool, weight: Tensor) -> torch.memory_format:
+    """The memory format of what PyTorch's convolution with `weight` gives, and of its gradients; `said`: whether its
+    input `says_channels_last`."""
+    never = weight.is_cuda and weight.dtype == torch.float64
+    return torch.channels_last if not never and (said or says_channels_last(weight)) else torch.contiguous_format
+
+
 def in_format_of_torch(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """`out` in the memory format that PyTorch's convolution of `x` and `weight` has; `torch.compile` relies on it."""
-    formats = [suggest_memory_format(x)] + ([suggest_memory_format(weight)] if x.is_cuda else [])
-    return out if torch.channels_last in formats else out.contiguous()
+    return with_strides(out, strides_in(out.shape, format_of_torch(says_channels_last(x), weight)))
 
 
 def flat(x: Tensor) -> Tensor:

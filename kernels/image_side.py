@@ -221,7 +221,8 @@ def conv(call: Call, config: ImageSideConfig | None = None) -> tuple[Tensor, Ten
     block_c = min(config.channels, _columns(channels))
     act = ACTIVATIONS[e.act].id
     epilogue_tile = EpilogueTile(e.kind, act, epilogue_rows(e), (1, 1), None, config.pixels, block_c, False)
-    conv_kernel[(groups * tiles_per_group, triton.cdiv(channels, block_c))](
+    launch.start(
+        conv_kernel, (groups * tiles_per_group, triton.cdiv(channels, block_c)),
         image.x, image.y, image.coef, float(a.slope), image.groups, weight, out,
         None if e.y is None else nhwc(e.y), None if e.coef is None else e.coef.contiguous(), float(e.slope),
         e_groups, partials, n // groups, tiles_per_group, height, width, *size, channels,
@@ -249,7 +250,8 @@ def weight_grad(call: Call, config: ImageSideConfig | None = None) -> Tensor:
     share = triton.cdiv(tiles, config.splits or max(1, _PROGRAMS // across))
     splits = triton.cdiv(tiles, share)
     partials = torch.empty((1, splits, c_dy, c_x * kernel[0] * kernel[1]), device=image.x.device)
-    weight_grad_kernel[(splits, across)](
+    launch.start(
+        weight_grad_kernel, (splits, across),
         image.x, image.y, image.coef, float(call.a.slope), image.groups,
         wide.x, wide.y, wide.coef, float(call.b.slope), wide.groups, partials,
         tiles, share, n // groups, tiles_per_group, height, width, *grid, c_dy,

@@ -206,7 +206,8 @@ def conv_transpose(call: Call, config: ImageSideConfig | None = None) -> tuple[T
     block_c = min(config.channels, max(16, triton.next_power_of_2(c_in)))
     e_groups = 1 if e.coef is None or e.coef.dim() == 1 else e.coef.shape[1]
     tiles = (tiles_along(y, size[0]), tiles_along(x, size[1]))
-    conv_transpose_kernel[(n * tiles[0] * tiles[1],)](
+    launch.start(
+        conv_transpose_kernel, (n * tiles[0] * tiles[1],),
         wide.x, wide.y, wide.coef, float(a.slope), wide.groups, weight, out,
         None if e.coef is None else e.coef.contiguous(), float(e.slope), e_groups,
         n // max(wide.groups, e_groups), *tiles, height, width, c_in, *size, *weight.stride(),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from fastdcgan.kernels.tiles import TileConfig, TmaTile
 
 # Kernels are interpreted or compiled as TRITON_INTERPRET says when they are defined.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_ahead = False
 
 
 @triton.jit
@@ -38,7 +43,30 @@ def tile_of_program(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 def run(kernel: Any, programs: int, arguments: dict[str, Any], config: TileConfig) -> None:
     """Launch `kernel` with its arguments by name."""
-    kernel[(programs,)](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+    start(kernel, (programs,), **arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
+    """Launch `kernel`; inside of `compiling_ahead`, have it compiled."""
+    if _ahead:
+        kernel.warmup(*arguments, grid=grid, **named)
+    else:
+        kernel[grid](*arguments, **named)
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Inside a `with`, kernels are compiled, by a thread for each core, and not launched: results are whatever their
+    memory holds. What can't be compiled is left for its launch to say."""
+    from triton.runtime._async_compile import AsyncCompileMode  # not of Triton's public interface
+
+    global _ahead
+    with ThreadPoolExecutor(os.cpu_count()) as threads, AsyncCompileMode(threads, ignore_errors=True):
+        _ahead = True
+        try:
+            yield
+        finally:
+            _ahead = False
 
 
 def empty_nhwc(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

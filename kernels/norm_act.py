@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.kernels import launch
 from fastdcgan.kernels.activations import activation, activation_derivative
 from fastdcgan.kernels.elementwise import (
     GRAD_SUMS_TILE,
@@ -186,7 +187,8 @@ def norm_act(a: Operand, config: PassConfig | None = None) -> Tensor:
         return out
     matrices = matrices_of(x, a.coef.shape[1])
     config = config or elementwise_config(matrices, x.element_size())
-    norm_act_kernel[matrices.grid(config)](
+    launch.start(
+        norm_act_kernel, matrices.grid(config),
         x, y, a.coef.contiguous(), out, a.slope, *matrices.arguments(config),
         ACT=ACTIVATIONS[a.act].id, BACKWARD=a.y is not None, CENTRED=a.coef.shape[0] == 4, **matrices.options(config),
     )  # fmt: skip
@@ -205,7 +207,8 @@ def _grad_sums(
     config = config or reduction_config(matrices, GRAD_SUMS_TILE)
     rows = coef.shape[0] // 2
     partials = coef.new_empty((matrices.groups, matrices.slots(config), rows, y.shape[1]))
-    grad_sums_kernel[matrices.grid(config)](
+    launch.start(
+        grad_sums_kernel, matrices.grid(config),
         da, y, coef.contiguous(), g, partials, slope, *matrices.arguments(config),
         ACT=ACTIVATIONS[act].id, XHAT=rows == 2, STORE=store, **matrices.options(config),
     )  # fmt: skip
@@ -234,7 +237,9 @@ def batch_stats(y: Tensor, groups: int, config: PassConfig | None = None) -> Ten
     matrices = matrices_of(y, groups)
     config = config or reduction_config(matrices, STATS_TILE)
     partials = torch.empty((groups, matrices.slots(config), 3, y.shape[1]), dtype=torch.float32, device=y.device)
-    stats_kernel[matrices.grid(config)](y, partials, *matrices.arguments(config), **matrices.options(config))
+    launch.start(
+        stats_kernel, matrices.grid(config), y, partials, *matrices.arguments(config), **matrices.options(config)
+    )
     return combine_stats(partials)
 
 
@@ -319,7 +324,8 @@ def coefficients(
     coef = torch.empty((4, groups, channels), dtype=torch.float32, device=mean.device)
     vectors = [None if v is None else v.contiguous() for v in (weight, bias, shift)]
     values = groups * channels
-    coefficients_kernel[(triton.cdiv(values, _BLOCK),)](
+    launch.start(
+        coefficients_kernel, (triton.cdiv(values, _BLOCK),),
         mean.contiguous(), var.contiguous(), *vectors, coef, channels, values,
         EPS=eps, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -330,7 +336,8 @@ def grad_coefficients(sums: Tensor, coef: Tensor, count: float) -> Tensor:
     """`grad_coef` [4, groups, C] from `sums` [2, groups, C] over `count` values (`ops.grad_coefficients`)."""
     grad_coef = torch.empty_like(coef)
     values = coef[0].numel()
-    grad_coefficients_kernel[(triton.cdiv(values, _BLOCK),)](
+    launch.start(
+        grad_coefficients_kernel, (triton.cdiv(values, _BLOCK),),
         sums.contiguous(), coef.contiguous(), grad_coef, float(count), values,
         BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -342,7 +349,8 @@ def update_running(
 ) -> None:
     """Update running statistics [C] in place, one statistics group after another (`Backend.update_running`)."""
     _, groups, channels = stats.shape
-    update_running_kernel[(triton.cdiv(channels, _BLOCK),)](
+    launch.start(
+        update_running_kernel, (triton.cdiv(channels, _BLOCK),),
         mean, var, stats.contiguous(),
         None if shift is None else shift.contiguous(), None if factor is None else factor.contiguous(),
         float(momentum), mean.stride(0), var.stride(0), groups, channels,

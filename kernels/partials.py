@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdcgan.kernels import launch
 from fastdcgan.spec import Epilogue
 
 _COMBINE_SLOTS = 1024  # that one program merges
@@ -114,8 +115,18 @@ def combine_stats(partials: Tensor) -> Tensor:
         shape = (3, groups, channels) if final else (groups, parts, 3, channels)
         out = partials.new_empty(shape)
         grid, block_s, block_c = _launch(parts, chunk, channels, groups)
-        combine_stats_kernel[grid](
-            partials, out, slots, chunk, channels, FINAL=final, BLOCK_S=block_s, BLOCK_C=block_c, num_warps=8
+        launch.start(
+            combine_stats_kernel,
+            grid,
+            partials,
+            out,
+            slots,
+            chunk,
+            channels,
+            FINAL=final,
+            BLOCK_S=block_s,
+            BLOCK_C=block_c,
+            num_warps=8,
         )
         if final:
             return out
@@ -135,7 +146,8 @@ def combine_sums(partials: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
             else partials.new_empty((groups, parts, rows, channels))
         )
         grid, block_s, block_c = _launch(parts, chunk, rows * channels, groups)
-        combine_sums_kernel[grid](
+        launch.start(
+        combine_sums_kernel, grid,
             partials, out, slots, chunk, rows * channels, channels, FINAL=final, BLOCK_S=block_s, BLOCK_C=block_c,
             num_warps=8,
         )  # fmt: skip

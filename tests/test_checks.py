@@ -157,6 +157,11 @@ MODELS: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], list[str]]]
     "device": (lambda m: m(images().to("meta")), ValueError, ["meta"]),
     "too small for a later block": (lambda m: m(images()[..., :8, :8]), ValueError, ["block 3", "2x2", "(4, 4)"]),
     "stat_groups": (lambda m: m(images(), stat_groups=3), ValueError, ["stat_groups=3", "4"]),
+    "stride 0 in the module": (
+        lambda m: (setattr(m[0], "stride", (0, 0)), m(images())),
+        ValueError,
+        ["stride must be at least 1", "(0, 0)"],
+    ),
     "stat_groups of a wrong type": (lambda m: m(images(), stat_groups="2"), TypeError, ["stat_groups", "str"]),
 }
 
@@ -179,6 +184,30 @@ def test_bad_call_of_a_model(name: str, choice: str) -> None:
         assert torch.equal(value, state[key]), f"{key} was written"
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.equal(parameter.grad, grads[key])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("3.running_var", Tensor.long, r"running_var of block 1 must be a floating-point tensor, got torch\.int64"),
+        ("3.weight", Tensor.cfloat, r"bn_weight of block 1 must be a floating-point tensor, got torch\.complex64"),
+        ("0.bias", Tensor.cfloat, r"bias of block 0 must be a floating-point tensor, got torch\.complex64"),
+        (
+            "0.weight",
+            Tensor.to_sparse,
+            r"weight of block 0 must be a dense tensor, got one of layout torch\.sparse_coo",
+        ),
+    ],
+)
+@pytest.mark.parametrize("train", [True, False])
+def test_tensors_that_no_block_takes(name: str, kind: Callable, message: str, train: bool) -> None:
+    model = twin(discriminator().float()).train(train)
+    path, _, tensor = name.rpartition(".")
+    module = model.get_submodule(path)
+    changed = kind(getattr(module, tensor).detach())
+    setattr(module, tensor, changed if tensor.startswith("running") else nn.Parameter(changed))
+    with pytest.raises(TypeError, match=message):
+        model(images())
 
 
 def test_a_later_block_with_one_value_per_channel_writes_nothing_to_an_earlier_one() -> None:

@@ -165,7 +165,7 @@ def test_an_input_shows_what_ran(device: torch.device) -> None:
 
     found = rows_of(fastdcgan.fuse(OneBranch()).to(device), x)
     assert found["used.0"].fused
-    assert found["unused.0"].why == "was not reached by this input"
+    assert found["unused.0"].why == "was not reached by this input, or ran module by module"
 
 
 def test_an_input_that_fails_leaves_no_trace(device: torch.device) -> None:
@@ -206,3 +206,10 @@ def test_the_table() -> None:
     assert all(line[column:].startswith(("fused on ", "as it is")) and line[column - 1] == " " for line in lines[1:-1])
     assert lines[-1] == "1 of 3 fused"
     assert str(Explanation()).endswith("0 of 0 fused")
+
+
+@pytest.mark.parametrize("x", ["image", 3, [torch.zeros(1)]])
+def test_an_input_is_a_tensor(x) -> None:
+    model = fastdcgan.fuse(VARIANTS["two blocks"][0]())
+    with pytest.raises(TypeError, match=f"expected a torch.Tensor as input, or None, got {type(x).__name__}"):
+        fastdcgan.explain(model, x)

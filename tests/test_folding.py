@@ -164,3 +164,18 @@ def test_a_folded_copy_has_nothing_of_the_model(write: Write, device: torch.devi
         now = model(x)
         write(folded)
         assert torch.equal(model(x), now) and not torch.equal(folded(x), before[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("running_var", torch.Tensor.long, r"running_var of BatchNorm2d in the block '0' must be .* got torch\.int64"),
+        ("weight", torch.Tensor.cfloat, r"weight of BatchNorm2d in the block '0' must be .* got torch\.complex64"),
+    ],
+)
+def test_numbers_that_can_not_be_folded(name: str, kind, message: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    changed = kind(getattr(model[1], name).detach())
+    setattr(model[1], name, nn.Parameter(changed) if name == "weight" else changed)
+    with pytest.raises(TypeError, match=message):
+        fastdcgan.fold_batchnorm(model)

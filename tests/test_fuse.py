@@ -83,6 +83,16 @@ def test_only_modules_are_taken(call, value) -> None:
         call(value)
 
 
+@pytest.mark.parametrize("call", [fastdcgan.fuse, fastdcgan.unfuse, fastdcgan.explain, fastdcgan.fold_batchnorm])
+def test_a_module_that_contains_itself(call) -> None:
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    model = nn.Sequential(inner, nn.ReLU())
+    inner.append(model)
+    with pytest.raises(ValueError, match=r"module '0\.2' is 'the model' itself: a module can't contain itself"):
+        call(model)
+    assert type(inner) is nn.Sequential
+
+
 def test_a_model_without_blocks_is_left_alone() -> None:
     for model in (nn.Linear(2, 2), nn.Sequential(), nn.Sequential(nn.Linear(2, 2), nn.ReLU())):
         kind = type(model)

@@ -71,6 +71,9 @@ def test_bad_calls() -> None:
     pixels = random_pixels(2, 4, 4, 3)
     with pytest.raises(TypeError, match=r"uint8 pixels \[N, H, W, C\], got torch.float32"):
         normalize_images(pixels.float())
+    for arguments in (([1],), (pixels, "left")):
+        with pytest.raises(TypeError, match=r"to be a torch\.Tensor, got (list|str)"):
+            normalize_images(*arguments)
     with pytest.raises(TypeError, match=r"got torch.uint8 \[4, 4, 3\]"):
         normalize_images(pixels[0])
     with pytest.raises(TypeError, match=r"a floating-point dtype, got torch\.int32"):

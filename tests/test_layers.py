@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
 from typing import Any
 
@@ -112,6 +113,14 @@ def test_every_activation_of_the_table(activation: str, device: torch.device) ->
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"unknown activation 'relu6': expected one of 'identity', 'relu'"):
         fastdcgan.ConvBNAct2d(3, 4, 3, activation="relu6")
+    for name, value, error in (
+        ("stride", 0, ValueError), ("stride", (1, 0), ValueError), ("padding", -1, ValueError),
+        ("dilation", 0, ValueError), ("groups", 0, ValueError), ("stride", "two", TypeError),
+        ("eps", "small", TypeError), ("momentum", math.nan, ValueError), ("slope", "steep", TypeError),
+        ("slope", math.inf, ValueError),
+    ):  # fmt: skip
+        with pytest.raises(error, match=name):
+            fastdcgan.ConvBNAct2d(3, 4, **({"kernel_size": 3} | {name: value}))
     with pytest.raises(TypeError, match="slope"):
         fastdcgan.ConvTransposeBNReLU2d(3, 4, 3, negative_slope=0.2)
     with pytest.raises(ValueError, match=r"groups|divisible"):

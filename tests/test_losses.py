@@ -131,6 +131,11 @@ def test_bad_calls() -> None:
         bce_with_logits(torch.zeros(3, dtype=torch.int64), 1.0)
     with pytest.raises(ValueError, match=r"2 equal parts, got \[3\]"):
         bce_with_logits(torch.zeros(3), (1.0, 0.0))
+    for labels in ("1", ["1", "0"], None, torch.ones(2)):
+        with pytest.raises(TypeError, match="labels must be a number, or a tuple or list of numbers, got"):
+            bce_with_logits(torch.zeros(2), labels)
+    with pytest.raises(ValueError, match=r"labels must be finite, got \(nan, 0.0\)"):
+        bce_with_logits(torch.zeros(2), (math.nan, 0.0))
     for labels in ((), 1.0):
         with pytest.raises(ValueError, match="equal parts, got"):
             bce_with_logits(torch.zeros(0), labels)

@@ -24,7 +24,7 @@ __all__ = ["Backend", "Unavailable", "backend", "status"]
 NAMES = ("cuda", "triton", "cpu", "reference")
 _CLASSES = {"triton": "TritonBackend", "cuda": "CUDABackend", "cpu": "CPUBackend", "reference": "ReferenceBackend"}
 _GPU = ("cuda", "triton")  # whose kernels "auto" has a choice of
-_requested: str = os.environ.get("FASTDCGAN_BACKEND", "auto")
+_requested: str = os.environ.get("FASTDCGAN_BACKEND") or "auto"
 _loaded: dict[str, Backend | Unavailable] = {}  # each backend is tried once
 _selected: dict[tuple[str, torch.dtype], str] = {}  # what "auto" found
 

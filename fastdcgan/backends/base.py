@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Sequence
@@ -95,10 +96,15 @@ class Backend(Composites):
 
     name: str
     chooses_boundaries = False  # whether `boundaries` may say anything but no
+    compiles = False  # whether kernels are compiled when they are first used, which takes seconds each
     casts_weights = False  # whether its contractions take float32 weights with 16-bit activations
 
     def require(self) -> None:
         """Raise Unavailable, with the original error, if this backend can't run on this machine."""
+
+    def compiling_ahead(self) -> contextlib.AbstractContextManager[None]:
+        """Inside a `with`, kernels are compiled side by side instead of run: results are no numbers."""
+        return contextlib.nullcontext()
 
     def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         """None if blocks of this device and dtype run here, else the reason."""

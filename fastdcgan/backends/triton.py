@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -34,6 +35,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     chooses_boundaries = True
+    compiles = True
 
     def require(self) -> None:
         asked = os.environ.get("TRITON_INTERPRET")
@@ -63,6 +65,11 @@ class TritonBackend(Backend):
             raise Unavailable(
                 f"backend 'triton' can't run a kernel: {type(error).__name__}: {error}; {_OTHERS}"
             ) from error
+
+    def compiling_ahead(self) -> contextlib.AbstractContextManager[None]:
+        from fastdcgan.kernels import launch
+
+        return launch.compiling_ahead()
 
     def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         runs_on = "cpu" if interpreted() else "cuda"

@@ -37,6 +37,7 @@ VERSION = 1
 MARGIN = 0.03
 
 _tuning = False
+_ahead = False
 _files: dict[Path, dict[str, Any]] = {}  # each file is read once
 
 
@@ -54,11 +55,28 @@ def tuning() -> Iterator[None]:
         _tuning = before
 
 
-def state() -> tuple[bool, bool, bool, bool]:
+@contextlib.contextmanager
+def ahead() -> Iterator[None]:
+    """Inside a `with`, kernels are compiled and not run, so nothing is measured."""
+    global _ahead
+    before, _ahead = _ahead, True
+    try:
+        yield
+    finally:
+        _ahead = before
+
+
+def is_ahead() -> bool:
+    """Whether this is inside of `ahead`."""
+    return _ahead
+
+
+def state() -> tuple[bool, bool, bool, bool, bool]:
     """All that decides on measuring but a capture: whoever keeps a choice has to choose again once this changes."""
     cudnn = torch._C  # what torch.backends.cudnn asks, in a fifth of the time
     return (
         _tuning,
+        _ahead,
         torch.are_deterministic_algorithms_enabled(),
         cudnn._get_cudnn_benchmark(),
         cudnn._get_cudnn_deterministic(),
@@ -72,7 +90,7 @@ def may_search(device: torch.device) -> bool:
 
 def may_compare(device: torch.device) -> bool:
     """Whether our algorithms may be measured against PyTorch's own on a GPU now."""
-    return (_tuning or _welcome()) and _idle(device)
+    return is_welcome() and _idle(device)
 
 
 def may_compare_cpu(device: torch.device) -> bool:
@@ -80,12 +98,13 @@ def may_compare_cpu(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.are_deterministic_algorithms_enabled()
 
 
-def _welcome() -> bool:
-    return torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
+def is_welcome() -> bool:
+    """Whether measuring our algorithms against PyTorch's own is wanted where it is possible."""
+    return _tuning or (torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic)
 
 
 def _idle(device: torch.device) -> bool:
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and not _ahead and not torch.cuda.is_current_stream_capturing()
 
 
 # --- how long ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,17 @@ from fastdcgan import backends
 from fastdcgan.backends.base import Composites
 from fastdcgan.dispatch import router
 from fastdcgan.geometry import Geometry, Pair, pair
-from fastdcgan.spec import Call, Epilogue, Operand, memory_format, stat_dtype
+from fastdcgan.spec import (
+    Call,
+    Epilogue,
+    Operand,
+    format_of_torch,
+    memory_format,
+    says_channels_last,
+    stat_dtype,
+    strides_in,
+    with_strides,
+)
 
 _lib = torch.library.Library("fastdcgan", "DEF")
 
@@ -78,10 +88,13 @@ def _unpacked(kinds: Sequence[Any], flat: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _operator(as_call: Callable[..., Call] | None = None) -> Callable[[Callable], Callable]:
+def _operator(
+    as_call: Callable[..., Call] | None = None, strides: Callable[..., tuple[int, ...]] | None = None
+) -> Callable[[Callable], Callable]:
     """Register an operator by its declaration, whose body makes the outputs' shapes from the inputs'.
 
-    `as_call` makes a contraction's `Call` from the arguments; all else is a method of the backend.
+    `as_call` makes a contraction's `Call` from the arguments; all else is a method of the backend. `strides`, of its
+    first output [N, C, H, W], from the output's shape and the arguments: the body has to say the same.
     """
 
     def declare(fake: Callable) -> Callable:
@@ -94,8 +107,14 @@ def _operator(as_call: Callable[..., Call] | None = None) -> Callable[[Callable]
 
         def run(*args: Any) -> Any:
             if as_call is not None:
-                return router.run(as_call(*args[:-1]), args[-1])
-            return getattr(backends.get(args[-1]), name)(*args[:-1])
+                found = router.run(as_call(*args[:-1]), args[-1])
+            else:
+                found = getattr(backends.get(args[-1]), name)(*args[:-1])
+            if strides is None:
+                return found
+            if isinstance(found, Tensor):
+                return with_strides(found, strides(found.shape, *args))
+            return with_strides(found[0], strides(found[0].shape, *args)), *found[1:]
 
         def kernel(*flat: Any) -> Any:
             return _quietly(flat[0], run, *_unpacked(kinds, flat))
@@ -131,13 +150,13 @@ def _quietly(first: Tensor, function: Callable, *args: Any) -> Any:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def unwatched(*tensors: Tensor) -> bool:
+def unwatched(*tensors: Tensor | None) -> bool:
     """Whether nobody watches: no compiler, no dispatch mode, no tensor subclass or meta tensor. A primitive then calls
     its backend at once, without the way through the dispatcher."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     for t in tensors:  # noqa: SIM110  all() of a generator takes twice as long, on the way of every call
-        if t.__class__ not in _PLAIN or t.is_meta:
+        if t is not None and (t.__class__ not in _PLAIN or t.is_meta):
             return False
     return True
 
@@ -145,21 +164,27 @@ def unwatched(*tensors: Tensor) -> bool:
 # --- the three contractions ------------------------------------------------------------------------------------------
 
 
-@_operator(lambda a, weight, g, e: Call("conv", a, weight, g, g.conv_size(*a.x.shape[2:]), e))
+def _conv_strides(shape: Sequence[int], a: Operand, weight: Tensor, *others: Any) -> tuple[int, ...]:
+    return strides_in(shape, format_of_torch(says_channels_last(_finished(a)), weight))
+
+
+def _strides_of(shape: Sequence[int], a: Operand, *others: Any) -> tuple[int, ...]:
+    return strides_in(shape, memory_format(_finished(a)))
+
+
+@_operator(lambda a, weight, g, e: Call("conv", a, weight, g, g.conv_size(*a.x.shape[2:]), e), _conv_strides)
 def conv(a: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue, backend: str) -> tuple[Tensor, Tensor]:
     """Strided gather: `a` [N, Ci, H, W], weight [Co, Ci/groups, kh, kw] -> [N, Co, H', W'] and the epilogue's vectors.
 
     The weight has the dtype of `a`, or is float32 where the backend `casts_weights`.
     It is the forward of `Conv2d`, and the gradient of a transposed conv's input (with that conv's own weight).
     """
-    g = geometry
-    out = torch.ops.aten.convolution(
-        _finished(a), weight, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups
-    )  # fmt: skip
-    return _with_vectors(out, epilogue)
+    size = geometry.conv_size(*a.x.shape[2:])
+    shape = (a.x.shape[0], weight.shape[0], *size)
+    return _with_vectors(a.x.new_empty_strided(shape, _conv_strides(shape, a, weight)), epilogue)
 
 
-@_operator(lambda a, weight, g, size, e: Call("conv_transpose", a, weight, g, size, e))
+@_operator(lambda a, weight, g, size, e: Call("conv_transpose", a, weight, g, size, e), _conv_strides)
 def conv_transpose(
     a: Operand, weight: Tensor, geometry: Geometry, output_size: Pair, epilogue: Epilogue, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -167,21 +192,18 @@ def conv_transpose(
 
     It is the forward of `ConvTranspose2d`, and the gradient of a plain conv's input (with that conv's own weight).
     """
-    g, x = geometry, _finished(a)
-    extra = g.output_padding(x.shape[2], x.shape[3], output_size)
-    out = torch.ops.aten.convolution(x, weight, None, g.stride, g.padding, g.dilation, True, extra, g.groups)
-    return _with_vectors(out, epilogue)
+    shape = (a.x.shape[0], weight.shape[1] * geometry.groups, *output_size)
+    return _with_vectors(a.x.new_empty_strided(shape, _conv_strides(shape, a, weight)), epilogue)
 
 
-@_operator(lambda gathered, linear, g: Call("weight_grad", gathered, linear, g, g.kernel))
+@_operator(lambda gathered, linear, g: Call("weight_grad", gathered, linear, g, g.kernel), _strides_of)
 def weight_grad(gathered: Operand, linear: Operand, geometry: Geometry, backend: str) -> Tensor:
     """Reduction over pixels: `gathered` [N, Cg, H, W], `linear` [N, Cl, H', W'] -> [Cl, Cg/groups, kh, kw].
 
     `gathered` is the side that the taps shift over: the input of a conv, or the output gradient of a transposed conv.
     """
-    x = _finished(gathered)
-    out = x.new_empty((linear.x.shape[1], x.shape[1] // geometry.groups, *geometry.kernel))
-    return out.contiguous(memory_format=memory_format(x))
+    shape = (linear.x.shape[1], gathered.x.shape[1] // geometry.groups, *geometry.kernel)
+    return gathered.x.new_empty_strided(shape, _strides_of(shape, gathered))
 
 
 def _finished(a: Operand) -> Tensor:
@@ -203,13 +225,14 @@ def _with_vectors(out: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
 # --- normalisation and activation ------------------------------------------------------------------------------------
 
 
-@_operator()
+@_operator(strides=_strides_of)
 def norm_act(a: Operand, backend: str) -> Tensor:
     """The operand computed and stored: activation forward, or `dy` of the backward.
 
     [N, C, H, W] in the dtype and memory format of the raw output: `a.x`, or `a.y` where that is given.
     """
-    return torch.empty_like(_finished(a))
+    y = _finished(a)
+    return y.new_empty_strided(y.shape, _strides_of(y.shape, a))
 
 
 @_operator()

@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +27,9 @@ from fastdcgan.spec import Algorithm, Call, Epilogue, Operand, says_channels_las
 
 PYTORCH = "pytorch"  # the algorithm of PyTorch's own convolution
 KIND = "algorithms"  # of what the autotune cache keeps
+MOST_ROUTES = 4096  # that are kept: shapes may go on changing
+_SILENT_S = 2.0
+_COMPILING = "fastdcgan: compiling kernels for this GPU, which Triton keeps for the next time ..."
 
 _routes: dict[Any, Route] = {}
 _seen: list[str] | None = None
@@ -54,6 +59,8 @@ def route(call: Call, backend: str) -> Route:
     key = (backend, call.a.x.device, signature(call), settings(backend))
     found = _routes.get(key)
     if found is None or (not found.settled and autotune.may_compare(call.a.x.device)):
+        if len(_routes) >= MOST_ROUTES:
+            _routes.clear()
         found = _routes[key] = _choose(call, backend)
     return found
 
@@ -72,6 +79,22 @@ def recording() -> Iterator[list[str]]:
         yield _seen
     finally:
         _seen = before
+
+
+@contextlib.contextmanager
+def compiling_ahead(backend: str) -> Iterator[bool]:
+    """Inside a `with`, kernels that the backend compiles at their first use are compiled, by several threads, and not
+    run; says whether it has such. What runs meanwhile gives no numbers, and whoever runs it has to put all back."""
+    found = [one for one in backends.members(backend) if one.compiles]
+    say = threading.Timer(_SILENT_S, print, (_COMPILING,), {"file": sys.stderr, "flush": True})
+    with contextlib.ExitStack() as stack:
+        if found:
+            stack.callback(say.cancel)
+            say.start()
+            stack.enter_context(autotune.ahead())
+        for one in found:
+            stack.enter_context(one.compiling_ahead())
+        yield bool(found)
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -101,6 +124,10 @@ def _choose(call: Call, backend: str) -> Route:
     known = _known(autotune.lookup(KIND, autotune.machine(device), name), able, call)
     if known is not None and not (searching and not known.searched) and _runs(known.route, call, backend):
         return known.route
+    if autotune.is_ahead():
+        for algorithm in able if autotune.is_welcome() else able[:1]:
+            _attempt(algorithm, call, None)
+        return Route(able[0], None, "", False)
     if searching or autotune.may_compare(device) or (any(a.compare for a in able) and autotune.may_compare_cpu(device)):
         made = _measure(able, call, searching)
         autotune.remember(KIND, autotune.machine(device), name, made)

@@ -14,18 +14,16 @@ statistics it cancels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdcgan import backends
-from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.dispatch import autotune, primitives, router
 from fastdcgan.engine import sync
 from fastdcgan.engine.double_backward import gradients, requested
-from fastdcgan.geometry import Pair
+from fastdcgan.engine.layout import Layout
+from fastdcgan.engine.program import Program
 from fastdcgan.spec import (
     PER_BLOCK,
     STORE,
@@ -39,88 +37,9 @@ from fastdcgan.spec import (
     of_block,
     says_channels_last,
     stat_dtype,
+    strides_in,
+    with_strides,
 )
-
-
-class Program:
-    """A plan with what follows from it: the primitives that it calls, and the routes of its contractions.
-
-    `direct`: nobody watches (`primitives.unwatched`), so backends are called without the way through the dispatcher.
-    """
-
-    def __init__(self, plan: Plan, direct: bool) -> None:
-        self.plan, self.direct = plan, direct
-        name = plan.blocks[0].backend
-        self.run: Any = backends.get(name) if direct else primitives.Registered(name)
-        self._routes: dict[Any, router.Route] = {}
-        self._steps: dict[tuple, list[_Step]] = {}
-        self.without_bias: dict[int, Tensor] = {}  # by channels: the coef (1, 0)
-
-    def contract(self, place: tuple, call: Call) -> Any:
-        """Run a contraction; `place` sets it apart within the chain, where the same calls come every time."""
-        if not self.direct:
-            return self.run.contract(call)
-        found = self._routes.get(place)
-        if found is None:
-            found = router.route(call, self.plan.blocks[0].backend)
-            if found.settled or not autotune.may_compare(call.a.x.device):
-                self._routes[place] = found
-        return found.run(call)
-
-    def steps(self, x: Tensor, saving: Sequence[bool] | None) -> list[_Step]:
-        """What each block does, for an `x` of the shape that the chain was planned for."""
-        if not self.direct:  # shapes may be symbols
-            return _steps(self.plan, x, saving)
-        key = () if saving is None else tuple(saving)
-        found = self._steps.get(key)
-        if found is None:
-            found = self._steps[key] = _steps(self.plan, x, saving)
-        return found
-
-
-class _Step(NamedTuple):
-    """What the forward of a block does, as far as it follows from the plan and from who needs a gradient."""
-
-    block: Block
-    first: int  # of its tensors in the chain's
-    in_size: Pair
-    out_size: Pair
-    reached: bool  # does it, or anything before it, need a gradient?
-    stats: bool  # does it use the batch's own statistics?
-    deferred: bool
-    keep_a: bool  # the next block's weight gradient reads its output
-    keep_y: bool
-    from_sign: bool  # act'(z) is act'(a): a takes the place of y, which nothing else reads
-
-
-def _steps(plan: Plan, x: Tensor, saving: Sequence[bool] | None) -> list[_Step]:
-    n, size = len(plan.blocks), (x.shape[2], x.shape[3])
-    before = [False] * (n + 1) if saving is None else wanted(plan, saving)
-    found = []
-    for i, block in enumerate(plan.blocks):
-        last = i + 1 == n
-        deferred = not last and plan.boundaries.deferred[i]
-        keep_a = saving is not None and not last and bool(saving[1 + (i + 1) * PER_BLOCK])
-        # Not where the caller gets a and may write to it, except for ReLU, whose output PyTorch keeps as well.
-        from_sign = block.norm is None and ACTIVATIONS[block.act].keeps_sign(block.slope)
-        from_sign = from_sign and (not last or block.act == "relu")
-        out_size = block.output_size(*size)
-        found.append(
-            _Step(
-                block,
-                i * PER_BLOCK,
-                size,
-                out_size,
-                before[i + 1],
-                block.norm is not None and block.norm.batch_stats,
-                deferred,
-                keep_a,
-                before[i + 1] or (keep_a and deferred),
-                from_sign,
-            )
-        )
-        size = out_size
-    return found
 
 
 class _State(NamedTuple):
@@ -132,20 +51,22 @@ class _State(NamedTuple):
     total: Tensor | None  # number of values over all processes (synchronised statistics)
 
 
-def run(program: Program, x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+def run(
+    program: Program, x: Tensor, tensors: Sequence[Tensor | None], update: Callable[[Sequence[Tensor]], None]
+) -> Tensor:
     """Run the chain on `x` [N, C, H, W] with `tensors` (the blocks' `BlockTensors`, one after another).
 
-    Returns the output and, per block, its `stats` [3, stat_groups, C] where it used the batch's own, else None.
+    `update` gets, of each block that used the batch's own statistics, the `stats` [3, stat_groups, C].
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        if torch.compiler.is_compiling():
-            tensors = _distinct(tensors)
-        out, *found = _Chain.apply(program, x, *tensors)
-    else:
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *tensors)):
         with _quiet(x):
             out, found, _ = forward(program, x, tensors, saving=None)
-    waiting = iter(found)
-    return out, [next(waiting) if b.norm is not None and b.norm.batch_stats else None for b in program.plan.blocks]
+    elif torch.compiler.is_compiling():
+        out, *found = _Chain.apply(program, None, x, *_distinct(tensors))
+    else:  # `update` comes before anything is saved: where checkpointing has all of that, it goes no further
+        return _Chain.apply(program, update, x, *tensors)
+    update(found)
+    return out
 
 
 _NOTHING = contextlib.nullcontext()
@@ -171,16 +92,8 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Views in place of repetitions (a convolution used twice): the compiler takes a tensor but once."""
     found: list[Tensor | None] = []
     for t in tensors:
-        found.append(t if t is None or not any(t is other for other in found) else t.view_as(t))
+        found.append(t if t is None or not any(t is other for other in found) else torch.ops.aten.alias(t))
     return found
-
-
-def wanted(plan: Plan, needs: Sequence[bool]) -> list[bool]:
-    """Per block and one more: does anything before it (`x`, or a parameter of an earlier block) need a gradient?"""
-    flags = [bool(needs[0])]
-    for i in range(len(plan.blocks)):
-        flags.append(flags[-1] or any(needs[1 + i * PER_BLOCK : 1 + (i + 1) * PER_BLOCK]))
-    return flags
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -208,7 +121,7 @@ def forward(
     plan, runs = program.plan, program.run
     convert = plan.channels_last and memory_format(x) != torch.channels_last
     a, found, states = Operand(_channels_last(x) if convert else _entry(x, tensors)), [], []
-    for i, step in enumerate(program.steps(x, saving)):
+    for i, step in enumerate(program.steps(x.shape[2:], saving)):
         block, keep_y = step.block, step.keep_y
         norm, from_sign = block.norm, step.from_sign
         t = BlockTensors(*tensors[step.first : step.first + PER_BLOCK])  # type: ignore[arg-type]
@@ -251,14 +164,13 @@ def forward(
             states.append(_State(a.x if keep_y else None, coef, a.x if step.keep_a else None, None))
             continue
         states.append(_State(y if keep_y else None, coef, a.x if step.keep_a and not step.deferred else None, total))
-    return a.x.contiguous() if convert else a.x, found, states
+    return with_strides(a.x, program.layout(x, tensors).out), found, states
 
 
 def _channels_last(x: Tensor) -> Tensor:
     """`x` in channels_last, and with its strides where they are ambiguous."""
     x = x.contiguous(memory_format=torch.channels_last)
-    _, channels, height, width = x.shape
-    return x.as_strided(x.shape, (height * width * channels, 1, width * channels, channels))
+    return x.as_strided(x.shape, strides_in(x.shape, torch.channels_last))
 
 
 def _entry(x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -285,52 +197,77 @@ def _count(y: Tensor, stat_groups: int) -> int:
 
 
 class _Chain(torch.autograd.Function):
-    """(program, x, *tensors) -> (output, *stats)."""
+    """(program, update, x, *tensors) -> the output, and the stats too where there is no `update`.
+
+    Saved is what the backward reads, or that of the plain modules: a change of it in place raises. All else that
+    gradients of gradients read (create_graph=True) is kept beside, and has to be what it was only for those.
+    """
 
     @staticmethod
-    def forward(ctx, program: Program, x: Tensor, *tensors: Tensor | None):
+    def forward(ctx, program: Program, update: Callable | None, x: Tensor, *tensors: Tensor | None):
+        needs = ctx.needs_input_grad[2:]
         with _quiet(x):
-            out, found, states = forward(program, x, tensors, saving=ctx.needs_input_grad[1:])
-        ctx.program = program
-        ctx.given = [x is not None for x in (x, *tensors)]
-        inputs = list(tensors)
-        for i, block in enumerate(program.plan.blocks):
-            if block.norm is not None and block.norm.batch_stats:
-                # This very call goes on to update the running statistics, and does not read them.
-                inputs[i * PER_BLOCK + 4] = inputs[i * PER_BLOCK + 5] = None
-        ctx.save_for_backward(x, *inputs, *(t for state in states for t in state))
-        ctx.mark_non_differentiable(*found)
+            out, found, states = forward(program, x, tensors, needs)
+            if update is not None:
+                update(found)
+        inputs = (x, *tensors)
+        ctx.program, ctx.given = program, [t is not None for t in inputs]
+        ctx.read, beside = program.read(x, needs)
+        if update is not None:
+            ctx.beside = [(i, t, _version(t)) for i in beside if (t := inputs[i]) is not None]
+            ctx.layout, ctx.size = program.layout(x, tensors), x.shape[2:]
+        ctx.save_for_backward(*[inputs[i] for i in ctx.read], *[t for state in states for t in state])
         ctx.set_materialize_grads(False)
+        if update is not None:
+            return out
+        ctx.mark_non_differentiable(*found)
         return (out, *found)
 
     @staticmethod
     def backward(ctx, da: Tensor | None, *unused):
-        program, saved = ctx.program, ctx.saved_tensors
-        plan = program.plan
+        program, saved, read = ctx.program, ctx.saved_tensors, ctx.read
+        needs = requested(ctx, ctx.needs_input_grad[2:], ctx.given)
         if da is None:
-            return (None,) * (2 + len(plan.blocks) * PER_BLOCK)
-        split = 1 + len(plan.blocks) * PER_BLOCK
-        inputs, flat = saved[:split], saved[split:]
-        needs = requested(ctx, ctx.needs_input_grad[1:], ctx.given)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            return (None, *gradients(plan, inputs, needs, da))
-        states = [_State(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
+            return (None,) * (2 + len(needs))
+        inputs: list[Tensor | None] = [None] * len(needs)
+        for i, t in zip(read, saved, strict=False):
+            inputs[i] = t
+        if torch.compiler.is_compiling():
+            assert inputs[0] is not None
+            ctx.layout, ctx.size = program.layout(inputs[0], inputs[1:]), inputs[0].shape[2:]
+        elif torch.is_grad_enabled():  # create_graph=True
+            for i, t, version in ctx.beside:
+                if _version(t) != version:
+                    name = BlockTensors._fields[(i - 1) % PER_BLOCK] if i else "input"
+                    raise RuntimeError(
+                        f"gradients of gradients need the {name} of a block as it was in the forward, and it has been "
+                        f"modified by an inplace operation: it is at version {_version(t)}, expected {version}"
+                    )
+                inputs[i] = t
+            return (None, None, *gradients(program.plan, ctx.layout, inputs, needs, da))
+        states = [_State(*saved[i : i + 4]) for i in range(len(read), len(saved), 4)]
         with _quiet(da):
-            return (None, *backward(program, inputs[0], inputs[1:], states, needs, da))
+            return (None, None, *backward(program, ctx.layout, ctx.size, inputs[0], inputs[1:], states, needs, da))
+
+
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
 
 
 def backward(
     program: Program,
-    x: Tensor,
+    layout: Layout,
+    size: Sequence[int],
+    x: Tensor | None,
     tensors: Sequence[Tensor | None],
     states: Sequence[_State],
     needs: Sequence[bool],
     da: Tensor,
 ) -> list[Tensor | None]:
-    """Gradients of (x, *tensors), None where `needs` says so."""
+    """Gradients of (x, *tensors), None where `needs` says so; of x only its `size` is known where nothing reads it."""
     plan = program.plan
     grads: list[Tensor | None] = [None] * len(needs)
-    steps = program.steps(x, needs)
+    steps = program.steps(size, needs)
     given = program.direct and says_channels_last(da)  # as all gradients within the chain follow
     sums: Tensor | None = None  # given: `da` is already g, and these are its sums (a deferred boundary)
     for i in reversed(range(len(plan.blocks))):
@@ -342,21 +279,26 @@ def backward(
         need = of_block(needs[1:], i)
         finish = not plan.boundaries.lazy_grad[i] and (bool(need.weight) or passes_on)
         dy, grads[first + 1 : first + 4] = _norm_act_backward(
-            program, block, states[i], t.bias, need, da, sums, finish, i + 1 < len(plan.blocks)
+            program, block, states[i], need, da, sums, finish, i + 1 < len(plan.blocks)
         )
         lazy = dy.coef is not None
         if need.weight:
-            a = Operand(x) if i == 0 else _rebuilt(plan.blocks[i - 1], states[i - 1])
+            if i == 0:
+                assert x is not None
+                a = Operand(x)
+            else:
+                a = _rebuilt(plan.blocks[i - 1], states[i - 1])
             gathered, linear = (dy, a) if block.transposed else (a, dy)
             call = Call("weight_grad", gathered, linear, block.geometry, block.geometry.kernel)
-            grads[first] = program.contract((i, "weight_grad", given, lazy), call)
+            dw = program.contract((i, "weight_grad", given, lazy), call)
+            grads[first] = with_strides(dw, layout.weight_grads[i])
         if passes_on:
             epilogue = _boundary_epilogue(plan, i, states)
             call = Call(block.adjoint, dy, t.weight, block.geometry, steps[i].in_size, epilogue)
             da, found = program.contract((i, "input_grad", given, lazy, epilogue.kind), call)
             sums = found if epilogue.kind == "grad_stats" else None
     if needs[0]:
-        grads[0] = da
+        grads[0] = with_strides(da, layout.input_grad)
     return grads
 
 
@@ -382,7 +324,6 @@ def _norm_act_backward(
     program: Program,
     block: Block,
     state: _State,
-    bias: Tensor | None,
     need: BlockTensors,
     da: Tensor,
     sums: Tensor | None,
@@ -412,8 +353,7 @@ def _norm_act_backward(
         sums = runs.norm_act_reduce(da, y, coef, act, block.slope)
     d_bias = d_bn_weight = d_bn_bias = None
     if need.bias and batch_stats:  # the mean takes every constant out
-        assert bias is not None
-        d_bias = torch.zeros_like(bias)
+        d_bias = torch.zeros_like(coef[0, 0])
     elif need.bias:
         assert sums is not None
         d_bias = _over_groups(sums[0] if norm is None else sums[0] * coef[0])

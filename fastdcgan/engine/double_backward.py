@@ -7,14 +7,16 @@ gradient of any order is a call of the same three. Normalisation and activation 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import primitives
+from fastdcgan.engine.layout import Layout, Strides
 from fastdcgan.geometry import Geometry, Pair
-from fastdcgan.spec import STORE, Operand, Plan, of_block, stat_dtype
+from fastdcgan.spec import STORE, Operand, Plan, of_block, stat_dtype, with_strides
 
 
 def requested(ctx, needs: Sequence[bool], given: Sequence[bool]) -> list[bool]:
@@ -36,44 +38,67 @@ def requested(ctx, needs: Sequence[bool], given: Sequence[bool]) -> list[bool]:
     return wants
 
 
+class _Asked(NamedTuple):
+    """Strides of a contraction's result and of the gradients of its operands, where they are asked for."""
+
+    result: Strides | None = None
+    first: Strides | None = None
+    second: Strides | None = None
+
+
+_NOTHING = _Asked()
+
+
+def _laid(found: Tensor, stride: Strides | None) -> Tensor:
+    return found if stride is None else with_strides(found, stride)
+
+
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, geometry: Geometry, backend: str):
+    def forward(ctx, x: Tensor, weight: Tensor, geometry: Geometry, backend: str, asked: _Asked = _NOTHING):
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.backend = geometry, backend
-        return primitives.conv(Operand(x), weight, geometry, STORE, backend)[0]
+        ctx.geometry, ctx.backend, ctx.asked = geometry, backend, asked
+        return _laid(primitives.conv(Operand(x), weight, geometry, STORE, backend)[0], asked.result)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        (x, weight), g, backend = ctx.saved_tensors, ctx.geometry, ctx.backend
+        (x, weight), g, backend, asked = ctx.saved_tensors, ctx.geometry, ctx.backend, ctx.asked
         need = requested(ctx, ctx.needs_input_grad[:2], (True, True))
-        dx = _ConvTranspose.apply(dy, weight, g, (x.shape[2], x.shape[3]), backend) if need[0] else None
-        dw = _WeightGrad.apply(x, dy, g, backend) if need[1] else None
-        return dx, dw, None, None
+        dx = (
+            _ConvTranspose.apply(dy, weight, g, (x.shape[2], x.shape[3]), backend, _Asked(asked.first))
+            if need[0]
+            else None
+        )
+        dw = _WeightGrad.apply(x, dy, g, backend, _Asked(asked.second)) if need[1] else None
+        return dx, dw, None, None, None
 
 
 class _ConvTranspose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, geometry: Geometry, output_size: Pair, backend: str):
+    def forward(
+        ctx, x: Tensor, weight: Tensor, geometry: Geometry, output_size: Pair, backend: str, asked: _Asked = _NOTHING
+    ):
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.backend = geometry, backend
-        return primitives.conv_transpose(Operand(x), weight, geometry, output_size, STORE, backend)[0]
+        ctx.geometry, ctx.backend, ctx.asked = geometry, backend, asked
+        return _laid(
+            primitives.conv_transpose(Operand(x), weight, geometry, output_size, STORE, backend)[0], asked.result
+        )
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        (x, weight), g, backend = ctx.saved_tensors, ctx.geometry, ctx.backend
+        (x, weight), g, backend, asked = ctx.saved_tensors, ctx.geometry, ctx.backend, ctx.asked
         need = requested(ctx, ctx.needs_input_grad[:2], (True, True))
-        dx = _Conv.apply(dy, weight, g, backend) if need[0] else None
-        dw = _WeightGrad.apply(dy, x, g, backend) if need[1] else None
-        return dx, dw, None, None, None
+        dx = _Conv.apply(dy, weight, g, backend, _Asked(asked.first)) if need[0] else None
+        dw = _WeightGrad.apply(dy, x, g, backend, _Asked(asked.second)) if need[1] else None
+        return dx, dw, None, None, None, None
 
 
 class _WeightGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gathered: Tensor, linear: Tensor, geometry: Geometry, backend: str):
+    def forward(ctx, gathered: Tensor, linear: Tensor, geometry: Geometry, backend: str, asked: _Asked = _NOTHING):
         ctx.save_for_backward(gathered, linear)
-        ctx.geometry, ctx.backend = geometry, backend
-        return primitives.weight_grad(Operand(gathered), Operand(linear), geometry, backend)
+        ctx.geometry, ctx.backend, ctx.asked = geometry, backend, asked
+        return _laid(primitives.weight_grad(Operand(gathered), Operand(linear), geometry, backend), asked.result)
 
     @staticmethod
     def backward(ctx, dw: Tensor):
@@ -84,18 +109,19 @@ class _WeightGrad(torch.autograd.Function):
             d_gathered = _ConvTranspose.apply(linear, dw, g, (gathered.shape[2], gathered.shape[3]), backend)
         if need[1]:
             d_linear = _Conv.apply(gathered, dw, g, backend)
-        return d_gathered, d_linear, None, None
+        return d_gathered, d_linear, None, None, None
 
 
-def formula(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+def formula(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
     """The chain's output as a differentiable function, to any order, of `x` and `tensors`."""
     for i, block in enumerate(plan.blocks):
         t = of_block(tensors, i)
+        asked = _Asked(None, None if i else layout.input_grad, layout.weight_grads[i])
         if block.transposed:
             size = block.output_size(x.shape[2], x.shape[3])
-            y = _ConvTranspose.apply(x, t.weight, block.geometry, size, block.backend)
+            y = _ConvTranspose.apply(x, t.weight, block.geometry, size, block.backend, asked)
         else:
-            y = _Conv.apply(x, t.weight, block.geometry, block.backend)
+            y = _Conv.apply(x, t.weight, block.geometry, block.backend, asked)
         z = y.to(stat_dtype(y))
         if t.bias is not None:
             z = z + t.bias.to(z.dtype)[:, None, None]
@@ -121,13 +147,17 @@ def _vector(v: Tensor | None, z: Tensor, default: float) -> Tensor | float:
     return default if v is None else v.to(z.dtype)[:, None, None]
 
 
-def gradients(plan: Plan, inputs: Sequence[Tensor | None], needs: Sequence[bool], da: Tensor) -> list[Tensor | None]:
+def gradients(
+    plan: Plan, layout: Layout, inputs: Sequence[Tensor | None], needs: Sequence[bool], da: Tensor
+) -> list[Tensor | None]:
     """Gradients of (x, *tensors) that are themselves differentiable with respect to `inputs` and `da`."""
     with torch.enable_grad():
         # Views, so that differentiation stops here even where one input is a function of another.
-        views = [t.view_as(t) if need and t is not None else t for t, need in zip(inputs, needs, strict=True)]
+        views = [
+            torch.ops.aten.alias(t) if need and t is not None else t for t, need in zip(inputs, needs, strict=True)
+        ]
         assert views[0] is not None
-        out = formula(plan, views[0], views[1:])
+        out = formula(plan, views[0], views[1:], layout)
         asked = [v for v, need in zip(views, needs, strict=True) if need and v is not None]
         found = iter(torch.autograd.grad(out, asked, da, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]

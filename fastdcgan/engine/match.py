@@ -18,6 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fastdcgan.activations import from_module
+from fastdcgan.checks import check_conv
 from fastdcgan.geometry import Geometry, pair
 from fastdcgan.spec import Block, Norm
 
@@ -209,6 +210,7 @@ def _pad_of(conv: nn.Conv2d | nn.ConvTranspose2d) -> tuple[list[int], str] | Non
 def block_of(found: FoundBlock, padded: bool, backend: str) -> Block:
     """The block as a chain takes it; `padded`: its padding is applied before the chain."""
     conv, norm = found.conv, found.norm
+    check_conv(conv)
     made = None
     if norm is not None:
         batch_stats = norm.training or (norm.running_mean is None and norm.running_var is None)
@@ -222,7 +224,8 @@ def block_of(found: FoundBlock, padded: bool, backend: str) -> Block:
         padding = (around[2], around[0])
     geometry = Geometry(pair(conv.kernel_size), pair(conv.stride), pair(padding), pair(conv.dilation), conv.groups)
     transposed = isinstance(conv, nn.ConvTranspose2d)
-    return Block(transposed, geometry, pair(conv.output_padding), made, act, slope, backend)
+    inplace = getattr(found.act, "inplace", False)
+    return Block(transposed, geometry, pair(conv.output_padding), made, act, slope, backend, inplace)
 
 
 def process_group(norm: nn.Module) -> Any:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdcgan import backends
+from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import autotune
 from fastdcgan.engine import autograd
+from fastdcgan.engine.program import Program
 from fastdcgan.spec import Block, BlockTensors, Boundaries, Plan
 
 KIND = "boundaries"  # of what the autotune cache keeps
+MOST_KNOWN = 1024  # chains that are kept: shapes may go on changing
 
 _known: dict[Any, Boundaries | None] = {}  # what the cache says, asked once
 
@@ -43,7 +47,9 @@ def _measured(rule: Plan, x: Tensor, tensors: Sequence[BlockTensors]) -> Plan:
         return rule  # processes would have to agree
     flat = [t for each in tensors for t in each]
     needs = [t is not None and t.requires_grad for t in (x, *flat)] if torch.is_grad_enabled() else []
-    problem = (rule.blocks, rule.stat_groups, x.shape, x.dtype, tuple(needs), tuple(t.weight.shape for t in tensors))
+    # A slope changes no time; and it may change all through a training.
+    blocks = tuple(replace(b, slope=ACTIVATIONS[b.act].default_slope) for b in rule.blocks)
+    problem = (blocks, rule.stat_groups, x.shape, x.dtype, tuple(needs), tuple(t.weight.shape for t in tensors))
     searching, key = autotune.may_search(x.device), (x.device, problem)
     if key not in _known or (searching and _known[key] is None):
         name, machine = repr(problem), autotune.machine(x.device)
@@ -51,6 +57,8 @@ def _measured(rule: Plan, x: Tensor, tensors: Sequence[BlockTensors]) -> Plan:
         if found is None and searching:
             found = fastest(rule, lambda plan: _work(plan, x.detach(), flat, needs), x.device)
             autotune.remember(KIND, machine, name, found._asdict())
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
         _known[key] = found
     found = _known[key]
     return rule if found is None else Plan(rule.blocks, rule.stat_groups, found, rule.channels_last)
@@ -88,7 +96,8 @@ def fastest(rule: Plan, work: Callable[[Plan], Callable[[], object]], device: to
 
 def _work(plan: Plan, x: Tensor, flat: Sequence[Tensor | None], needs: Sequence[bool]) -> Callable[[], object]:
     """A forward, and a backward if anything needs a gradient; no buffer is updated."""
-    program = autograd.Program(plan, direct=True)
+    program = Program(plan, direct=True)
+    layout = program.layout(x, flat)
     da: Tensor | None = None
 
     @torch.no_grad()
@@ -98,7 +107,7 @@ def _work(plan: Plan, x: Tensor, flat: Sequence[Tensor | None], needs: Sequence[
             out, _, states = autograd.forward(program, x, flat, needs)
             da = torch.ones_like(out) if da is None else da
             # The epilogue may write to the gradient that it is given.
-            autograd.backward(program, x, flat, states, needs, da.clone())
+            autograd.backward(program, layout, x.shape[2:], x, flat, states, needs, da.clone())
         else:
             autograd.forward(program, x, flat, None)
 

@@ -8,6 +8,7 @@ shape, strides and requires_grad of the tensors, autocast, grad mode, the backen
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from fastdcgan.dispatch import primitives, router
 from fastdcgan.engine import autograd, planner
 from fastdcgan.engine.double_backward import formula
 from fastdcgan.engine.match import Alone, FoundBlock, FoundChain, block_of, process_group, runs_blocks, segments
+from fastdcgan.engine.program import Program
 from fastdcgan.spec import Block, BlockTensors, Running, Update
 
 # Device types without autocast, which raise where they are asked whether it is on. A list, since Dynamo of torch 2.11
@@ -60,8 +62,9 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
 
 def _needs_every_module(x: Any) -> bool:
     """Whether the call is followed module by module: by global hooks, by tracers, by transforms that know PyTorch's own
-    functions but no chain (torch.func, forward-mode differentiation); or is of complex numbers, which none takes."""
-    if isinstance(x, Tensor) and x.is_complex():
+    functions but no chain (torch.func, forward-mode differentiation); or is of complex numbers or of another layout
+    (sparse, MKL-DNN's, nested), which none takes."""
+    if isinstance(x, Tensor) and (x.is_complex() or x.layout is not torch.strided or x.is_nested):
         return True
     if torch.compiler.is_compiling():
         return _has_any_global_hook()
@@ -123,7 +126,8 @@ def _watched(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, _BatchNorm):
         return _HOOKS + _NORM
     slopes = [row.slope_name for row in ACTIVATIONS.values() if row.slope_name in module.__dict__]
-    return (*_HOOKS, *slopes, *(["approximate"] if isinstance(module, nn.GELU) else []))
+    others = [name for name in ("approximate", "inplace") if name in module.__dict__]
+    return (*_HOOKS, *slopes, *others)
 
 
 def _copied(value: Any) -> Any:
@@ -229,21 +233,28 @@ class _Chain:
         if not isinstance(x, Tensor):
             raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
         found = self._found
+        tensors = [_tensors(b) for b in found.blocks]
+        given = [x, *(t for block in tensors for t in block)]
+        direct = primitives.unwatched(*given)
+        if not direct and not torch.compiler.is_compiling() and any(map(_knows_only_torch, given)):
+            for module in (m for block in found.blocks for m in block.modules()):
+                x = _call_alone(module, x, stat_groups)
+            return x
         unbatched = x.dim() == 3 and all(b.norm is None for b in found.blocks)
         if unbatched:
             x = x[None]
         if found.pad is not None:
             x = F.pad(x, found.pad[0], found.pad[1])
-        tensors = [_tensors(b) for b in found.blocks]
+        given[0] = x
         autocast = _autocast_dtype(x)
         backend = backends.select(backends.requested(), x.device.type, autocast or x.dtype)
         if recorder is not None and not torch.compiler.is_compiling():
             with router.recording() as routes:
-                out = self._run(x, tensors, stat_groups, boundaries, backend, autocast)
+                out = self._run(x, tensors, stat_groups, boundaries, backend, autocast, given if direct else None)
             for block, route in zip(found.blocks, routes, strict=False):
                 recorder.append(Record(block.conv, tuple(x.shape), compute_dtype(x), backend, route))
         else:
-            out = self._run(x, tensors, stat_groups, boundaries, backend, autocast)
+            out = self._run(x, tensors, stat_groups, boundaries, backend, autocast, given if direct else None)
         return out[0] if unbatched else out
 
     def _run(
@@ -254,10 +265,10 @@ class _Chain:
         boundaries: str,
         backend: str,
         autocast: torch.dtype | None,
+        given: list[Tensor | None] | None,
     ) -> Tensor:
-        given = [x, *(t for block in tensors for t in block)]
-        planned, direct = None, primitives.unwatched(*(t for t in given if t is not None))
-        if direct:
+        planned = None
+        if given is not None:  # x and the tensors, and nobody watches
             key = (
                 x.stride(), stat_groups, boundaries, backend, torch.is_grad_enabled(), autocast,
                 router.settings(backend), *(process_group(norm) for norm in self._norms),
@@ -267,12 +278,22 @@ class _Chain:
         if planned is None:
             padded = self._found.pad is not None
             blocks = [block_of(b, padded and i == 0, backend) for i, b in enumerate(self._found.blocks)]
-            planned = Planned(blocks, x, tensors, stat_groups, boundaries, direct)
-            if direct:
+            planned = Planned(blocks, x, tensors, stat_groups, boundaries, given is not None)
+            if given is not None:
                 if len(self._plans) >= _PLANS:
                     self._plans.clear()
                 self._plans[key] = planned
         return planned(x, tensors, [_running(b.norm, t) for b, t in zip(self._found.blocks, tensors, strict=True)])
+
+
+def _knows_only_torch(t: Tensor | None) -> bool:
+    """Whether a tensor is of a class with a `__torch_dispatch__` of its own, and so of PyTorch's operators alone."""
+    if t is None:
+        return False
+    kind = type(t)
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith(
+        "torch._subclasses"
+    )
 
 
 def _of(module: nn.Module, stored: dict[str, Any], name: str) -> Any:
@@ -356,7 +377,7 @@ class Planned:
         checks.check_chain(blocks, stat_groups, x, [v for t in tensors for v in t], casts_weights)
         alone = all(b.norm is None or b.norm.process_group is None for b in blocks)
         self._empty = alone and x.shape[0] == 0
-        self._program = autograd.Program(planner.plan(blocks, x, tensors, stat_groups, boundaries), direct)
+        self._program = Program(planner.plan(blocks, x, tensors, stat_groups, boundaries), direct)
 
     def _cast(self, x: Tensor, tensors: Sequence[BlockTensors]) -> tuple[Tensor, Sequence[BlockTensors]]:
         if self._dtype is None:
@@ -370,21 +391,24 @@ class Planned:
         program = self._program
         x, tensors = self._cast(x, tensors)
         flat = [v for t in tensors for v in t]
-        stat_groups = program.plan.stat_groups
         if self._empty:  # as PyTorch: an empty output, zero gradients, running statistics as they were
             for r in running:
                 if r is not None and r.num_batches is not None:
-                    r.num_batches.add_(stat_groups)
-            return formula(program.plan, x, flat)
-        out, stats = autograd.run(program, x, flat)
-        updates = [
-            _update(t, r, s, stat_groups)
-            for t, r, s in zip(tensors, running, stats, strict=True)
-            if r is not None and s is not None
-        ]
+                    r.num_batches.add_(program.plan.stat_groups)
+            return formula(program.plan, x, flat, program.layout(x, flat))
+        return autograd.run(program, x, flat, functools.partial(self._update_running, tensors, running))
+
+    def _update_running(
+        self, tensors: Sequence[BlockTensors], running: Sequence[Running | None], found: Sequence[Tensor]
+    ) -> None:
+        program, waiting, updates = self._program, iter(found), []
+        for block, t, r in zip(program.plan.blocks, tensors, running, strict=True):
+            if block.norm is not None and block.norm.batch_stats:
+                stats = next(waiting)
+                if r is not None:
+                    updates.append(_update(t, r, stats, program.plan.stat_groups))
         if updates:
             program.run.update_all_running(updates)
-        return out
 
 
 def _update(t: BlockTensors, r: Running, stats: Tensor, stat_groups: int) -> Update:

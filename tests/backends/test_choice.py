@@ -126,6 +126,7 @@ def test_the_choice_holds_for_all_threads() -> None:
         ("reference", "reference reference"),
         ("cudnn", "ValueError unknown backend 'cudnn': expected 'auto' or one of"),
         ("triton", "Unavailable backend 'triton'"),
+        ("", "cpu auto" if fastdcgan.backends()["cpu"] == "available" else "reference auto"),
     ],
 )
 def test_the_environment_variable(value: str, expected: str) -> None:

@@ -8,7 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdcgan
 from fastdcgan import backends
@@ -394,6 +397,43 @@ def test_opcheck_of_the_others(backend: str, monkeypatch: pytest.MonkeyPatch) ->
     ]
     for op, call in calls:
         opcheck_of(op, call, monkeypatch)
+
+
+ONES = st.tuples(*[st.sampled_from((1, 2, 3))] * 4)
+LAYOUTS = st.sampled_from(("contiguous", "channels_last", "permuted"))
+
+
+def laid(layout: str, *shape: int, seed: int) -> Tensor:
+    x = random(*shape, dtype=torch.float32, seed=seed)
+    if layout == "permuted":
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return x if layout == "contiguous" else channels_last(x)
+
+
+@given(shape=ONES, kernel=st.sampled_from((1, 3)), features=st.sampled_from((1, 2)), layouts=st.tuples(*[LAYOUTS] * 3))
+@settings(max_examples=60)
+def test_fakes_have_the_strides_of_what_runs(
+    shape: tuple[int, ...], kernel: int, features: int, layouts: tuple[str, ...], backend: str
+) -> None:
+    g = Geometry((kernel, kernel), (1, 1), (kernel // 2, kernel // 2))
+    x, weight = laid(layouts[0], *shape, seed=1), laid(layouts[1], features, shape[1], kernel, kernel, seed=2)
+    y, coef = laid(layouts[2], shape[0], features, *shape[2:], seed=3), coef_of(4, 1, features, torch.float32)
+
+    def results(x: Tensor, weight: Tensor, y: Tensor, coef: Tensor) -> list[Tensor]:
+        contractions = [
+            *primitives.conv(Operand(x), weight, g, Epilogue("stats"), backend),
+            *primitives.conv_transpose(
+                Operand(y, None, coef, ACT, SLOPE), weight, g, (x.shape[2], x.shape[3]), STORE, backend
+            ),
+            primitives.weight_grad(Operand(x), Operand(y), g, backend),
+        ]
+        passes = [Operand(y, None, coef, ACT, SLOPE), Operand(y.clone(), y, coef, ACT, SLOPE)]
+        return [*contractions, *(primitives.norm_act(a, backend) for a in passes)]
+
+    with FakeTensorMode() as mode:
+        fakes = results(*map(mode.from_tensor, (x, weight, y, coef)))
+    for fake, real in zip(fakes, results(x, weight, y, coef), strict=True):
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
 def test_an_unknown_backend_is_named_in_the_error() -> None:

@@ -298,6 +298,22 @@ def test_whole_networks(make: type, on_auto: Own, clock: Measuring) -> None:
     assert all("measured: own" in row.why for row in rows)
 
 
+def test_what_is_kept_stays_small(on_auto: Own, clock: Measuring, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slope that changes makes no new entry, and shapes that go on changing not ever more."""
+    monkeypatch.setattr(planner, "MOST_KNOWN", 4)
+    monkeypatch.setattr(router, "MOST_ROUTES", 20)
+    model = twin(discriminator())
+    with fastdcgan.backend("auto"):
+        for slope in (0.1, 0.2, 0.3):
+            model[1].negative_slope = slope
+            model(numbers(4, 3, 16, 16))
+        assert len(planner._known) == 1
+        for batch in range(1, 8):
+            model(numbers(batch, 3, 16, 16))
+            assert len(planner._known) <= 4
+            assert len(router._routes) <= 20
+
+
 def test_boundaries_are_measured_one_by_one(on_auto: Own, clock: Measuring) -> None:
     """A clock to which the fastest plan has the first boundary finished and the last block's dy stored nowhere."""
 

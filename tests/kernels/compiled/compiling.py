@@ -26,7 +26,7 @@ ARCHITECTURES = tuple(tiles.KNOWN)  # 80, 90, 100
 TENSOR_CORES = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma|mma\.sync"}
 
 
-class _Driver:
+class Driver:
     """All that Triton's way to a launch asks of a GPU's driver before the launch."""
 
     def __init__(self, arch: int) -> None:
@@ -93,7 +93,7 @@ def compiled(call: Callable[[], object], arch: int) -> list[Compiled]:
         )
 
     with (
-        mock.patch.object(triton.runtime.driver, "_active", _Driver(arch)),
+        mock.patch.object(triton.runtime.driver, "_active", Driver(arch)),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(tiles, "device_of", return_value=tiles.KNOWN[arch]),
         torch.backends.cudnn.flags(allow_tf32=True),

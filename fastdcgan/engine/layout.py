@@ -1,0 +1,66 @@
+"""The strides that the plain modules give their output and their gradients: those of a chain are the same.
+
+PyTorch's convolution decides on one memory format from the strides of its input and its weight
+(`spec.format_of_torch`), for its output and its gradients. Normalisations and activations keep it, and make contiguous
+what is both formats at once, unless an activation works in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdcgan.spec import Block, Plan, format_of_torch, of_block, says_channels_last, strides_in
+
+Strides = tuple[int, ...]
+_Backend = torch._C._ConvBackend  # type: ignore[attr-defined]
+_SLOW = (_Backend.Slow2d, _Backend.SlowTranspose2d)
+
+
+class Layout(NamedTuple):
+    """Strides of a chain's output, of its input's gradient, and of the gradients of its weights."""
+
+    out: Strides
+    input_grad: Strides
+    weight_grads: tuple[Strides, ...]
+
+
+def layout(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> Layout:
+    """The layout for `x` [N, C, H, W] and the blocks' tensors, one after another."""
+    shape: Sequence[int] = x.shape
+    said, input_grad, weight_grads = says_channels_last(x), None, []
+    for i, block in enumerate(plan.blocks):
+        weight = of_block(tensors, i).weight
+        format = format_of_torch(said, weight)
+        if input_grad is None:
+            input_grad = strides_in(shape, format)
+        alike = format == torch.channels_last and _keeps_contiguous(block, x, shape, weight)
+        weight_grads.append(strides_in(weight.shape, torch.contiguous_format if alike else format))
+        channels = weight.shape[1] * block.geometry.groups if block.transposed else weight.shape[0]
+        shape = (x.shape[0], channels, *block.output_size(shape[2], shape[3]))
+        one_choice = channels > 1 and not (shape[2] == 1 and shape[3] == 1)
+        if not one_choice and (block.norm is not None or (block.act != "identity" and not block.inplace)):
+            format = torch.contiguous_format
+        out = strides_in(shape, format)
+        said = says_channels_last(torch.empty_strided(shape, out, device="meta"))
+    assert input_grad is not None
+    return Layout(out, input_grad, tuple(weight_grads))
+
+
+def _keeps_contiguous(block: Block, x: Tensor, shape: Sequence[int], weight: Tensor) -> bool:
+    """Whether PyTorch's own loops run the convolution, which go by the weight's strides for its gradient, and those are
+    contiguous where both would do."""
+    if not weight.is_contiguous() or says_channels_last(weight) or torch.compiler.is_compiling():
+        return False
+    if not weight.is_contiguous(memory_format=torch.channels_last):
+        return False
+    g, one = block.geometry, x.new_empty(1).expand(*shape)  # nothing but its shape is read
+    return (
+        torch._C._select_conv_backend(
+            one, weight, None, g.stride, g.padding, g.dilation, block.transposed, block.output_padding, g.groups, None
+        )
+        in _SLOW
+    )
