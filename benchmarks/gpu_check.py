@@ -39,7 +39,6 @@ ROOT = Path(__file__).resolve().parent.parent
 REPORT_S = 15.0  # for the last part
 TILES = 10  # of the CUDA contractions, with and without early launch: a process each
 PROCESS_S = 20.0  # for one of them
-BOUNDED_WAITS = "-DFASTDCGAN_BOUNDED_WAITS"  # a kernel that waits for what never comes traps, and says where
 CAPTURES = ("tests/test_gan_step.py", "tests/test_capture.py")
 
 # Seconds and parts of each visit, in this order: the most telling first, float32 last.
@@ -143,14 +142,14 @@ class Check:
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # an allocator's pool would hide accesses out of bounds
         alone = {"PYTHONPATH": os.pathsep.join([str(self.without_triton), *self.path])}
         return [
-            Part("build", 600, {"build": self._build()}, environment={"NVCC_APPEND_FLAGS": BOUNDED_WAITS}),
+            Part("build", 600, {"build": self._build()}, environment={"FASTDCGAN_BOUNDED_WAITS": "1"}),
             self._part("doctor", 20, "doctor"),
             Part("capture", 40, self._tests(*CAPTURES), environment=alone),
             Part("tiles", 65, self._tiles(), each_s=PROCESS_S),
             self._step("cuda-step", 50, 128, HEADLINE, environment=alone),
             Part("cuda-tests", 60, self._tests("tests", *(f"--ignore={path}" for path in CAPTURES)), environment=alone),
             Part("memcheck", 45, self._sanitized(), environment=uncached),
-            Part("compile", 60, self._shares(self._worker("compile"))),
+            Part("compile", 60, {"compile": self._worker("compile")}),
             Part("smoke", 45, self._shares(self._kernels(self.compiled))),
             self._step("step-128", 50, 128, HEADLINE, STEP),
             self._step("step-1024", 55, 1024, STEP),
@@ -207,7 +206,7 @@ class Check:
         has the others."""
         # What fails is named as it does (-v, over the project's -q): the end may not be reached.
         options = ["-vv", "-rf", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-        options += ["--import-mode=importlib", "-W", "error:fastdcgan leaves:RuntimeWarning"]
+        options += ["--import-mode=importlib", "-W", "error:fastdcgan:RuntimeWarning"]
         options += ["-m", "device", "-k", "not inductor and not compiled_networks", "--ignore=tests/kernels"]
         # A dry run shows that they are found on this device; `make test` is what runs them there.
         how = ["--collect-only", "-q"] if self.dry else self._parallel()

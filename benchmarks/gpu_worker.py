@@ -9,11 +9,9 @@ import argparse
 import itertools
 import os
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -40,7 +38,6 @@ from fastdcgan.benchmarks.runners import StepRunner
 from fastdcgan.benchmarks.shapes import Block, NetShape, inputs
 from fastdcgan.dispatch import router
 from fastdcgan.fuse import fuse
-from fastdcgan.spec import Call
 
 SHAPE = NetShape()
 DRY_SHAPE = NetShape(16, ngf=8, ndf=8)
@@ -65,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command(run, *timed, "--case")
     command(_contractions, *timed)
     command(_kernels, "--backend", "--tiles", "--early", "--share")
-    command(_compile, "--share")
+    command(_compile)
     command(_smallest)
     command(_report, "file", "plot")
     args = parser.parse_args(arguments)
@@ -116,44 +113,27 @@ def _kernels(args: argparse.Namespace, device: torch.device) -> int:
             _say("this tile is for GPUs of compute capability 9.0")
             return 0
     checked = kernel_check.check(backends.get(args.backend), device, args.tiles, tuple(args.share), args.dry, _say)
-    _say(f"{checked.count} checked; {'; '.join(checked.wrong) or 'all right'}")
+    _say(f"{checked.count} checked, {len(checked.wrong)} wrong; {'; '.join(checked.wrong[:3])}")
     return int(bool(checked.wrong) or not checked.count)
 
 
 def _compile(args: argparse.Namespace, device: torch.device) -> int:
-    """Compile a share of the Triton kernels that the timings need, into Triton's cache."""
-    own = backends.get("triton" if device.type == "cuda" else "cpu")
+    """Compile the Triton kernels of the timings side by side, into Triton's cache."""
+    name = "triton" if device.type == "cuda" else "cpu"
     shape, batches = (DRY_SHAPE, (2,)) if args.dry else (SHAPE, (128, 32, 1024))
-    share, of = args.share
-    done: set[str] = set()
-    route = router.route
-
-    def run(call: Call, backend: str) -> router.Route:
-        name = _kind(call)
-        if zlib.crc32(name.encode()) % of == share and name not in done:
-            done.add(name)
-            for algorithm in own.algorithms(call.op):
-                if algorithm.why_not(call) is None:
-                    algorithm.run(call, None)
-        return route(call, backend)
-
-    for layer, part in itertools.product(_wide_layers(shape), PARTS):
-        run(call_of(layer, part, *tensors(layer, batches[0], device, "bf16")), device.type)
-    with mock.patch.object(router, "route", run), backends.backend(device.type):
+    own = backends.get(name)
+    with backends.backend(name), router.compiling_ahead(name) as compiles:
         for batch, peer in itertools.product(batches, ("fused", "train")):
             data = [inputs(shape, batch)]
             StepRunner(peers.PEERS[peer], shape.nets(), data, device, torch.bfloat16, graph=False)()
-    if share == 0:
+        for layer, part in itertools.product(_wide_layers(shape), PARTS):
+            call = call_of(layer, part, *tensors(layer, batches[0], device, "bf16"))
+            for algorithm in own.algorithms(call.op):
+                if algorithm.why_not(call) is None:
+                    algorithm.run(call, None)
         _pass_over(own, device)
-    _say(f"{len(done)} kinds of calls")
+    _say("compiled" if compiles else f"the backend {name!r} compiles nothing")
     return 0
-
-
-def _kind(call: Call) -> str:
-    """What sets a call's kernels apart from others', the batch left out."""
-    operands = [call.a, *([call.b] if call.op == "weight_grad" else [])]
-    forms = [(tuple(a.x.shape[1:]), a.y is None, a.coef is None) for a in operands]
-    return repr((call.op, forms, call.size, call.epilogue.kind))
 
 
 # --- ceilings --------------------------------------------------------------------------------------------------------

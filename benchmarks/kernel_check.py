@@ -81,8 +81,9 @@ def check(
             found.count += 1
             try:
                 error = peers.distance(_results(algorithm.run(call, tile)), exact)
-            except RuntimeError as failure:  # the others go on, as far as the device does
-                found.wrong.append(f"{what}: {failure}")
+            # Any error of a kernel is a fact to report, and the others go on, as far as the device does.
+            except Exception as failure:
+                found.wrong.append(f"{what}: {type(failure).__name__}: {failure}")
                 continue
             if not error <= allowed:
                 found.wrong.append(f"{what}: {error:.2e} from float64, expected at most {allowed:.2e}")

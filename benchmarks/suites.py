@@ -45,14 +45,14 @@ def device_settings(device: torch.device, search: bool = True) -> Iterator[None]
 
 @contextlib.contextmanager
 def left_out() -> Iterator[list[str]]:
-    """Inside a `with`, what the router says when an algorithm can't run here: with all of ours left out, a row would
-    look as if nothing were wrong."""
+    """Inside a `with`, what we warn of when a kernel can't run here: with all of ours left out, a row would look as if
+    nothing were wrong."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", "fastdcgan leaves", RuntimeWarning)
+        warnings.filterwarnings("always", "fastdcgan", RuntimeWarning)
         yield found
     for each in caught:
-        if issubclass(each.category, RuntimeWarning) and str(each.message).startswith("fastdcgan leaves"):
+        if issubclass(each.category, RuntimeWarning) and str(each.message).startswith("fastdcgan"):
             found.append(str(each.message))
         else:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)

@@ -53,7 +53,7 @@ def test_what_is_wrong_is_named() -> None:
     assert len(found.wrong) == found.count > 0
     assert "own conv none none (8, 16) bf16: " in found.wrong[0] and "from float64, expected at most" in found.wrong[0]
     found = check(Own(error=RuntimeError("an illegal instruction")), (0, 40))
-    assert found.wrong[0].endswith(": an illegal instruction") and len(found.wrong) == found.count
+    assert found.wrong[0].endswith(": RuntimeError: an illegal instruction") and len(found.wrong) == found.count
 
 
 @pytest.fixture
