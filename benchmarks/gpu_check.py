@@ -112,7 +112,8 @@ class Check:
         # The libraries of our own that the parts are about.
         self.own, self.compiled = ("cpu", "cpu") if dry else ("cuda", "triton")
         self.processes = 2 if dry else min(12, max(1, (os.cpu_count() or 1) * 3 // 4))
-        self.work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+        self.folder = tempfile.TemporaryDirectory(prefix="gpu-check-")
+        self.work = Path(self.folder.name)
         self.path = [str(package_in(self.work / "tree")), str(ROOT)]
         self.without_triton = self.work / "without_triton"
         self.without_triton.mkdir()
@@ -151,7 +152,7 @@ class Check:
             Part("memcheck", 45, self._sanitized(), environment=uncached),
             Part("compile", 60, {"compile": self._worker("compile")}),
             Part("smoke", 45, self._shares(self._kernels(self.compiled))),
-            self._step("step-128", 50, 128, HEADLINE, STEP),
+            self._step("step-128", 50, 128, STEP),
             self._step("step-1024", 55, 1024, STEP),
             self._step("step-32", 35, 32, STEP),
             self._step("graphs", 40, 128, GRAPHS, environment={"FASTDCGAN_BACKEND": self.compiled}),
@@ -178,9 +179,9 @@ class Check:
     def _timing(self, batch: int, seconds: float) -> tuple[str, ...]:
         return "--batch", str(4 if self.dry else batch), "--seconds", str(seconds / 6 if self.dry else seconds)
 
-    def _step(self, name: str, limit_s: float, batch: int, *cases: Sequence[str], **settings: Any) -> Part:
-        chosen = [word for case in ((DRY_CASE,) if self.dry else cases) for word in ("--case", *case)]
-        return self._part(name, limit_s, "step", *self._timing(batch, 6), *chosen, **settings)
+    def _step(self, name: str, limit_s: float, batch: int, case: Sequence[str], **settings: Any) -> Part:
+        timing = self._timing(batch, 6)
+        return self._part(name, limit_s, "step", *timing, "--case", *(DRY_CASE if self.dry else case), **settings)
 
     def _shares(self, command: Sequence[str]) -> dict[str, list[str]]:
         """A command whose work is shared by processes, since what takes its time is a compiler."""
@@ -242,7 +243,7 @@ class Check:
                 report = self._worker("report", str(path), str(path.with_suffix(".png")))
                 self._run_part(Part("report", REPORT_S, {"report": report}, required=False), REPORT_S)
             self._summary(path, time.monotonic() - began)
-        shutil.rmtree(self.work)
+        self.folder.cleanup()
         return int(any(outcome.bad for outcome in self.outcomes))
 
     def _run_part(self, part: Part, limit_s: float) -> float:

@@ -74,7 +74,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "plot": {"type": Path},
     "--batch": {"type": int, "required": True},
     "--seconds": {"type": float, "required": True, "help": "to time a case for"},
-    "--case": {"nargs": "+", "action": "append", "required": True, "help": "a dtype, then peers; repeatable"},
+    "--case": {"nargs": "+", "required": True, "help": "a dtype, then peers"},
     "--backend": {"required": True},
     "--tiles": {"type": int, "nargs": "+", "help": "numbers of tiles (default: the rule's choice)"},
     "--early": {"choices": ("on", "off"), "default": "on", "help": "early launch"},
@@ -190,12 +190,14 @@ def _say(text: str) -> None:
 def _step(args: argparse.Namespace, device: torch.device) -> int:
     found = _empty(args, device)
     shape = DRY_SHAPE if args.dry else SHAPE
-    for dtype, *names in args.case:
-        contest = suites.Contest(names, device, dtype, _say)
-        case = suites.run_step(contest, shape, args.batch, _timing(args))
-        _add(found, [case], args.file)
-        contest.profile(case)  # which may fail in ways of its own: what was measured is written
-        found.write(args.file)
+    dtype, *names = args.case
+    contest = suites.Contest(names, device, dtype, _say)
+    case = suites.run_step(contest, shape, args.batch, _timing(args))
+    if backends.requested() != "auto":
+        case.name += f" on {backends.requested()}"
+    _add(found, [case], args.file)
+    contest.profile(case)  # which may fail in ways of its own: what was measured is written
+    found.write(args.file)
     return int(bool(found.bad))
 
 
@@ -203,10 +205,10 @@ def _blocks(args: argparse.Namespace, device: torch.device) -> int:
     found = _empty(args, device)
     shape = DRY_SHAPE if args.dry else SHAPE
     blocks = shape.generator() + shape.discriminator()
-    for dtype, *names in args.case:
-        for block in blocks[1:3] if args.dry else blocks:
-            contest = suites.Contest(names, device, dtype)
-            _add(found, suites.run_block(contest, block, args.batch, _timing(args)), args.file)
+    dtype, *names = args.case
+    for block in blocks[1:3] if args.dry else blocks:
+        contest = suites.Contest(names, device, dtype)
+        _add(found, suites.run_block(contest, block, args.batch, _timing(args)), args.file)
     return int(bool(found.bad))
 
 

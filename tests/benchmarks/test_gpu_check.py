@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ def made(tmp_path: Path, asked: Sequence[str], dry: bool) -> Iterator[gpu_check.
     check = gpu_check.Check(tmp_path, dry, asked)
     with contextlib.closing(check.log):
         yield check
-    shutil.rmtree(check.work)
+    check.folder.cleanup()
 
 
 def chosen(tmp_path: Path, *asked: str) -> dict[str, Part]:
