@@ -114,7 +114,8 @@ class Check:
         self.processes = 2 if dry else min(12, max(1, (os.cpu_count() or 1) * 3 // 4))
         self.folder = tempfile.TemporaryDirectory(prefix="gpu-check-")
         self.work = Path(self.folder.name)
-        self.path = [str(package_in(self.work / "tree")), str(ROOT)]
+        inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        self.path = [str(package_in(self.work / "tree")), str(ROOT), *inherited]
         self.without_triton = self.work / "without_triton"
         self.without_triton.mkdir()
         (self.without_triton / "triton.py").write_text("raise ModuleNotFoundError('this part does without Triton')\n")

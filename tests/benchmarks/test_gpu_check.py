@@ -60,6 +60,12 @@ def test_an_unknown_part_is_refused_in_one_line(tmp_path: Path, capsys: pytest.C
     assert "there is no part 'racecheck': expected one of first, second, build, doctor" in capsys.readouterr().err
 
 
+def test_nothing_is_built_where_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, ran in (([], True), (["--no-build"], False)):
+        assert gpu_check.main(["--dry", "--parts", "build", "--out", str(tmp_path), *more]) == 0
+        assert ("== build: ok" in capsys.readouterr().out) == ran
+
+
 def test_what_the_parts_run(tmp_path: Path) -> None:
     parts = chosen(tmp_path)
     tiles = parts["tiles"]
