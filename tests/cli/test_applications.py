@@ -95,7 +95,10 @@ def test_runs_that_held_nothing_out(place: Path, tmp_path: Path, capsys: pytest.
     saved = checkpoint.load(checkpoint.find(place / "run"))
     saved.state["config"]["holdout"] = 0
     checkpoint.save(tmp_path / "seen.safetensors", saved)
-    assert main(["features", str(tmp_path / "seen.safetensors"), "--fit", "--out", str(tmp_path / "out")]) == 0
+    seen, data = str(tmp_path / "seen.safetensors"), str(place / "images")
+    assert main(["features", seen, "--fit", "--out", str(tmp_path / "out")]) == 2
+    assert "name them" in capsys.readouterr().err  # a checkpoint's word is not enough
+    assert main(["features", seen, data, "--fit", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "The networks have seen the test images too" in said
     assert "% of 12 test images right" in said
@@ -224,7 +227,6 @@ def test_wrong_checkpoints(name: str, which: str, message: str, bad: Path, capsy
         ("features @run --augment --per-class 1", "per_class is 1"),
         ("features @run --augment --per-class 16", "the smallest class has 15 images"),
         ("evaluate @run @nowhere", "is no folder, and no built-in set"),
-        ("evaluate @run @images/a", "has no classes"),
         ("evaluate @run @broken", "could be read"),
         ("evaluate @run --count 3", "--count is 3"),
         (f"style @run @nowhere.png {PICTURE}", "there is no picture"),

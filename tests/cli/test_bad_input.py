@@ -70,8 +70,8 @@ def colour_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("inpaint RUN --share 1", "--share is 1.0: expected more than 0 and below 1"),
         # Where to write to
         ("sample RUN --out file/a.png", "file"),
-        ("sample RUN --out empty", "--out is empty: expected a file .png, .npy or .npz, or a folder with --separate"),
-        ("sample RUN --out samples.jpg", "--out is samples.jpg: expected a file .png, .npy or .npz"),
+        ("sample RUN --out empty", "--out is empty: expected the name of a file .png, .npy or .npz"),
+        ("sample RUN --out samples.jpg", "--out is samples.jpg: expected the name of a file .png, .npy or .npz"),
         ("sample RUN --separate --out broken", "broken has something in it: expected a new or an empty folder"),
         ("sample RUN --separate --out file", "file has something in it: expected a new or an empty folder"),
         ("sample RUN --as-folder --out file", "file"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdcgan.dcgan import CheckpointError, Images, TrainConfig, Trainer, checkpoint
+from fastdcgan.dcgan import CheckpointError, Images, TrainConfig, Trainer, checkpoint, tensor_files
 
 
 def test_checkpoint_appears_whole_or_not_at_all(
@@ -24,7 +24,7 @@ def test_checkpoint_appears_whole_or_not_at_all(
         Path(target).write_bytes(before[:1000])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", disk_full)
+    monkeypatch.setattr(tensor_files, "save_file", disk_full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(path, trainer._checkpoint())
     assert path.read_bytes() == before

@@ -44,7 +44,7 @@ def test_evaluation_of_a_run(
     paths = sorted((Path(config.out) / "checkpoints").iterdir())
     found = evaluation.evaluate(paths, yardstick, count=30)
     assert [e.step for e in found] == [2, 4]
-    real = evaluation.real_images(split, yardstick, 60)
+    real = evaluation.real_images(yardstick, 60)
     assert real.frechet < 0.1 * min(e.frechet for e in found)
     assert real.precision > 0.8
     assert all(e.precision < 0.5 for e in found)
