@@ -142,8 +142,8 @@ def load_newest(place: str | Path, *parts: str) -> tuple[Path, Checkpoint]:
         except DamagedCheckpoint as error:
             damaged.append(error)
         else:
-            for error in damaged:
-                say(f"Passed over: {error}")
+            for reason in damaged:
+                say(f"Passed over: {reason}")
             return path, found
     raise damaged[0]
 
