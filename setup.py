@@ -12,6 +12,7 @@ Environment:
     TORCH_CUDA_ARCH_LIST   GPU architectures (default: those of the GPUs here, or DEFAULT_CUDA_ARCHITECTURES)
     FASTDCGAN_FORCE_CUDA   1: build the CUDA extension without looking for a CUDA torch; fail where that fails
     FASTDCGAN_SKIP_CUDA    1: no CUDA extension
+    FASTDCGAN_BOUNDED_WAITS  1: kernels that wait for what never comes give up and say where (for gpu-check)
     FASTDCGAN_SKIP_CPU     1: no C++ CPU extension
 """
 
@@ -312,16 +313,27 @@ def cuda_extension() -> Extension:
     cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME")  # a torch without CUDA has looked for none
     major, minor = STABLE_ABI
     stable = [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000", "-DUSE_CUDA"]
+    bounded = ["-DFASTDCGAN_BOUNDED_WAITS"] if enabled(os.environ, "FASTDCGAN_BOUNDED_WAITS") else []
     extension = CUDAExtension(
         "fastdcgan._cuda",
         sources("cuda", ".cu", ".cpp"),
         include_dirs=[str(ROOT / "csrc")],
         depends=headers(),
-        extra_compile_args={"cxx": ["-O2", *stable], "nvcc": ["-O3", *stable]},
+        extra_compile_args={"cxx": ["-O2", *stable], "nvcc": ["-O3", *stable, *bounded]},
     )
     if torch.version.cuda is None:  # FASTDCGAN_FORCE_CUDA: such a torch has neither of these, a CUDA torch brings them
         extension.libraries = [x for x in extension.libraries if x not in ("c10_cuda", "torch_cuda")]
+        extension.extra_link_args = ["-Wl,--no-as-needed", empty_library("libtorch_cuda.so")]
     return extension
+
+
+def empty_library(name: str) -> str:
+    """An empty shared library; what is linked with it asks for the real one of this name when it is loaded."""
+    path = ROOT / "build" / "empty" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-shared", "-o", path, f"-Wl,-soname,{name}", "-x", "c", os.devnull], check=True)
+    return str(path)
 
 
 def build_one(name: str) -> None:

@@ -82,7 +82,10 @@ def cases(request: Request, show: Callable[[str, str], None]) -> Iterator[Case]:
         for batch in request.batches or [sizes.batch]:
             if "step" in wanted:
                 say = functools.partial(show, f"step {shape.image_size}x{shape.image_size}, batch {batch}, {dtype}")
-                yield suites.run_step(suites.Contest(names, device, dtype, say), shape, batch, step_timing)
+                contest = suites.Contest(names, device, dtype, say)
+                case = suites.run_step(contest, shape, batch, step_timing)
+                contest.profile(case)
+                yield case
             if "folder" in wanted:
                 show(f"training from a folder, batch {batch}, {dtype}", "making files, decoding them, timing")
                 yield run_end_to_end(shape, batch, device, dtype, step_timing)
@@ -90,7 +93,9 @@ def cases(request: Request, show: Callable[[str, str], None]) -> Iterator[Case]:
                 images = Pix2PixShape(shape.image_size, width=shape.ngf)
                 say = functools.partial(show, f"pix2pix, batch {batch}, {dtype}")
                 contest = suites.Contest(_without_whole(names, "pix2pix"), device, dtype, say)
-                yield suites.run_pix2pix(contest, images, batch, step_timing)
+                case = suites.run_pix2pix(contest, images, batch, step_timing)
+                contest.profile(case)
+                yield case
             if "blocks" in wanted:
                 able = _block_peers(request, names)
                 for block in _blocks(shape, sizes):

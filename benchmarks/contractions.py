@@ -26,6 +26,13 @@ Call = Callable[[], Tensor]
 
 def run_layer(block: Block, batch: int, device: torch.device, dtype: str, timing: harness.Timing) -> list[Case]:
     """A case for each part: a row for PyTorch's, and one for each algorithm of a backend that can run it."""
+    x, w, dy = tensors(block, batch, device, dtype)
+    with device_settings(device):
+        return [_case(block, part, x, w, dy, dtype, timing) for part in PARTS]
+
+
+def tensors(block: Block, batch: int, device: torch.device, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Random input, weight and gradient of the output, channels_last."""
     torch.manual_seed(0)
     shapes = (
         (batch, block.in_channels, block.in_size, block.in_size),
@@ -38,8 +45,7 @@ def run_layer(block: Block, batch: int, device: torch.device, dtype: str, timing
         torch.randn(shape).to(device, peers.DTYPES[dtype]).contiguous(memory_format=torch.channels_last)
         for shape in shapes
     )
-    with device_settings(device):
-        return [_case(block, part, x, w, dy, dtype, timing) for part in PARTS]
+    return x, w, dy
 
 
 def _case(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor, dtype: str, timing: harness.Timing) -> Case:
@@ -48,7 +54,7 @@ def _case(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor, dtype: str,
         exact = _library(block, part, x.double(), w.double(), dy.double())()
     allowed = peers.tolerance(peers.distance([library().double()], [exact]), x.dtype, 0)
     rows, calls = [Row(LIBRARY, "PyTorch's", dtype)], {LIBRARY: library}
-    for name, call in _own(block, part, x, w, dy).items():
+    for name, call in _own(call_of(block, part, x, w, dy)).items():
         row = Row(name, name, dtype, tolerance=allowed)
         rows.append(row)
         try:
@@ -78,16 +84,20 @@ def _library(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor) -> Call:
     return lambda: torch.ops.aten.convolution_backward(dy, x, w, None, *places, mask)[mask.index(True)]
 
 
-def _own(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor) -> dict[str, Call]:
-    """A call by the name of every algorithm that can run it."""
+def call_of(block: Block, part: str, x: Tensor, w: Tensor, dy: Tensor) -> spec.Call:
+    """One of the `PARTS` as the router gets it."""
     geometry = Geometry((block.kernel,) * 2, (block.stride,) * 2, (block.padding,) * 2)
     if part == "weight gradient":
         gathered, linear = (dy, x) if block.transposed else (x, dy)
-        call = spec.Call("weight_grad", Operand(gathered), Operand(linear), geometry, geometry.kernel)
-    else:
-        a, out = (x, dy) if part == "forward" else (dy, x)
-        op = "conv_transpose" if block.transposed == (part == "forward") else "conv"
-        call = spec.Call(op, Operand(a), w, geometry, (out.shape[2], out.shape[3]))
+        return spec.Call("weight_grad", Operand(gathered), Operand(linear), geometry, geometry.kernel)
+    a, out = (x, dy) if part == "forward" else (dy, x)
+    op = "conv_transpose" if block.transposed == (part == "forward") else "conv"
+    return spec.Call(op, Operand(a), w, geometry, (out.shape[2], out.shape[3]))
+
+
+def _own(call: spec.Call) -> dict[str, Call]:
+    """A call by the name of every algorithm that can run it."""
+    x = call.a.x
     able = [name for name, reason in backends.reasons(x.device.type, x.dtype).items() if reason is None]
     own = [algorithm for name in able for algorithm in backends.get(name).algorithms(call.op)]
     return {a.name: functools.partial(_run, a, call) for a in own if a.why_not(call) is None}

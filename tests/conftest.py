@@ -4,7 +4,8 @@ A plain `pytest` runs neither what is marked `compiles` nor what is marked `slow
 runs whole: `pytest tests` runs everything.
 
 FASTDCGAN_TEST_THREADS  CPU threads (1 by default: the tensors are small, and waiting threads take time from each other)
-HYPOTHESIS_PROFILE      "fixed" (the default: the same examples on every run) or "explore" (new ones, more of them)
+HYPOTHESIS_PROFILE      "fixed" (the same examples on every run), "device" (the same, but few: the default on a GPU)
+                        or "explore" (new ones, more of them)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hypothesis import HealthCheck, settings
 import fastdcgan
 from tests.cuda_on_cpu.host_programs import needs_compiler
 from tests.helpers import twins
-from tests.machine import DEVICE, ROOT, backends_here
+from tests.machine import DEVICE, DEVICE_EXAMPLES, ROOT, backends_here
 
 QUICK = "not compiles and not slow"
 LONG = ("compiles", "slow", "interpreter")
@@ -31,7 +32,8 @@ SLOW_CALLS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
 settings.register_profile("fixed", deadline=None, derandomize=True, database=None, suppress_health_check=SLOW_CALLS)
 settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=SLOW_CALLS)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+settings.register_profile("device", settings.get_profile("fixed"), max_examples=DEVICE_EXAMPLES)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed" if DEVICE.type == "cpu" else "device"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # float32 means float32 here, for the vanilla modules and for ours; TF32 has tests of its own.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True  # so that PyTorch's own gradients have the same bits each time
     if config.args_source is not pytest.Config.ArgsSource.ARGS and not (
         config.option.markexpr or config.option.keyword
     ):
@@ -68,6 +71,16 @@ def _asks_for_the_device(item: pytest.Function) -> bool:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"device: {DEVICE}", *(f"backend {name}: {status}" for name, status in fastdcgan.backends().items())]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """After a kernel has trapped, nothing runs on the GPU in this process: a worker ends, and another takes over."""
+    if report.failed and DEVICE.type == "cuda" and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -104,10 +117,10 @@ def _same_random_numbers() -> None:
 
 @pytest.fixture
 def fresh_memory_is_nan() -> Iterator[None]:
-    """An output that is not wholly written keeps NaNs."""
-    torch.use_deterministic_algorithms(True)
+    """An output that is not wholly written keeps NaNs. (What isn't deterministic on a GPU is another matter.)"""
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        assert torch.empty(3).isnan().all()
+        assert torch.empty(3, device=DEVICE).isnan().all()
         yield
     finally:
         torch.use_deterministic_algorithms(False)

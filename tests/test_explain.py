@@ -62,13 +62,13 @@ def test_what_is_fused(device: torch.device) -> None:
     assert rows["main.0"].pattern == "ConvTranspose2d + BatchNorm2d + ReLU"
     assert rows["main.12"].pattern == "ConvTranspose2d + Tanh"
 
-    rows = rows_of(fastdcgan.fuse(UNet()))
+    rows = rows_of(fastdcgan.fuse(UNet()).to(device))
     inside = "model.model.1.model.3.model.3.model."
     assert rows[inside + "1"].pattern == "Conv2d + ReLU"
     assert rows[inside + "3"].pattern == "ConvTranspose2d + BatchNorm2d"
     assert rows["model.model.0"].why == "no BatchNorm2d, activation or other block next to it"
 
-    rows = rows_of(fastdcgan.fuse(resnet_generator()))
+    rows = rows_of(fastdcgan.fuse(resnet_generator()).to(device))
     assert rows["10.conv_block.5"].pattern == "Conv2d + BatchNorm2d"
     assert all(row.fused for row in rows.values())
 

@@ -152,10 +152,10 @@ def test_layers_make_a_chain(device: torch.device) -> None:
         return fastdcgan.unfuse(nn.Sequential(*up))
 
     assert_fuses_right(factory, (4, 5, 1, 1), device)
-    model = FusedSequential(fastdcgan.fuse(factory()))
+    model = FusedSequential(fastdcgan.fuse(factory())).to(device)
     rows = fastdcgan.explain(model)
     assert [row.name for row in rows] == ["0.0.conv", "0.1.conv"]
-    out = model(torch.randn(4, 5, 1, 1))
+    out = model(torch.randn(4, 5, 1, 1, device=device))
     assert "Chain" in out.grad_fn.name()
     assert all(fn is None or "Chain" not in fn.name() for fn, _ in out.grad_fn.next_functions)
 

@@ -176,6 +176,17 @@ def test_architectures_of_the_gpus_here(
     assert build.architectures_for(capabilities) == architectures
 
 
+@pytest.mark.parametrize("bounded", [False, True])
+def test_waits_are_bounded_where_that_is_asked_for(
+    build: ModuleType, bounded: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FASTDCGAN_BOUNDED_WAITS", str(int(bounded)))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    flags = build.cuda_extension().extra_compile_args["nvcc"]
+    assert ("-DFASTDCGAN_BOUNDED_WAITS" in flags) == bounded
+
+
 def test_capabilities_have_their_macros(build: ModuleType) -> None:
     for name, flags in build.CAPABILITIES.items():
         assert f"-DCPU_CAPABILITY={name.upper()}" in flags and f"-DCPU_CAPABILITY_{name.upper()}" in flags

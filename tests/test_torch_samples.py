@@ -88,7 +88,7 @@ def through_a_layer(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, s
     first, second = weight.shape[0], weight.shape[1] * groups
     channels = (second, first) if name == "conv2d" else (first, second)
     conv = CONVS[name](*channels, tuple(weight.shape[2:]), bias=bias is not None, **settings)
-    net = fastdcgan.FusedSequential(conv, nn.LeakyReLU(1.0))
+    net = fastdcgan.FusedSequential(conv, nn.LeakyReLU(1.0)).to(x.device)
     alone = any(extra >= stride for extra, stride in zip(conv.output_padding, conv.stride, strict=True))
     assert [row.fused for row in fastdcgan.explain(net)] == ([False, False] if alone else [True])
     return functional_call(net, {"0.weight": weight} if bias is None else {"0.weight": weight, "0.bias": bias}, (x,))

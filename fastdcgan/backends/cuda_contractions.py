@@ -141,9 +141,14 @@ class _Contraction:
         return in_format_of_torch(out, call.a.x, call.b), vectors
 
 
+def problem(call: Call) -> cuda_tiles.Problem:
+    """The matrix products that a call is."""
+    return _Contraction(call).problem()
+
+
 def tiles(call: Call) -> list[cuda_tiles.Choice]:
     """The tiles that tuning compares for a call."""
-    return cuda_tiles.shortlist(_Contraction(call).problem(), cuda_tiles.device_of(call.a.x.device))
+    return cuda_tiles.shortlist(problem(call), cuda_tiles.device_of(call.a.x.device))
 
 
 def run(ops: Any, call: Call, tile: cuda_tiles.Choice | None = None) -> Any:

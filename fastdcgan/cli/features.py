@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 
 from fastdcgan.checks import Range, printable
-from fastdcgan.cli.options import add_checkpoint, add_labelled_data, add_number, add_out, add_seed, folder_to_fill
+from fastdcgan.cli.options import add_checkpoint, add_data, add_number, add_out, add_seed, folder_to_fill
 from fastdcgan.dcgan import augmentation, distributed, feature_report, trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
-    add_labelled_data(parser)
+    add_data(parser, "a folder (for all but --export with a folder for each class), or a built-in set")
     parser.add_argument("--export", action="store_true", help="write features.npz; done if nothing else is asked for")
     parser.add_argument("--fit", action="store_true", help="fit a linear SVM on the training part: classifier.npz")
     parser.add_argument(
@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     device = distributed.choose_device(args.device)
     nets = trained.load_trained(args.checkpoint, device)
-    data = args.data or nets.config.data
+    data = nets.images(args.data)
     layers, pool = args.layers.split(",") if args.layers else None, args.pool or None
     extractor = feature_report.extractor_of(nets, layers, pool, args.search_steps)
     settings = augmentation.Settings(args.per_class, args.draws, seed=args.seed)
     if args.fit or args.eval or args.augment:
-        split = feature_report.load_split(data, nets.config)
+        split = feature_report.load_split(data, nets)
     folder_to_fill(args.out)
     if args.export or not (args.fit or args.eval or args.augment):
         feature_report.export(extractor, data, nets.config, device, args.out / "features.npz")

@@ -15,7 +15,7 @@ from fastdcgan.cli.options import add_checkpoint, add_number, add_out, add_seed
 from fastdcgan.dcgan import distributed, inpainting, masks, trained
 from fastdcgan.dcgan.console import Bar, say, wrote
 from fastdcgan.dcgan.data import held_out, load_images
-from fastdcgan.dcgan.files import mark_written, new_folder, replacing
+from fastdcgan.dcgan.files import check_suffix, mark_written, new_folder, replacing
 from fastdcgan.dcgan.images import encoded, save_numbered, to_pixels
 from fastdcgan.dcgan.trained import Trained
 from fastdcgan.images import normalize_images
@@ -56,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.out.suffix != ".png":
-        raise ValueError(f"--out is {args.out}: expected the name of a file .png")
+    check_suffix(args.out, ".png", name="--out")
     run = trained.load_trained(args.checkpoint, distributed.choose_device(args.device), args.ema)
     size = run.config.image_size
     known = masks.make(args.mask, size, args.count, share=args.share, seed=args.seed)
@@ -107,8 +106,8 @@ def _images(run: Trained, args: argparse.Namespace) -> tuple[Tensor, Tensor | No
     """The images to fill in [N, C, H, W], and the mean of those that the run was trained on, where they are of its own
     data."""
     config = run.config
-    data = args.images or config.data
-    array = load_images(data, config.image_size, config.channels, cache_folder=args.cache or config.cache or None).array
+    data = run.images(args.images)
+    array = load_images(data, config.image_size, config.channels, cache_folder=args.cache).array
     numbers, mean = np.arange(len(array)), None
     if args.images is None:
         unseen = held_out(len(array), config.holdout)

@@ -9,6 +9,7 @@ from fastdcgan.checks import AMOUNT, Range
 from fastdcgan.cli.options import add_checkpoint, add_number
 from fastdcgan.dcgan import distributed, interpolation, trained
 from fastdcgan.dcgan.console import wrote
+from fastdcgan.dcgan.files import check_suffix
 from fastdcgan.dcgan.images import save_image
 
 _SEEDS = ["0", "1", "2", "3", "4"]
@@ -43,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = args.out or Path("walk.png" if args.arithmetic is None else "arithmetic.png")
-    kinds = (".png", ".gif") if args.arithmetic is None else (".png",)
-    if out.suffix not in kinds:
-        raise ValueError(f"--out is {out}: expected the name of a file {' or '.join(kinds)}")
+    check_suffix(out, ".png", *([".gif"] if args.arithmetic is None else []), name="--out")
     if args.arithmetic is not None and args.steps is not None:
         raise ValueError("--steps is of a walk: expected none with --arithmetic")
     if args.arithmetic is None and args.noise is not None:
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         points = interpolation.latents(generator.nz, args.seeds or _SEEDS)
         how = {} if args.steps is None else {"steps": args.steps}
-        if out.suffix == ".gif":
+        if out.suffix.lower() == ".gif":
             interpolation.save_walk(generator, points, out, **how)
         else:
             save_image(interpolation.walk_sheet(generator, points, **how), out)

@@ -18,12 +18,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def add_labelled_data(parser: argparse.ArgumentParser) -> None:
-    """DATA, images with classes."""
-    parser.add_argument(
-        "data", metavar="DATA", nargs="?", help="a folder (with a folder for each class), or mnist, digits "
-        "[default: what the run was trained on]"
-    )  # fmt: skip
+def add_data(parser: argparse.ArgumentParser, what: str) -> None:
+    """DATA, the images to work with."""
+    parser.add_argument("data", metavar="DATA", nargs="?", help=f"{what} [default: what the run was trained on]")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

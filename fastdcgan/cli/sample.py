@@ -9,6 +9,7 @@ from fastdcgan.checks import Range, printable
 from fastdcgan.cli.options import add_device, add_number, add_seed
 from fastdcgan.dcgan import distributed, sampling, trained
 from fastdcgan.dcgan.console import wrote
+from fastdcgan.dcgan.files import check_suffix
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,14 +59,14 @@ def run(args: argparse.Namespace) -> int:
         sampling.write_classes(generators, args.count, out, **how)
         wrote(out)
         return 0
-    if not in_folder and out.suffix not in (".png", ".npy", ".npz"):
-        raise ValueError(f"--out is {out}: expected a file .png, .npy or .npz, or a folder with --separate")
+    if not in_folder:
+        check_suffix(out, ".png", ".npy", ".npz", name="--out")
     run = trained.load_trained(args.checkpoint, device, args.ema)
     if args.as_folder:
-        out /= Path(run.config.data).name
+        out /= _name(run)
     if in_folder:
         sampling.write_files(run.generator, args.count, out, **how)
-    elif out.suffix == ".png":
+    elif out.suffix.lower() == ".png":
         sampling.write_grid(run.generator, args.count, out, **how)
     else:
         sampling.write_array(run.generator, args.count, out, **how)
@@ -74,6 +75,16 @@ def run(args: argparse.Namespace) -> int:
     else:
         wrote(out)
     return 0
+
+
+def _name(run: trained.Trained) -> str:
+    """The last part of what the run was trained on. It is the checkpoint that says so, so it may be anything."""
+    name = Path(run.config.data).name
+    if name in ("", ".."):
+        raise ValueError(
+            f"{run.path} was trained on {run.config.data!r}: expected the name of a folder for --as-folder"
+        )
+    return name
 
 
 def _places(pairs: list[str]) -> dict[str, str]:

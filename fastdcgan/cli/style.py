@@ -8,6 +8,7 @@ from pathlib import Path
 from fastdcgan.checks import AMOUNT, Range
 from fastdcgan.cli.options import add_checkpoint, add_number, add_out, add_seed, file_to_write
 from fastdcgan.dcgan import console, distributed, images, pictures, style, trained
+from fastdcgan.dcgan.files import check_suffix
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_suffix(args.out, ".png", name="--out")
     device = distributed.choose_device(args.device)
     nets = trained.load_trained(args.checkpoint, device)
     channels = nets.discriminator.channels

@@ -1,36 +1,49 @@
 """Checkpoints: one safetensors file with all tensors of a run, and everything else as JSON in its header.
 
-Nothing in it is pickled, so loading one runs no code of whoever wrote it. It appears whole or not at all.
+Nothing in it is pickled, so loading one runs no code of whoever wrote it. It appears whole or not at all, and has a
+checksum.
 
     generator/KEY, discriminator/KEY           the networks' state_dicts
     ema/KEY                                    the average of the generator's, where a run keeps one
     optimizer_g/INDEX/KEY, optimizer_d/...     Adam's moments
     random/NAME                                states of the random generators
+    metrics/NAME                               what the next line of metrics.csv has so far
+
+Whoever made a checkpoint doesn't decide where anything is read or written: a run's folder is known by its record, a
+file beside the checkpoints that has the run's number, which its checkpoints have too, and what it is trained on.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastdcgan.dcgan.files import replacing
+from fastdcgan.dcgan import tensor_files
+from fastdcgan.dcgan.console import say
+from fastdcgan.dcgan.files import read_text, write
+from fastdcgan.dcgan.tensor_files import CHECKSUM, Damaged
 
 FORMAT = "fastdcgan-checkpoint"
-VERSION = 1
-_NAME = re.compile(r"step-(\d+)\.safetensors")
+VERSION = 2  # 1 had no checksum, and counted the position in an epoch in batches
+_RECORD = "run.json"
+_NAME = re.compile(r"step-(\d{1,12})\.safetensors")
 
 
 class CheckpointError(RuntimeError):
-    """A file that is no checkpoint, or is damaged; the message names it."""
+    """A file that is no checkpoint, is damaged, or can't be used; the message names it."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A file that can't be read as it was written."""
 
 
 @dataclass
@@ -52,18 +65,14 @@ class Checkpoint:
         saved = optimizer.state_dict()
         tensors = {f"{index}/{key}": value for index, s in saved["state"].items() for key, value in s.items()}
         self.add(name, tensors)
-        # A learning rate is a tensor where a CUDA graph reads it.
-        self.state[name] = [
-            {key: float(value) if isinstance(value, Tensor) else value for key, value in group.items()}
-            for group in saved["param_groups"]
-        ]
 
     def load_optimizer(self, name: str, optimizer: Optimizer) -> None:
+        """Load the moments. Everything else is as `optimizer` was made: a checkpoint doesn't decide on it."""
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in self.part(name).items():
             index, entry = key.split("/", 1)
             state.setdefault(int(index), {})[entry] = value
-        optimizer.load_state_dict({"state": state, "param_groups": self.state[name]})
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         # Files hold no memory format: moments lie as their parameters do, as they did when Adam made them.
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -76,10 +85,8 @@ class Checkpoint:
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` to `path`, atomically."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
     metadata = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(checkpoint.state)}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    tensor_files.write(path, checkpoint.tensors, metadata)
 
 
 def load(path: str | Path, *parts: str) -> Checkpoint:
@@ -88,25 +95,122 @@ def load(path: str | Path, *parts: str) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path} is no checkpoint of fastdcgan")
-            if metadata.get("version") != str(VERSION):
-                raise CheckpointError(f"{path} has the version {metadata.get('version')}: expected {VERSION}")
-            prefixes = tuple(f"{part}/" for part in parts) or ""
-            tensors = {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}  # noqa: SIM118
-            return Checkpoint(tensors, json.loads(metadata["state"]))
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged, or no checkpoint: {error}") from error
+        tensors, metadata = tensor_files.read(path, *(f"{part}/" for part in parts))
+    except Damaged as error:
+        raise DamagedCheckpoint(f"{path} is damaged, or no checkpoint: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of fastdcgan")
+    version = metadata.get("version")
+    if version not in ("1", str(VERSION)):
+        raise CheckpointError(f"{path} has the version {version}: expected {VERSION}")
+    if version != "1" and CHECKSUM not in metadata:
+        raise DamagedCheckpoint(f"{path} is damaged: it has no checksum")
+    state = _state(metadata)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} has no state of a run")
+    if version == "1":
+        _count_in_images(state)
+    return Checkpoint(tensors, state)
+
+
+def _state(metadata: dict[str, str]) -> Any:
+    try:
+        return json.loads(metadata.get("state", ""))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _count_in_images(state: dict[str, Any]) -> None:
+    """Take what version 1 says for what this one says."""
+    data, config = state.get("data"), state.get("config")
+    if isinstance(data, dict) and isinstance(config, dict):
+        batches, size = data.get("position"), config.get("batch_size")
+        if isinstance(batches, int) and isinstance(size, int):
+            data["position"] = batches * size
+
+
+def load_newest(place: str | Path, *parts: str) -> tuple[Path, Checkpoint]:
+    """`load` a checkpoint file, or the newest in a run's folder that is not damaged. Raises CheckpointError."""
+    newest = find(place)
+    paths = [newest] if Path(place).is_file() else all_of(place)[::-1]
+    damaged: list[DamagedCheckpoint] = []
+    for path in paths:
+        try:
+            found = load(path, *parts)
+        except DamagedCheckpoint as error:
+            damaged.append(error)
+        else:
+            for reason in damaged:
+                say(f"Passed over: {reason}")
+            return path, found
+    raise damaged[0]
 
 
 def load_weights(net: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load a network's part, with an error that names the file."""
+    """Load a network's part. Raises CheckpointError, before anything of `net` is changed, for one that doesn't fit."""
+    check_weights(net, state, path)
+    net.load_state_dict(state)
+
+
+def check_weights(net: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Raise CheckpointError unless `state` is right for `net`, which may be on "meta"."""
     try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit this network: {' '.join(str(error).split())}") from error
+        tensor_files.check(state, net.state_dict())
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not fit this network: {error}") from error
+
+
+# --- a run's folder --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run's folder says of itself: the run's number, and the images that it is trained on."""
+
+    run: str | None
+    data: str
+
+
+def write_record(run: Path, record: Record) -> None:
+    write(run / _RECORD, json.dumps({"run": record.run, "data": record.data}))
+
+
+def record_of(path: Path, state: dict[str, Any]) -> Record | None:
+    """The record of the folder that the checkpoint `path` is in, if that is the folder of its own run; else None.
+
+    Runs of version 1 have no record and no number: then it is what the checkpoint says.
+    """
+    run = run_of(path)
+    if run is None:
+        return None
+    try:
+        found = json.loads(read_text(run / _RECORD))
+        record = Record(str(found["run"]), str(found["data"]))
+    except FileNotFoundError:
+        config = state.get("config")
+        data = config.get("data") if isinstance(config, dict) else None
+        record = Record(None, data if isinstance(data, str) else "")
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        say(f"{run / _RECORD} can't be read: so it is not known whose run {run} has")
+        return None
+    return record if record.run == state.get("run") else None
+
+
+def run_of(path: str | Path) -> Path | None:
+    """The folder that has `path` among its checkpoints, if it has. Links are not followed: it is the one named."""
+    path = Path(os.path.abspath(path))
+    return path.parent.parent if path.parent.name == folder("").name and _NAME.fullmatch(path.name) else None
+
+
+def check_own(paths: Sequence[Path], run: str | None) -> None:
+    """Raise CheckpointError if one of the checkpoints is of another run."""
+    for path in paths:
+        state = _state(tensor_files.read_metadata(path))
+        other = state.get("run") if isinstance(state, dict) else None
+        if other not in (None, run):
+            raise CheckpointError(f"{path} is of another run than what is to go on beside it: expected another out")
 
 
 def folder(run: str | Path) -> Path:
@@ -120,7 +224,7 @@ def path_at(run: str | Path, step: int) -> Path:
 def all_of(run: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = (path for path in folder(run).glob("step-*.safetensors") if _NAME.fullmatch(path.name))
-    return sorted(found, key=step_of)
+    return sorted(filter(Path.is_file, found), key=step_of)
 
 
 def step_of(path: Path) -> int:

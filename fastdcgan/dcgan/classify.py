@@ -7,6 +7,7 @@ cross-validation on the training part.
 from __future__ import annotations
 
 import warnings
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ REGULARISATIONS = (0.1, 1.0, 10.0)  # C, for features of mean squared length 1
 _FOLDS = 3
 _MOST_TO_CHOOSE_BY = 1000  # labels; more hardly change the choice
 _ITERATIONS = 2000
+_MOST_BYTES = 2**30  # of a classifier
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,18 @@ class LinearSVM:
         try:
             if not Path(path).is_file():  # from a pipe it would wait for ever
                 raise ValueError("there is no such file")
+            with zipfile.ZipFile(path) as archive:  # few bytes may say that they are many
+                size = sum(member.file_size for member in archive.infolist())
+            if size > _MOST_BYTES:
+                raise ValueError(f"{size} bytes when unpacked, of at most {_MOST_BYTES}")
             with np.load(path, allow_pickle=False) as saved:
                 weight, bias, classes = (saved[name] for name in ("weight", "bias", "classes"))
                 if weight.dtype.kind + bias.dtype.kind + classes.dtype.kind not in ("ffi", "ffu"):
                     raise ValueError(f"weight {weight.dtype}, bias {bias.dtype}, classes {classes.dtype}")
                 if weight.ndim != 2 or not bias.shape == classes.shape == weight.shape[:1]:
                     raise ValueError(f"weight {weight.shape}, bias {bias.shape}, classes {classes.shape}")
+                if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+                    raise ValueError("values that are not finite")
                 return cls(weight, bias, classes, float(saved["c"]))
         except Exception as error:  # whatever a damaged archive, or one with other things in it, makes numpy raise
             raise ValueError(f"{path} is no classifier: {error or type(error).__name__}") from error

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from fastdcgan.dcgan.models import PROJECTIONS, Discriminator, Generator
+from fastdcgan.dcgan.tensor_files import check_tensor
 
 _CONV = "blocks.project.conv.weight"
 _LINEAR = "blocks.project.conv.linear.weight"
@@ -24,12 +25,21 @@ def load_example_state_dict(net: Generator | Discriminator, state_dict: Mapping[
     """Load a state_dict of PyTorch's DCGAN example: `main.0.weight`, ... (of DataParallel: `module.main.0.weight`).
 
     The example's networks have 64 pixels; networks of other sizes that are written in its style load too.
-    Raises RuntimeError, as `load_state_dict` does, for missing or unexpected keys and for other shapes.
+    Raises RuntimeError, as `load_state_dict` does, for missing or unexpected keys and for other shapes; TypeError for
+    what are no tensors by name, ValueError for tensors that are no real, finite numbers. Then `net` stays as it was.
     """
+    for key, value in state_dict.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise TypeError(f"{key!r} is of type {type(value).__name__}: expected tensors by their names")
     state = {key.removeprefix("module."): value for key, value in state_dict.items()}
     names = _example_names(net)
     renamed = {names.get(key, key): value for key, value in state.items()}
-    net.load_state_dict(convert_projection(renamed, _projection(net)))
+    state = convert_projection(renamed, _projection(net))
+    expected = net.state_dict()
+    for name in state.keys() & expected.keys():
+        if state[name].shape == expected[name].shape:  # else it is for `load_state_dict` to say
+            check_tensor(name, state[name], expected[name])
+    net.load_state_dict(state)
 
 
 def example_state_dict(net: Generator | Discriminator) -> dict[str, Tensor]:
@@ -42,6 +52,7 @@ def convert_projection(state_dict: Mapping[str, Tensor], projection: str) -> dic
     """The state_dict of a `Generator` for the other `projection`, "conv" or "linear"; one that fits already is copied.
 
     A linear weight [channels*base*base, nz] is the transposed convolution's weight [nz, channels, base, base].
+    Raises ValueError for an unknown `projection`, and for a linear weight that is none of that shape.
     """
     if projection not in PROJECTIONS:
         raise ValueError(f"projection is {projection!r}: expected one of {', '.join(PROJECTIONS)}")
@@ -50,8 +61,12 @@ def convert_projection(state_dict: Mapping[str, Tensor], projection: str) -> dic
         weight = state.pop(_CONV)
         state[_LINEAR] = weight.permute(1, 2, 3, 0).reshape(-1, weight.shape[0])
     elif projection == "conv" and _LINEAR in state:
-        weight, channels = state.pop(_LINEAR), len(state[_LINEAR_ROWS])
-        size = math.isqrt(len(weight) // channels)
+        weight, channels = state.pop(_LINEAR), len(state.get(_LINEAR_ROWS, ()))
+        size = math.isqrt(len(weight) // max(channels, 1))
+        if weight.dim() != 2 or len(weight) != channels * size * size:
+            raise ValueError(
+                f"{_LINEAR} has shape {list(weight.shape)} for {channels} channels: expected squares of them"
+            )
         state[_CONV] = weight.reshape(channels, size, size, -1).permute(3, 0, 1, 2).contiguous()
     return state
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+NEIGHBOUR = 3  # of each point that its ball reaches to, as in the paper's experiments
 _ROWS = 1024  # rows of the matrix of distances that are computed at a time
 
 
@@ -56,7 +58,7 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> PrecisionRecall:
+def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = NEIGHBOUR) -> PrecisionRecall:
     """Precision and recall of features [N, F] and [M, F].
 
     Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models" (2019), section 2.
@@ -77,6 +79,6 @@ def _share_within(points: Tensor, manifold: Tensor, k: int) -> float:
     return float(inside.float().mean())
 
 
-def _distances(a: Tensor, b: Tensor) -> list[Tensor]:
-    """Rows of distances. From differences, not by a matrix product, whose rounding hides small distances."""
-    return [torch.cdist(part, b, compute_mode="donot_use_mm_for_euclid_dist") for part in a.split(_ROWS)]
+def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """Rows of distances, some at a time. From differences, not by a matrix product, whose rounding hides small ones."""
+    return (torch.cdist(part, b, compute_mode="donot_use_mm_for_euclid_dist") for part in a.split(_ROWS))

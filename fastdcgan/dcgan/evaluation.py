@@ -1,30 +1,35 @@
 """How good a generator is, over the checkpoints of a run: Fréchet distance, precision and recall.
 
-Both are measured among the features of a small classifier that learns the labelled training images (`judge.py`), so
-that nothing has to be downloaded; the values compare runs on the same data, not with published ones. Inception's FID
+Both are measured among features, of which none have to be downloaded. Where the images have labels they are those of a
+small classifier that learns them (`judge.py`), and the values compare runs on the same data; else those of the run's
+own discriminator, and the values compare checkpoints of that run. Neither compares with published ones: Inception's FID
 comes from torch-fidelity, where that and its weights are installed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastdcgan.dcgan import checkpoint, images, judge, plots
+from fastdcgan.dcgan import images, judge, plots
+from fastdcgan.dcgan.checkpoint import DamagedCheckpoint
 from fastdcgan.dcgan.console import say
-from fastdcgan.dcgan.distances import Moments, frechet_distance, moments, precision_recall
-from fastdcgan.dcgan.feature_report import Split
-from fastdcgan.dcgan.features import extract
+from fastdcgan.dcgan.data import load_images
+from fastdcgan.dcgan.distances import NEIGHBOUR, Moments, frechet_distance, moments, precision_recall
+from fastdcgan.dcgan.feature_report import Split, load_split, test_part
+from fastdcgan.dcgan.features import FeatureExtractor, extract
 from fastdcgan.dcgan.files import replacing
 from fastdcgan.dcgan.sampling import sample
-from fastdcgan.dcgan.trained import load_generator
+from fastdcgan.dcgan.sources import NoClasses
+from fastdcgan.dcgan.trained import Trained, load_trained
 
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the file that torch-fidelity puts into torch's hub folder
 
@@ -42,10 +47,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What a generator is measured with: a classifier, and the held-out images and their features."""
+    """What a generator is measured with: a space of features, the held-out images and theirs, and the training images,
+    to show how good it can get."""
 
-    classifier: judge.Classifier
-    accuracy: float  # the classifier's, on the held-out images
+    space: str  # in words
+    extractor: Callable[[Tensor], Tensor]
+    accuracy: float | None  # of the classifier whose features they are, on the held-out images
+    train_pixels: np.ndarray
     pixels: np.ndarray
     features: np.ndarray
     moments: Moments
@@ -54,25 +62,65 @@ class Yardstick:
     @classmethod
     def make(cls, split: Split, cache: Path, device: torch.device) -> Yardstick:
         """Measure with a classifier of the training images, taken from the folder `cache` or put there."""
-        labels, test = split.data.labels, split.test
+        labels, test, pixels = split.data.labels, split.test, split.data.images.array
+        _check_count(test)
         net = judge.cached_classifier(
-            cache / "classifier.safetensors", split.train_pixels, labels[~test], len(split.data.classes), device=device
+            cache / "classifier.safetensors", pixels[~test], labels[~test], len(split.data.classes), device=device
         )
-        pixels = split.data.images.array[test]
-        features = extract(net.features, pixels, device)
-        return cls(net, judge.accuracy(net, pixels, labels[test], device), pixels, features, moments(features), device)
+        accuracy = judge.accuracy(net, pixels[test], labels[test], device)
+        space = f"a classifier that gets {100 * accuracy:.1f}% of these right"
+        return cls._measured(space, net.features, accuracy, pixels, test, device)
+
+    @classmethod
+    def without_labels(cls, pixels: np.ndarray, test: np.ndarray, trained: Trained, device: torch.device) -> Yardstick:
+        """Measure with a discriminator, by the means over its last map, among uint8 images [N, H, W, C] of which `test`
+        [N] are held out. It was trained against the generator: so this compares the checkpoints of one run."""
+        _check_count(test)
+        last = trained.discriminator.stages()[-2][0]
+        maps = FeatureExtractor(trained.discriminator, [last]).maps
+        space = f"the discriminator of step {trained.step}, by the means over its last map"
+        return cls._measured(space, lambda x: maps(x)[last].mean((2, 3)), None, pixels, test, device)
+
+    @classmethod
+    def _measured(
+        cls,
+        space: str,
+        extractor: Callable[[Tensor], Tensor],
+        accuracy: float | None,
+        pixels: np.ndarray,
+        test: np.ndarray,
+        device: torch.device,
+    ) -> Yardstick:
+        features = extract(extractor, pixels[test], device)
+        return cls(space, extractor, accuracy, pixels[~test], pixels[test], features, moments(features), device)
 
     def measure(self, pixels: np.ndarray, step: int | None = None, *, fid: bool = False) -> Evaluation:
         """uint8 images [N, H, W, C] against the held-out ones."""
-        features = extract(self.classifier.features, pixels, self.device)
+        features = extract(self.extractor, pixels, self.device)
         distance = frechet_distance(self.moments, moments(features))
         shares = precision_recall(self.features, features)
         score = inception_fid(self.pixels, pixels, self.device) if fid else None
         return Evaluation(step, distance, *shares, score)
 
 
+def _check_count(test: np.ndarray) -> None:
+    if test.sum() <= NEIGHBOUR:
+        raise ValueError(f"{test.sum()} of {len(test)} images are held out: expected at least {NEIGHBOUR + 1}")
+
+
+def load_yardstick(data: str, trained: Trained, cache: Path, device: torch.device) -> Yardstick:
+    """With a classifier where the images have labels, else with the run's discriminator. Raises as `load_images` does,
+    and ValueError for too few images."""
+    try:
+        return Yardstick.make(load_split(data, trained), cache, device)
+    except NoClasses as error:
+        say(f"{error}. So this measures with the run's discriminator, which needs no labels.")
+    pixels = load_images(data, trained.config.image_size, trained.config.channels).array
+    return Yardstick.without_labels(pixels, test_part(len(pixels), trained), trained, device)
+
+
 def evaluate(
-    paths: Iterable[Path],
+    paths: Sequence[Path],
     yardstick: Yardstick,
     *,
     count: int = 1000,
@@ -80,23 +128,30 @@ def evaluate(
     ema: bool = False,
     fid: bool = False,
 ) -> list[Evaluation]:
-    """`count` images of each checkpoint's generator (with `ema` of its moving average), from the same `z`s."""
+    """`count` images of each checkpoint's generator (with `ema` of its moving average), from the same `z`s. Of several
+    checkpoints a damaged one is passed over. Raises CheckpointError as `load_trained` does."""
     result = []
     for path in paths:
-        generator = load_generator(path, yardstick.device, ema)
-        step = checkpoint.load(path, "generator").state["step"]
-        found = yardstick.measure(images.to_pixels(sample(generator, count, seed)), step, fid=fid)
+        try:
+            trained = load_trained(path, yardstick.device, ema)
+        except DamagedCheckpoint as error:
+            if len(paths) == 1:
+                raise
+            say(f"Passed over: {error}")
+            continue
+        pixels = images.to_pixels(sample(trained.generator, count, seed))
+        found = yardstick.measure(pixels, trained.step, fid=fid)
         say(
-            f"step {step}: Fréchet distance {found.frechet:.3f}, precision {found.precision:.3f}, "
+            f"step {trained.step}: Fréchet distance {found.frechet:.3f}, precision {found.precision:.3f}, "
             f"recall {found.recall:.3f}"
         )
         result.append(found)
     return result
 
 
-def real_images(split: Split, yardstick: Yardstick, count: int, seed: int = 0, *, fid: bool = False) -> Evaluation:
+def real_images(yardstick: Yardstick, count: int, seed: int = 0, *, fid: bool = False) -> Evaluation:
     """What `count` real training images get: as good as it can be."""
-    pixels = split.train_pixels
+    pixels = yardstick.train_pixels
     chosen = np.random.RandomState(seed).permutation(len(pixels))[:count]
     return yardstick.measure(pixels[chosen], fid=fid)
 
@@ -159,6 +214,7 @@ def write(evaluations: Sequence[Evaluation], real: Evaluation, yardstick: Yardst
     """evaluation.json and evaluation.png in the folder `out`; `about` goes into the first."""
     result = {
         **about,
+        "features": yardstick.space,
         "held_out_images": len(yardstick.pixels),
         "classifier_accuracy": yardstick.accuracy,
         "training_images": asdict(real),

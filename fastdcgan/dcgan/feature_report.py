@@ -61,19 +61,24 @@ class Split:
         return self.data.images.array[~self.test]
 
 
-def load_split(data: str, config: TrainConfig) -> Split:
-    """A labelled set as the run's networks take it. Raises ValueError for a set without classes, or with a class of
+def load_split(data: str, trained: Trained) -> Split:
+    """A labelled set as the run's networks take it. Raises NoClasses for a set without classes, or with a class of
     less than two images for training, and what `load_images` raises."""
-    found = load_labelled(data, config.image_size, config.channels, cache_folder=config.cache or None)
-    test = held_out(len(found), config.holdout or _TEST_EVERY)
+    found = load_labelled(data, trained.config.image_size, trained.config.channels)
+    test = test_part(len(found), trained)
     for name, count in zip(found.classes, np.bincount(found.labels[~test], minlength=len(found.classes)), strict=True):
         if count < 2:
-            raise ValueError(f"the class {name} of {data} has {count} images to train on: expected at least 2")
+            raise NoClasses(f"the class {name} of {data} has {count} images to train on: expected at least 2")
     if not test.any():
-        raise ValueError(f"{data} has {len(test)} images: expected at least {config.holdout or _TEST_EVERY}")
-    if data == config.data and not config.holdout:
+        raise ValueError(f"{data} has {len(test)} images: expected at least {trained.config.holdout or _TEST_EVERY}")
+    if trained.has_seen(data) and not trained.config.holdout:
         say("The networks have seen the test images too, without their labels: the run held none out (--holdout).")
     return Split(found, test)
+
+
+def test_part(count: int, trained: Trained) -> np.ndarray:
+    """Which of `count` images are for testing: bool [count]. Those that the run held out, or else every fifth."""
+    return held_out(count, trained.config.holdout or _TEST_EVERY)
 
 
 def export(
@@ -81,14 +86,14 @@ def export(
 ) -> None:
     """Features of all images as an `.npz`: `features` float32 [N, F], and where there are classes `labels` int64 [N]
     and `classes`, the names."""
-    size, channels, folder = config.image_size, config.channels, config.cache or None
+    size, channels = config.image_size, config.channels
     images: Images
     more: dict[str, np.ndarray] = {}
     try:
-        found = load_labelled(data, size, channels, cache_folder=folder)
+        found = load_labelled(data, size, channels)
         images, more = found.images, {"labels": found.labels, "classes": np.array(found.classes)}
     except NoClasses:
-        images = load_images(data, size, channels, cache_folder=folder)
+        images = load_images(data, size, channels)
     classify.save_npz(path, features=extract(extractor, images.array, device), **more)
 
 
@@ -158,7 +163,7 @@ def write_comparison(scores: Sequence[classify.Score], trained: Trained, data: s
         "step": trained.step,
         "data": data,
         "test_images": int(split.test.sum()),
-        "held_out_of_training": bool(trained.config.holdout and data == trained.config.data),
+        "held_out_of_training": bool(trained.config.holdout and trained.has_seen(data)),
         "scores": [{**asdict(score), "mean": score.mean, "spread": score.spread} for score in scores],
     }
     for name, text in (("accuracy.json", json.dumps(result, indent=1)), ("accuracy.md", table)):

@@ -30,6 +30,15 @@ _NAME_BYTES = 200  # of the 255 that most file systems allow
 _MOST_BYTES = 2**26  # of a text that is read at once
 
 
+def check_suffix(path: Path, *suffixes: str, name: str = "path") -> None:
+    """Raise ValueError for a file to be written whose name says that it is of another kind; `name` is the argument's.
+    So no file has a name that programs would open it wrongly by."""
+    if path.suffix.lower() not in suffixes:
+        *others, last = suffixes
+        kinds = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{name} is {path}: expected the name of a file {kinds}")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the `with` ends well, on disk before it does; else it

@@ -141,7 +141,7 @@ def draw(run: Trained, out: Path, prefix: str) -> list[Picture]:
 def _unseen(run: Trained, count: int) -> torch.Tensor:
     """Evenly chosen images that the run held out of its data."""
     c = run.config
-    array = load_images(c.data, c.image_size, c.channels, cache_folder=c.cache or None).array
+    array = load_images(run.images(None), c.image_size, c.channels).array
     unseen = np.flatnonzero(held_out(len(array), c.holdout))
     return normalize_images(torch.from_numpy(array[unseen[np.linspace(0, len(unseen) - 1, count).astype(int)]]))
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastdcgan.dcgan.decoding import open_image
-from fastdcgan.dcgan.files import write
+from fastdcgan.dcgan.files import check_suffix, write
 
 _GIF_FRAMES = 100
 
@@ -70,7 +70,8 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """A PNG file, written atomically."""
+    """A PNG file, written atomically. Raises ValueError for the name of a file of another kind."""
+    check_suffix(path, ".png")
     write(path, encoded(image))
 
 
@@ -94,6 +95,8 @@ def save_gif(frames: Sequence[Path], path: Path, seconds: float = 8.0) -> None:
 
 
 def save_animation(pictures: Sequence[Image.Image], path: Path, milliseconds: int | list[int]) -> None:
-    """A GIF of pictures of one size that starts over and over, each shown that long, written atomically."""
+    """A GIF of pictures of one size that starts over and over, each shown that long, written atomically. Raises
+    ValueError for the name of a file of another kind."""
+    check_suffix(path, ".gif")
     first, *others = pictures
     write(path, encoded(first, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0))

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdcgan.dcgan import tensor_files
 from fastdcgan.dcgan.console import Bar, say
-from fastdcgan.dcgan.files import replacing
 from fastdcgan.dcgan.models import placed
 from fastdcgan.images import normalize_images
 from fastdcgan.layers import ConvBNLeakyReLU2d, FusedSequential
@@ -113,17 +111,17 @@ def cached_classifier(
     identity = {"format": _FORMAT, "version": _VERSION, "data": digest.hexdigest()}
     if path.is_file():
         try:
-            with safe_open(path, framework="pt") as file:
-                if file.metadata() == identity:
-                    net = Classifier(pixels.shape[3], classes)
-                    net.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-                    return placed(net, device).eval()
-        except (SafetensorError, OSError, RuntimeError) as error:
-            say(f"Training the classifier again: {path} can't be read: {error}")
-        else:
+            tensors, metadata = tensor_files.read(path)
+            if metadata.pop(tensor_files.CHECKSUM, None) is None:
+                raise ValueError("it has no checksum")
+            if metadata == identity:
+                net = Classifier(pixels.shape[3], classes)
+                tensor_files.check(tensors, net.state_dict())
+                net.load_state_dict(tensors)
+                return placed(net, device).eval()
             say(f"Training the classifier again: {path} was trained on other images")
+        except (tensor_files.Damaged, OSError, ValueError) as error:
+            say(f"Training the classifier again: {path} can't be read: {error}")
     net = train_classifier(pixels, labels, classes, device=device)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, identity)
+    tensor_files.write(path, net.state_dict(), identity)
     return net

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.dcgan.console import Bar
-from fastdcgan.dcgan.files import new_folder, replacing, writing
+from fastdcgan.dcgan.files import check_suffix, new_folder, replacing, writing
 from fastdcgan.dcgan.images import Sheet, encoded, save_numbered, to_pixels
 from fastdcgan.dcgan.models import Generator
 
@@ -59,10 +59,14 @@ def _row(nz: int, random: torch.Generator, truncation: float | None) -> Tensor:
 
 @torch.inference_mode()
 def batches(generator: Generator, count: int, seed: int = 0, truncation: float | None = None) -> Iterator[Tensor]:
-    """`sample` in parts: images [at most 64, C, H, W]."""
+    """`sample` in parts: images [at most 64, C, H, W]. Raises ValueError for values that are not finite, which would be
+    black."""
     device = next(generator.parameters()).device
     for z in _noise(generator.nz, count, seed, truncation):
-        yield generator(z.to(device)).float().cpu()
+        images = generator(z.to(device)).float().cpu()
+        if not images.isfinite().all():
+            raise ValueError("the generator's images have values that are not finite: its weights are out of range")
+        yield images
 
 
 def sample(generator: Generator, count: int, seed: int = 0, truncation: float | None = None) -> Tensor:
@@ -80,6 +84,7 @@ def write_grid(generator: Generator, count: int, path: Path, seed: int = 0, trun
     """One PNG picture of all images, row by row. Raises ValueError for more than `MOST_IN_A_GRID`."""
     if count > MOST_IN_A_GRID:
         raise ValueError(f"a grid of {count} images: expected at most {MOST_IN_A_GRID}; folders and arrays take more")
+    check_suffix(path, ".png")
     with replacing(path) as temporary:
         sheet = Sheet(count)
         for pixels in _pixels(generator, count, seed, truncation):
@@ -121,10 +126,11 @@ def write_classes(
 
 def write_array(generator: Generator, count: int, path: Path, seed: int = 0, truncation: float | None = None) -> None:
     """All images as numpy's uint8 [count, H, W, C]: a `.npy` file, or a compressed `.npz` with the key "images"."""
+    check_suffix(path, ".npy", ".npz")
     header = {"descr": "|u1", "fortran_order": False}
     size, channels = generator.image_size, generator.channels
     with writing(path) as file:
-        compressed = path.suffix == ".npz"
+        compressed = path.suffix.lower() == ".npz"
         archive = zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) if compressed else None
         target = archive.open("images.npy", "w", force_zip64=True) if archive else file
         try:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import signal
 import sys
 import threading
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdcgan.dcgan import checkpoint, console, distributed, files, images, plots
-from fastdcgan.dcgan.checkpoint import Checkpoint, CheckpointError
+from fastdcgan.dcgan import checkpoint, console, distributed, files, images, plots, trained
+from fastdcgan.dcgan.checkpoint import Checkpoint, CheckpointError, Record
 from fastdcgan.dcgan.config import KEPT, TrainConfig
 from fastdcgan.dcgan.console import Bar, say
 from fastdcgan.dcgan.data import Batches, Images, load_images, send
@@ -36,6 +38,7 @@ from fastdcgan.gan_step import GANStep
 from fastdcgan.optim import FusedAdam
 from fastdcgan.train_step import GradientPenalty, StepMetrics, unwrapped
 
+_SAMPLE = re.compile(r"step-(\d{8,12})\.png")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,7 +66,8 @@ class Trainer:
         self.config = config
         self.out = Path(config.out)
         # Before the processes join: after that the first one may write already.
-        self._found = checkpoint.all_of(self.out)
+        self._found, self._resumed = checkpoint.all_of(self.out), _resumed
+        self._run = uuid.uuid4().hex  # its number
         if self._found and not _resumed:
             raise ValueError(f"{self.out} holds a run already: expected a new folder, or that run to be resumed")
         self.processes, self.device = distributed.join(config.device)
@@ -124,18 +128,31 @@ class Trainer:
         """The run whose folder or checkpoint file `place` is, as it was then, with some settings changed.
 
         On a CPU it goes on to the same bits as if it had never stopped, unless the changes change the arithmetic.
-        Raises CheckpointError for a file that is none, ValueError for a change that can't be: see `config.KEPT`.
+        Where it reads and writes is not the checkpoint's to say: it goes on in the run's folder, or in `out` if that is
+        among the changes, on the data that this folder's record or `data` names, with the cache that `cache` names.
+        Raises CheckpointError for a file that is none, or that is outside of its run's folder and comes without `out`;
+        ValueError for a change that can't be: see `config.KEPT`.
         """
-        path = checkpoint.find(place)
-        saved = checkpoint.load(path)
-        before = TrainConfig(**saved.state["config"])
+        saved = trained.read(place)
+        before, path, run = saved.config, saved.path, saved.checkpoint.state.get("run")
         for name in KEPT:
             if changes.get(name, getattr(before, name)) != getattr(before, name):
                 raise ValueError(f"{name} is {changes[name]}: the checkpoint's is {getattr(before, name)}, and stays")
-        run = path.resolve().parent.parent if path.parent.name == "checkpoints" else Path(before.out)
-        config = dataclasses.replace(before, **{"out": str(run), **changes})
-        trainer = cls(config, images, _resumed=Path(config.out).resolve() == run.resolve())
-        trainer._restore(saved, path)
+        home = checkpoint.run_of(path)
+        out = changes.get("out") or (str(home) if saved.record else "")
+        if not out:
+            raise CheckpointError(f"{path} is not in its run's folder: expected an out, the folder to go on in")
+        data = changes.get("data") or saved.data or ("images in memory" if images is not None else "")
+        if not data:
+            raise CheckpointError(f"{path} is not in its run's folder: expected data, the images to go on with")
+        in_place = home is not None and Path(out).resolve() == home.resolve()
+        if in_place:
+            checkpoint.check_own(checkpoint.all_of(out), run)
+        config = dataclasses.replace(before, **{**changes, "out": out, "data": data})
+        trainer = cls(config, images, _resumed=in_place)
+        if in_place and isinstance(run, str):
+            trainer._run = run
+        trainer._restore(saved.checkpoint, path)
         if trainer.step >= trainer.total_steps and (config.epochs, config.max_steps) != (
             before.epochs,
             before.max_steps,
@@ -144,10 +161,14 @@ class Trainer:
         changed = [
             f"{f.name} is {getattr(config, f.name)} (was {getattr(before, f.name)})"
             for f in dataclasses.fields(config)
-            if f.name in changes and getattr(config, f.name) != getattr(before, f.name)
+            if f.name in changes
+            and f.name not in ("out", "cache")
+            and getattr(config, f.name) != getattr(before, f.name)
         ]
         if changed:
             say(f"Changed from here on: {', '.join(changed)}")
+        if saved.checkpoint.state["config"].get("cache") and not config.cache and images is None:
+            say("The run had a cache of its own: it is used if it is named again.")
         later = [p.stem for p in checkpoint.all_of(trainer.out) if checkpoint.step_of(p) > trainer.step]
         if later:
             say(f"Going on from step {trainer.step}: the next checkpoint takes the place of {', '.join(later)}")
@@ -196,6 +217,7 @@ class Trainer:
         deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else float("inf")
         if self.processes.main:
             own_folder(self.out, "samples", "losses.png", "samples.gif")
+            checkpoint.write_record(self.out, Record(self._run, config.data))
         self._watch = Watch(config.real_label)
         self._announce()
         if self.step == 0:
@@ -245,7 +267,7 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        log, pictures = self.out / "metrics.csv", self._sample_files()
+        log, pictures = self.out / "metrics.csv", [path for step, path in self._samples() if step <= self.step]
         if self.processes.main and log.exists():
             plots.plot_losses(log, self.out / "losses.png")
         if self.processes.main and pictures:
@@ -276,13 +298,16 @@ class Trainer:
                 picture = images.grid(self.sample(self._fixed_z))
                 path = self.out / "samples" / f"step-{self.step:08}.png"
                 images.save_image(picture, path)
-                for later in self._sample_files():
-                    if later.name > path.name:  # a run that went another way from here has left it
-                        later.unlink()
+                if self._resumed:  # it may have gone another way from here before
+                    for step, later in self._samples():
+                        if step > self.step:
+                            later.unlink()
                 self._log.add_picture("samples", np.asarray(picture), self.step)
 
-    def _sample_files(self) -> list[Path]:
-        return sorted((self.out / "samples").glob("step-*.png"))
+    def _samples(self) -> list[tuple[int, Path]]:
+        """The grids that are there, with their steps."""
+        found = ((_SAMPLE.fullmatch(path.name), path) for path in (self.out / "samples").glob("step-*.png"))
+        return sorted((int(match[1]), path) for match, path in found if match)
 
     def save_checkpoint(self) -> Path:
         """Write everything that the run needs to go on; delete later checkpoints (of a run that went another way from
@@ -321,6 +346,7 @@ class Trainer:
         result.add("random", random)
         result.add("metrics", self._log.state_dict())
         result.state |= {
+            "run": self._run,
             "step": self.step,
             "data": stream,
             "images": len(self.images),
@@ -338,21 +364,21 @@ class Trainer:
         if self._gan_step.ema is not None:  # a run that had none begins its average with the weights
             average = saved.part("ema") or saved.part("generator")
             checkpoint.load_weights(self._gan_step.ema, average, path)
-        for name, optimizer, lr in (
-            ("optimizer_g", self.optimizer_g, self.config.lr_g),
-            ("optimizer_d", self.optimizer_d, self.config.lr_d),
-        ):
-            saved.load_optimizer(name, optimizer)
-            for group in optimizer.param_groups:  # settings may have changed since
-                group["lr"], group["betas"] = lr, (self.config.beta1, self.config.beta2)
+        saved.load_optimizer("optimizer_g", self.optimizer_g)
+        saved.load_optimizer("optimizer_d", self.optimizer_d)
         random = saved.part("random")
         self.batches.load_state_dict({**saved.state["data"], "random": random["data"]})
         self._noise.set_state(random["noise"])
         torch.set_rng_state(random["torch"])
         if self.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], self.device)
-        if self.scaler is not None and saved.state["scaler"]:
-            self.scaler.load_state_dict(saved.state["scaler"])
+            try:
+                torch.cuda.set_rng_state(random["cuda"], self.device)
+            except (RuntimeError, TypeError) as error:
+                raise CheckpointError(f"{path} has no state of a GPU's random generator: {error}") from error
+        scaler = saved.state["scaler"]
+        if self.scaler is not None and scaler:
+            found = {name: scaler[name] for name in ("scale", "_growth_tracker")}
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **found})
         self._log.load_state_dict(saved.part("metrics"))
         self.step = saved.state["step"]
 

@@ -69,7 +69,7 @@ def _packed(kinds: Sequence[Any], values: Sequence[Any]) -> list[Any]:
         if kind is Geometry:
             found += (value.kernel, value.stride, value.padding, value.dilation, value.groups)
         elif kind is Operand or kind is Epilogue:
-            found += value
+            found.extend(value)  # torch 2.11 compiles no list + NamedTuple
         else:
             found.append(value)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
+import warnings
 
 import pytest
 import torch
@@ -235,6 +236,25 @@ def test_peers_agree_and_are_timed(dtype):
             assert row.saved_bytes > 0
             assert row.ms.median > 0
             assert row.ratio == harness.ratio(row.samples_ms, case.rows[-1].samples_ms)
+
+
+def test_a_route_that_fell_back_is_a_failure_with_its_time(monkeypatch):
+    """Whoever reads a row of ours should know that another's kernels ran."""
+    real = StepRunner.prepare
+
+    def prepare(self):
+        warnings.warn("another's business", UserWarning, stacklevel=2)
+        if self.peer.fused:
+            warnings.warn("fastdcgan leaves algorithm 'cuda' out: OSError: no room", RuntimeWarning, stacklevel=2)
+        real(self)
+
+    monkeypatch.setattr(StepRunner, "prepare", prepare)
+    with pytest.warns(UserWarning, match="another's business"):
+        case = _step_case(["eager-nhwc", "fused"])
+    plain, ours = case.rows
+    assert plain.status == "ok" and ours.ms.median > 0
+    assert (ours.status, ours.detail) == ("failed", "fastdcgan leaves algorithm 'cuda' out: OSError: no room")
+    assert Results("bench", {}, [case]).bad == [(case, ours)]
 
 
 @pytest.mark.parametrize("run", [_step_case, lambda names: _block_cases(names)[1]], ids=["step", "block"])

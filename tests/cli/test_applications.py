@@ -95,7 +95,10 @@ def test_runs_that_held_nothing_out(place: Path, tmp_path: Path, capsys: pytest.
     saved = checkpoint.load(checkpoint.find(place / "run"))
     saved.state["config"]["holdout"] = 0
     checkpoint.save(tmp_path / "seen.safetensors", saved)
-    assert main(["features", str(tmp_path / "seen.safetensors"), "--fit", "--out", str(tmp_path / "out")]) == 0
+    seen, data = str(tmp_path / "seen.safetensors"), str(place / "images")
+    assert main(["features", seen, "--fit", "--out", str(tmp_path / "out")]) == 2
+    assert "name them" in capsys.readouterr().err  # a checkpoint's word is not enough
+    assert main(["features", seen, data, "--fit", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "The networks have seen the test images too" in said
     assert "% of 12 test images right" in said
@@ -150,6 +153,23 @@ def test_evaluate_all(
     first = checkpoint.all_of(run)[0]
     assert main(["evaluate", str(first), "--count", "20", "--device", "cpu", "--out", str(tmp_path / "one")]) == 0
     assert [row["step"] for row in json.loads((tmp_path / "one" / "evaluation.json").read_text())["checkpoints"]] == [2]
+
+
+@pytest.mark.parametrize("data", ["images/a", "single/a"])
+def test_evaluate_without_classes(data: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a flat folder, and of one whose folders have too few images to be learned."""
+    for path in (place / "images").rglob("*.png"):
+        folder = tmp_path / "single" / path.parent.name / path.stem
+        folder.mkdir(parents=True)
+        shutil.copyfile(path, folder / path.name)
+    (tmp_path / "images").symlink_to(place / "images")
+    images, out = str(tmp_path / data), tmp_path / "out"
+    assert main(["evaluate", str(place / "run"), images, "--all", "--count", "20", "--out", str(out)]) == 0
+    assert "in the feature space of the discriminator of step 4" in capsys.readouterr().out
+    result = json.loads((out / "evaluation.json").read_text())
+    assert (result["held_out_images"], result["classifier_accuracy"]) == (5, None)
+    assert all(row["frechet"] > 0 for row in result["checkpoints"])
+    assert not (out / "classifier.safetensors").exists()
 
 
 @pytest.mark.parametrize(("how", "size"), [("--size 40", (40, 20)), ("--optimize z", (28, 28))])
@@ -224,14 +244,15 @@ def test_wrong_checkpoints(name: str, which: str, message: str, bad: Path, capsy
         ("features @run --augment --per-class 1", "per_class is 1"),
         ("features @run --augment --per-class 16", "the smallest class has 15 images"),
         ("evaluate @run @nowhere", "is no folder, and no built-in set"),
-        ("evaluate @run @images/a", "has no classes"),
         ("evaluate @run @broken", "could be read"),
+        ("evaluate @run @single", "0 of 2 images are held out: expected at least 4"),
         ("evaluate @run --count 3", "--count is 3"),
         (f"style @run @nowhere.png {PICTURE}", "there is no picture"),
         (f"style @run {PICTURE} @text", "is no picture that can be read"),
         (f"style @run {PICTURE} @broken/a/1.png", "is no picture that can be read"),
         (f"style @run {PICTURE} {PICTURE} --layers lips", "there is no layer 'lips'"),
         (f"style @run {PICTURE} {PICTURE} --size 8", "--size is 8"),
+        (f"style @run {PICTURE} {PICTURE} --out style.jpg", "--out is style.jpg: expected the name of a file .png"),
         (f"style @run {PICTURE} {PICTURE} --steps 0", "--steps is 0"),
         (f"style @run {PICTURE} {PICTURE} --style-weight -1", "--style-weight is -1.0: expected at least 0"),
     ],
@@ -266,7 +287,8 @@ def fails(line: str, message: str, place: Path, capsys: pytest.CaptureFixture[st
     out = place / "out"
     device = [] if "--device" in line else ["--device", "cpu"]
     words = [str(place / word[1:]) if word.startswith("@") else word for word in line.split()]
-    assert main([*words, *device, "--out", str(out / "sheet.png" if words[0] == "style" else out)]) == 2
+    given = [] if "--out" in line else ["--out", str(out / "sheet.png" if words[0] == "style" else out)]
+    assert main([*words, *device, *given]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert message in err

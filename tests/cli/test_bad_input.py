@@ -70,8 +70,8 @@ def colour_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("inpaint RUN --share 1", "--share is 1.0: expected more than 0 and below 1"),
         # Where to write to
         ("sample RUN --out file/a.png", "file"),
-        ("sample RUN --out empty", "--out is empty: expected a file .png, .npy or .npz, or a folder with --separate"),
-        ("sample RUN --out samples.jpg", "--out is samples.jpg: expected a file .png, .npy or .npz"),
+        ("sample RUN --out empty", "--out is empty: expected the name of a file .png, .npy or .npz"),
+        ("sample RUN --out samples.jpg", "--out is samples.jpg: expected the name of a file .png, .npy or .npz"),
         ("sample RUN --separate --out broken", "broken has something in it: expected a new or an empty folder"),
         ("sample RUN --separate --out file", "file has something in it: expected a new or an empty folder"),
         ("sample RUN --as-folder --out file", "file"),
@@ -103,6 +103,7 @@ def colour_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "a seed is 100000000000000000000000: expected at least 0 and at most",
         ),
         ("interpolate RUN --seeds 1 two", "'two' names no input: expected a seed, or SEED:NUMBER"),
+        ("sample ABOVE --as-folder --out set", "was trained on '/x/..': expected the name of a folder"),
         ("sample --per-class a=RUN --as-folder", "expected neither --separate nor --as-folder with it"),
         ("interpolate RUN --arithmetic 1-2 --steps 9", "--steps is of a walk: expected none with --arithmetic"),
         ("interpolate RUN --noise 1", "--noise is around a result: expected --arithmetic with it"),
@@ -127,12 +128,15 @@ def test_one_line(
 ) -> None:
     saved = checkpoint.load(checkpoint.find(trained_run), "generator", "discriminator")
     checkpoint.save(tmp_path / "plain.safetensors", saved)
+    saved.state["config"]["data"] = "/x/.."
+    checkpoint.save(tmp_path / "above.safetensors", saved)
     saved.state["config"]["nz"] += 1
     checkpoint.save(tmp_path / "wrong.safetensors", saved)
     names = {
         "RUN": str(trained_run),
         "COLOUR": str(colour_run),
         "PLAIN": str(tmp_path / "plain.safetensors"),
+        "ABOVE": str(tmp_path / "above.safetensors"),
         "WRONG": str(tmp_path / "wrong.safetensors"),
     }
     for name, path in names.items():

@@ -161,7 +161,14 @@ def test_a_full_disk(full: str, tmp_path: Path) -> None:
     assert process.returncode == 2, err
     assert re.fullmatch(rf"error: {run}/\S+ can't be written: .*File too large.*\n", err)
     before = sorted(path.name for path in run.rglob("*") if path.is_file())
-    assert before == [".fastdcgan", ".lock", "metrics.csv", "step-00000000.png", "step-00000000.safetensors"]
+    assert before == [
+        ".fastdcgan",
+        ".lock",
+        "metrics.csv",
+        "run.json",
+        "step-00000000.png",
+        "step-00000000.safetensors",
+    ]
     assert (run / "metrics.csv").read_text().count("\n") == 1
     assert main(["train", "--resume", str(run), "--epochs", "1", "--max-steps", "3"]) == 0
     assert checkpoint.step_of(checkpoint.find(run)) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,33 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     Trainer(config).run()
     return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the folder `photos` beside it, with checkpoints at steps 1, 2 and 3; not to be changed."""
+    place = tmp_path_factory.mktemp("finished")
+    (place / "photos").mkdir()
+    for i, pixels in enumerate(squares(18)[0]):
+        Image.fromarray(pixels[:, :, 0]).save(place / "photos" / f"{i}.png")
+    config = TrainConfig(
+        data=str(place / "photos"),
+        out=str(place / "run"),
+        **TINY,
+        batch_size=8,
+        max_steps=3,
+        checkpoint_every=1,
+        sample_every=1,
+        ema=0.5,
+    )
+    Trainer(config).run()
+    return place / "run"
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of `finished_run`, to do harm to."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
 def squares(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

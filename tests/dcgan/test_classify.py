@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastdcgan.dcgan import classify
 from fastdcgan.dcgan.classify import LinearSVM, balanced
 from tests.dcgan.conftest import clouds
 
@@ -60,10 +61,19 @@ def test_file_that_is_no_classifier(tmp_path: Path) -> None:
     good = {"weight": np.zeros((2, 3)), "bias": np.zeros(2), "classes": np.arange(2), "c": 1.0}
     np.savez(tmp_path / "cut.npz", **good)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-30])
+    np.savez(tmp_path / "nan.npz", **{**good, "weight": np.full((2, 3), np.nan)})
     changes = {"bias": np.zeros(3), "weight": np.array("x"), "classes": np.zeros((2, 1), int), "c": np.zeros(2)}
     for key, value in changes.items():
         np.savez(tmp_path / f"{key}.npz", **{**good, key: value})
-    for name in ("other.npz", "text.npz", "none.npz", "pipe.npz", "cut.npz", *(f"{key}.npz" for key in changes)):
+    for name in (
+        "other.npz",
+        "text.npz",
+        "none.npz",
+        "pipe.npz",
+        "cut.npz",
+        "nan.npz",
+        *(f"{key}.npz" for key in changes),
+    ):
         with pytest.raises(ValueError, match=f"{name} is no classifier"):
             LinearSVM.load(tmp_path / name)
 
@@ -79,3 +89,13 @@ def test_balanced_draws() -> None:
     for count in (2, 104):
         with pytest.raises(ValueError, match=f"can't draw {count} labels"):
             balanced(labels, count, np.random.RandomState(0))
+
+
+def test_few_bytes_that_unpack_to_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classify, "_MOST_BYTES", 100_000)
+    good = {"bias": np.zeros(2), "classes": np.arange(2), "c": 1.0}
+    np.savez_compressed(tmp_path / "bomb.npz", weight=np.zeros((2, 6000)), **good)
+    with pytest.raises(ValueError, match="bytes when unpacked, of at most 100000"):
+        LinearSVM.load(tmp_path / "bomb.npz")
+    np.savez_compressed(tmp_path / "small.npz", weight=np.zeros((2, 6000), np.float32), **good)
+    LinearSVM.load(tmp_path / "small.npz")

@@ -89,6 +89,32 @@ def test_example_of_another_size_is_refused() -> None:
         load_example_state_dict(Generator(32, 3, nz=10, ngf=4), example_generator(10, 4).state_dict())
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("main.0.weight", torch.ones(10, 16, 4, 4, dtype=torch.int8), "is torch.int8: expected torch.float32"),
+        ("main.0.weight", torch.full((10, 16, 4, 4), torch.nan), "not finite"),
+        ("main.1.running_var", -torch.ones(16), "values below 0"),
+        ("main.0.weight", 3, "'main.0.weight' is of type int: expected tensors by their names"),
+        (3, torch.ones(1), "3 is of type Tensor: expected tensors by their names"),
+    ],
+)
+def test_example_of_other_values_is_refused(name: str, value: object, message: str) -> None:
+    net = Generator(64, 3, nz=10, ngf=2)
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    with pytest.raises((TypeError, ValueError), match=message):
+        load_example_state_dict(net, {**example_state_dict(net), name: value})
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    halves = {key: x.half() if x.is_floating_point() else x for key, x in example_state_dict(net).items()}
+    load_example_state_dict(net, halves)
+
+
+def test_linear_weights_of_other_shapes_are_refused() -> None:
+    for rows in ({}, {"blocks.project.bn.weight": torch.ones(5)}):
+        with pytest.raises(ValueError, match="expected squares of them"):
+            convert_projection({"blocks.project.conv.linear.weight": torch.ones(32, 8), **rows}, "conv")
+
+
 @pytest.mark.parametrize("size", [28, 32])
 def test_projections_are_the_same_function(size: int) -> None:
     torch.manual_seed(0)

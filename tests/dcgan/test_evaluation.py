@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdcgan.dcgan import TrainConfig, Trainer, evaluation, judge
+from fastdcgan.dcgan import CheckpointError, TrainConfig, Trainer, checkpoint, evaluation, judge, load_trained
 from fastdcgan.dcgan.data import Images, Labelled
 from fastdcgan.dcgan.feature_report import Split
 
@@ -44,7 +44,7 @@ def test_evaluation_of_a_run(
     paths = sorted((Path(config.out) / "checkpoints").iterdir())
     found = evaluation.evaluate(paths, yardstick, count=30)
     assert [e.step for e in found] == [2, 4]
-    real = evaluation.real_images(split, yardstick, 60)
+    real = evaluation.real_images(yardstick, 60)
     assert real.frechet < 0.1 * min(e.frechet for e in found)
     assert real.precision > 0.8
     assert all(e.precision < 0.5 for e in found)
@@ -53,6 +53,36 @@ def test_evaluation_of_a_run(
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     table = evaluation.to_markdown(found, real).splitlines()
     assert table[-1].startswith(f"| training images | {real.frechet:.3f} |")
+
+
+def test_evaluation_without_labels(split: Split, config: TrainConfig) -> None:
+    """By the run's discriminator: its checkpoints of noise are further from the images than these are."""
+    pixels, test = split.data.images.array, split.test
+    Trainer(dataclasses.replace(config, max_steps=6, checkpoint_every=3), split.data.images).run()
+    trained = load_trained(config.out)
+    yardstick = evaluation.Yardstick.without_labels(pixels, test, trained, torch.device("cpu"))
+    assert (yardstick.accuracy, yardstick.features.shape) == (None, (30, 8))
+    found = evaluation.evaluate(checkpoint.all_of(config.out), yardstick, count=30)
+    real = evaluation.real_images(yardstick, 60)
+    assert [e.step for e in found] == [3, 6]
+    assert real.frechet < 0.1 * min(e.frechet for e in found)
+    assert min(real.precision, real.recall) > 0.7
+    assert all(e.precision < 0.5 for e in found)
+    with pytest.raises(ValueError, match="3 of 120 images are held out: expected at least 4"):
+        evaluation.Yardstick.without_labels(pixels, np.arange(120) < 3, trained, torch.device("cpu"))
+
+
+def test_damaged_checkpoints_are_passed_over(
+    split: Split, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = load_trained(run)
+    yardstick = evaluation.Yardstick.without_labels(split.data.images.array, split.test, trained, torch.device("cpu"))
+    paths = checkpoint.all_of(run)
+    paths[1].write_bytes(paths[1].read_bytes()[:-1])
+    assert [e.step for e in evaluation.evaluate(paths, yardstick, count=10)] == [1, 3]
+    assert "Passed over: " in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="is damaged"):
+        evaluation.evaluate(paths[1:2], yardstick, count=10)
 
 
 def test_fid_comes_from_torch_fidelity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, split: Split) -> None:

@@ -41,6 +41,11 @@ def test_gif_of_many_frames(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(150)]
     for i, path in enumerate(paths):
         images.save_image(Image.new("L", (8, 8), i), path)
+    with pytest.raises(ValueError, match=r"path is .*all\.png: expected the name of a file \.gif"):
+        images.save_gif(paths, tmp_path / "all.png")
+    with pytest.raises(ValueError, match=r"path is x\.jpg: expected the name of a file \.png"):
+        images.save_image(Image.new("L", (8, 8)), Path("x.jpg"))
+    images.save_image(Image.new("L", (8, 8)), tmp_path / "LOUD.PNG")
     images.save_gif(paths, tmp_path / "all.gif")
     with Image.open(tmp_path / "all.gif") as animation:
         assert animation.n_frames == 100

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdcgan.dcgan import judge
+from fastdcgan.dcgan import judge, tensor_files
 from tests.dcgan.conftest import squares
 
 
@@ -54,3 +54,14 @@ def test_classifier_is_cached(
     judge.cached_classifier(path, pixels, labels, 3)
     assert "can't be read" in capsys.readouterr().out
     assert len(trained) == 3
+    whole = path.read_bytes()
+    for at in (len(whole) - 1, len(whole) - 3000):  # a bit of a weight
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+        judge.cached_classifier(path, pixels, labels, 3)
+        assert "its checksum is another" in capsys.readouterr().out
+    tensors, identity = tensor_files.read(path)
+    identity.pop(tensor_files.CHECKSUM)
+    tensor_files.write(path, {**tensors, "head.weight": tensors["head.weight"] * torch.nan}, identity)
+    judge.cached_classifier(path, pixels, labels, 3)
+    assert "head.weight has values that are not finite" in capsys.readouterr().out
+    assert len(trained) == 6

@@ -114,9 +114,12 @@ def test_memory_does_not_grow_with_the_count(
     assert at_batch == [header + i * size for i in range(4)]
 
 
-@pytest.mark.parametrize("write", [sampling.write_grid, sampling.write_array, sampling.write_files])
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [(sampling.write_grid, "out.png"), (sampling.write_array, "out.npy"), (sampling.write_files, "out")],
+)
 def test_nothing_is_left_of_what_failed(
-    write, generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write, name: str, generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*args: object) -> object:
         yield from list_of_batches
@@ -125,7 +128,7 @@ def test_nothing_is_left_of_what_failed(
     list_of_batches = list(sampling.batches(generator, 64))
     monkeypatch.setattr(sampling, "batches", fails)
     with pytest.raises(KeyboardInterrupt):
-        write(generator, 128, tmp_path / "out.npy")
+        write(generator, 128, tmp_path / name)
     assert stray(tmp_path) == []
 
 

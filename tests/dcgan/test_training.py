@@ -27,7 +27,7 @@ def assert_same(a: Path, b: Path) -> None:
     assert x.tensors.keys() == y.tensors.keys()
     for key, value in x.tensors.items():
         assert torch.equal(value, y.tensors[key]), key
-    ignored = {"config"}  # the folders differ
+    ignored = {"config", "run"}  # the folders differ
     assert {k: v for k, v in x.state.items() if k not in ignored} == {
         k: v for k, v in y.state.items() if k not in ignored
     }

@@ -20,6 +20,7 @@ from fastdcgan.engine import planner
 from fastdcgan.geometry import Geometry
 from fastdcgan.spec import Algorithm, Boundaries, Call, Operand, Plan
 from tests.helpers.twins import assert_same, discriminator, generator, numbers, outcome, twin
+from tests.machine import DEVICE
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,12 @@ Explained = Callable[..., str]
 def explained(monkeypatch: pytest.MonkeyPatch) -> Explained:
     """How a convolution runs on "auto" with these backends on the GPU."""
 
-    def explained(*members: Own, groups: int = 1, again: bool = False) -> str:
+    def explained(*members: Own, groups: int = 1, again: bool = False, device: torch.device = DEVICE) -> str:
         if not again:  # a new process
             monkeypatch.setattr(router, "_routes", {})
             monkeypatch.setitem(backends._loaded, "auto", members[0])
             monkeypatch.setattr(backends, "members", lambda name: list(members))
-        x, w = numbers(2, 4, 5, 5), numbers(6, 4 // groups, 3, 3)
+        x, w = numbers(2, 4, 5, 5).to(device), numbers(6, 4 // groups, 3, 3).to(device)
         g = Geometry((3, 3), groups=groups)
         with router.recording() as seen:
             out, _ = router.run(Call("conv", Operand(x), w, g, (3, 3)), "auto")
@@ -198,13 +199,13 @@ def test_what_was_asked_for_by_name_is_not_replaced(clock: Measuring, monkeypatc
 
 
 def test_without_a_rule_a_cpu_is_measured(clock: Measuring, explained: Explained) -> None:
-    clock.allowed = False
+    clock.allowed, cpu = False, torch.device("cpu")
     clock.times = lambda at: {"own": 1.0, PYTORCH: 0.5}[at[0]]
-    assert explained(Own(compare=True)) == f"{PYTORCH}: measured: own 1.0000 ms, {PYTORCH} 0.5000 ms"
+    assert explained(Own(compare=True), device=cpu) == f"{PYTORCH}: measured: own 1.0000 ms, {PYTORCH} 0.5000 ms"
     torch.use_deterministic_algorithms(True)
     try:
         clock.times = lambda at: pytest.fail("measured, though bits should not depend on it")
-        assert explained(Own(compare=True), groups=1).startswith(PYTORCH)  # what is known stays known
+        assert explained(Own(compare=True), device=cpu).startswith(PYTORCH)  # what is known stays known
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -275,11 +276,11 @@ def test_an_entry_that_is_none_is_ignored_with_a_warning(clock: Measuring, expla
 
 @pytest.fixture
 def on_auto(clock: Measuring, monkeypatch: pytest.MonkeyPatch) -> Own:
-    """Blocks of float64 on the CPU run on "auto" as on a GPU."""
+    """Blocks of float64 run on "auto", on any device."""
     backend = Own()
     monkeypatch.setitem(backends._loaded, "auto", backend)
     monkeypatch.setattr(backends, "members", lambda name: [backend])
-    monkeypatch.setitem(backends._selected, ("cpu", torch.float64), "auto")
+    monkeypatch.setitem(backends._selected, (DEVICE.type, torch.float64), "auto")
     monkeypatch.setattr(Own, "chooses_boundaries", True)
     return backend
 

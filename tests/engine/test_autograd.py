@@ -35,7 +35,7 @@ from tests.helpers.twins import (
     twin,
     without_kinks,
 )
-from tests.machine import backends_here
+from tests.machine import DEVICE, backends_here, examples
 
 KINDS = [(transposed, norm) for transposed in (False, True) for norm in ("train", "eval", None)]
 INPUT = (3, 4, 6, 5)
@@ -89,7 +89,7 @@ AXIS = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2), st.int
 BATCH_AND_CHANNELS = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 2))
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(
     st.booleans(), st.sampled_from(["train", "eval", None]), st.sampled_from(["relu", "leaky_relu", "tanh"]),
     AXIS, AXIS, BATCH_AND_CHANNELS, st.integers(0, 2), st.integers(0, 2), st.booleans(), st.booleans(),
@@ -103,7 +103,7 @@ def test_drawn_geometry_is_vanilla_in_float64(
     assert_same(outcome(twin(model), x), outcome(model, x), tolerance=1e-8)
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(
     st.booleans(), st.sampled_from(["train", "eval", None]), st.sampled_from(["relu", "leaky_relu", "tanh"]),
     AXIS, AXIS, BATCH_AND_CHANNELS, st.integers(0, 2), st.integers(0, 2), st.booleans(), st.booleans(),
@@ -416,11 +416,14 @@ def test_an_output_padding_beyond_the_stride() -> None:
 
 
 def test_a_bias_does_not_move_a_pre_activation_across_zero() -> None:
-    """In low precision it has to be added before the convolution is rounded, as vanilla does."""
+    """In low precision it has to be added before the convolution is rounded, as vanilla does on CPUs: on a GPU cuDNN's
+    caller adds it afterwards, and ours may err so where it is what runs."""
     low = in_dtype(block(True, None, "relu", (8, 12)), torch.bfloat16)
     x = numbers(6, 8, 8, 8, dtype=torch.bfloat16).requires_grad_()
-    for fused in (twin(low), low):
-        assert torch.equal(fused(x) > 0, in_dtype(low, torch.float64)(x.double()) > 0)
+    right = in_dtype(low, torch.float64)(x.double()) > 0
+    ours, vanilla = (int(((model(x) > 0) != right).sum()) for model in (twin(low), low))
+    assert ours <= vanilla
+    assert DEVICE.type != "cpu" or vanilla == 0
 
 
 def test_functional_equals_pytorchs_functions() -> None:

@@ -20,7 +20,7 @@ from fastdcgan.kernels.weight_grad import weight_grad
 from fastdcgan.spec import STORE, Call, Epilogue, Operand
 from tests.helpers.contractions import REFERENCE, check_constant, constant_call, reference, wide
 from tests.helpers.tolerance import assert_as_accurate
-from tests.machine import DEVICE
+from tests.machine import DEVICE, examples
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan", "no_overflow_checks")
 PROLOGUES = ("none", "activate", "bn_backward")
@@ -267,14 +267,14 @@ def few_steps(case: Case, tile: TileConfig) -> bool:
     return blocks * case.geometry.kernel[0] * case.geometry.kernel[1] <= 300
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(cases(TO_IMAGES), st.sampled_from(PROLOGUES), st.sampled_from(EPILOGUES), tiles())
 def test_output_of_any_size(case: Case, prologue: str, kind: str, tile: TileConfig) -> None:
     assume(few_steps(case, tile))
     check_output(case, prologue, kind, "silu", tile)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(cases(("weight_grad",)), st.sampled_from(PROLOGUES), st.sampled_from(PROLOGUES), tiles())
 def test_weight_grad_of_any_size(case: Case, of_gathered: str, of_linear: str, tile: TileConfig) -> None:
     assume(few_steps(case, tile))

@@ -14,7 +14,7 @@ from fastdcgan.kernels import flipped, image_side, image_side_transpose
 from fastdcgan.spec import Epilogue, Operand
 from tests.helpers.contractions import conv_call, conv_transpose_call, reference, weight_grad_call, wide
 from tests.helpers.tolerance import assert_as_accurate
-from tests.machine import DEVICE
+from tests.machine import DEVICE, examples
 
 LAST = torch.channels_last
 FORMATS = st.sampled_from([LAST, torch.contiguous_format])
@@ -35,7 +35,7 @@ def prologue(x: Tensor, act: str = "leaky_relu") -> Operand:
     return Operand(x, y.contiguous(memory_format=LAST), coef, act, 0.2)
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(
     n=st.integers(1, 2), c=st.sampled_from([5, 17, 64]), out=st.integers(1, 4), h=SIDES, w=SIDES, geometry=GEOMETRIES,
     layout=FORMATS,
@@ -60,7 +60,7 @@ def test_conv_with_prologue_and_epilogue(geometry: Geometry) -> None:
     assert_as_accurate(got, usual, reference(wide(call))[0], reduction=320)
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(
     n=st.integers(1, 2), c=st.integers(1, 4), out=st.sampled_from([5, 17, 64]), h=SIDES, w=SIDES, geometry=GEOMETRIES,
     layout=FORMATS,
@@ -76,7 +76,7 @@ def test_conv_transpose(n, c, out, h, w, geometry, layout) -> None:
     assert got.stride() == usual.stride() or c == 1
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(
     n=st.integers(1, 2), c=st.sampled_from([5, 17, 64]), out=st.integers(1, 4), h=SIDES, w=SIDES, geometry=GEOMETRIES,
     layout=FORMATS, lazy=st.booleans(),

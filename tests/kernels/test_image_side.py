@@ -14,7 +14,7 @@ from fastdcgan.kernels.image_side_transpose import ImageSideConfig
 from fastdcgan.spec import STORE, Epilogue, Operand
 from tests.helpers.contractions import conv_call, conv_transpose_call, reference, weight_grad_call, wide
 from tests.helpers.tolerance import assert_as_accurate
-from tests.machine import DEVICE
+from tests.machine import DEVICE, examples
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 LAST = torch.channels_last
@@ -67,7 +67,7 @@ def compare(got: tuple[Tensor, Tensor], usual: tuple[Tensor, Tensor], truth: tup
 # --- conv -------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=14)
+@settings(max_examples=examples(14))
 @given(
     n=st.integers(1, 3), c=FEW, out=MANY, h=st.integers(3, 13), w=st.integers(3, 13), geometry=GEOMETRIES,
     dtype=DTYPES, layout=FORMATS,
@@ -107,7 +107,7 @@ def test_conv_with_prologue_and_epilogue(before: str, kind: str) -> None:
 # --- conv_transpose ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=14)
+@settings(max_examples=examples(14))
 @given(
     n=st.integers(1, 2), c=MANY, out=FEW, h=st.integers(1, 13), w=st.integers(1, 13), geometry=GEOMETRIES,
     more=st.integers(0, 1), dtype=DTYPES, layout=FORMATS,
@@ -189,7 +189,7 @@ def test_infinity_stays_where_the_taps_reach() -> None:
 # --- weight_grad ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=14)
+@settings(max_examples=examples(14))
 @given(
     n=st.integers(1, 3), c=FEW, out=MANY, h=st.integers(3, 13), w=st.integers(3, 13), geometry=GEOMETRIES,
     dtype=DTYPES, layout=FORMATS,

@@ -14,7 +14,7 @@ from fastdcgan.kernels import norm_act as kernels
 from fastdcgan.kernels.elementwise import PassConfig, dense, matrices_of, reduction_config
 from fastdcgan.spec import Operand
 from tests.helpers.tolerance import assert_as_accurate
-from tests.machine import DEVICE
+from tests.machine import DEVICE, examples
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 REFERENCE = ReferenceBackend()
@@ -51,7 +51,7 @@ def assert_map(got: Tensor, operand: Operand) -> None:
     assert got.stride() == operand.x.stride()
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(shape=SHAPES, dtype=DTYPES, layout=FORMATS, act=ACTS)
 @example(shape=(2, 2, 64, 6, 6), dtype=torch.float16, layout=torch.channels_last, act="relu")
 def test_activate(shape: Shape, dtype: torch.dtype, layout: torch.memory_format, act: str) -> None:
@@ -59,7 +59,7 @@ def test_activate(shape: Shape, dtype: torch.dtype, layout: torch.memory_format,
     assert_map(kernels.norm_act(operand), operand)
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(shape=SHAPES, dtype=DTYPES, layout=FORMATS, act=ACTS, rows=st.sampled_from([2, 4]))
 @example(shape=(2, 2, 64, 6, 6), dtype=torch.float16, layout=torch.channels_last, act="leaky_relu", rows=4)
 def test_bn_backward(shape: Shape, dtype: torch.dtype, layout: torch.memory_format, act: str, rows: int) -> None:
@@ -88,7 +88,7 @@ def assert_sums(got: Tensor, da: Tensor, y: Tensor, coef: Tensor, act: str) -> N
     assert_as_accurate(got, usual, truth, "sums", reduction=terms, scale=terms**0.5)
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(shape=SHAPES, dtype=DTYPES, layout=FORMATS, act=ACTS, rows=st.sampled_from([2, 4]))
 @example(shape=(3, 2, 64, 6, 6), dtype=torch.float16, layout=torch.channels_last, act="relu", rows=4)
 @example(shape=(1, 1, 3, 8, 8), dtype=torch.float32, layout=torch.channels_last, act="tanh", rows=2)
@@ -117,7 +117,7 @@ def assert_stats(got: Tensor, y: Tensor, groups: int) -> None:
         assert_as_accurate(got[row], usual[row], truth[row], name, reduction=16)
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(shape=SHAPES, dtype=DTYPES, layout=FORMATS)
 @example(shape=(3, 2, 64, 8, 8), dtype=torch.float16, layout=torch.channels_last)
 @example(shape=(1, 1, 3, 8, 8), dtype=torch.float32, layout=torch.channels_last)
@@ -214,16 +214,23 @@ def test_partials_are_combined(slots: int) -> None:
     torch.testing.assert_close(sums, partials[:, :, :2].sum(1).transpose(0, 1), rtol=1e-6, atol=0)
 
 
+def assert_bits(got: Tensor, expected: Tensor) -> None:
+    """The same bits in the interpreter. On a GPU a product and a sum are rounded once, and PyTorch divides by a number
+    by way of its reciprocal: a few roundings, of terms that may cancel."""
+    few = 0.0 if DEVICE.type == "cpu" else 8 * torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(got, expected, rtol=few, atol=few * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_vectors_have_the_bits_of_the_reference(affine: bool) -> None:
     groups, channels = 2, 37
     mean, var = torch.randn(groups, channels, device=DEVICE), torch.rand(groups, channels, device=DEVICE)
     weight, bias, shift = (torch.randn(channels, device=DEVICE) if affine else None for _ in range(3))
     coef = REFERENCE.coefficients(mean, var, weight, bias, shift, 1e-5)
-    assert torch.equal(kernels.coefficients(mean, var, weight, bias, shift, 1e-5), coef)
+    assert_bits(kernels.coefficients(mean, var, weight, bias, shift, 1e-5), coef)
     sums = torch.randn(2, groups, channels, device=DEVICE)
     expected = REFERENCE.grad_coefficients(sums, coef, 1234)
-    assert torch.equal(kernels.grad_coefficients(sums, coef, 1234), expected)
+    assert_bits(kernels.grad_coefficients(sums, coef, 1234), expected)
 
 
 @pytest.mark.parametrize("cumulative", [True, False])
@@ -237,8 +244,8 @@ def test_running_statistics_have_the_bits_of_the_reference(cumulative: bool, shi
     expected = mean.clone(), var.clone()
     REFERENCE.update_running(*expected, stats, shift, factor, 0.1)
     kernels.update_running(mean, var, stats, shift, factor, 0.1)
-    assert torch.equal(mean, expected[0])
-    assert torch.equal(var, expected[1])
+    assert_bits(mean, expected[0])
+    assert_bits(var, expected[1])
 
 
 @pytest.mark.parametrize(("channels", "size"), [(3, 64), (64, 32), (100, 16), (512, 4)])
