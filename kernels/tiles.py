@@ -47,11 +47,14 @@ class Device:
     shared_memory: int  # bytes that one program may have
 
 
-# Multiprocessors and shared memory of A100, H100 and B200 (CUDA C++ Programming Guide, Compute Capabilities).
+# Multiprocessors and shared memory of A100, RTX 4090, H100, B200 and RTX 5090 (CUDA C++ Programming Guide, Compute
+# Capabilities), by the architecture that kernels are compiled for.
 KNOWN = {
     80: Device("sm_80", 80, 108, 163 * 1024),
+    89: Device("sm_89", 80, 128, 99 * 1024),
     90: Device("sm_90", 90, 132, 227 * 1024),
     100: Device("sm_100", 100, 148, 227 * 1024),
+    120: Device("sm_120", 80, 170, 99 * 1024),
 }
 
 

@@ -22,7 +22,7 @@ _TILE = 128  # channels
 _NARROW = 4  # channels of the image-side kernels, which load the wide operand once
 # Instructions in the time of one byte: 132 multiprocessors x 128 lanes x 1.755 GHz against the 3.0 TB/s of an H100.
 _PER_BYTE = 10
-_ACTIVATE, _BN_BACKWARD = 4, 8  # instructions a value
+ACTIVATE, BN_BACKWARD = 9, 15  # instructions a value: of leaky ReLU, and affine, as nvcc 13.0 compiles csrc/cuda
 
 
 def loads(op: str, operand: str, geometry: Geometry, size: Pair, channels: int, own: int) -> float:
@@ -65,11 +65,11 @@ def boundaries(blocks: Sequence[Block], weights: Sequence[Tensor], size: Pair, n
         if i:
             cost = loads(forward, mine, geometry, image, c_out, c_in)
             cost += needs[i] * loads("weight_grad", mine, geometry, image, c_out, c_in)
-            deferred.append(_ACTIVATE * cost < 2 * value)  # spares writing a, and reading y for that
+            deferred.append(ACTIVATE * cost < 2 * value)  # spares writing a, and reading y for that
         cost = needs[i] * loads("weight_grad", its, geometry, image, c_in, c_out)
         cost += reached[i] * loads(adjoint, its, geometry, image, c_in, c_out)
         readers = needs[i] + reached[i]
         # Stored: da and y are read, dy is written, and each contraction reads it; lazy: each reads da and y.
-        lazy.append(readers > 0 and _BN_BACKWARD * cost < (3 - readers) * value)
+        lazy.append(readers > 0 and BN_BACKWARD * cost < (3 - readers) * value)
     # The epilogue reads y and spares the pass that reads da and y.
     return Boundaries(tuple(deferred), (True,) * (len(blocks) - 1), tuple(lazy))

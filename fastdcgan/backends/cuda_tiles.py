@@ -140,9 +140,9 @@ def resident(problem: Problem, tile: Tile, device: Device) -> int:
 
 
 def candidates(problem: Problem, device: Device) -> list[int]:
-    """Numbers of the tiles that the problem may have."""
+    """Numbers of the tiles that the problem may have, and that the device has the shared memory for."""
     own = OF_SM90 if device.sm90 and problem.tma_tiles and problem.itemsize == 2 else ()
-    return [*OF_SIZE[problem.itemsize], *own]
+    return [number for number in (*OF_SIZE[problem.itemsize], *own) if resident(problem, TILES[number], device)]
 
 
 @lru_cache(maxsize=4096)
@@ -154,7 +154,6 @@ def choose(problem: Problem, device: Device) -> Choice:
     costs = {
         Choice(number, splits): cost(problem, Choice(number, splits), device)
         for number in candidates(problem, device)
-        if resident(problem, TILES[number], device)
         for splits in _splits(problem, TILES[number], device)
     }
     if not costs:
@@ -166,8 +165,6 @@ def shortlist(problem: Problem, device: Device) -> list[Choice]:
     """What tuning tries: of each tile what the rule ranks first, with as many parts and with half or twice as many."""
     found = []
     for number in candidates(problem, device):
-        if not resident(problem, TILES[number], device):
-            continue
         by_splits = {n: cost(problem, Choice(number, n), device) for n in _splits(problem, TILES[number], device)}
         best = min(by_splits, key=lambda n: by_splits[n])
         found += [Choice(number, n) for n in by_splits if best <= 2 * n and n <= 2 * best]

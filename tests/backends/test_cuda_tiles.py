@@ -31,11 +31,17 @@ from tests.helpers.contractions import conv_call
 LARGE = Problem(128 * 16 * 16, 256, 512 * 16, 1, 2)
 
 
-def test_every_tile_fits_every_supported_gpu_without_a_second_tensor() -> None:
-    small = Device(28, 99 * 1024, 100 * 1024)  # the least of compute capability 8.0 and later
-    for itemsize, numbers in OF_SIZE.items():
-        for number in numbers:
-            assert resident(replace(LARGE, itemsize=itemsize), TILES[number], small) >= 1
+@pytest.mark.parametrize("itemsize", OF_SIZE)
+def test_every_tile_fits_every_supported_gpu_without_a_second_tensor(itemsize: int) -> None:
+    """And with two of them some do, in the 99 KiB that a block has on consumers' GPUs (RTX 30, 40 and 50)."""
+    rtx = Device(128, 99 * 1024, 100 * 1024)
+    problem = replace(LARGE, itemsize=itemsize)
+    assert candidates(problem, rtx) == [*OF_SIZE[itemsize]]
+    both = replace(problem, second_left=True, second_right=True)
+    fitting = candidates(both, rtx)
+    assert 0 < len(fitting) < len(OF_SIZE[itemsize])
+    for number in fitting:
+        assert TILES[number].shared_memory(itemsize, True, True) <= rtx.shared_memory
 
 
 def test_a_tile_that_does_not_fit_is_not_chosen() -> None:

@@ -1,9 +1,10 @@
-// Every tile that is compiled for GPUs, each with one of the contractions.
+// Every tile that is compiled for GPUs, each with one of the contractions, where also two tensors to a factor fit.
 #include "contraction_cases.h"
 
 int main(int argc, char** argv) {
   using namespace test;
   namespace cuda = fastdcgan::cuda;
+  cuda_on_cpu::options.shared_bytes = 163 << 10;
   return run_arguments(argc, argv, [](const Case& c) {
     switch (c.number("tile", -1)) {
       case 0: return run_case<Multiplied<bf16>, cuda::Tile0, Op::conv>(c);

@@ -64,7 +64,7 @@ CHANGES: tuple[tuple[str, str, str], ...] = (
     (r"(?<![\w.])([1-9]\d*)(?![\w.])", r"(\1 + 1)", CHOSEN),
     (r"(?<![\w.])([1-9]\d*)(?![\w.])", r"(\1 - 1)", CHOSEN),
     (r"(?<=[(= ])-(?=[a-z(])", "", NEGATED),
-    (r"__sync(threads|warp)\(\);", ";", OMITTED),
+    (r"(__sync(threads|warp)|gpu::(fence_async|wgmma_fence))\(\);", ";", OMITTED),
 )  # fmt: skip
 
 # Lines without arithmetic of their own: declarations of templates, constants that choose sizes (and so speed alone, or

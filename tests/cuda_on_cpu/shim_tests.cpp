@@ -1,5 +1,5 @@
 // The shim itself: what each built-in returns, what numbers convert to, what a launch refuses.
-#include "cuda/device/tensor_core.h"
+#include "cuda/gemm/epilogue.cuh"
 #include "harness.h"
 
 namespace gpu = fastdcgan::gpu;
@@ -171,6 +171,25 @@ std::string check_product(int rows) {
   return test::bytes(out);
 }
 
+// --- shared memory ---------------------------------------------------------------------------------------------------
+
+// A column's place is its own, and eight threads that read four numbers each touch every bank once: of rows of chunks of
+// 4 columns, and of the first and the second four of chunks of 8.
+std::string check_banks() {
+  using fastdcgan::cuda::staged;
+  std::vector<bool> taken(256);
+  for (int column = 0; column < 256; ++column) taken[static_cast<size_t>(staged(column))] = true;
+  require(std::count(taken.begin(), taken.end(), true) == 256, "two columns in one place");
+  for (const int chunk : {4, 8})
+    for (int first = 0; first < 256; first += 8 * chunk)
+      for (int part = 0; part < chunk; part += 4) {
+        unsigned banks = 0;
+        for (int thread = 0; thread < 8; ++thread) banks |= 1u << staged(first + thread * chunk + part) / 4 % 8;
+        require(banks == 0xFF, "a bank is read twice");
+      }
+  return {};
+}
+
 int main() {
   bool ok = true;
   ok &= test::run("warp collectives", check_shuffles);
@@ -182,5 +201,6 @@ int main() {
   ok &= test::run("known numbers", check_known_numbers);
   ok &= test::run("matrix product", [] { return check_product(16); });
   ok &= test::run("matrix product with rows of zeros", [] { return check_product(13); });
+  ok &= test::run("banks of shared memory", check_banks);
   return ok ? 0 : 1;
 }

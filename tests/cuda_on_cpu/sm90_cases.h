@@ -10,6 +10,8 @@
 
 namespace test {
 
+inline const size_t shared_bytes_of_sm90 = cuda_on_cpu::options.shared_bytes = 227 << 10;
+
 template <Op op, class T, class Math, int kN, int kBlocks, int kRing>
 struct Runner<op, T, Math, cuda::Sm90Shape<kN, kBlocks, kRing>> {
   using Shape = cuda::Sm90Shape<kN, kBlocks, kRing>;

@@ -117,14 +117,16 @@ def watched() -> list[str]:
 def tiles() -> list[str]:
     """The tiles for sm_90a, each with a contraction that sm90_tiles.cpp has for it."""
     return [
-        f"{case} n=2 h=8 w=8 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1 {LEAKY}"
+        f"n=2 h=8 w=8 kh=4 kw=4 sh=2 sw=2 ph=1 pw=1 {LEAKY} {case}"
         for case in (
-            "tile=7 op=conv type=bf16 ci=128 co=264 left=none epilogue=stats",
-            "tile=7 op=conv type=bf16 ci=64 co=200 left=bn_backward epilogue=grad_stats",
-            "tile=7 op=weight_grad type=bf16 ci=264 co=136 left=bn_backward right=activate",
-            "tile=8 op=conv_transpose type=fp16 ci=136 co=136 left=none epilogue=bias",
-            "tile=8 op=conv_transpose type=fp16 ci=64 co=72 left=bn_backward epilogue=grad_stats",
-            "tile=9 op=conv_transpose type=bf16 ci=72 co=64 left=activate epilogue=stats",
+            "tile=7 op=conv type=bf16 ci=128 co=264 left=none epilogue=stats ring=196608",
+            "tile=7 op=conv type=bf16 ci=64 co=200 left=bn_backward epilogue=grad_stats ring=196608",
+            "tile=7 op=weight_grad type=bf16 ci=264 co=136 left=bn_backward right=activate ring=196608",
+            "tile=8 op=conv_transpose type=fp16 ci=136 co=136 left=none epilogue=bias ring=98304",
+            "tile=8 op=conv_transpose type=fp16 ci=64 co=72 left=bn_backward epilogue=grad_stats ring=196608",
+            "tile=9 op=conv_transpose type=bf16 ci=72 co=64 left=activate epilogue=stats ring=98304",
+            # Less blocks than there are multiprocessors, and more steps than the deeper ring has stages.
+            "tile=9 op=conv_transpose type=bf16 ci=520 co=64 left=none epilogue=stats ring=196608 sh=1 sw=1 n=1",
         )
     ]
 

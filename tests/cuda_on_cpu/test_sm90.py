@@ -88,17 +88,21 @@ def test_under_a_sanitizer(mode: str) -> None:
 
 NONE, ACTIVATE = "left=none epilogue=stats", "left=activate epilogue=stats"
 WEIGHT_GRAD = "op=weight_grad left=activate right=bn_backward"
-FULL = "gpu::mbarrier_wait(&shared.full[at.slot], at.parity);"
-EMPTY = "gpu::mbarrier_wait(&shared.empty[at.slot], at.parity ^ 1);"
+FULL = "if (!at.await(shared.full)) break;"
+EMPTY = "if (!at.await(shared.empty, 1)) break;"
 EXPECT = "gpu::mbarrier_arrive_expect(&shared.full[at.slot], bytes);"
 RELEASE = "if (i > 0 && lane == 0) gpu::mbarrier_arrive(&shared.empty[before]);"
 WAIT = "gpu::wgmma_wait<0>();"
 STEP = "loader.advance(step);\n            gpu::fence_async();"
+READ = "gpu::fence_async();  // what was read is copied to next"
+LATE = "__syncwarp(); if (lane == 0) gpu::mbarrier_arrive(&shared.empty[at.slot]); gpu::fence_async(); continue;"
+UNFENCED_COPY = "a bulk copy to what threads accessed without fence.proxy.async"
+UNFENCED_PRODUCT = "a wgmma of what was stored without fence.proxy.async"
 # name -> (case, what is there, what is put there, mode, what is said about it)
 CASES = {
     "no_wait_for_copies": (ACTIVATE, FULL, "", "plain", "deadlock"),
     "a_stage_too_early": (NONE, EMPTY, "", "plain", "."),
-    "another_parity": (NONE, EMPTY, EMPTY.replace(" ^ 1", ""), "plain", "deadlock"),
+    "another_parity": (NONE, EMPTY, EMPTY.replace(", 1", ""), "plain", "deadlock"),
     "no_expected_bytes": (
         NONE, EXPECT, "gpu::mbarrier_arrive(&shared.full[at.slot]);", "plain", "nobody waited for",
     ),
@@ -118,6 +122,13 @@ CASES = {
     "no_barrier_after_them": (NONE, "__syncthreads();", "", "plain", "not initialised"),
     "no_barrier_before_the_sums": (NONE, "Consumers<C>::sync();  // the sums", "", "thread", RACE),
     "no_barrier_of_the_warp": (ACTIVATE, "__syncwarp();", "", "thread", RACE),
+    "read_without_a_fence": (ACTIVATE, READ, "", "plain", UNFENCED_COPY),
+    "read_with_a_fence_of_one_lane": (ACTIVATE, READ, "if (lane == 0) gpu::fence_async();", "plain", UNFENCED_COPY),
+    "read_with_a_fence_too_late": (ACTIVATE, READ, LATE, "plain", UNFENCED_COPY),
+    "written_without_a_fence": (WEIGHT_GRAD, STEP, "loader.advance(step);", "plain", UNFENCED_PRODUCT),
+    "written_with_a_fence_of_one_lane": (
+        WEIGHT_GRAD, STEP, "loader.advance(step); if (lane == 0) gpu::fence_async();", "plain", UNFENCED_PRODUCT,
+    ),
     "no_barrier_after_the_prologue": (WEIGHT_GRAD, "Consumers<C>::sync();  // the factors", "", "thread", RACE),
     "a_prologue_of_another_step": (WEIGHT_GRAD, STEP, "gpu::fence_async();", "plain", WRONG),
     "a_prologue_of_padding": (ACTIVATE, "there && (h == 0 ? first_inside : second_inside)", "there", "plain", WRONG),

@@ -2,6 +2,7 @@
 // for a part of the threads of a block.
 #pragma once
 
+#include "cuda/device/hangs.h"
 #include "cuda/device/vec.h"
 
 namespace fastdcgan::gpu {
@@ -33,18 +34,30 @@ GPU_INLINE void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
       "r"(bytes)
       : "memory");
 }
-// Waits until the phase of that parity has ended.
-GPU_INLINE void mbarrier_wait(Mbarrier* barrier, int parity) {
+// Whether the phase of that parity has ended, after up to `kPollTime` nanoseconds.
+constexpr int kPollTime = 1000;
+GPU_INLINE bool mbarrier_poll(Mbarrier* barrier, int parity) {
   unsigned ended;
-  do {
-    asm volatile(
-        "{\n.reg .pred ended;\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\nselp.b32 %0, 1, 0, ended;\n}"
-        : "=r"(ended)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  } while (!ended);
+  asm volatile(
+      "{\n.reg .pred ended;\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2, %3;\n"
+      "selp.b32 %0, 1, 0, ended;\n}"
+      : "=r"(ended)
+      : "r"(shared_address(barrier)), "r"(parity), "r"(kPollTime)
+      : "memory");
+  return ended != 0;
 }
-
+// Waits until the phase of that parity has ended, and returns true. With FASTDCGAN_BOUNDED_WAITS (hangs.h) it gives up
+// after seconds, and returns false.
+GPU_INLINE bool mbarrier_wait(Mbarrier* barrier, int parity) {
+#ifdef FASTDCGAN_BOUNDED_WAITS
+  for (int polls = 0; polls < 1 << 23; ++polls)
+    if (mbarrier_poll(barrier, parity)) return true;
+  return false;
+#else
+  while (!mbarrier_poll(barrier, parity)) continue;
+  return true;
+#endif
+}
 // Waits for `threads` threads, whole warps, at barrier `number` of 1 to 15.
 GPU_INLINE void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
@@ -66,9 +79,10 @@ inline void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
   [[maybe_unused]] volatile uint64_t is_there = *barrier;
   cuda_on_cpu::mbarrier_arrive(barrier, bytes);
 }
-inline void mbarrier_wait(Mbarrier* barrier, int parity, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+inline bool mbarrier_wait(Mbarrier* barrier, int parity, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
   [[maybe_unused]] volatile uint64_t is_there = *barrier;
   cuda_on_cpu::mbarrier_wait(barrier, static_cast<unsigned>(parity), site);
+  return true;  // or the engine says where there is a deadlock
 }
 inline void named_barrier(int number, int threads, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
   cuda_on_cpu::named_barrier(number, static_cast<unsigned>(threads), site);

@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdlib>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -42,24 +43,48 @@ struct Launch {
   bool early = false;  // see launch_early
 };
 
-// Whether launch_early is early: from compute capability 9.0 on, unless FASTDCGAN_EARLY_LAUNCH is 0.
-inline bool launches_early();
+#ifdef __CUDACC__
+// Code for architectures from this one on (90 for 9.0) has the wait of await_kernels_before.
+constexpr int kFirstThatWaits = 90;
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Readies a kernel for launches on the current device, once: it may have all of a block's shared memory. Returns whether
+// a launch may be early: FASTDCGAN_EARLY_LAUNCH is not 0, and the code that was loaded waits for the kernels before it.
+// What the driver compiles from PTX of 8.0 doesn't, on any GPU.
+inline bool readied(const void* kernel, const char* name) {
+  thread_local std::map<std::pair<const void*, int>, bool> known;
+  int device = 0;
+  check(cudaGetDevice(&device), name);
+  const auto found = known.find({kernel, device});
+  if (found != known.end()) return found->second;
+  const int bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
+  cudaFuncAttributes code;
+  check(cudaFuncGetAttributes(&code, kernel), name);
+  const char* allowed = std::getenv("FASTDCGAN_EARLY_LAUNCH");
+  const bool early = code.ptxVersion >= kFirstThatWaits && (allowed == nullptr || std::string(allowed) != "0");
+  return known[{kernel, device}] = early;
+}
+#endif
 
 // Runs `kernel`; throws std::runtime_error with its name where CUDA refuses. Allowed while a stream is captured.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const Launch& l, Args&&... args) {
 #ifdef __CUDACC__
-  if (l.shared_bytes > 48 * 1024) {
-    const int bytes = static_cast<int>(l.shared_bytes);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), l.name);
-  }
+  const bool may_be_early = readied(reinterpret_cast<const void*>(kernel), l.name);
   cudaLaunchConfig_t config{};
   config.gridDim = l.grid;
   config.blockDim = l.block;
   config.dynamicSmemBytes = l.shared_bytes;
   config.stream = l.stream;
   cudaLaunchAttribute attribute{};
-  if (l.early && launches_early()) {
+  if (l.early && may_be_early) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute, config.numAttrs = 1;
@@ -83,7 +108,7 @@ void launch_early(void (*kernel)(Params...), Launch l, Args&&... args) {
 GPU_INLINE void await_kernels_before() {
 #ifndef __CUDACC__
   cuda_on_cpu::engine.await_kernels_before();
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900  // kFirstThatWaits
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
@@ -122,10 +147,7 @@ GPU_INLINE void trap() {
 // The multiprocessors of the current device.
 inline int multiprocessors() {
 #ifdef __CUDACC__
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
+  return device_attribute(cudaDevAttrMultiProcessorCount);
 #else
   return cuda_on_cpu::options.multiprocessors;
 #endif
@@ -134,10 +156,7 @@ inline int multiprocessors() {
 // Bytes of shared memory that a block may have on the current device: 99 KiB on consumers' GPUs, 163 or 227 on others.
 inline size_t most_shared_bytes() {
 #ifdef __CUDACC__
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return static_cast<size_t>(bytes);
+  return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 #else
   return cuda_on_cpu::options.shared_bytes;
 #endif
@@ -146,25 +165,10 @@ inline size_t most_shared_bytes() {
 // The compute capability of the current device, 90 for 9.0.
 inline int compute_capability() {
 #ifdef __CUDACC__
-  int device = 0, major = 0, minor = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  return major * 10 + minor;
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) * 10 +
+         device_attribute(cudaDevAttrComputeCapabilityMinor);
 #else
   return 90;
-#endif
-}
-
-inline bool launches_early() {
-#ifdef __CUDACC__
-  static const bool wanted = [] {
-    const char* value = std::getenv("FASTDCGAN_EARLY_LAUNCH");
-    return value == nullptr || std::string(value) != "0";
-  }();
-  return wanted && compute_capability() >= 90;
-#else
-  return true;
 #endif
 }
 

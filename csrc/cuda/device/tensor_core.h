@@ -86,6 +86,7 @@ inline void copy_async_wait() {
   for (cuda_on_cpu::AsyncCopy copy; cuda_on_cpu::engine.finish_copy(Pending, copy);) {
     Word words[2];
     std::memcpy(words, copy.data, 16);
+    detail::access(copy.to, 16, true);
     static_cast<Word*>(copy.to)[0] = words[0], static_cast<Word*>(copy.to)[1] = words[1];
   }
 }
@@ -100,7 +101,7 @@ inline void load_matrix(const char* name, bool transposed, unsigned (&r)[4], con
     uint32_t r[4];
   };
   using Pair __attribute__((may_alias)) = uint32_t;
-  require_aligned(row, 16);
+  access(row, 16, false);
   for (int i = 0; i < 4; ++i) mine.pair[i] = static_cast<const Pair*>(row)[i];
   auto got = cuda_on_cpu::engine.warp_call<Fragment>(
       name, ~0u, mine,

@@ -57,6 +57,11 @@ TensorMap tensor_map(const T* base, const TensorView& view) {
   return map;
 }
 
+// Has a map that is a parameter of the kernel fetched, before its first copy.
+GPU_INLINE void prefetch_tensor_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // Begins to copy the tile that starts at `at` to a multiple of 1024 bytes; all its bytes arrive at the barrier.
 GPU_INLINE void copy_tma_tile(void* to, const TensorMap& map, Mbarrier* barrier, const int (&at)[3]) {
   asm volatile(
@@ -95,6 +100,8 @@ TensorMap tensor_map(const T* base, const TensorView& view) {
   }
   return map;
 }
+
+inline void prefetch_tensor_map(const TensorMap&) {}
 
 template <int N>
 inline void copy_tma_tile(void* to, const TensorMap& map, Mbarrier* barrier, const int (&at)[N]) {

@@ -24,17 +24,24 @@ GPU_INLINE void require_aligned([[maybe_unused]] const void* p, [[maybe_unused]]
   if (!aligned(p, bytes)) cuda_on_cpu::engine.fail("misaligned access of " + std::to_string(bytes) + " bytes");
 #endif
 }
+// An access by the thread itself, which the shim watches.
+GPU_INLINE void access([[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes, [[maybe_unused]] bool written) {
+#ifndef __CUDACC__
+  require_aligned(p, bytes);
+  cuda_on_cpu::engine.access(p, bytes, written);
+#endif
+}
 }  // namespace detail
 
 template <int N, class T>
 GPU_INLINE Vec<T, N> load(const T* from) {
-  detail::require_aligned(from, sizeof(Vec<T, N>));
+  detail::access(from, sizeof(Vec<T, N>), false);
   return *reinterpret_cast<const Vec<T, N>*>(from);
 }
 
 template <class T, int N>
 GPU_INLINE void store(T* to, const Vec<T, N>& value) {
-  detail::require_aligned(to, sizeof value);
+  detail::access(to, sizeof value, true);
   *reinterpret_cast<Vec<T, N>*>(to) = value;
 }
 

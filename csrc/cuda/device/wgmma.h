@@ -30,8 +30,8 @@ GPU_INLINE uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor
 GPU_INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 GPU_INLINE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// After ordinary stores to shared memory, by each thread that made some, before the barrier after which products read
-// it.
+// After ordinary stores to shared memory and before the barrier after which products read it; after ordinary loads from
+// it and before the barrier after which it is copied to. By each thread that made some.
 GPU_INLINE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Keeps the compiler from moving these registers' values across.
@@ -138,7 +138,7 @@ FASTDCGAN_WGMMA_MULTIPLY(fp16, "f16", "256", 128, FASTDCGAN_REGISTERS_ALL, "128"
 
 inline void wgmma_fence() { cuda_on_cpu::wgmma_fence(); }
 inline void wgmma_commit() { cuda_on_cpu::wgmma_commit(); }
-inline void fence_async() {}
+inline void fence_async() { cuda_on_cpu::engine.fence_async(); }
 template <class T, int N>
 inline void hold(T (&)[N]) {}
 template <int>

@@ -120,13 +120,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) contraction(const P
     for (int n = 0; n < C::kWarpN / 8; ++n)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        gpu::store(&shared.sums[first_m + m * 16 + h * 8 + line][first_n + n * 8 + pair],
+        gpu::store(&shared.sums[first_m + m * 16 + h * 8 + line][staged(first_n + n * 8 + pair)],
                    Vec<float, 2>{{sum[m][n][h * 2], sum[m][n][h * 2 + 1]}});
   __syncthreads();
   Epilogue<typename C::T> epilogue = p.epilogue;
   if (epilogue.parts != nullptr) epilogue.parts += static_cast<int64_t>(blockIdx.y) * p.values;
   apply_epilogue<typename C::T, C::kM, C::kN, C::kThreads>(
-      epilogue, shared.place.pixel, [&](int row, int column) { return &shared.sums[row][column]; }, shared.strands,
+      epilogue, shared.place.pixel, [&](int row, int column) { return &shared.sums[row][staged(column)]; }, shared.strands,
       shared.place.first_channel, shared.place.group, shared.place.slot);
 }
 

@@ -24,7 +24,7 @@ struct Epilogue {
   float* partials = nullptr;
   EpilogueKind kind = EpilogueKind::none;
   RuntimeActivation act;
-  int coef_rows = 0, coef_groups = 1;
+  int coef_rows = 0, coef_groups = 1;  // the groups of all coefficients: 1, or those of the batch
   int channels = 0;
   bool vectors = false;  // all rows begin at multiples of 16 bytes
 
@@ -60,10 +60,7 @@ GPU_INLINE void store_floats(float* to, const float (&values)[N], bool vectors, 
 template <class T, int N>
 GPU_INLINE void store_chunk(T* to, const float (&values)[N], bool vectors, int count) {
   if (vectors) {
-    Vec<T, N> all;
-#pragma unroll
-    for (int i = 0; i < N; ++i) all[i] = gpu::from_float<T>(values[i]);
-    gpu::store(to, all);
+    gpu::store_numbers(to, values);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i)
@@ -74,14 +71,16 @@ GPU_INLINE void store_chunk(T* to, const float (&values)[N], bool vectors, int c
 template <class T, int N>
 GPU_INLINE void read_chunk(float (&to)[N], const T* from, bool vectors, int count) {
   if (vectors) {
-    const Vec<T, N> all = gpu::load<N>(from);
-#pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = gpu::to_float(all[i]);
+    gpu::load_numbers(to, from);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i] = i < count ? gpu::to_float(from[i]) : 0.f;
   }
 }
+
+// Where in its row a column's sum waits for the epilogue. Of 32 columns after 32 the fours are exchanged, so that eight
+// threads that read the first four of eight columns each find them in different banks.
+GPU_INLINE int staged(int column) { return column ^ (column >> 3 & 4); }
 
 // The threads that apply the epilogue to a tile together: all of a block.
 struct WholeBlock {
@@ -89,7 +88,8 @@ struct WholeBlock {
 };
 
 // Applies the epilogue to a tile of kM rows and kN channels from `first_channel` on. `pixel[row]` is a row's place in
-// the output, or negative; tile(row, column) is the address of its sums, each of which only one thread reads or writes.
+// the output, or negative; tile(row, column) is the address of
+// a sum, and of three more from each fourth column on; only one thread reads or writes it.
 // `strands` may share their memory. By the block's first kThreads threads, which `Team` brings to one point.
 template <class T, int kM, int kN, int kThreads, class Team = WholeBlock, class Tile>
 GPU_INLINE void apply_epilogue(
@@ -101,7 +101,7 @@ GPU_INLINE void apply_epilogue(
   const int channel = first_channel + column, count = f.channels - channel;
   const bool mine = count > 0;
   const int64_t coef_row = static_cast<int64_t>(f.coef_groups) * f.channels;
-  const float* coef = f.coef + static_cast<int64_t>(group % f.coef_groups) * f.channels + channel;
+  const float* coef = f.coef + static_cast<int64_t>(min(group, f.coef_groups - 1)) * f.channels + channel;
   const bool with_coef = f.kind == EpilogueKind::activate || f.kind == EpilogueKind::grad_stats;
 
   if (mine && with_coef && !f.act.linear) {  // the activation alone, number by number
@@ -136,7 +136,12 @@ GPU_INLINE void apply_epilogue(
       if (pixel[row] < 0) continue;
       const int64_t at = static_cast<int64_t>(pixel[row]) * f.channels + channel;
       float v[N];
-      load_floats(v, tile(row, column), true, N);
+#pragma unroll
+      for (int i = 0; i < N; i += 4) {
+        const Vec<float, 4> sums = gpu::load<4>(tile(row, column + i));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[i + j] = sums[j];
+      }
       rows += 1;
       if (f.kind == EpilogueKind::bias) {
 #pragma unroll
@@ -195,7 +200,7 @@ GPU_INLINE void apply_epilogue(
       for (int i = 0; i < S::kStrands; ++i) first += strands.row[0][i][own], second += strands.row[1][i][own];
       to[0] = first;
       if (f.coef_rows == 4) {
-        const float* rstd = f.coef + 3 * coef_row + static_cast<int64_t>(group % f.coef_groups) * f.channels;
+        const float* rstd = f.coef + 3 * coef_row + static_cast<int64_t>(min(group, f.coef_groups - 1)) * f.channels;
         to[f.channels] = second * rstd[first_channel + own];
       }
     }
@@ -246,10 +251,12 @@ __global__ void __launch_bounds__(ReduceSplits::kThreads, ReduceSplits::kBlocks)
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] += part[i];
     }
-    store_floats(&shared.tile[row][column], sum, true, N);
+#pragma unroll
+    for (int i = 0; i < N; i += 4)
+      gpu::store(&shared.tile[row][staged(column + i)], Vec<float, 4>{{sum[i], sum[i + 1], sum[i + 2], sum[i + 3]}});
   }
   apply_epilogue<T, kM, kN, kThreads>(
-      f, shared.pixel, [&](int row, int at) { return &shared.tile[row][at]; }, shared.strands, first_channel,
+      f, shared.pixel, [&](int row, int at) { return &shared.tile[row][staged(at)]; }, shared.strands, first_channel,
       group, tile);
 }
 

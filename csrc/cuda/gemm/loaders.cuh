@@ -291,13 +291,12 @@ class ChannelPlace {
     const int of_row = p.tiles_n * p.rows.kernel * p.columns.kernel, column = blockIdx.x % of_row;
     tap_ = column / p.tiles_n;
     first_m_ = static_cast<int>(blockIdx.x) / of_row * C::kM, first_n_ = column % p.tiles_n * C::kN;
+    dy_ = tap_ / p.columns.kernel * p.rows.dilation - p.rows.padding;
+    dx_ = tap_ % p.columns.kernel * p.columns.dilation - p.columns.padding;
   }
 
-  GPU_INLINE int shift_y() const { return tap_ / p_.columns.kernel * p_.rows.dilation - p_.rows.padding; }
-  GPU_INLINE int shift_x() const { return tap_ % p_.columns.kernel * p_.columns.dilation - p_.columns.padding; }
-
   const Problem<T>& p_;
-  int tap_, first_m_, first_n_;
+  int tap_, first_m_, first_n_, dy_, dx_;  // the last two: what the tap shifts by
 };
 
 template <class C>
@@ -309,8 +308,7 @@ class ChannelLoader : public ChannelPlace<C> {
   };
 
   GPU_INLINE ChannelLoader(const Problem<T>& p, TilePlace<C::kM>& place)
-      : ChannelPlace<C>(p), thread_(threadIdx.x), pixels_(p.batch * p.rows.pixels * p.columns.pixels),
-        dy_(this->shift_y()), dx_(this->shift_x()) {
+      : ChannelPlace<C>(p), thread_(threadIdx.x), pixels_(p.batch * p.rows.pixels * p.columns.pixels) {
     this->find_place(place, thread_, C::kThreads);
     const int per_group = (pixels_ + C::kK - 1) / C::kK;
     const Share share(p.groups * per_group, p.splits);
@@ -406,7 +404,8 @@ class ChannelLoader : public ChannelPlace<C> {
   }
 
   using ChannelPlace<C>::p_, ChannelPlace<C>::first_m_, ChannelPlace<C>::first_n_;
-  const int thread_, pixels_, dy_, dx_;
+  using ChannelPlace<C>::dy_, ChannelPlace<C>::dx_;
+  const int thread_, pixels_;
   Step start_;
 
  public:

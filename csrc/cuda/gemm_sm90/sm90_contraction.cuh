@@ -12,7 +12,8 @@
 
 namespace fastdcgan::cuda {
 
-// kN columns of a tile; blocks of a multiprocessor, each with a ring of kRing bytes.
+// kN columns of a tile; blocks of a multiprocessor, each with a ring of kRing bytes, or with all of that where it has
+// the multiprocessor to itself.
 template <int kN_, int kBlocks_, int kRing_>
 struct Sm90Shape {
   static constexpr int kM = 128, kN = kN_, kK = 64, kBlocks = kBlocks_, kRing = kRing_;
@@ -35,7 +36,7 @@ struct Sm90Contraction : Shape {
 
   static constexpr int kPanel = 64 * 64 * static_cast<int>(sizeof(T));  // 64 rows of 64 numbers
   static constexpr int kLeftBytes = kM / 64 * kPanel, kRightBytes = kN / 64 * kPanel;
-  static constexpr int kMostStages = kRing / (kLeftBytes + kRightBytes);
+  static constexpr int kMostRing = kRing * kBlocks, kMostStages = kMostRing / (kLeftBytes + kRightBytes);
   static_assert(sizeof(T) == 2 && kN % 64 == 0 && kN <= 256 && kRing % 1024 == 0);
   static_assert(kRing >= 2 * (1 + kTransforms) * (kLeftBytes + kRightBytes), "one stage is multiplied, one awaited");
   using Left = MatrixTile<T, kM, kK, false>;  // of conv and conv_transpose, as the copy engine swizzles it
@@ -48,15 +49,16 @@ struct Sm90Contraction : Shape {
 
   static constexpr int kPadding = 8;
   struct alignas(1024) Shared {
-    union {
-      unsigned char ring[kRing];
+    gpu::Mbarrier full[kMostStages], empty[kMostStages];
+    TilePlace<kM> place;
+    union alignas(1024) {
+      unsigned char ring[kRing];  // the last: there may be more of it
       float sums[kM][kN + kPadding];
       Strands<T, kN, kConsumers> strands;
     };
-    gpu::Mbarrier full[kMostStages], empty[kMostStages];
-    TilePlace<kM> place;
   };
   static_assert(sizeof(Shared) <= 228 * 1024 / kBlocks - 1024, "a multiprocessor has 228 KiB, a block's own is 1");
+  static_assert(sizeof(Shared) + kMostRing - kRing <= 227 * 1024, "a block has 227 KiB at most");
 
   GPU_HOST_INLINE static int stage_bytes(const Problem<T>& p) {
     const bool y_of_gathered = p.gathered.y != nullptr;
@@ -74,6 +76,13 @@ struct Consumers {
 // Stages of the ring, one after the other, and the parity of the phase that each is in.
 struct RingPlace {
   int slot = 0, parity = 0;
+  bool hangs = false;
+
+  // Waits for the barrier of the stage, of one phase before with `before`; false where it hangs.
+  GPU_INLINE bool await(gpu::Mbarrier* barriers, int before = 0) {
+    hangs = !gpu::mbarrier_wait(&barriers[slot], parity ^ before);
+    return !hangs;
+  }
   GPU_INLINE void advance(int stages) {
     if (++slot == stages) slot = 0, parity ^= 1;
   }
@@ -121,13 +130,13 @@ GPU_INLINE void multiply_transformed(
   const Operand<T>& operand = w.p.gathered;
   const bool second = operand.y != nullptr;
   const int bytes = C::stage_bytes(w.p), lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
-  const float* coef = operand.coef + static_cast<int64_t>(loader.group() % operand.groups) * operand.channels;
+  const float* coef = operand.coef_of(loader.group());
   const auto above = loader.pixel(first_row + lane / 4), below = loader.pixel(first_row + lane / 4 + 8);
   typename C::Loader::Step step = loader.first();
   RingPlace at;
   for (int i = 0; i < loader.steps; ++i, at.advance(w.stages), loader.advance(step)) {
     const bool above_inside = loader.inside(above, step), below_inside = loader.inside(below, step);
-    gpu::mbarrier_wait(&shared.full[at.slot], at.parity);
+    if (!at.await(shared.full)) break;
     const unsigned char* stage = shared.ring + at.slot * bytes;
     const auto& left = *reinterpret_cast<const typename C::Left*>(stage);
     const auto& left_y = *reinterpret_cast<const typename C::Left*>(stage + C::kLeftBytes);
@@ -142,6 +151,8 @@ GPU_INLINE void multiply_transformed(
     const uint64_t right =
         gpu::matrix_descriptor(stage + C::kLeftBytes * (1 + second), C::kRightAcross ? C::kPanel : 0);
     gpu::hold(sum);
+#pragma unroll
+    for (int k = 0; k < C::kK / 16; ++k) gpu::hold(numbers[k]);
     gpu::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < C::kK / 16; ++k)
@@ -151,9 +162,11 @@ GPU_INLINE void multiply_transformed(
     gpu::hold(sum);
 #pragma unroll
     for (int k = 0; k < C::kK / 16; ++k) gpu::hold(numbers[k]);
+    gpu::fence_async();  // what was read is copied to next
     __syncwarp();
     if (lane == 0) gpu::mbarrier_arrive(&shared.empty[at.slot]);
   }
+  if (at.hangs) gpu::hangs(w.hang, gpu::Hang::full, at.slot, at.parity);
 }
 
 // grid (tiles, splits)
@@ -172,21 +185,24 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         gpu::mbarrier_init(&shared.full[i], 1), gpu::mbarrier_init(&shared.empty[i], C::kConsumers / 32);
       gpu::mbarrier_init_done();
     }
+    if (thread == C::kConsumers) C::Loader::prefetch(w);
+    const typename C::Loader loader(w);
     __syncthreads();
     gpu::await_kernels_before();
 
-    const typename C::Loader loader(w);
     typename C::Loader::Step step = loader.first();
     RingPlace at;
     if (thread >= C::kConsumers) {
       if constexpr (C::kUneven) gpu::give_registers<C::kRegistersOfCopies>();
-      if (thread == C::kConsumers)
+      if (thread == C::kConsumers) {
         for (int i = 0; i < loader.steps; ++i, at.advance(w.stages)) {
-          gpu::mbarrier_wait(&shared.empty[at.slot], at.parity ^ 1);
+          if (!at.await(shared.empty, 1)) break;
           gpu::mbarrier_arrive_expect(&shared.full[at.slot], bytes);
           loader.load(shared.ring + at.slot * bytes, &shared.full[at.slot], step);
           loader.advance(step);
         }
+        if (at.hangs) gpu::hangs(w.hang, gpu::Hang::empty, at.slot, at.parity ^ 1);
+      }
     } else {
       if constexpr (C::kUneven) gpu::take_registers<C::kRegisters>();
       loader.find_place(shared.place, thread);
@@ -197,7 +213,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
       } else {
         const int left_bytes = C::kLeftBytes * (C::kOp == Op::weight_grad && p.other.y != nullptr ? 2 : 1);
         for (int i = 0, before = 0; i < loader.steps; ++i, before = at.slot, at.advance(w.stages)) {
-          gpu::mbarrier_wait(&shared.full[at.slot], at.parity);
+          if (!at.await(shared.full)) break;
           unsigned char* stage = shared.ring + at.slot * bytes;
           if constexpr (C::kTransforms) {
             loader.transform(stage, step, thread);
@@ -220,6 +236,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         }
         gpu::wgmma_wait<0>();
         gpu::hold(sum);
+        if (at.hangs) gpu::hangs(w.hang, gpu::Hang::full, at.slot, at.parity);
       }
       Consumers<C>::sync();  // the sums take over the ring's memory
 
@@ -228,13 +245,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
       for (int n = 0; n < C::kN / 8; ++n)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          gpu::store(&shared.sums[first + h * 8][n * 8 + pair],
+          gpu::store(&shared.sums[first + h * 8][staged(n * 8 + pair)],
                      Vec<float, 2>{{sum[n * 4 + h * 2], sum[n * 4 + h * 2 + 1]}});
       Consumers<C>::sync();
       Epilogue<T> epilogue = p.epilogue;
       if (epilogue.parts != nullptr) epilogue.parts += static_cast<int64_t>(blockIdx.y) * p.values;
       apply_epilogue<T, C::kM, C::kN, C::kConsumers, Consumers<C>>(
-          epilogue, shared.place.pixel, [&](int row, int column) { return &shared.sums[row][column]; }, shared.strands,
+          epilogue, shared.place.pixel, [&](int row, int column) { return &shared.sums[row][staged(column)]; }, shared.strands,
           shared.place.first_channel, shared.place.group, shared.place.slot);
     }
   }
@@ -274,7 +291,7 @@ void set_tma_tiles(TmaProblem<T>& w) {
   const bool phases = op == Op::conv_transpose;
   const int rows = tiles_along(p.rows.pixels, phases ? p.rows.stride : 1);
   const int columns = tiles_along(p.columns.pixels, phases ? p.columns.stride : 1);
-  w.tma_tile = pixel_tile(op == Op::weight_grad ? 64 : 128, rows, columns);
+  w.set_tma_tile(pixel_tile(op == Op::weight_grad ? 64 : 128, rows, columns));
   w.tiles.images = tiles_along(op == Op::weight_grad ? p.groups * p.batch : p.batch, w.tma_tile.images);
   w.tiles.rows = tiles_along(rows, w.tma_tile.rows), w.tiles.columns = tiles_along(columns, w.tma_tile.columns);
 }
@@ -303,6 +320,8 @@ void run_sm90(const Problem<typename C::T>& problem, float* workspace, gpu::Stre
   const Operand<T>& a = p.gathered;
   const bool shifted = op != Op::conv_transpose;  // by the stride; else the output is
   const int stride_y = shifted ? p.rows.stride : 1, stride_x = shifted ? p.columns.stride : 1;
+  w.hang = gpu::hang_note();
+  w.stride_y = Divider(stride_y), w.stride_x = Divider(stride_x), w.batch = Divider(p.batch);
   const int images = p.groups * p.batch, taps = p.rows.kernel * p.columns.kernel;
   const auto gathered = [&](const T* from) {
     return gpu::tensor_map(
@@ -330,11 +349,13 @@ void run_sm90(const Problem<typename C::T>& problem, float* workspace, gpu::Stre
     p.tiles_m = w.tiles.images * w.tiles.rows * w.tiles.columns;
     blocks *= int64_t{p.groups} * p.tiles_m * (op == Op::conv ? 1 : p.phases());
   }
-  w.stages = C::kRing / C::stage_bytes(p);
   with_parts<op>(p, workspace, stream, [&] {
     const dim3 grid(static_cast<unsigned>(blocks), p.splits);
-    gpu::launch_early(sm90_contraction<C>,
-                      {kOpNames[static_cast<int>(op)], grid, C::kThreads, sizeof(typename C::Shared), stream}, w);
+    const int ring = blocks * p.splits <= gpu::multiprocessors() ? C::kMostRing : C::kRing;
+    w.stages = ring / C::stage_bytes(p);
+    gpu::launch_early(
+        sm90_contraction<C>,
+        {kOpNames[static_cast<int>(op)], grid, C::kThreads, sizeof(typename C::Shared) + ring - C::kRing, stream}, w);
   });
 }
 

@@ -21,15 +21,25 @@ struct TmaProblem {
   gpu::TensorMap left, left_y, right, right_y;
   Problem<T> p;
   PixelTile tma_tile, tiles;  // pixels of a TMA tile along each, and tiles (of a group, or phase)
+  int row_bits = 0, column_bits = 0;  // of the TMA tile's sides, powers of two
+  Divider stride_y, stride_x, batch;
   int stages = 0;
+  gpu::Hang* hang = nullptr;
+
+  void set_tma_tile(const PixelTile& tile) {
+    tma_tile = tile;
+    while (1 << row_bits < tile.rows) ++row_bits;
+    while (1 << column_bits < tile.columns) ++column_bits;
+  }
 };
 
 // A shift by `offset` pixels, of which a step to the next output pixel is `stride`: whole steps and the rest.
 struct Shift {
   int steps, rest;
-  GPU_INLINE Shift(int offset, int stride) {
-    steps = offset >= 0 ? offset / stride : -((stride - 1 - offset) / stride);
-    rest = offset - steps * stride;
+  GPU_INLINE Shift(int offset, const Divider& stride) {
+    const int sign = offset >> 31;  // the floor of a negative quotient: ~(~offset / stride)
+    steps = stride(offset ^ sign) ^ sign;
+    rest = offset - steps * static_cast<int>(stride.divisor);
   }
 };
 
@@ -46,10 +56,16 @@ class TmaPixelLoader : public PixelSteps<C> {
     first_n_ = block_.group * w.p.batch + block_.tile / w.tiles.columns / w.tiles.rows * w.tma_tile.images;
   }
 
+  // Has the tensor maps of the copies fetched, by one thread; before the wait, since they are parameters.
+  static GPU_INLINE void prefetch(const TmaProblem<T>& w) {
+    gpu::prefetch_tensor_map(w.left), gpu::prefetch_tensor_map(w.right);
+    if (w.p.gathered.y != nullptr) gpu::prefetch_tensor_map(w.left_y);
+  }
+
   // Begins the copies of a step, by one thread.
   GPU_INLINE void load(unsigned char* stage, gpu::Mbarrier* full, const Step& step) const {
-    const Shift y(rows_.origin + step.y * rows_.step, rows_.stride);
-    const Shift x(columns_.origin + step.x * columns_.step, columns_.stride);
+    const Shift y(rows_.origin + step.y * rows_.step, w_.stride_y);
+    const Shift x(columns_.origin + step.x * columns_.step, w_.stride_x);
     const int at[] = {step.channel + x.rest * p_.gathered.channels, first_r_ + x.steps, y.rest, first_q_ + y.steps,
                        first_n_};
     gpu::copy_tma_tile(stage, w_.left, full, at);
@@ -135,6 +151,12 @@ class TmaChannelLoader : public ChannelPlace<C> {
     step.q = 0, step.n += w_.tma_tile.images;
   }
 
+  static GPU_INLINE void prefetch(const TmaProblem<T>& w) {
+    gpu::prefetch_tensor_map(w.left), gpu::prefetch_tensor_map(w.right);
+    if (w.p.other.y != nullptr) gpu::prefetch_tensor_map(w.left_y);
+    if (w.p.gathered.y != nullptr) gpu::prefetch_tensor_map(w.right_y);
+  }
+
   GPU_INLINE void load(unsigned char* stage, gpu::Mbarrier* full, const Step& step) const {
     const Problem<T>& p = w_.p;
     const auto left = [&](const gpu::TensorMap& map) {
@@ -144,7 +166,7 @@ class TmaChannelLoader : public ChannelPlace<C> {
     };
     left(w_.left);
     if (p.other.y != nullptr) left(w_.left_y);
-    const Shift y(shift_y(), p.rows.stride), x(shift_x(), p.columns.stride);
+    const Shift y(dy_, w_.stride_y), x(dx_, w_.stride_x);
     const auto right = [&](const gpu::TensorMap& map) {
 #pragma unroll
       for (int n = 0; n < C::kN; n += 64, stage += C::kPanel)
@@ -164,7 +186,7 @@ class TmaChannelLoader : public ChannelPlace<C> {
     stage += C::kLeftBytes * (p.other.y != nullptr ? 2 : 1);
     if (p.gathered.prologue != Prologue::none)
       transform<C::kN>(p.gathered, stage, first_n_, step, thread, [&](int n, int q, int r) {
-        const int y = q * p.rows.stride + shift_y(), x = r * p.columns.stride + shift_x();
+        const int y = q * p.rows.stride + dy_, x = r * p.columns.stride + dx_;
         return n < images && y >= 0 && y < p.rows.size && x >= 0 && x < p.columns.size;
       });
   }
@@ -174,7 +196,7 @@ class TmaChannelLoader : public ChannelPlace<C> {
   }
 
  private:
-  using ChannelPlace<C>::first_m_, ChannelPlace<C>::first_n_, ChannelPlace<C>::shift_y, ChannelPlace<C>::shift_x;
+  using ChannelPlace<C>::first_m_, ChannelPlace<C>::first_n_, ChannelPlace<C>::dy_, ChannelPlace<C>::dx_;
 
   // Panels of 64 pixels and 64 channels each, of kChannels channels; those of the second tensor follow.
   template <int kChannels, class Inside>
@@ -187,11 +209,11 @@ class TmaChannelLoader : public ChannelPlace<C> {
     for (int i = thread; i < C::kK * kChannels / kVec<T>; i += C::kConsumers) {
       const int chunk = i % Panel::kChunks, pixel = i / Panel::kChunks % C::kK, panel = i / Panel::kChunks / C::kK;
       const int channel = first + panel * 64 + chunk * kVec<T>;
-      const int r = step.r + pixel % w_.tma_tile.columns, line = pixel / w_.tma_tile.columns;
-      const int q = step.q + line % w_.tma_tile.rows, n = step.n + line / w_.tma_tile.rows;
+      const int line = pixel >> w_.column_bits, r = step.r + pixel - (line << w_.column_bits);
+      const int image = line >> w_.row_bits, q = step.q + line - (image << w_.row_bits), n = step.n + image;
       if (channel < operand.channels && inside(n, q, r))
         apply_prologue(operand, x[panel].chunk(pixel, chunk),
-                       operand.y != nullptr ? y[panel].chunk(pixel, chunk) : nullptr, n / w_.p.batch, channel);
+                       operand.y != nullptr ? y[panel].chunk(pixel, chunk) : nullptr, w_.batch(n), channel);
     }
   }
 

@@ -15,21 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")  # whose cuobjdump looks into the library
+from tests.csrc.cuda import machine_code
+from tests.csrc.cuda.compiling import ROOT, needs_nvcc
+from tests.csrc.cuda.machine_code import dump
 
-ROOT = Path(__file__).parents[3]
 WORK = ROOT / "build" / "cuda-test"
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc builds the CUDA extension, and it is not here")
+pytestmark = needs_nvcc
 
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The extension as setup.py builds it for the default architectures."""
-    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
-    environment |= {"FASTDCGAN_EXTENSION": "_cuda", "FASTDCGAN_FORCE_CUDA": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # it would be built for the GPUs here
+    """The extension for the default architectures, and for those of RTX 40 and 50, where setup.py finds such a GPU."""
+    environment = os.environ | {"FASTDCGAN_EXTENSION": "_cuda", "FASTDCGAN_FORCE_CUDA": "1"}
+    environment["TORCH_CUDA_ARCH_LIST"] = "8.0 8.9 9.0a 10.0+PTX 12.0"
     environment.setdefault("MAX_JOBS", str(max(1, (os.cpu_count() or 1) // 2)))
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(WORK / "temp"), "--build-lib"]
@@ -40,28 +39,16 @@ def library() -> Path:
     return WORK / "lib" / "fastdcgan" / "_cuda.so"
 
 
-def dump(library: Path, *options: str) -> str:
-    """What cuobjdump prints of a library."""
-    command = [triton.knobs.nvidia.cuobjdump.path, *options, str(library)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 @pytest.fixture(scope="module")
 def code(library: Path) -> dict[str, list[str]]:
     """Name -> instructions with their operands of each kernel for sm_90a."""
-    found: dict[str, list[str]] = {}
-    for line in dump(library, "-sass", "-arch", "sm_90a").splitlines():
-        if function := re.match(r"\s*Function : (\S+)", line):
-            instructions = found.setdefault(function[1], [])
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][^;]*);", line):
-            instructions.append(instruction[1])
-    return found
+    return machine_code.functions(dump(library, "-sass", "-arch", "sm_90a"))
 
 
 def test_architectures(library: Path) -> None:
     text = dump(library, "--list-elf", "--list-ptx")
     machine_code = set(re.findall(r"ELF file.*\.(sm_\w+)\.cubin", text))
-    assert machine_code == {"sm_80", "sm_90a", "sm_100"}
+    assert machine_code == {"sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"}
     assert set(re.findall(r"PTX file.*\.(sm_\w+)\.ptx", text)) == {"sm_100"}
 
 
@@ -84,7 +71,8 @@ def test_nothing_is_spilled(library: Path) -> None:
 
 
 def test_contractions_are_on_tensor_cores(code: dict[str, list[str]]) -> None:
-    """Matrix instructions and asynchronous copies; on warpgroups no product waits for the one before."""
+    """Matrix instructions and asynchronous copies; on warpgroups no product waits for the one before, and what they add
+    up and multiply in registers stays as it is from their fence to their wait."""
     sm90 = {name: each for name, each in code.items() if "16sm90_contraction" in name}
     warps = {name: each for name, each in code.items() if "11contraction" in name}
     assert len(sm90) == 3 * 2 * 3 * 2 and len(warps) == 3 * (2 * 5 + 2 * 2)  # contractions, dtypes, tiles, prologues
@@ -92,6 +80,7 @@ def test_contractions_are_on_tensor_cores(code: dict[str, list[str]]) -> None:
         products = [each for each in instructions if each.startswith("HGMMA")]
         assert products and any(each.startswith("UTMALDG") for each in instructions), name
         assert 2 * sum("gsb0" in each for each in products) <= len(products), name
+        assert not list(machine_code.touched_products(instructions)), name
     for name, instructions in warps.items():
         assert all(any(each.startswith(kind) for each in instructions) for kind in ("HMMA", "LDGSTS")), name
     for kernel in IMAGE_SIDE:

@@ -1,10 +1,13 @@
 // What runs beside the threads of a block: barriers in shared memory, bulk copies of tensor tiles, and products of
 // warpgroups. All of it happens as late as it may:
-//   - where a bulk copy goes, nothing is to be read from its issue on; it is done by a thread that waits for it, when
-//   no
+//   - where a bulk copy goes, nothing is to be read from its issue on; it is done by a thread that waits for it, when no
 //     other thread can go on, or by chance before
 //   - a product reads shared memory when it is waited for, and until then its sums are NaN
 // so a wait that is missing, or a stage that is used again too early, is seen.
+//
+// Copies and products go through the async proxy, a thread's own accesses through the generic one. What a thread has
+// read may be copied to, and what it has written may be multiplied, once it has called fence.proxy.async before it met
+// others at a barrier or arrived at one (PTX ISA, "Proxies").
 #pragma once
 
 #include <cstdint>
@@ -64,9 +67,16 @@ struct Products {
   bool fenced = false;
 };
 
+// How many of the threads' own accesses to 16 bytes of shared memory no fence of theirs has followed in time.
+struct Unfenced {
+  static constexpr unsigned kBytes = 16;
+  unsigned reads = 0, writes = 0;
+};
+
 // All of a block's.
 struct Asynchronous {
   std::map<const void*, Mbarrier> mbarriers;
+  std::vector<Unfenced> unfenced;  // of blocks that have mbarriers
   NamedBarrier named[16];
 };
 

@@ -51,6 +51,7 @@ class Engine {
   }
 
   bool running() const { return running_; }
+  const LaunchShape& shape() const { return shape_; }  // of the last launch
   Thread& self() { return threads_[current_]; }
   unsigned lane() const { return current_ % warpSize; }
 
@@ -79,6 +80,7 @@ class Engine {
   }
 
   void barrier(Site site) {
+    meet_others();
     void* sync = turn(barrier_sync_, &Thread::barriers);
     note::release(sync);
     {
@@ -126,6 +128,7 @@ class Engine {
   }
 
   void warp_barrier(unsigned mask, Site site) {
+    meet_others();
     void* sync = turn(warp_sync_[current_ / warpSize], &Thread::warp_barriers);
     note::release(sync);
     warp_call<int>("__syncwarp", mask, 0, [](auto&, auto&) {}, site);
@@ -167,6 +170,40 @@ class Engine {
   // --- what barriers of other kinds are made of ---
 
   Asynchronous asynchronous;
+
+  // The running thread's own access to memory, which may be shared memory.
+  void access(const void* p, size_t bytes, bool written) {
+    note::ShimCode shim;
+    const char *at = static_cast<const char*>(p), *begin = static_cast<const char*>(shared_);
+    if (asynchronous.mbarriers.empty() || at < begin || at >= begin + shape_.shared_bytes) return;
+    const unsigned first = shared_address(at) / Unfenced::kBytes;
+    const unsigned last = (shared_address(at) + static_cast<unsigned>(bytes) - 1) / Unfenced::kBytes;
+    if (asynchronous.unfenced.empty()) asynchronous.unfenced.resize(shape_.shared_bytes / Unfenced::kBytes + 1);
+    for (unsigned chunk = first; chunk <= last; ++chunk) {
+      Unfenced& all = asynchronous.unfenced[chunk];
+      ++(written ? all.writes : all.reads);
+      self().unfenced.push_back({chunk, written});
+    }
+  }
+  void fence_async() {
+    note::ShimCode shim;
+    for (const auto& [chunk, written] : self().unfenced) {
+      Unfenced& all = asynchronous.unfenced[chunk];
+      --(written ? all.writes : all.reads);
+    }
+    self().unfenced.clear();
+  }
+  // What the thread has not fenced by now stays so.
+  void meet_others() {
+    note::ShimCode shim;
+    self().unfenced.clear();
+  }
+  // Accesses to the 16 bytes at that place that the async proxy need not see yet.
+  Unfenced unfenced_at(unsigned address) const {
+    note::ShimCode shim;
+    const size_t chunk = address / Unfenced::kBytes;
+    return chunk < asynchronous.unfenced.size() ? asynchronous.unfenced[chunk] : Unfenced{};
+  }
 
   // Until wake(on).
   void sleep(const void* on, const char* call, Site site) {

@@ -38,7 +38,7 @@ struct Options {
   Order order = Order::forward;  // in which order blocks, warps and lanes run
   unsigned seed = 1;             // for Order::random
   int multiprocessors = 2;       // of the pretended device; few, so that persistent loops go round in small tests
-  size_t shared_bytes = 227 << 10;  // that a block of it may have
+  size_t shared_bytes = 99 << 10;  // that a block of it may have: of the GPUs that are supported the least
 };
 inline Options options;
 

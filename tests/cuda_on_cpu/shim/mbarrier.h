@@ -74,6 +74,7 @@ inline void mbarrier_init_done() {
 }
 
 inline void mbarrier_arrive(const void* at, int bytes) {
+  engine.meet_others();
   Mbarrier& barrier = detail::mbarrier_at(at);
   note::release(detail::sync_of(barrier));
   detail::come(at, barrier, 1, -bytes);
@@ -104,6 +105,10 @@ inline void copy_tma_tile(char* to, const TensorTiles& from, const int* at, cons
     if (!barrier.visible) engine.fail("an mbarrier that the copy engine may not see yet");
   }
   if (engine.shared_address(to) % 1024) engine.fail("a swizzled tile is not at a multiple of 1024 bytes");
+  for (int64_t i = 0; i < tma_tile_bytes(from); i += Unfenced::kBytes) {
+    const Unfenced own = engine.unfenced_at(engine.shared_address(to) + static_cast<unsigned>(i));
+    if (own.reads + own.writes > 0) engine.fail("a bulk copy to what threads accessed without fence.proxy.async");
+  }
   using Word __attribute__((may_alias)) = uint64_t;
   for (int64_t i = 0; i < tma_tile_bytes(from) / 8; ++i)
     reinterpret_cast<Word*>(to)[i] = ~uint64_t{0};  // not there yet
@@ -116,6 +121,7 @@ inline void copy_tma_tile(char* to, const TensorTiles& from, const int* at, cons
 
 inline void named_barrier(int number, unsigned threads, Site site) {
   if (number < 1 || number > 15 || threads % warpSize) engine.fail("no such barrier");
+  engine.meet_others();
   NamedBarrier& barrier = engine.asynchronous.named[number];
   char* sync = nullptr;
   {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <deque>
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "async.h"
@@ -41,12 +42,13 @@ struct Thread {
   int copy_groups = 0;
   bool waited = false;  // for the kernels before
   bool does_a_copy = false;  // of those that the barrier waits for at which it sleeps
+  std::vector<std::pair<unsigned, bool>> unfenced;  // accesses since the last barrier: which 16 bytes, and if written
   Products products;
 
   // For the next block.
   void restart(Fiber& on) {
     fiber = &on, state = State::ready, barriers = warp_barriers = 0, copies.clear(), copy_groups = 0;
-    waited = does_a_copy = false, products = {};
+    waited = does_a_copy = false, unfenced.clear(), products = {};
   }
 };
 

@@ -37,6 +37,7 @@ inline uint16_t number_of(uint64_t descriptor, bool transposed, unsigned side, u
   const unsigned start = field(0), apart = field(16), eight_rows = field(32);
   const unsigned row = transposed ? depth : side, column = transposed ? side : depth;
   const unsigned place = start + row / 8 * eight_rows + row % 8 * 128 + column / 64 * apart + column % 64 * 2;
+  if (engine.unfenced_at(swizzled(place)).writes > 0) engine.fail("a wgmma of what was stored without fence.proxy.async");
   return *reinterpret_cast<const Number*>(engine.at_shared_address(swizzled(place)));
 }
 

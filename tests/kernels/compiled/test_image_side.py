@@ -11,7 +11,7 @@ from fastdcgan.geometry import Geometry
 from fastdcgan.kernels import image_side, image_side_transpose
 from fastdcgan.spec import STORE, Epilogue, Operand
 from tests.helpers.contractions import conv_call, conv_transpose_call, weight_grad_call
-from tests.kernels.compiled.compiling import TENSOR_CORES, assert_fits, compiled, images, vectors
+from tests.kernels.compiled.compiling import ARCHITECTURES, TENSOR_CORES, assert_fits, compiled, images, vectors
 
 K4, K5 = Geometry((4, 4), (2, 2), (1, 1)), Geometry((5, 5), (2, 2), (2, 2))
 # What each kernel may use, so that two programs fit on a multiprocessor; the kernels that merge partials use less.
@@ -59,7 +59,7 @@ LAYERS = {"bf16": layers(torch.bfloat16), "fp32": layers(torch.float32)}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "arch"), [("bf16", 80), ("bf16", 90), ("bf16", 100), ("fp32", 90)], ids=lambda value: str(value)
+    ("dtype", "arch"), [*(("bf16", arch) for arch in ARCHITECTURES), ("fp32", 90)], ids=lambda value: str(value)
 )
 @pytest.mark.parametrize("name", LAYERS["bf16"])
 def test_a_layer_touches_the_wide_tensor_in_16_byte_accesses(name: str, dtype: str, arch: int) -> None:
