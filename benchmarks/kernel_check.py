@@ -64,30 +64,44 @@ def check(
     precisions = list(PRECISIONS)[: 2 if tiles is None else 4]
     found, (first, step) = Checked(), share
     for i, (precision, form) in list(enumerate(itertools.product(precisions, FORMS)))[first::step]:
-        dtype, eps = PRECISIONS[precision]
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        channels = DRY_CHANNELS[0] if dry else CHANNELS[i % 3]
-        call = make(form, channels, GEOMETRIES[i % 2], dtype, device)
-        runs = [(a, tile) for a in on.algorithms(call.op) if a.why_not(call) is None for tile in _tiles(a, call, tiles)]
-        if not runs:
-            continue
-        exact = _results(backends.get("reference").pytorch(wide(call)))
-        terms = math.prod(call.size) * 64 if form[0] == OPS[2] else channels[0] * math.prod(call.geometry.kernel)
-        # Roundings of both factors and of the result, each by half of eps at most, and those of a sum in float32.
-        allowed = eps + math.sqrt(terms) * 2.0**-23
-        for algorithm, tile in runs:
-            what = f"{algorithm.name} {' '.join(form)} {channels} {precision} {tile or ''}".strip()
-            say(what)
-            found.count += 1
-            try:
-                error = peers.distance(_results(algorithm.run(call, tile)), exact)
-            # Any error of a kernel is a fact to report, and the others go on, as far as the device does.
-            except Exception as failure:
-                found.wrong.append(f"{what}: {type(failure).__name__}: {failure}")
-                continue
-            if not error <= allowed:
-                found.wrong.append(f"{what}: {error:.2e} from float64, expected at most {allowed:.2e}")
+        # It also sets what it isn't given.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32"):
+            _check(on, device, tiles, (i, precision, form), dry, say, found)
     return found
+
+
+def _check(
+    on: Backend,
+    device: torch.device,
+    tiles: Sequence[int] | None,
+    run: tuple[int, str, tuple[str, str, str]],
+    dry: bool,
+    say: Callable[[str], None],
+    found: Checked,
+) -> None:
+    i, precision, form = run
+    dtype, eps = PRECISIONS[precision]
+    channels = DRY_CHANNELS[0] if dry else CHANNELS[i % 3]
+    call = make(form, channels, GEOMETRIES[i % 2], dtype, device)
+    runs = [(a, tile) for a in on.algorithms(call.op) if a.why_not(call) is None for tile in _tiles(a, call, tiles)]
+    if not runs:
+        return
+    exact = _results(backends.get("reference").pytorch(wide(call)))
+    terms = math.prod(call.size) * 64 if form[0] == OPS[2] else channels[0] * math.prod(call.geometry.kernel)
+    # Roundings of both factors and of the result, each by half of eps at most, and those of a sum in float32.
+    allowed = eps + math.sqrt(terms) * 2.0**-23
+    for algorithm, tile in runs:
+        what = f"{algorithm.name} {' '.join(form)} {channels} {precision} {tile or ''}".strip()
+        say(what)
+        found.count += 1
+        try:
+            error = peers.distance(_results(algorithm.run(call, tile)), exact)
+        # Any error of a kernel is a fact to report, and the others go on, as far as the device does.
+        except Exception as failure:
+            found.wrong.append(f"{what}: {type(failure).__name__}: {failure}")
+            continue
+        if not error <= allowed:
+            found.wrong.append(f"{what}: {error:.2e} from float64, expected at most {allowed:.2e}")
 
 
 def _tiles(algorithm: Algorithm, call: Call, numbers: Sequence[int] | None) -> list[Any]:

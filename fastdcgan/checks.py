@@ -108,12 +108,14 @@ def check_activation(name: str) -> None:
 
 
 def check_pair(name: str, value: object, minimum: int) -> None:
-    """Raise TypeError or ValueError unless `value` is an int, or two ints, of at least `minimum`."""
+    """Raise TypeError or ValueError unless `value` is an int, or two ints, of at least `minimum` and at most `MOST`."""
     values = value if isinstance(value, (tuple, list)) else (value,)
     if len(values) not in (1, 2) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise TypeError(f"{name} must be an int or two ints, got {value!r}")
     if any(v < minimum for v in values):
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    if any(v > MOST for v in values):
+        raise ValueError(f"{name} must be at most {MOST}, got {value!r}")
 
 
 def check_output_padding(output_padding: Pair, geometry: Geometry) -> None:
@@ -226,6 +228,7 @@ class Range:
 
 FINITE = Range(most=None, whole=False)
 SEED = Range(0, 2**32 - 1)  # what PyTorch's, NumPy's and scikit-learn's generators have in common
+COUNT = Range(1)
 AMOUNT = Range(0, 1e12, whole=False)  # a weight or a time
 
 

@@ -18,8 +18,17 @@ from torch.optim import Optimizer
 
 from fastdcgan import backends
 from fastdcgan.capture import Captured, Granted, Snapshot, check_first_state, check_optimizers, record
+from fastdcgan.checks import COUNT, Range
 from fastdcgan.dispatch import router
-from fastdcgan.train_step import GANLoss, GradientPenalty, StepMetrics, train_step, unwrapped
+from fastdcgan.train_step import (
+    PROBABILITIES,
+    GANLoss,
+    GradientPenalty,
+    StepMetrics,
+    check_batch,
+    train_step,
+    unwrapped,
+)
 
 _WARM_UPS = 3  # calls, for autotuners, cuDNN's search and lazily made state
 OTHER_SHAPES = ("eager", "capture")
@@ -83,14 +92,18 @@ class GANStep:
                 raise TypeError(f"{name} must be an nn.Module, got {type(net).__name__}")
         check_parameters(generator, discriminator, optimizer_g, optimizer_d)
         check_settings(loss, real_label, penalty, dtype, scaler, rng)
-        if loss is None and ends_in_sigmoid(discriminator):
-            warnings.warn(
-                "the discriminator ends in a Sigmoid, and the loss takes the sigmoid of what it gives once more: take "
-                "the module out, so that it ends in its logit, or give GANStep a loss of probabilities",
-                stacklevel=2,
-            )
-        if not 0 <= ema < 1:
-            raise ValueError(f"ema is a decay of at least 0 and below 1, got {ema}")
+        COUNT.check("accumulate", accumulate)
+        Range(0, None, below=1, whole=False).check("ema", ema)
+        for name, value, expected in (("graph", graph, (bool, type(None))), ("compile", compile, bool)):
+            if not isinstance(value, expected):
+                raise TypeError(f"{name} is {value!r}: expected True or False")
+        if noise is not None and not isinstance(noise, (tuple, list)):
+            raise TypeError(f"noise is {noise!r}: expected the shape of one z, say (100,)")
+        for length in noise or ():
+            COUNT.check("noise, the shape of one z,", length)
+        # Of what a compiled network gives, a step can't tell.
+        if compile and loss is None and isinstance(list(discriminator.modules())[-1], nn.Sigmoid):
+            warnings.warn(PROBABILITIES, stacklevel=2)
         if other_shapes not in OTHER_SHAPES:
             raise ValueError(f"other_shapes is {other_shapes!r}: expected one of {', '.join(OTHER_SHAPES)}")
         self.generator, self.discriminator = generator, discriminator
@@ -124,12 +137,9 @@ class GANStep:
         """A step on `real` [N, C, H, W] and `z` [N, ...], drawn if not given. Nothing here waits for the device.
 
         Raises ValueError if there is neither `z` nor `noise`, or if the networks have other parameters now than those
-        that the optimisers update; TypeError for images that are no floating-point tensor.
+        that the optimisers update; else what `train_step` raises.
         """
-        if not isinstance(real, Tensor) or not real.is_floating_point():
-            raise TypeError(
-                f"expected real images as a floating-point tensor, got {getattr(real, 'dtype', type(real))}"
-            )
+        check_batch(real, real if z is None else z)
         if z is None and self.noise is None:
             raise ValueError("no z given: pass it, or give GANStep the shape of one, as in noise=(100,)")
         if not self.graph:
@@ -263,7 +273,7 @@ def check_settings(
     for name, value, expected, fits in (
         ("loss", loss, "a GANLoss", isinstance(loss, GANLoss)),
         ("penalty", penalty, "a GradientPenalty", callable(penalty)),
-        ("dtype", dtype, "a torch.dtype", isinstance(dtype, torch.dtype)),
+        ("dtype", dtype, "a floating-point torch.dtype", isinstance(dtype, torch.dtype) and dtype.is_floating_point),
         ("scaler", scaler, "a torch.amp.GradScaler", isinstance(scaler, torch.amp.GradScaler)),
         ("rng", rng, "a torch.Generator", isinstance(rng, torch.Generator)),
     ):
@@ -271,8 +281,3 @@ def check_settings(
             raise TypeError(f"{name} must be {expected} or None, got {value!r}")
     if not isinstance(real_label, (int, float)) or not math.isfinite(real_label):
         raise ValueError(f"real_label must be a finite number, got {real_label!r}")
-
-
-def ends_in_sigmoid(discriminator: nn.Module) -> bool:
-    """Whether the last of a network's modules is an `nn.Sigmoid`."""
-    return isinstance(list(discriminator.modules())[-1], nn.Sigmoid)

@@ -91,6 +91,8 @@ class FusedAdam(torch.optim.Adam):
             fused=True,
             decoupled_weight_decay=decoupled_weight_decay,
         )
+        if copies is not None and not isinstance(copies, Mapping):
+            raise TypeError(f"copies is {copies!r}: expected a dict from float32 parameters to 16-bit tensors")
         self._copies = dict(copies or {})
         known = set(chain.from_iterable(group["params"] for group in self.param_groups))
         for p, copy in self._copies.items():
@@ -363,6 +365,8 @@ def _laid_as(t: Tensor, p: Tensor, dtypes: Sequence[torch.dtype] | None = None) 
 
 
 def _check_copy(p: Tensor, copy: Tensor, known: bool) -> None:
+    if not isinstance(p, Tensor) or not isinstance(copy, Tensor):
+        raise TypeError(f"copies are tensors of parameters, got {type(copy).__name__} of {type(p).__name__}")
     if not known:
         raise ValueError(f"copies has a tensor {list(p.shape)} that is none of the parameters")
     if p.dtype != torch.float32 or copy.dtype not in _LOW:

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from fastdcgan.checks import AMOUNT
 from fastdcgan.losses import bce_with_logits
 
 PENALTIES = ("wgan-gp", "r1")
+PROBABILITIES = (
+    "the discriminator ends in a sigmoid, and the loss takes the sigmoid of what it gives once more: take it out, so "
+    "that the discriminator ends in its logit, or give a loss of probabilities"
+)
+_SAME_VALUES = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Select", "ToCopy")  # nodes of autograd
 
 
 class StepMetrics(NamedTuple):
@@ -49,6 +56,7 @@ class GradientPenalty:
     def __post_init__(self) -> None:
         if self.kind not in PENALTIES:
             raise ValueError(f"gradient penalty is {self.kind!r}: expected one of {', '.join(PENALTIES)}")
+        AMOUNT.check("the gradient penalty's weight", self.weight)
 
     def __call__(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
         """The penalty for images `real` and `fake` [N, C, H, W], a scalar that can be differentiated again."""
@@ -113,11 +121,11 @@ def train_step(
     parts, one after the other, and averages their gradients and metrics; BatchNorm's statistics are of a part. Modules
     may be wrapped in DistributedDataParallel. Nothing here waits for the device.
 
-    Raises ValueError for a batch without images, for `z` of another number than the images, and if `accumulate` doesn't
-    divide the batch; nothing is changed then.
+    Raises TypeError for images that are no floating-point tensor; ValueError for a batch without images, for `z` of
+    another number than the images, if `accumulate` doesn't divide the batch, and for images of another shape than those
+    generated; no weight is changed then. Warns of a discriminator that ends in a sigmoid where the loss has its own.
     """
-    if real.shape[0] == 0 or real.shape[0] != z.shape[0]:
-        raise ValueError(f"expected as many z as images, at least one, got {z.shape[0]} z and {real.shape[0]} images")
+    check_batch(real, z)
     if accumulate < 1 or real.shape[0] % accumulate:
         raise ValueError(f"accumulate={accumulate} must divide the batch, got {real.shape[0]} images")
     bare = unwrapped(discriminator)
@@ -129,6 +137,9 @@ def train_step(
     for x, noise in zip(real.chunk(accumulate), z.chunk(accumulate), strict=True):
         with autocast:
             fake = generator(noise)
+            if fake.shape != x.shape:
+                made, given = list(fake.shape[1:]), list(x.shape[1:])
+                raise ValueError(f"the generator makes images {made}: expected real ones of that shape, got {given}")
             loss_d, d_real, d_fake = _discriminator_loss(discriminator, x, fake.detach(), loss, real_label)
             extra = loss_d.new_zeros(())
             if penalty is not None:
@@ -155,6 +166,29 @@ def train_step(
         values[0] if accumulate == 1 else torch.stack(values).mean() for values in zip(*seen, strict=True)
     )
     return StepMetrics(loss_d, loss_g, d_real, d_fake, d_fake_after, extra)
+
+
+def check_batch(real: object, z: object) -> None:
+    """Raise TypeError or ValueError unless they are tensors of as many images as z, at least one."""
+    if not isinstance(real, Tensor) or not real.is_floating_point():
+        raise TypeError(f"expected real images as a floating-point tensor, got {getattr(real, 'dtype', type(real))}")
+    if not isinstance(z, Tensor):
+        raise TypeError(f"expected z as a tensor, got {type(z)}")
+    images, many = (t.shape[0] if t.dim() else 0 for t in (real, z))
+    if images == 0 or images != many:
+        raise ValueError(f"expected as many z as images, at least one, got {many} z and {images} images")
+
+
+def _warn_of_probabilities(logits: Tensor) -> None:
+    """Warn, once, of logits that come out of a sigmoid by way of nothing but other shapes and dtypes."""
+    node: Any = logits.grad_fn
+    while node is not None and node.name().partition("Backward")[0] in _SAME_VALUES:
+        node = node.next_functions[0][0]
+    if node is None:
+        return
+    program = getattr(node, "program", None)  # of a chain of fused blocks
+    if node.name() == "SigmoidBackward0" or (program is not None and program.plan.blocks[-1].act == "sigmoid"):
+        warnings.warn(PROBABILITIES, stacklevel=2)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -186,12 +220,14 @@ def _discriminator_loss(
     if "stat_groups" in inspect.signature(unwrapped(discriminator).forward).parameters:
         logits = discriminator(torch.cat([real.to(fake.dtype), fake]), stat_groups=2)
         if loss is None:
+            _warn_of_probabilities(logits)
             losses, (d_real, d_fake) = bce_with_logits(logits, (real_label, 0.0))
             return losses.sum(), d_real, d_fake
         on_real, on_fake = _wide(logits.flatten()).chunk(2)
     else:
         on_real, on_fake = discriminator(real), discriminator(fake)
         if loss is None:
+            _warn_of_probabilities(on_real)
             (of_real, d_real), (of_fake, d_fake) = bce_with_logits(on_real, real_label), bce_with_logits(on_fake, 0.0)
             return of_real + of_fake, d_real, d_fake
         on_real, on_fake = _wide(on_real.flatten()), _wide(on_fake.flatten())

@@ -90,6 +90,7 @@ FUNCTIONAL: dict[str, tuple[Callable[[Arguments], Any], type[Exception], list[st
     "unknown activation": (conv(activation="mish"), ValueError, ["'mish'", "'leaky_relu'", "'elu'"]),
     "activation is a module": (conv(activation=lambda a: nn.ReLU()), ValueError, ["ReLU()", "'relu'"]),
     "stride 0": (conv(stride=0), ValueError, ["stride", "at least 1", "0"]),
+    "stride beyond counting": (conv(stride=2**31), ValueError, ["stride", "at most 2147483647", "2147483648"]),
     "stride of three": (conv(stride=(1, 1, 1)), TypeError, ["stride", "int or two ints", "(1, 1, 1)"]),
     "stride is a float": (conv(stride=2.0), TypeError, ["stride", "int or two ints", "2.0"]),
     "negative padding": (conv(padding=-1), ValueError, ["padding", "at least 0", "-1"]),

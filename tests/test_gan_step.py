@@ -460,7 +460,6 @@ def test_compiled_networks() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"ema": 1.0}, ValueError, "ema is a decay of at least 0 and below 1, got 1.0"),
         ({"other_shapes": "recapture"}, ValueError, "other_shapes is 'recapture': expected one of eager, capture"),
         ({"generator": "G"}, TypeError, "generator must be an nn.Module, got str"),
     ],

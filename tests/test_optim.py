@@ -316,6 +316,10 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="-1"):
         FusedAdam(parameters(), lr=-1.0)
     p = nn.Parameter(torch.zeros(4, 2))
+    with pytest.raises(TypeError, match="copies is 3: expected a dict"):
+        FusedAdam([p], copies=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tensors of parameters, got NoneType of Parameter"):
+        FusedAdam([p], copies={p: None})  # type: ignore[dict-item]
     optimizer = FusedAdam([p])
     p.grad = torch.zeros(4, 2).to_sparse()
     with pytest.raises(TypeError, match=r"dense gradients, got one of layout torch\.sparse_coo"):

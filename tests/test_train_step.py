@@ -207,6 +207,8 @@ def test_penalty_is_part_of_ds_loss() -> None:
 def test_penalties_are_checked() -> None:
     with pytest.raises(ValueError, match="gradient penalty is 'r2': expected one of wgan-gp, r1"):
         GradientPenalty(1.0, "r2")
+    with pytest.raises(ValueError, match="the gradient penalty's weight is nan: expected at least 0"):
+        GradientPenalty(float("nan"))
 
 
 @pytest.mark.parametrize("penalty", [None, GradientPenalty(1.0, "r1")], ids=["", "r1"])

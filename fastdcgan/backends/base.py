@@ -25,9 +25,10 @@ def _image_and_linear(op: str, x: Tensor, other: Tensor, size: Pair) -> tuple[Pa
 
 @functools.lru_cache(maxsize=1024)
 def _odd(g: Geometry, image: Pair, linear: Pair) -> bool:
-    """Whether PyTorch 2.13's convolutions of 16-bit numbers on CPUs, in either memory format, may leave values
-    unwritten, count some twice or read outside the image: for taps that read padding alone, and for a single column
-    of outputs with a stride (found by trying thousands of geometries on processors with AMX and with AVX512_BF16)."""
+    """Whether PyTorch 2.13's convolutions on CPUs may leave values unwritten, count some twice or read outside the
+    image: those of 16-bit numbers, and those of float32 in channels_last that add a bias. It is so for taps that read
+    padding alone, and for a single column of outputs with a stride (found by trying thousands of geometries on
+    processors with AMX and with AVX512_BF16)."""
     return not g.reaches(image, linear) or (linear[1] == 1 and g.stride[1] > 1)
 
 
@@ -147,8 +148,9 @@ class Backend(Composites):
         g, x = call.geometry, self.finished(call.a)
         other = self.finished(call.b) if call.op == "weight_grad" else call.b
         image, linear = _image_and_linear(call.op, x, other, call.size)
-        # Where PyTorch gets 16 bits wrong, they are multiplied as float32 and rounded then.
-        dtype = torch.float32 if x.device.type == "cpu" and x.itemsize == 2 and _odd(g, image, linear) else x.dtype
+        # Where PyTorch gets it wrong, 16 bits are multiplied as float32 and rounded then, and a bias is added after it.
+        odd = x.device.type == "cpu" and _odd(g, image, linear)
+        dtype = torch.float32 if odd and x.itemsize == 2 else x.dtype
         if call.op == "weight_grad":
             # PyTorch reads no more than the shape, dtype and strides of the weight.
             shape = (other.shape[1], x.shape[1] // g.groups, *g.kernel)
@@ -164,8 +166,11 @@ class Backend(Composites):
         transposed = call.op == "conv_transpose"
         extra = g.output_padding(x.shape[2], x.shape[3], call.size) if transposed else (0, 0)
         acc = torch.ops.aten.convolution(
-            x.to(dtype), other.to(x.dtype).to(dtype), bias, g.stride, g.padding, g.dilation, transposed, extra, g.groups
+            x.to(dtype), other.to(x.dtype).to(dtype), None if odd else bias, g.stride, g.padding, g.dilation,
+            transposed, extra, g.groups,
         )  # fmt: skip
+        if odd and bias is not None:
+            acc += bias[:, None, None]
         return self.apply_epilogue(acc.to(x.dtype), e)
 
     def finished(self, a: Operand) -> Tensor:

@@ -88,7 +88,8 @@ class MetricsLog:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from that; from any other state the line to come begins here, since a log never stops a run."""
         values = state.get("values", torch.empty(0))
-        if values.dim() == 2 and values.shape[1] == len(StepMetrics._fields):
+        fits = values.dim() == 2 and values.shape[1] == len(StepMetrics._fields)
+        if fits and not values.is_complex() and values.isfinite().all():
             self._values = list(values.float())
 
     @contextmanager

@@ -109,7 +109,7 @@ class _Checksum:
 
     def add(self, name: str, value: Tensor) -> None:
         self._hash.update(_text([name, str(value.dtype), list(value.shape)]))
-        self._hash.update(value.reshape(-1).view(torch.uint8).numpy())
+        self._hash.update(value.reshape(-1).view(torch.uint8).numpy().data)
 
     def hex(self) -> str:
         return self._hash.hexdigest()

@@ -235,7 +235,8 @@ class _Chain(torch.autograd.Function):
         if torch.compiler.is_compiling():
             assert inputs[0] is not None
             ctx.layout, ctx.size = program.layout(inputs[0], inputs[1:]), inputs[0].shape[2:]
-        elif torch.is_grad_enabled():  # create_graph=True
+        elif torch.is_grad_enabled() or _batched(da):  # create_graph=True, is_grads_batched=True
+            layout = None if _batched(da) else ctx.layout
             for i, t, version in ctx.beside:
                 if _version(t) != version:
                     name = BlockTensors._fields[(i - 1) % PER_BLOCK] if i else "input"
@@ -244,10 +245,15 @@ class _Chain(torch.autograd.Function):
                         f"modified by an inplace operation: it is at version {_version(t)}, expected {version}"
                     )
                 inputs[i] = t
-            return (None, None, *gradients(program.plan, ctx.layout, inputs, needs, da))
+            return (None, None, *gradients(program.plan, layout, inputs, needs, da))
         states = [_State(*saved[i : i + 4]) for i in range(len(read), len(saved), 4)]
         with _quiet(da):
             return (None, None, *backward(program, ctx.layout, ctx.size, inputs[0], inputs[1:], states, needs, da))
+
+
+def _batched(da: Tensor) -> bool:
+    """Whether `da` stands for a batch of gradients, which PyTorch's own functions take and no backend does."""
+    return torch._C._functorch.is_legacy_batchedtensor(da) or torch._C._are_functorch_transforms_active()
 
 
 def _version(t: Tensor) -> int | None:

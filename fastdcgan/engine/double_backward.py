@@ -112,12 +112,18 @@ class _WeightGrad(torch.autograd.Function):
         return d_gathered, d_linear, None, None, None
 
 
-def formula(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """The chain's output as a differentiable function, to any order, of `x` and `tensors`."""
+def formula(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None], layout: Layout | None) -> Tensor:
+    """The chain's output as a differentiable function, to any order, of `x` and `tensors`.
+
+    Without a `layout` the convolutions are PyTorch's own, which take batches of gradients too.
+    """
     for i, block in enumerate(plan.blocks):
-        t = of_block(tensors, i)
-        asked = _Asked(None, None if i else layout.input_grad, layout.weight_grads[i])
-        if block.transposed:
+        t, g = of_block(tensors, i), block.geometry
+        asked = _NOTHING if layout is None else _Asked(None, None if i else layout.input_grad, layout.weight_grads[i])
+        if layout is None:
+            extra = block.output_padding if block.transposed else (0, 0)
+            y = torch.convolution(x, t.weight, None, g.stride, g.padding, g.dilation, block.transposed, extra, g.groups)
+        elif block.transposed:
             size = block.output_size(x.shape[2], x.shape[3])
             y = _ConvTranspose.apply(x, t.weight, block.geometry, size, block.backend, asked)
         else:
@@ -148,9 +154,10 @@ def _vector(v: Tensor | None, z: Tensor, default: float) -> Tensor | float:
 
 
 def gradients(
-    plan: Plan, layout: Layout, inputs: Sequence[Tensor | None], needs: Sequence[bool], da: Tensor
+    plan: Plan, layout: Layout | None, inputs: Sequence[Tensor | None], needs: Sequence[bool], da: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of (x, *tensors) that are themselves differentiable with respect to `inputs` and `da`."""
+    """Gradients of (x, *tensors), themselves differentiable with respect to `inputs` and `da` in grad mode."""
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, so that differentiation stops here even where one input is a function of another.
         views = [
@@ -159,5 +166,5 @@ def gradients(
         assert views[0] is not None
         out = formula(plan, views[0], views[1:], layout)
         asked = [v for v, need in zip(views, needs, strict=True) if need and v is not None]
-        found = iter(torch.autograd.grad(out, asked, da, create_graph=True, allow_unused=True))
+        found = iter(torch.autograd.grad(out, asked, da, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdcgan.geometry import Geometry, Pair
-from fastdcgan.spec import Call, Operand
+from fastdcgan.spec import Call, Epilogue, Operand
 from tests.helpers.contractions import REFERENCE, conv_call, conv_transpose_call, weight_grad_call
 from tests.helpers.tolerance import assert_as_accurate
 
@@ -22,18 +22,19 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 @given(
     kernel=PAIRS, stride=PAIRS, padding=PAIRS, dilation=st.sampled_from([(1, 1), (1, 1), (3, 1), (1, 2)]), size=PAIRS,
     channels=st.sampled_from([(8, 8), (24, 1), (1, 3), (16, 50)]), groups=st.sampled_from([1, 1, 2]),
-    layout=st.sampled_from(FORMATS), dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    layout=st.sampled_from(FORMATS), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )  # fmt: skip
 @example((8, 3), (4, 3), (3, 0), (1, 1), (2, 1), (8, 8), 1, torch.channels_last, torch.bfloat16)
 @example((3, 3), (2, 2), (1, 1), (1, 1), (1, 1), (8, 8), 1, torch.channels_last, torch.bfloat16)
 @example((2, 3), (1, 3), (1, 0), (1, 1), (7, 4), (50, 8), 1, torch.channels_last, torch.bfloat16)
 @example((2, 6), (1, 4), (0, 4), (3, 1), (6, 3), (8, 16), 1, torch.contiguous_format, torch.bfloat16)
 @example((3, 5), (1, 2), (1, 2), (1, 1), (7, 1), (3, 50), 1, torch.channels_last, torch.float16)
+@example((5, 2), (2, 2), (5, 5), (1, 2), (2, 1), (2, 17), 1, torch.channels_last, torch.float32)
 def test_taps_that_reach_no_data(
     kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, size: Pair, channels: Pair, groups: int,
     layout: torch.memory_format, dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Of 16-bit numbers, PyTorch's own leaves values unwritten or reads outside the image for some."""
+    """For some, PyTorch's own leaves values unwritten or reads outside the image: of 16-bit numbers, or with a bias."""
     g = Geometry(kernel, stride, padding, dilation, groups)
     out = g.conv_size(*size)
     assume(min(out) >= 1)
@@ -44,9 +45,10 @@ def test_taps_that_reach_no_data(
         return torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
 
     x, weight, dy = random(3, ci, *size), random(co, channels[0], *kernel), random(3, co, *out)
+    bias = Epilogue("bias", coef=torch.randn(co, generator=generator).to(dtype))
 
     def calls(x: Tensor, weight: Tensor, dy: Tensor) -> list[Call]:
-        found = [conv_call(Operand(x), weight, g), weight_grad_call(Operand(x), Operand(dy), g)]
+        found = [conv_call(Operand(x), weight, g, bias), weight_grad_call(Operand(x), Operand(dy), g)]
         extra = g.output_padding(*out, size)
         if all(e < max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
             found.append(conv_transpose_call(Operand(dy), weight, g, size))

@@ -113,15 +113,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     resumed.run()
     again = [checkpoint.load(checkpoint.path_at(place, 3)).part("generator") for place in (run, finished_run)]
     torch.testing.assert_close(*again, rtol=0, atol=0)
+    flip(checkpoint.path_at(run, 2), 8 * 20_000)
     with pytest.raises(CheckpointError, match="step-00000002"):  # but not if it is the one that was named
-        flip(checkpoint.path_at(run, 2), 8 * 20_000)
         load_trained(checkpoint.path_at(run, 2))
 
 
 def test_all_checkpoints_damaged(run: Path) -> None:
     for path in checkpoint.all_of(run):
         flip(path, 8 * 20_000)
-    with pytest.raises(CheckpointError, match="step-00000003.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"step-00000003\.safetensors is damaged"):
         Trainer.resume(run)
 
 
@@ -164,7 +164,7 @@ def test_a_checkpoint_does_not_choose_where_to_write(
     checkpoint.save(checkpoint.find(run), saved)
     before = contents(run)
     for given, lacking in (({}, "expected an out"), ({"out": str(tmp_path / "mine")}, "expected data")):
-        with pytest.raises(CheckpointError, match=f"sent.safetensors is not in its run's folder: {lacking}"):
+        with pytest.raises(CheckpointError, match=rf"sent\.safetensors is not in its run's folder: {lacking}"):
             Trainer.resume(sent, **given)
     assert main(["evaluate", str(sent), "--count", "10", "--device", "cpu"]) == 2
     assert "sent.safetensors is not in its run's folder" in capsys.readouterr().err
@@ -202,7 +202,7 @@ def test_other_runs_checkpoints_are_left_alone(run: Path, finished_run: Path, tm
     theirs = checkpoint.path_at(run, 0)
     shutil.copyfile(checkpoint.find(other.out), theirs)
     before = contents(run)
-    with pytest.raises(CheckpointError, match="step-00000000.safetensors is not in its run's folder"):
+    with pytest.raises(CheckpointError, match=r"step-00000000\.safetensors is not in its run's folder"):
         Trainer.resume(theirs, max_steps=9)
     for place in (theirs, checkpoint.path_at(run, 1)):
         with pytest.raises(CheckpointError, match="is of another run"):

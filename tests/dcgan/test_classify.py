@@ -94,8 +94,8 @@ def test_balanced_draws() -> None:
 def test_few_bytes_that_unpack_to_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classify, "_MOST_BYTES", 100_000)
     good = {"bias": np.zeros(2), "classes": np.arange(2), "c": 1.0}
-    np.savez_compressed(tmp_path / "bomb.npz", weight=np.zeros((2, 6000)), **good)
+    np.savez_compressed(tmp_path / "bomb.npz", weight=np.zeros((2, 7000)), **good)
     with pytest.raises(ValueError, match="bytes when unpacked, of at most 100000"):
         LinearSVM.load(tmp_path / "bomb.npz")
-    np.savez_compressed(tmp_path / "small.npz", weight=np.zeros((2, 6000), np.float32), **good)
+    np.savez_compressed(tmp_path / "small.npz", weight=np.zeros((2, 7000), np.float32), **good)
     LinearSVM.load(tmp_path / "small.npz")

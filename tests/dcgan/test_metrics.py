@@ -80,7 +80,9 @@ def test_a_line_of_a_stopped_run_is_completed_later(tmp_path: Path) -> None:
     later.add(values(7))
     later.flush(4, 0)
     assert [(row["step"], row["loss_g"]) for row in read_metrics(tmp_path / "metrics.csv")] == [(4, 4)]
-    for other in ({}, {"values": torch.zeros(3)}, {"values": torch.zeros(2, 3)}):
+    whole = torch.zeros(1, len(StepMetrics._fields))
+    for bad in (torch.zeros(3), torch.zeros(2, 3), whole * torch.nan, whole.to(torch.complex64)):
         fresh = MetricsLog(tmp_path, 8, Processes())
-        fresh.load_state_dict(other)
+        fresh.load_state_dict({"values": bad})
         assert len(fresh.state_dict()["values"]) == 0
+    fresh.load_state_dict({})

@@ -186,3 +186,22 @@ def test_a_gradient_of_a_sum_over_several_heads(backend: str) -> None:
     out = copied(again)
     (out + out.square()).sum().backward()
     torch.testing.assert_close(x.grad, again.grad)
+
+
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+@pytest.mark.parametrize(("make", "size"), [(generator, (2, 5, 1, 1)), (discriminator, (2, 3, 16, 16))])
+def test_batches_of_gradients(make: Callable[..., nn.Sequential], size: tuple[int, ...], how: str) -> None:
+    """As `torch.autograd.functional.jacobian(vectorize=True)` takes them: what one after the other gives."""
+    model = twin(make())
+    wanted = (numbers(*size).requires_grad_(), model[0].weight)
+    out = model(wanted[0])
+    batch = numbers(3, *out.shape)
+
+    def grad(da: Tensor, **how: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, wanted, da, retain_graph=True, **how)
+
+    found = torch.vmap(grad)(batch) if how == "vmap" else grad(batch, is_grads_batched=True)
+    for i, da in enumerate(batch):
+        for got, truth in zip(found, grad(da), strict=True):
+            assert_same_float64(got[i], truth)
+            assert not got.requires_grad
