@@ -86,33 +86,36 @@ def apply_epilogue(
                 raw = y.load([n0, q0, phase[0], r0, phase[1] * channels + channel]).reshape(S.rows, S.block_c)
             else:
                 raw = tl.load(y + offsets, mask=mask, other=0.0)
-            raw = raw.to(tl.float32)
-            acc = acc * activation_derivative(raw * s[None, :] + t[None, :], slope, S.act)
-            acc = acc.to(STORED).to(tl.float32)
-            g = tl.where(mask, acc, 0.0)
-            place = partials + slot * S.partial_rows * channels + c
-            tl.store(place, tl.sum(g, 0), mask=in_range)
-            if S.partial_rows == 2:
-                mean = tl.load(first + 2 * step, mask=in_range, other=0.0)
-                rstd = tl.load(first + 3 * step, mask=in_range, other=0.0)
-                # Only the sum is multiplied by rstd, whose values would otherwise be in registers for each pixel.
-                centred = tl.where(mask, g * (raw - mean[None, :]), 0.0)
-                tl.store(place + channels, tl.sum(centred, 0) * rstd, mask=in_range)
-    elif S.epilogue == "stats":
-        acc = acc.to(STORED).to(tl.float32)
-        count = tl.sum(inside.to(tl.float32), 0)
-        mean = tl.sum(tl.where(inside[:, None], acc, 0.0), 0) / tl.maximum(count, 1.0)
-        centred = tl.where(inside[:, None], acc - mean[None, :], 0.0)
+            z = raw.to(tl.float32) * s[None, :] + t[None, :]
+            acc = acc * activation_derivative(z, slope, S.act)
+
+    # Stored before anything is summed: then the accumulator is in half as many registers.
+    stored = acc.to(STORED)
+    if S.descriptors:
+        tile = stored.reshape(S.tma_tile[0], S.tma_tile[1], 1, S.tma_tile[2], S.block_c)
+        out.store([n0, q0, phase[0], r0, phase[1] * channels + channel], tile)
+    else:
+        tl.store(out + offsets, stored, mask=mask)
+
+    if S.partial_rows:
         place = partials + slot * S.partial_rows * channels + c
+    if S.epilogue == "grad_stats":
+        g = stored.to(tl.float32)
+        tl.store(place, tl.sum(tl.where(inside[:, None], g, 0.0), 0), mask=in_range)
+        if S.partial_rows == 2:
+            mean = tl.load(first + 2 * step, mask=in_range, other=0.0)
+            rstd = tl.load(first + 3 * step, mask=in_range, other=0.0)
+            # Only the sum is multiplied by rstd, whose values would otherwise be in registers for each pixel.
+            centred = tl.where(mask, g * (raw.to(tl.float32) - mean[None, :]), 0.0)
+            tl.store(place + channels, tl.sum(centred, 0) * rstd, mask=in_range)
+    elif S.epilogue == "stats":
+        value = stored.to(tl.float32)
+        count = tl.sum(inside.to(tl.float32), 0)
+        mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0) / tl.maximum(count, 1.0)
+        centred = tl.where(inside[:, None], value - mean[None, :], 0.0)
         tl.store(place, tl.zeros_like(mean) + count, mask=in_range)
         tl.store(place + channels, mean, mask=in_range)
         tl.store(place + 2 * channels, tl.sum(centred * centred, 0), mask=in_range)
-
-    if S.descriptors:
-        tile = acc.to(STORED).reshape(S.tma_tile[0], S.tma_tile[1], 1, S.tma_tile[2], S.block_c)
-        out.store([n0, q0, phase[0], r0, phase[1] * channels + channel], tile)
-    else:
-        tl.store(out + offsets, acc.to(STORED), mask=mask)
 
 
 @triton.jit
