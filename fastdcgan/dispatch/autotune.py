@@ -45,7 +45,6 @@ MARGIN = 0.03
 CALLS_BY_RULE = 2
 BUDGET_S, BUDGET_SHARE = 2.0, 0.05  # in all, and more with every second that passes
 
-_off = os.environ.get("FASTDCGAN_AUTOTUNE", "on") == "off"
 _tuning = False
 _ahead = False
 _comparing = False  # on a CPU: a chain is being measured, and its contractions with it
@@ -136,7 +135,8 @@ def may_compare(device: torch.device) -> bool:
 
 def consulted(device: torch.device) -> bool:
     """Whether what runs may depend on what was measured: not on a CPU where bits should not."""
-    return device.type != "cpu" or not (_off or torch.are_deterministic_algorithms_enabled())
+    off = os.environ.get("FASTDCGAN_AUTOTUNE") == "off" or torch.are_deterministic_algorithms_enabled()
+    return device.type != "cpu" or not off
 
 
 def may_begin(calls: int) -> bool:
@@ -159,8 +159,8 @@ def _idle(device: torch.device) -> bool:
 
 _WARM_UPS = 3
 _ROUNDS = 20
-# On a CPU: what is slower than the fastest by these factors after the second and after the fourth round is out.
-_CPU_ROUNDS, _CPU_SECONDS, _FAR_SLOWER, _SLOWER = (5, 40), 0.02, 1.5, 1.15
+# On a CPU: what is slower than the fastest by these factors after the first and after a later round is out.
+_CPU_ROUNDS, _CPU_SECONDS, _FAR_SLOWER, _SLOWER = (3, 40), 0.02, 1.5, 1.15
 _CACHE_SIZES = 4  # bytes written between two calls, in second-level caches
 
 
@@ -189,8 +189,8 @@ def milliseconds(calls: Mapping[Any, Callable[[], object]], device: torch.device
 
 
 def _cpu_milliseconds(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
-    """The median time of each call, all of which ran before: at least `_CPU_ROUNDS[0]` rounds, more where they are
-    short; what is clearly slower leaves early."""
+    """The median time of each call: at least `_CPU_ROUNDS[0]` rounds, more where they are short; what is clearly slower
+    leaves early, and what is left is measured no further when it is alone."""
     times: dict[Any, list[float]] = {name: [] for name in calls}
     left, spent = list(calls), 0.0
     for i in range(_CPU_ROUNDS[1]):
@@ -200,9 +200,8 @@ def _cpu_milliseconds(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, fl
             calls[name]()
             times[name].append(1000 * (time.perf_counter() - begin))
         spent += sum(times[name][-1] for name in left) / 1000
-        if i > 0:
-            least = min(map(min, times.values()))
-            left = [name for name in left if min(times[name]) <= least * (_FAR_SLOWER if i < 3 else _SLOWER)]
+        least = min(map(min, times.values()))
+        left = [name for name in left if min(times[name]) <= least * (_SLOWER if i else _FAR_SLOWER)]
         if len(left) == 1 or (i + 1 >= _CPU_ROUNDS[0] and spent > _CPU_SECONDS):
             break
     return {name: _median(found) for name, found in times.items()}

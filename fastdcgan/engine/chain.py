@@ -196,7 +196,7 @@ class Chain:
             return rule
         plans: dict[str, Planned] = {"fused": rule}
         entered = self._entered(x)
-        if not says_channels_last(entered):
+        if not any(map(says_channels_last, (entered, *(t.weight for t in tensors)))):
             for format, last in (("contiguous", False), ("channels_last", True)):
                 other = self._planned(entered, tensors, stat_groups, "auto", backend, True, last)
                 plans[f"fused in {format}"] = rule if last == rule.plan.channels_last else other

@@ -49,11 +49,11 @@ def measure(
     running: Sequence[Running | None],
 ) -> Choice:  # fmt: skip
     """The fastest of the candidates, the first of those that are as fast; and the autotune cache keeps it."""
+    calls = {of: _work(run, x, tensors, running) for of, run in candidates.items()}
     with autotune.comparing():
-        calls = {}
-        for of, run in candidates.items():
-            calls[of] = _work(run, x, tensors, running)
-            calls[of]()
+        for of, call in calls.items():
+            if of != MODULES:
+                call()  # measures its contractions
         times = autotune.milliseconds(calls, x.device)
         autotune.remember(KIND, autotune.machine(x.device), name, times)
     return _fastest(times)
