@@ -299,7 +299,7 @@ class CPUBackend(Backend):
     def update_running(
         self, mean: Tensor, var: Tensor, stats: Tensor, shift: Tensor | None, factor: Tensor | None, momentum: float
     ) -> None:
-        if mean.dtype == var.dtype == torch.float32 and mean.is_contiguous() and var.is_contiguous():
+        if mean.dtype == var.dtype and mean.dtype in DTYPES and mean.is_contiguous() and var.is_contiguous():
             torch.ops.fastdcgan_cpu.update_running_(mean, var, stats, shift, factor, momentum)
         else:
             super().update_running(mean, var, stats, shift, factor, momentum)
@@ -331,7 +331,7 @@ class CPUBackend(Backend):
 
     def update_all_running(self, updates: Sequence[Update]) -> None:
         means, variances, stats, shifts, factors, momenta = zip(*updates, strict=True)
-        plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (*means, *variances))
+        plain = all(t.dtype in DTYPES and t.is_contiguous() for t in (*means, *variances))
         if not plain or any(factor is not None for factor in factors):
             super().update_all_running(updates)
             return

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/elementwise/passes.h"
+#include "cpu/elementwise/pass_rows.h"
 #include "cpu/memory/memory.h"
 
 namespace fastdcgan::cpu {
@@ -223,27 +224,32 @@ void update_running_(
           var.sizes() == mean.sizes(),
       "expected statistics [3, groups, channels] and running ones [channels], got ", stats_.sizes(), ", ",
       mean.sizes(), " and ", var.sizes());
+  const auto dtype = mean.scalar_type();
   TORCH_CHECK_TYPE(
-      stats_.scalar_type() == at::kFloat && mean.scalar_type() == at::kFloat && var.scalar_type() == at::kFloat &&
-          mean.is_contiguous() && var.is_contiguous(),
-      "expected contiguous float32 statistics");
+      stats_.scalar_type() == at::kFloat && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) &&
+          var.scalar_type() == dtype && mean.is_contiguous() && var.is_contiguous(),
+      "expected float32 statistics, and contiguous running ones of float32, bfloat16 or float16");
   const Tensor stats = stats_.contiguous();
   const int64_t groups = stats.size(1), channels = stats.size(2);
   const auto shifts = by_channel(shift_, 0, 1, channels);
   const auto factors = by_channel(factor_, static_cast<float>(momentum), 1, groups);
   const float* values = stats.const_data_ptr<float>();
-  float *means = mean.data_ptr<float>(), *variances = var.data_ptr<float>();
-  for (int64_t g = 0; g < groups; ++g) {
-    const float *batch = values + g * channels, *unbiased = values + (2 * groups + g) * channels;
-    const float weight = static_cast<float>(factors[g]), keep = static_cast<float>(1 - factors[g]);
-    for (int64_t c = 0; c < channels; ++c) {
-      // Products and sums are rounded one by one: volatile keeps the compiler from fusing them.
-      const volatile float fresh = weight * (batch[c] + static_cast<float>(shifts[c])), old = keep * means[c];
-      const volatile float old_variance = keep * variances[c];
-      means[c] = fresh + old;
-      variances[c] = static_cast<float>(factors[g] * unbiased[c] + old_variance);
+  with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T *means = mean.data_ptr<T>(), *variances = var.data_ptr<T>();
+    for (int64_t g = 0; g < groups; ++g) {
+      const float *batch = values + g * channels, *unbiased = values + (2 * groups + g) * channels;
+      const float weight = static_cast<float>(factors[g]), keep = static_cast<float>(1 - factors[g]);
+      for (int64_t c = 0; c < channels; ++c) {
+        // Products and sums are rounded one by one: volatile keeps the compiler from fusing them.
+        const volatile float fresh = weight * (batch[c] + static_cast<float>(shifts[c]));
+        const volatile float old = keep * static_cast<float>(means[c]);
+        const volatile float old_variance = keep * static_cast<float>(variances[c]);
+        means[c] = static_cast<T>(fresh + old);
+        variances[c] = static_cast<T>(static_cast<float>(factors[g] * unbiased[c] + old_variance));
+      }
     }
-  }
+  });
 }
 
 // Running statistics of several normalisations, as `update_running_` does one; `shifts` has an empty tensor for none.
