@@ -33,7 +33,6 @@ NORMS_LEFT = {
     "indexing": 0,
     "dropout discriminator": 3,  # dropout is in between
     "upsampling generator": 1,  # comes before any convolution
-    "stackgan generator": 1,  # normalises what a linear layer gives
     "residual generator": 4,  # comes before any convolution of its Sequential
     "biggan generator": 7,  # depends on the class, or comes before any convolution
     "unet, called one by one": 10,  # called by code of its own, as those of the next

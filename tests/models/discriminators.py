@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -32,7 +33,7 @@ class DropoutDiscriminator(nn.Module):
 
     def forward(self, img: Tensor) -> Tensor:
         out = self.model(img)
-        return self.adv_layer(out.view(out.shape[0], -1))
+        return self.adv_layer(torch.flatten(out, 1))
 
 
 def critic(width: int) -> nn.Sequential:

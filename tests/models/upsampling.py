@@ -65,14 +65,13 @@ def fast_gan(width: int) -> nn.Sequential:
 
 
 class StackGAN(nn.Module):
-    """The first stage of StackGAN-v2's generator (Zhang et al., 2018): a linear layer, then blocks with its own GLU."""
+    """The first stage of StackGAN-v2's generator (Zhang et al., 2018): a linear layer, which for the sake of
+    batches of one isn't normalised, then blocks with its own GLU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width * 16
-        self.fc = nn.Sequential(
-            nn.Linear(100, self.width * 4 * 4 * 2, bias=False), nn.BatchNorm1d(self.width * 4 * 4 * 2), nn.GLU(1)
-        )
+        self.fc = nn.Sequential(nn.Linear(100, self.width * 4 * 4 * 2), nn.GLU(1))
         self.upsample1 = up_block(self.width, self.width // 2, GLU())
         self.upsample2 = up_block(self.width // 2, self.width // 4, GLU())
         self.upsample3 = up_block(self.width // 4, self.width // 8, GLU())
