@@ -32,6 +32,7 @@ from fastdcgan.benchmarks.peers import Peer
 from fastdcgan.benchmarks.results import Case, Results, environment
 from fastdcgan.benchmarks.runners import BlockRunner
 from fastdcgan.benchmarks.tables import format_ms, format_ratio, reason
+from fastdcgan.dispatch import autotune
 from fastdcgan.explain import explain
 from fastdcgan.fuse import fuse
 
@@ -162,7 +163,8 @@ def measure(
         return NetRunner(peer, module, x, grad, CPU, dtype, model.input_grad)
 
     contest = suites.Contest(setting.peers(), CPU, setting.dtype)
-    contest.build(make, min(watch.kinks, default=0))
+    with autotune.at_once():
+        contest.build(make, min(watch.kinks, default=0))
     runners = {key: runner for key, runner in contest.runners.items() if isinstance(runner, NetRunner)}
     contest.time({key: (runner,) for key, runner in runners.items()}, timing, timer)
     case = contest.case("census", name, setting.part, setting.batch, reference=FUSED)

@@ -167,7 +167,6 @@ class CPUBackend(Backend):
                 functools.partial(self._why_not_run, name),
                 functools.partial(self._run, name),
                 why_last=functools.partial(self._why_last, name),
-                compare=name in ("amx_col2im", "amx", "split_bf16"),
             )
             for name in _NAMES
         ]
