@@ -83,7 +83,8 @@ def plot_census(results: Results, gains: Sequence[tuple[str, str, float]], least
     axes.set_yticks(range(len(names)), names, fontsize="small")
     for at, style in ((least, ":"), (1.0, "-")):
         axes.axvline(at, color="black", linestyle=style, linewidth=1, label=f"{at:g}")
-    axes.set_xlabel("time of the plain network over the fused one's: a point for each format, mode and batch")
+    axes.set_xlabel("plain over fused, a point for each row")
+    axes.margins(y=0.01)
     axes.grid(axis="both", alpha=0.3)
     axes.legend(fontsize="small", loc="lower right")
     _save(figure, textwrap.fill(caption(results), 100), path)
