@@ -74,9 +74,10 @@ class Case:
     """Peers side by side on one thing.
 
     Args:
-        suite: "step", "generate", "blocks", "contractions" or "host".
+        suite: "step", "generate", "blocks", "contractions", "host" or "census".
         name: the block, or the net.
-        part: "step"; "eval"; "forward" or "backward"; one of `contractions.PARTS`; one of `host.PARTS`.
+        part: "step"; "eval"; "forward" or "backward"; one of `contractions.PARTS`; one of `host.PARTS`; or, in
+            the census, memory format and mode.
         batch: images.
         dtype: the dtype of its rows.
         reference: the peer that ratios are relative to.

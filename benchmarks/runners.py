@@ -31,7 +31,7 @@ def _autocast_region(device: torch.device, dtype: torch.dtype) -> torch.autocast
 
 def _to(tensor: Tensor, peer: Peer, device: torch.device, dtype: torch.dtype) -> Tensor:
     # `.to` keeps strides that are already dense, so the format is set by a copy of its own.
-    memory_format = torch.channels_last if peer.channels_last else torch.contiguous_format
+    memory_format = torch.channels_last if peer.channels_last and tensor.dim() == 4 else torch.contiguous_format
     return tensor.to(device, dtype, copy=True).contiguous(memory_format=memory_format)
 
 

@@ -11,10 +11,13 @@ from torch import nn
 
 import fastdcgan
 from fastdcgan.explain import Explanation, Row
-from tests.helpers.networks import IMAGE, MODELS, VARIANTS, Generator, UNet, resnet_generator
+from tests.helpers.networks import IMAGE, VARIANTS
 from tests.helpers.twins import build, draw, one_thread
+from tests.models import SMALL
+from tests.models.dcgan import Generator
+from tests.models.image_to_image import UNet, resnet_generator
 
-PAIRS = {**MODELS, **VARIANTS}
+PAIRS = {**SMALL, **VARIANTS}
 
 
 def rows_of(model: nn.Module, x: torch.Tensor | None = None) -> dict[str, Row]:

@@ -11,12 +11,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 import fastdcgan
-from tests.helpers.networks import IMAGE, MODELS, VARIANTS, Generator
+from tests.helpers.networks import IMAGE, VARIANTS
 from tests.helpers.tolerance import assert_as_accurate
 from tests.helpers.twins import build, draw, one_thread
 from tests.helpers.writes import WRITES, Write
+from tests.models import SMALL
+from tests.models.dcgan import Generator
 
-PAIRS = {**MODELS, **VARIANTS}
+PAIRS = {**SMALL, **VARIANTS}
 # Those in which some norm stays, and why it has to.
 NORMS_LEFT = {
     "norm before conv": 1,  # comes before any convolution
@@ -29,6 +31,12 @@ NORMS_LEFT = {
     "shared conv": 2,  # one convolution under two norms
     "subclass with a forward": 1,  # what it does with its modules is its own
     "indexing": 0,
+    "dropout discriminator": 3,  # dropout is in between
+    "upsampling generator": 1,  # comes before any convolution
+    "residual generator": 4,  # comes before any convolution of its Sequential
+    "biggan generator": 7,  # depends on the class, or comes before any convolution
+    "unet, called one by one": 10,  # called by code of its own, as those of the next
+    "resnet-18, called one by one": 16,
 }
 
 

@@ -15,21 +15,13 @@ from torch.nn import functional as F
 import fastdcgan
 from fastdcgan import FusedSequential
 from fastdcgan.dispatch import router
-from tests.helpers.networks import (
-    IMAGE,
-    MODELS,
-    VARIANTS,
-    Discriminator,
-    Generator,
-    Named,
-    Scaled,
-    UNet,
-    dcgan_weights,
-    resnet_generator,
-)
+from tests.helpers.networks import IMAGE, VARIANTS, Named, Scaled
 from tests.helpers.twins import assert_as_good, assert_same, build, draw, one_thread, results, settled_input
+from tests.models import SMALL
+from tests.models.dcgan import Discriminator, Generator, dcgan_weights
+from tests.models.image_to_image import UNet, resnet_generator
 
-PAIRS = {**MODELS, **VARIANTS}
+PAIRS = {**SMALL, **VARIANTS}
 
 
 def fused_sequentials(model: nn.Module) -> list[str]:

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 import fastdcgan
 from fastdcgan import FusedSequential
 from fastdcgan.activations import ACTIVATIONS
-from tests.helpers.networks import IMAGE, VARIANTS, Discriminator, UNet
+from tests.helpers.networks import IMAGE, VARIANTS
 from tests.helpers.twins import assert_fuses_right, assert_same, build, draw, one_thread, results
+from tests.models.dcgan import Discriminator
+from tests.models.image_to_image import UNet
 
 # layer, its arguments, the modules it stands for
 LAYERS: dict[str, tuple[type[nn.Module], tuple, dict[str, Any], tuple[type[nn.Module], dict[str, Any]]]] = {

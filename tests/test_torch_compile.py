@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdcgan
-from tests.helpers.networks import IMAGE, MODELS, VARIANTS, Discriminator, Generator
+from tests.helpers.networks import IMAGE, VARIANTS
 from tests.helpers.twins import assert_same, build, draw, one_thread, results
+from tests.models import SMALL
+from tests.models.dcgan import Discriminator, Generator
 
-PAIRS = {**MODELS, **VARIANTS}
+PAIRS = {**SMALL, **VARIANTS}
 
 
 @pytest.fixture(autouse=True)

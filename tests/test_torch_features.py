@@ -18,11 +18,13 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fastdcgan
 from fastdcgan.engine import planned
-from tests.helpers.networks import IMAGE, MODELS, VARIANTS, Discriminator
+from tests.helpers.networks import IMAGE, VARIANTS
 from tests.helpers.tolerance import assert_as_accurate
 from tests.helpers.twins import assert_same, build, draw, one_thread, results, without_kinks
+from tests.models import SMALL
+from tests.models.dcgan import Discriminator
 
-PAIRS = {**MODELS, **VARIANTS}
+PAIRS = {**SMALL, **VARIANTS}
 
 
 def two(dtype: torch.dtype, device: torch.device, name: str = "two blocks") -> tuple[nn.Module, nn.Module, Tensor]:

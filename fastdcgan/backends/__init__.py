@@ -37,10 +37,11 @@ def get(name: str) -> Backend:
             found = _load(name)
             found.require()
         except Unavailable as error:
-            found = error
+            found = error.with_traceback(None)
         _loaded[name] = found
     if isinstance(found, Unavailable):
-        raise found
+        # Not itself: a traceback would keep whoever calls alive, with models and tensors.
+        raise Unavailable(*found.args) from found.__cause__
     return found
 
 

@@ -10,7 +10,7 @@ from fastdcgan.backends.boundaries import boundaries, loads
 from fastdcgan.engine import match, planner
 from fastdcgan.geometry import Geometry
 from fastdcgan.spec import Boundaries
-from tests.helpers.networks import Discriminator, Generator
+from tests.models.dcgan import Discriminator, Generator
 
 DCGAN = Geometry((4, 4), (2, 2), (1, 1))
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
+from torch import nn
 
 import fastdcgan
 from fastdcgan import Unavailable, backends
@@ -177,3 +180,16 @@ def test_triton_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(TritonBackend, "coefficients", fails)
     with pytest.raises(Unavailable, match="can't run a kernel: RuntimeError: Failed to find C compiler; use 'auto'"):
         TritonBackend().require()
+
+
+def test_a_backend_that_is_not_here_keeps_no_caller_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_loaded", {})
+
+    def ask() -> weakref.ref[nn.Module]:
+        model = nn.Identity()
+        backends.status()
+        return weakref.ref(model)
+
+    for model in (ask(), ask()):  # the first loads what there is
+        gc.collect()
+        assert model() is None

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.networks import Discriminator, Generator
 from tests.helpers.twins import block, channels_last, discriminator, in_dtype, numbers, twin
 from tests.machine import DEVICE
+from tests.models.dcgan import Discriminator, Generator
 
 LIMIT = 0.55
 

@@ -1,188 +1,19 @@
-"""Networks as people write them in plain PyTorch, for the tests of `fuse()`.
+"""Sequentials with one peculiarity each, for the tests of `fuse()`; whole networks are in `tests/models`.
 
-`MODELS` are the well-known generators and discriminators, small; `VARIANTS` are Sequentials with one peculiarity each.
-Both map a name to (a function that builds the model, the shape of its input).
+`VARIANTS` maps a name to (a function that builds the model, the shape of its input).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
 Factory = Callable[[], nn.Module]
-
-
-# --- the well-known networks -----------------------------------------------------------------------------------------
-
-
-class Generator(nn.Module):
-    """The generator of PyTorch's DCGAN example for 64x64 pixels; `pixels=32` has one block less."""
-
-    def __init__(self, nz: int = 100, ngf: int = 4, nc: int = 3, pixels: int = 64) -> None:
-        super().__init__()
-        width = ngf * pixels // 8
-        modules = [nn.ConvTranspose2d(nz, width, 4, 1, 0, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)]
-        while width > ngf:
-            modules += [nn.ConvTranspose2d(width, width // 2, 4, 2, 1, bias=False), nn.BatchNorm2d(width // 2)]
-            modules += [nn.ReLU(True)]
-            width //= 2
-        self.main = nn.Sequential(*modules, nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False), nn.Tanh())
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.main(input)
-
-
-class Discriminator(nn.Module):
-    """The discriminator of the same example; `sigmoid=False` gives logits."""
-
-    def __init__(self, ndf: int = 4, nc: int = 3, pixels: int = 64, sigmoid: bool = True) -> None:
-        super().__init__()
-        modules = [nn.Conv2d(nc, ndf, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
-        width = ndf
-        while width < ndf * pixels // 8:
-            modules += [nn.Conv2d(width, width * 2, 4, 2, 1, bias=False), nn.BatchNorm2d(width * 2)]
-            modules += [nn.LeakyReLU(0.2, inplace=True)]
-            width *= 2
-        modules.append(nn.Conv2d(width, 1, 4, 1, 0, bias=False))
-        self.main = nn.Sequential(*modules, *([nn.Sigmoid()] if sigmoid else []))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.main(input).view(-1, 1).squeeze(1)
-
-
-def dcgan_weights(module: nn.Module) -> None:
-    """N(0, 0.02) weights (Radford et al., 2015, section 4); `model.apply(dcgan_weights)`."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, nn.BatchNorm2d) and module.affine:
-        nn.init.normal_(module.weight, 1.0, 0.02)
-        nn.init.zeros_(module.bias)
-
-
-class SkipBlock(nn.Module):
-    """One level of pix2pix's U-Net (Isola et al., 2017): down, the level below, up, and the input beside the result.
-
-    Its first module is an in-place LeakyReLU, so what is concatenated is the input after that LeakyReLU.
-    """
-
-    def __init__(
-        self,
-        outer: int,
-        inner: int,
-        below: SkipBlock | None,
-        norm: type[nn.Module],
-        where: str = "",
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.outermost = where == "outermost"
-        bias = norm is nn.InstanceNorm2d
-        down = nn.Conv2d(3 if self.outermost else outer, inner, 4, 2, 1, bias=bias)
-        wide = inner if where == "innermost" else inner * 2
-        up = nn.ConvTranspose2d(wide, outer, 4, 2, 1, bias=bias or self.outermost)
-        if self.outermost:
-            parts: list[nn.Module | None] = [down, below, nn.ReLU(True), up, nn.Tanh()]
-        elif where == "innermost":
-            parts = [nn.LeakyReLU(0.2, True), down, nn.ReLU(True), up, norm(outer)]
-        else:
-            parts = [nn.LeakyReLU(0.2, True), down, norm(inner), below, nn.ReLU(True), up, norm(outer)]
-            parts += [nn.Dropout(dropout)] if dropout else []
-        self.model = nn.Sequential(*(part for part in parts if part is not None))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x) if self.outermost else torch.cat([x, self.model(x)], 1)
-
-
-class UNet(nn.Module):
-    """pix2pix's generator with `depth` levels."""
-
-    def __init__(
-        self, norm: type[nn.Module] = nn.BatchNorm2d, ngf: int = 4, depth: int = 4, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        block = SkipBlock(ngf * 2, ngf * 2, None, norm, "innermost")
-        for _ in range(depth - 3):
-            block = SkipBlock(ngf * 2, ngf * 2, block, norm, dropout=dropout)
-        block = SkipBlock(ngf, ngf * 2, block, norm)
-        self.model = SkipBlock(3, ngf, block, norm, "outermost")
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.model(input)
-
-
-def patch_gan(norm: type[nn.Module] = nn.BatchNorm2d, ndf: int = 4) -> nn.Sequential:
-    """pix2pix's 70x70 discriminator: one logit per patch."""
-    bias = norm is nn.InstanceNorm2d
-    modules: list[nn.Module] = [nn.Conv2d(6, ndf, 4, 2, 1), nn.LeakyReLU(0.2, True)]
-    for i, stride in enumerate((2, 2, 1)):
-        modules += [nn.Conv2d(ndf << i, ndf << (i + 1), 4, stride, 1, bias=bias), norm(ndf << (i + 1))]
-        modules += [nn.LeakyReLU(0.2, True)]
-    return nn.Sequential(*modules, nn.Conv2d(ndf * 8, 1, 4, 1, 1))
-
-
-class ResidualBlock(nn.Module):
-    """CycleGAN's (Zhu et al., 2017): reflection padding as a module or as the convolution's own, and a sum."""
-
-    def __init__(self, width: int, norm: type[nn.Module], pad_in_conv: bool) -> None:
-        super().__init__()
-        modules: list[nn.Module] = []
-        for i in range(2):
-            if pad_in_conv:
-                modules.append(nn.Conv2d(width, width, 3, padding=1, padding_mode="reflect"))
-            else:
-                modules += [nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3)]
-            modules.append(norm(width))
-            if i == 0:
-                modules.append(nn.ReLU(True))
-        self.conv_block = nn.Sequential(*modules)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv_block(x)
-
-
-def resnet_generator(norm: type[nn.Module] = nn.BatchNorm2d, pad_in_conv: bool = False, ngf: int = 4) -> nn.Sequential:
-    """CycleGAN's generator: 7x7, two strided convolutions down, residual blocks, two transposed ones up, 7x7."""
-    modules: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(3, ngf, 7), norm(ngf), nn.ReLU(True)]
-    for i in range(2):
-        modules += [nn.Conv2d(ngf << i, ngf << (i + 1), 3, 2, 1), norm(ngf << (i + 1)), nn.ReLU(True)]
-    modules += [ResidualBlock(ngf * 4, norm, pad_in_conv) for _ in range(2)]
-    for i in (1, 0):
-        up = nn.ConvTranspose2d(ngf << (i + 1), ngf << i, 3, 2, 1, output_padding=1)
-        modules += [up, norm(ngf << i), nn.ReLU(True)]
-    return nn.Sequential(*modules, nn.ReflectionPad2d(3), nn.Conv2d(ngf, 3, 7), nn.Tanh())
-
-
-def sn_discriminator(norm: Callable[[nn.Module], nn.Module], ndf: int = 4) -> nn.Sequential:
-    """SN-GAN's discriminator (Miyato et al., 2018): spectral norm on every convolution and on the last layer."""
-    modules: list[nn.Module] = []
-    for ci, co, k, s in ((3, ndf, 3, 1), (ndf, ndf * 2, 4, 2), (ndf * 2, ndf * 2, 3, 1), (ndf * 2, ndf * 4, 4, 2)):
-        modules += [norm(nn.Conv2d(ci, co, k, s, 1)), nn.LeakyReLU(0.1)]
-    return nn.Sequential(*modules, nn.Flatten(), norm(nn.Linear(ndf * 4 * 4 * 4, 1)))
-
-
-MODELS: dict[str, tuple[Factory, tuple[int, ...]]] = {
-    "dcgan generator": (partial(Generator, pixels=32), (4, 100, 1, 1)),
-    "dcgan discriminator": (partial(Discriminator, pixels=32), (4, 3, 32, 32)),
-    "pix2pix unet": (UNet, (2, 3, 32, 32)),
-    "pix2pix unet, instance norm": (partial(UNet, nn.InstanceNorm2d), (2, 3, 32, 32)),
-    "patchgan": (patch_gan, (2, 6, 32, 32)),
-    "patchgan, instance norm": (partial(patch_gan, nn.InstanceNorm2d), (2, 6, 32, 32)),
-    "cyclegan generator": (resnet_generator, (2, 3, 16, 16)),
-    "cyclegan generator, padding in conv": (partial(resnet_generator, pad_in_conv=True), (2, 3, 16, 16)),
-    "cyclegan generator, instance norm": (partial(resnet_generator, nn.InstanceNorm2d), (2, 3, 16, 16)),
-    "sngan discriminator": (partial(sn_discriminator, parametrizations.spectral_norm), (2, 3, 16, 16)),
-    "sngan discriminator, old style": (partial(sn_discriminator, old_spectral_norm), (2, 3, 16, 16)),
-}
-
-
-# --- one peculiarity each --------------------------------------------------------------------------------------------
 
 
 class Halved(nn.Module):

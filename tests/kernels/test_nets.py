@@ -13,9 +13,9 @@ from fastdcgan import backends
 from fastdcgan.geometry import Geometry
 from fastdcgan.spec import Operand
 from tests.helpers.contractions import conv_call
-from tests.helpers.networks import Discriminator, Generator
 from tests.helpers.twins import assert_as_good, build, draw, results, settled_input
 from tests.machine import DEVICE
+from tests.models.dcgan import Discriminator, Generator
 
 STEPS = 1
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
