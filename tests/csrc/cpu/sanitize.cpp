@@ -135,7 +135,7 @@ int contractions(int64_t batch, int64_t channels, int64_t out, const Axis& y, co
 }  // namespace
 
 // With emulated tiles: what they are for.
-#ifdef FASTDCGAN_AMX_EMULATED
+#ifdef FASTDCGAN_BF16_EMULATED
 constexpr bool kAmxAlone = true;
 #else
 constexpr bool kAmxAlone = false;
