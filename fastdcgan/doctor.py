@@ -82,7 +82,8 @@ def report() -> Report:
     device_type = "cuda" if has_gpu else "cpu"
     reasons = backends.reasons(device_type, torch.float32)
     status = backends.status()
-    rates = backends.get("cpu").rates if status["cpu"] == AVAILABLE else None
+    here = backends.get("cpu") if status["cpu"] == AVAILABLE else None
+    rates = here.rates if isinstance(here, cpu.CPUBackend) else None
     return Report(
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         cpu=_cpu(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import os
 import re
 import shutil
@@ -184,9 +185,20 @@ def test_a_cap_and_this_processor() -> None:
 # --- the instructions of the library that was built ------------------------------------------------------------------
 
 
-def loops(disassembly: str) -> list[list[str]]:
+@functools.cache
+def disassembly() -> str:
+    """Of the library for AVX-512."""
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("needs objdump")
+    command = [objdump, "-d", "--no-show-raw-insn", str(library("_cpu_avx512"))]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def inner_loops() -> list[list[str]]:
     """The instructions of each innermost loop: from the target of a jump backwards up to that jump."""
-    lines = re.findall(r"^ *([0-9a-f]+):\t(.+?) *$", disassembly, re.MULTILINE)
+    lines = re.findall(r"^ *([0-9a-f]+):\t(.+?) *$", disassembly(), re.MULTILINE)
     place = {address: i for i, (address, _) in enumerate(lines)}
     found: list[list[str]] = []
     for i, (_, instruction) in enumerate(lines):
@@ -200,17 +212,13 @@ def loops(disassembly: str) -> list[list[str]]:
 
 def test_inner_loops_of_the_library() -> None:
     """Tiles are loaded and multiplied there, and nothing else is: no sum is stored, no register goes to the stack."""
-    objdump = shutil.which("objdump")
-    if objdump is None:
-        pytest.skip("needs objdump")
-    command = [objdump, "-d", "--no-show-raw-insn", str(library("_cpu_avx512"))]
-    disassembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = disassembly()
     names = ("ldtilecfg", "tilerelease", "tileloadd", "tilestored", "tilezero", "tdpbf16ps")
-    assert all(f"{name} " in disassembly or f"{name}\n" in disassembly for name in names)
-    inner = [body for body in loops(disassembly) if any("tdpbf16ps" in line for line in body)]
+    assert all(f"{name} " in text or f"{name}\n" in text for name in names)
+    inner = [body for body in inner_loops() if any("tdpbf16ps" in line for line in body)]
     counts = {tuple(sum(name in line for line in body) for name in ("tdpbf16ps", "tileloadd")) for body in inner}
     assert counts == {(4, 4), (2, 3), (1, 2)}  # 2x2 tiles, 1x2 and 2x1, 1x1
     for body in inner:
         assert not any(re.search(r"tilestored|tilezero|%rsp|%zmm|call", line) for line in body), body
     # Nothing but the strips multiplies tiles.
-    assert disassembly.count("tdpbf16ps") == sum("tdpbf16ps" in line for body in inner for line in body)
+    assert text.count("tdpbf16ps") == sum("tdpbf16ps" in line for body in inner for line in body)

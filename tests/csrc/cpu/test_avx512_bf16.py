@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,9 @@ import torch
 
 from fastdcgan import backends
 from fastdcgan.backends.cpu import Rates
-from fastdcgan.build_info import library
 from fastdcgan.dispatch import router
 from tests.csrc.cpu import amx_library
-from tests.csrc.cpu.test_amx import loops
+from tests.csrc.cpu.test_amx import inner_loops
 from tests.csrc.cpu.test_contractions import Kernels, block
 from tests.cuda_on_cpu.host_programs import ROOT, compiled, run
 
@@ -80,12 +77,7 @@ def test_the_emulation_is_the_instruction() -> None:
 
 def test_inner_loops_of_the_library() -> None:
     """A lane of A for each row, one vector or two of B; no sum is stored, no register goes to the stack."""
-    objdump = shutil.which("objdump")
-    if objdump is None:
-        pytest.skip("needs objdump")
-    command = [objdump, "-d", "--no-show-raw-insn", str(library("_cpu_avx512"))]
-    disassembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    inner = [body for body in loops(disassembly) if {"vdpbf16ps", "vbroadcastss"} <= {x.split()[0] for x in body}]
+    inner = [body for body in inner_loops() if {"vdpbf16ps", "vbroadcastss"} <= {x.split()[0] for x in body}]
     counts = {sum("vdpbf16ps" in line for line in body) for body in inner}
     assert counts >= {rows * vectors for rows in range(1, 13) for vectors in (1, 2)}
     for body in inner:
