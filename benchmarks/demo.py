@@ -21,6 +21,7 @@ from fastdcgan.dcgan.console import say
 from fastdcgan.dcgan.files import replacing
 from fastdcgan.dcgan.models import Discriminator, Generator, placed
 from fastdcgan.dcgan.training import DTYPES, Outcome
+from fastdcgan.dispatch import autotune
 from fastdcgan.fuse import unfuse
 from fastdcgan.gan_step import GANStep
 from fastdcgan.optim import FusedAdam
@@ -71,11 +72,12 @@ def compare(device: torch.device, seconds: float, seed: int = 0) -> list[Timed]:
         for precision in ("fp32", "bf16")
         for name, stepper in (("vanilla", _vanilla), ("fused", _fused))
     }
-    times = interleave(
-        {"/".join(key): segments for key, segments in candidates.items()},
-        timer_for(device, cold=False),
-        Timing(rounds=200, seconds_per_round=0.05, budget_s=seconds),
-    )
+    with autotune.at_once():
+        times = interleave(
+            {"/".join(key): segments for key, segments in candidates.items()},
+            timer_for(device, cold=False),
+            Timing(rounds=200, seconds_per_round=0.05, budget_s=seconds),
+        )
     result = []
     for precision in ("fp32", "bf16"):
         vanilla, fused = times[f"vanilla/{precision}"][0], times[f"fused/{precision}"][0]

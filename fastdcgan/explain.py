@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fastdcgan import backends
 from fastdcgan.checks import check_module
-from fastdcgan.engine import match, run
+from fastdcgan.dispatch import autotune
+from fastdcgan.engine import chain, match, run
 from fastdcgan.engine.match import Alone, FoundChain, segments
 from fastdcgan.layers import FusedSequential
 
@@ -46,8 +47,8 @@ class Explanation(list[Row]):
 def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     """Per block of `model`: its modules, the backend that runs it, and why; and what is not fused, and why not.
 
-    With an input `x` the model is run once without gradients, and the backends are those that did run; buffers are put
-    back afterwards. Without, they are those that its parameters' device and dtype would get.
+    With an input `x` the model is run, with gradients where they are enabled, and the backends are those that did run;
+    buffers are put back afterwards. Without, they are those that its parameters' device and dtype would get.
     Raises TypeError if `model` is no `nn.Module` or `x` no tensor, ValueError if a module contains itself, and what
     running it raises.
     """
@@ -74,15 +75,16 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     return rows
 
 
-def _observe(model: nn.Module, x: Tensor) -> dict[int, run.Record]:
+def _observe(model: nn.Module, x: Tensor) -> dict[int, chain.Record]:
     state = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    run.recorder = []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+        with autotune.at_once(), torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            model(x)  # measures what it has to
+            chain.recorder = []
             model(x)
-        return {id(record.conv): record for record in run.recorder}
+        return {id(record.conv): record for record in chain.recorder}
     finally:
-        run.recorder = None
+        chain.recorder = None
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in state:
@@ -110,7 +112,9 @@ def _belongs_to_a_block(module: nn.Module) -> bool:
     return isinstance(module, kinds)
 
 
-def _rows(part: FoundChain | Alone, prefix: str, fused: bool, ran: dict[int, run.Record], observed: bool) -> list[Row]:
+def _rows(
+    part: FoundChain | Alone, prefix: str, fused: bool, ran: dict[int, chain.Record], observed: bool
+) -> list[Row]:
     if isinstance(part, Alone):
         if part.why is None:
             return []
@@ -124,14 +128,18 @@ def _rows(part: FoundChain | Alone, prefix: str, fused: bool, ran: dict[int, run
         record = ran.get(id(block.conv))
         stored = next(block.conv.parameters())  # reading `weight` would run a parametrization
         device, dtype = stored.device.type, stored.dtype if record is None else record.dtype
-        plain = run.why_plain(device, dtype)
+        plain = run.why_plain(device, dtype) if record is None or record.backend is not None else record.route
         if plain is not None:
             rows.append(Row(name, block.pattern, False, None, f"runs as PyTorch's own modules: {plain}"))
             continue
         if observed and record is None:
             rows.append(Row(name, block.pattern, False, None, "was not reached by this input, or ran module by module"))
             continue
-        name_of = record.backend if record else backends.select(backends.requested(), device, dtype)
+        name_of = (
+            record.backend
+            if record is not None and record.backend is not None
+            else backends.select(backends.requested(), device, dtype)
+        )
         why = _why_backend(name_of, device, dtype)
         if record:
             why = f"input {list(record.shape)}; {why}" + (f"; {record.route}" if record.route else "")

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from fastdcgan import checks
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.engine.run import block_backend, run_chain
+from fastdcgan.engine.planned import block_backend, run_chain
 from fastdcgan.geometry import Geometry, Pair, pair
 from fastdcgan.images import normalize_images
 from fastdcgan.losses import bce_with_logits

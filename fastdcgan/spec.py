@@ -91,7 +91,7 @@ class Algorithm:
     `why_not(call)` is None where it can run, else the reason. `run(call, tile)` runs it; tile None is the choice of the
     algorithm's own rule. `tiles(call)` are those that tuning compares: instances of the frozen dataclass `tile_type`.
     `why_last(call)` is None, or the reason why another is likely to be faster: it then runs where it was measured to be
-    the fastest, or where no other can. `compare` asks for measuring at first use, since no rule is known.
+    the fastest, or where no other can.
     """
 
     name: str
@@ -100,7 +100,6 @@ class Algorithm:
     tiles: Callable[[Call], Sequence[Any]] | None = None
     tile_type: type | None = None
     why_last: Callable[[Call], str | None] = lambda call: None
-    compare: bool = False
 
 
 class Update(NamedTuple):

@@ -37,6 +37,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed" if DEVICE.typ
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What runs does not depend on how fast this machine is; measuring has tests of its own.
+    os.environ["FASTDCGAN_AUTOTUNE"] = "off"
     torch.set_num_threads(int(os.environ.get("FASTDCGAN_TEST_THREADS", "1")))
     # float32 means float32 here, for the vanilla modules and for ours; TF32 has tests of its own.
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -180,7 +180,7 @@ def test_an_input_that_fails_leaves_no_trace(device: torch.device) -> None:
     with pytest.raises(RuntimeError):
         fastdcgan.explain(model, draw(IMAGE, torch.float32, device))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert fastdcgan.engine.run.recorder is None
+    assert fastdcgan.engine.chain.recorder is None
 
 
 def test_the_backend_asked_for_is_named(backend: str, device: torch.device) -> None:

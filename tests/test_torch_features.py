@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fastdcgan
-from fastdcgan.engine import run
+from fastdcgan.engine import planned
 from tests.helpers.networks import IMAGE, MODELS, VARIANTS, Discriminator
 from tests.helpers.tolerance import assert_as_accurate
 from tests.helpers.twins import assert_same, build, draw, one_thread, results, without_kinks
@@ -162,8 +162,8 @@ def test_default_dtype_float64(device: torch.device) -> None:
 
 def test_device_types_without_autocast() -> None:
     with_autocast = ("cpu", "cuda", "xpu", "hpu", "mps", "mtia", "maia", "xla", "ipu", "privateuseone")
-    for kind in (*run._NO_AUTOCAST, *with_autocast):
-        assert torch.amp.is_autocast_available(kind) == (kind not in run._NO_AUTOCAST), kind
+    for kind in (*planned._NO_AUTOCAST, *with_autocast):
+        assert torch.amp.is_autocast_available(kind) == (kind not in planned._NO_AUTOCAST), kind
 
 
 def test_the_meta_device() -> None:

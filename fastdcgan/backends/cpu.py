@@ -35,7 +35,7 @@ FEWEST_WIDE_CACHED = 32  # of `conv` in float32 with a weight in the packed-weig
 # Multiply-adds below which a call of PyTorch's convolution takes longer to set up than ours to run, if a packed weight
 # serves so many rows, or has few elements itself.
 FEW_PRODUCTS, FEW_ROWS, FEW_WEIGHTS = 2**20, 8, 2**14
-# Of `vdpbf16ps` to FMA, from which on bfloat16 is multiplied as it is: some processors have 1, some 2.
+# Of `vdpbf16ps` to FMA, from which on bfloat16 is multiplied as it is: some processors have a half, some 2.
 LEAST_DOT_RATE = 1.3
 
 NAMESPACE = "fastdcgan_cpu"  # of the operators
@@ -184,7 +184,6 @@ class CPUBackend(Backend):
                 functools.partial(self._why_not_run, name),
                 functools.partial(self._run, name),
                 why_last=functools.partial(self._why_last, name),
-                compare=name in ("amx_col2im", "amx", "split_bf16"),
             )
             for name in _NAMES
         ]

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         def show(case: str, text: str) -> None:
             status.update(f"{case}: {text}")
 
-        with autotune.tuning() if args.tune else contextlib.nullcontext():
+        with autotune.at_once(), autotune.tuning() if args.tune else contextlib.nullcontext():
             cases = list(bench.cases(request, show))
     results = Results("bench", facts, cases)
 

@@ -34,6 +34,7 @@ from fastdcgan.dcgan.data import Batches, Images, load_images, send
 from fastdcgan.dcgan.files import LOCK, locked, own_folder
 from fastdcgan.dcgan.metrics import ADVICE_NOT_FINITE, Diverged, MetricsLog, Watch
 from fastdcgan.dcgan.models import Discriminator, Generator, placed
+from fastdcgan.dispatch import autotune
 from fastdcgan.gan_step import GANStep
 from fastdcgan.optim import FusedAdam
 from fastdcgan.train_step import GradientPenalty, StepMetrics, unwrapped
@@ -127,7 +128,8 @@ class Trainer:
     def resume(cls, place: str | Path, images: Images | None = None, **changes: Any) -> Trainer:
         """The run whose folder or checkpoint file `place` is, as it was then, with some settings changed.
 
-        On a CPU it goes on to the same bits as if it had never stopped, unless the changes change the arithmetic.
+        On one CPU, with one autotune cache, it goes on to the same bits as if it had never stopped, unless the changes
+        change the arithmetic.
         Where it reads and writes is not the checkpoint's to say: it goes on in the run's folder, or in `out` if that is
         among the changes, on the data that this folder's record or `data` names, with the cache that `cache` names.
         Raises CheckpointError for a file that is none, or that is outside of its run's folder and comes without `out`;
@@ -184,7 +186,8 @@ class Trainer:
 
     def train_step(self, real: Tensor) -> StepMetrics:
         """One step on this process's part of a batch."""
-        metrics = self._gan_step(real, self._z(len(real)))
+        with autotune.at_once():  # steps by what a resumed run finds measured, from the first on
+            metrics = self._gan_step(real, self._z(len(real)))
         self.step += 1
         return metrics
 

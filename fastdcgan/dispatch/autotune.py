@@ -4,10 +4,12 @@ The autotune cache is one JSON file, `autotune.json` in `fastdcgan` of the user'
 FASTDCGAN_AUTOTUNE_CACHE names. Entries are of one processor and one set of versions. The file is never needed: one that
 can't be read or written, or is not of this format, is left alone, with a warning.
 
-Nothing is ever measured while a CUDA graph is being captured. Otherwise new calls are
+Nothing is ever measured while a CUDA graph is being captured, nor on a CPU with deterministic algorithms or with
+FASTDCGAN_AUTOTUNE=off. Otherwise new calls are
 
     compared   our algorithms against PyTorch's own convolution: on a GPU where `torch.backends.cudnn.benchmark` is on,
-               which is how PyTorch is told that measuring at first use is welcome; on a CPU where no rule is known
+               which is how PyTorch is told that measuring at first use is welcome; on a CPU when a chain is called for
+               the third time, as long as measuring takes no more than a small share of the time, or inside `at_once()`
     searched   also among tiles and boundaries, which takes seconds a shape: inside `tuning()`
 """
 
@@ -19,6 +21,7 @@ import json
 import os
 import platform
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from fastdcgan.build_info import build_info
 from fastdcgan.version import __version__
@@ -36,8 +41,16 @@ VERSION = 1
 # What is slower by less than this is taken for as fast: the choice should not change with noise.
 MARGIN = 0.03
 
+# Of a chain on a CPU: calls by the rules, so that a short script measures nothing; and what measuring may take.
+CALLS_BY_RULE = 2
+BUDGET_S, BUDGET_SHARE = 2.0, 0.05  # in all, and more with every second that passes
+
 _tuning = False
 _ahead = False
+_comparing = False  # on a CPU: a chain is being measured, and its contractions with it
+_at_once = False
+_spent, _since = 0.0, time.perf_counter()
+_unwritten = False
 _files: dict[Path, dict[str, Any]] = {}  # each file is read once
 
 
@@ -66,6 +79,33 @@ def ahead() -> Iterator[None]:
         _ahead = before
 
 
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Inside a `with`, chains on a CPU are measured at their first call, however long it takes: what runs is to run for
+    long, or to be told."""
+    global _at_once
+    before, _at_once = _at_once, True
+    try:
+        yield
+    finally:
+        _at_once = before
+
+
+@contextlib.contextmanager
+def comparing() -> Iterator[None]:
+    """Inside a `with`, contractions on a CPU are measured; what is remembered is written at its end."""
+    global _comparing, _spent
+    before, _comparing = _comparing, True
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        _comparing = before
+        _spent += time.perf_counter() - began
+        if _unwritten:
+            _write(path())
+
+
 def is_ahead() -> bool:
     """Whether this is inside of `ahead`."""
     return _ahead
@@ -89,13 +129,21 @@ def may_search(device: torch.device) -> bool:
 
 
 def may_compare(device: torch.device) -> bool:
-    """Whether our algorithms may be measured against PyTorch's own on a GPU now."""
-    return is_welcome() and _idle(device)
+    """Whether our algorithms may be measured against PyTorch's own now."""
+    return _comparing if device.type == "cpu" else is_welcome() and _idle(device)
 
 
-def may_compare_cpu(device: torch.device) -> bool:
-    """The same on a CPU; not where bits should not depend on it."""
-    return device.type == "cpu" and not torch.are_deterministic_algorithms_enabled()
+def consulted(device: torch.device) -> bool:
+    """Whether what runs may depend on what was measured: not on a CPU where bits should not."""
+    off = os.environ.get("FASTDCGAN_AUTOTUNE") == "off" or torch.are_deterministic_algorithms_enabled()
+    return device.type != "cpu" or not off
+
+
+def may_begin(calls: int) -> bool:
+    """Whether a chain on a CPU that was called so often may be measured now."""
+    if _at_once:
+        return True
+    return calls > CALLS_BY_RULE and _spent < BUDGET_S + BUDGET_SHARE * (time.perf_counter() - _since)
 
 
 def is_welcome() -> bool:
@@ -111,7 +159,8 @@ def _idle(device: torch.device) -> bool:
 
 _WARM_UPS = 3
 _ROUNDS = 20
-_CPU_ROUNDS = 5
+# On a CPU: what is slower than the fastest by these factors after the first and after a later round is out.
+_CPU_ROUNDS, _CPU_SECONDS, _FAR_SLOWER, _SLOWER = (3, 40), 0.02, 1.5, 1.15
 _CACHE_SIZES = 4  # bytes written between two calls, in second-level caches
 
 
@@ -140,15 +189,40 @@ def milliseconds(calls: Mapping[Any, Callable[[], object]], device: torch.device
 
 
 def _cpu_milliseconds(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
+    """The median time of each call: at least `_CPU_ROUNDS[0]` rounds, more where they are short; what is clearly slower
+    leaves early, and what is left is measured no further when it is alone."""
     times: dict[Any, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(_CPU_ROUNDS):
-        for name, call in calls.items():
+    left, spent = list(calls), 0.0
+    for i in range(_CPU_ROUNDS[1]):
+        for name in left if i % 2 else reversed(left):
+            _something_else()
             begin = time.perf_counter()
-            call()
+            calls[name]()
             times[name].append(1000 * (time.perf_counter() - begin))
+        spent += sum(times[name][-1] for name in left) / 1000
+        least = min(map(min, times.values()))
+        left = [name for name in left if min(times[name]) <= least * (_SLOWER if i else _FAR_SLOWER)]
+        if len(left) == 1 or (i + 1 >= _CPU_ROUNDS[0] and spent > _CPU_SECONDS):
+            break
     return {name: _median(found) for name, found in times.items()}
+
+
+def _something_else() -> None:
+    """What comes between two calls of a layer in a net: other layers, and other Python code. A call that is repeated at
+    once finds its code in the caches; a short one is then up to twice as fast as in a net."""
+    x, w, ones, written = _other_tensors()
+    with torch.enable_grad():
+        y = F.max_pool2d(F.batch_norm(F.conv2d(x, w, None, 1, 1), None, None, ones, ones, True), 2)
+        y = F.interpolate(torch.cat([torch.sigmoid(y), y]), scale_factor=2.0)
+        torch.autograd.grad(y.flatten(1).mean(), (x, w))
+    written.add_(1)
+    textwrap.fill(__doc__, 40)
+
+
+@lru_cache
+def _other_tensors() -> tuple[Tensor, ...]:
+    x, w = torch.ones(4, 16, 16, 16).requires_grad_(), torch.ones(16, 16, 3, 3).requires_grad_()
+    return x, w, torch.ones(16), torch.zeros(1 << 18)
 
 
 def _median(values: list[float]) -> float:
@@ -203,15 +277,23 @@ def lookup(kind: str, where: str, key: str) -> Any:
 
 
 def remember(kind: str, where: str, key: str, value: Any) -> None:
-    """Add an entry to the file, which is replaced as a whole: a reader sees the old one or the new one. Where it can't
-    be written, this process knows the entry all the same."""
-    file = path()
-    before = _files.pop(file, {})  # another process may have written since
+    """Add an entry to the file; where it can't be written, this process knows the entry all the same."""
+    global _unwritten
+    _read(path()).setdefault(where, {}).setdefault(kind, {})[key] = value
+    _unwritten = True
+    if not _comparing:
+        _write(path())
+
+
+def _write(file: Path) -> None:
+    """The file is replaced as a whole: a reader sees the old one or the new one."""
+    global _unwritten
+    _unwritten = False
+    known = _files.pop(file, {})  # another process may have written since
     entries = _read(file)
-    for other, kinds in before.items():
-        for of, known in kinds.items():
-            entries.setdefault(other, {}).setdefault(of, {}).update(known)
-    entries.setdefault(where, {}).setdefault(kind, {})[key] = value
+    for where, kinds in known.items():
+        for kind, found in kinds.items():
+            entries.setdefault(where, {}).setdefault(kind, {}).update(found)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)

@@ -121,14 +121,15 @@ def _choose(call: Call, backend: str) -> Route:
     if len(able) == 1 and able[0].tiles is None:
         return Route(able[0], None, why_others, True)
     name, searching = repr(signature(call)), autotune.may_search(device)
-    known = _known(autotune.lookup(KIND, autotune.machine(device), name), able, call)
+    entry = autotune.lookup(KIND, autotune.machine(device), name) if autotune.consulted(device) else None
+    known = _known(entry, able, call)
     if known is not None and not (searching and not known.searched) and _runs(known.route, call, backend):
         return known.route
     if autotune.is_ahead():
         for algorithm in able if autotune.is_welcome() else able[:1]:
             _attempt(algorithm, call, None)
         return Route(able[0], None, "", False)
-    if searching or autotune.may_compare(device) or (any(a.compare for a in able) and autotune.may_compare_cpu(device)):
+    if searching or autotune.may_compare(device):
         made = _measure(able, call, searching)
         autotune.remember(KIND, autotune.machine(device), name, made)
         known = _known(made, able, call)

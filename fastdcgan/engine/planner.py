@@ -23,12 +23,19 @@ _known: dict[Any, Boundaries | None] = {}  # what the cache says, asked once
 
 
 def plan(
-    blocks: Sequence[Block], x: Tensor, tensors: Sequence[BlockTensors], stat_groups: int, boundaries: str
+    blocks: Sequence[Block],
+    x: Tensor,
+    tensors: Sequence[BlockTensors],
+    stat_groups: int,
+    boundaries: str,
+    channels_last: bool | None = None,
 ) -> Plan:
-    """`boundaries` is "auto", or "deferred" or "finished" for all of them."""
+    """`boundaries` is "auto", or "deferred" or "finished" for all of them; `channels_last`, whether a contiguous chain
+    runs in that format, is the backend's rule where it is None."""
     backend, n = backends.get(blocks[0].backend), len(blocks)
     weights, grad = [t.weight for t in tensors], torch.is_grad_enabled()
-    channels_last = n > 1 and backend.prefers_channels_last(blocks, weights, x)
+    if channels_last is None:
+        channels_last = n > 1 and backend.prefers_channels_last(blocks, weights, x)
     needs = [grad and t.requires_grad for t in (x, *weights)]
     rule = backend.boundaries(blocks, weights, (x.shape[2], x.shape[3]), needs)
     if boundaries != "auto":

@@ -3,39 +3,30 @@
 The first call of a `FusedSequential` finds its blocks and plans each chain of them. What it found is kept on the
 module; a later call checks that modules and tensors are what they were (microseconds), and runs the plan. Whatever may
 change a plan is in the guard: the modules themselves with their hooks, modes and numbers (`_Structure`); dtype, device,
-shape, strides and requires_grad of the tensors, autocast, grad mode, the backend, PyTorch's settings (`_Chain._run`).
+shape, strides and requires_grad of the tensors, autocast, grad mode, the backend, PyTorch's settings (`Chain._run`).
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastdcgan import backends, checks
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.dispatch import primitives, router
-from fastdcgan.engine import autograd, planner
-from fastdcgan.engine.double_backward import formula
-from fastdcgan.engine.match import Alone, FoundBlock, FoundChain, block_of, process_group, runs_blocks, segments
-from fastdcgan.engine.program import Program
-from fastdcgan.spec import Block, BlockTensors, Running, Update
+from fastdcgan.engine import chain
+from fastdcgan.engine.chain import Chain, call_alone
+from fastdcgan.engine.match import Alone, FoundChain, segments
+from fastdcgan.engine.planned import compute_dtype
 
-# Device types without autocast, which raise where they are asked whether it is on. A list, since Dynamo of torch 2.11
-# can't trace torch.amp.is_autocast_available.
-_NO_AUTOCAST = frozenset({"meta", "lazy", "vulkan", "ve", "opengl", "opencl", "ideep", "hip", "fpga"})
-_PLANS = 64  # of a chain, for as many signatures
+_PLAIN = 256  # calls of a Sequential by shape and mode
 _STRUCTURES = 4  # of a Sequential: as many of its states (training, eval, ...)
 
 
@@ -44,20 +35,37 @@ _STRUCTURES = 4  # of a Sequential: as many of its states (training, eval, ...)
 
 def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, boundaries: str) -> Any:
     """`nn.Sequential.forward` with every chain in it run as one."""
+    kept = None if torch.compiler.is_compiling() else sequential.__dict__.get("_plans")
+    plain = kept.plain if kept is not None and chain.recorder is None and isinstance(x, Tensor) else ()
+    if plain and _glance(sequential, x, stat_groups, boundaries) in plain:
+        for module in sequential:
+            x = module(x)
+        return x
     if isinstance(stat_groups, torch.fx.Proxy):
         stat_groups = 1  # torch.fx traces the root module's default as an input
     checks.check_stat_groups(stat_groups)
     if _needs_every_module(x) or _runs_plain(x):
         for module in sequential:
-            x = _call_alone(module, x, stat_groups)
+            x = call_alone(module, x, stat_groups)
         return x
+    called, as_modules = x, isinstance(x, Tensor) and stat_groups == 1
     for part in _parts(sequential):
-        x = (
-            _call_alone(part.module, x, stat_groups)
-            if isinstance(part, Alone)
-            else part(x, stat_groups, boundaries)
-        )  # fmt: skip
+        if isinstance(part, Alone):
+            x = call_alone(part.module, x, stat_groups)
+        else:
+            x = part(x, stat_groups, boundaries)
+            as_modules = as_modules and part.ran_modules
+    if as_modules and not torch.compiler.is_compiling():
+        sequential.__dict__["_plans"].remember_plain(_glance(sequential, called, stat_groups, boundaries))
     return x
+
+
+def _glance(sequential: nn.Sequential, x: Tensor, stat_groups: Any, boundaries: str) -> tuple:
+    """Sets calls apart that PyTorch's modules run fastest as a whole: they are right whatever else changes."""
+    return (
+        x.shape, x.dtype, x.requires_grad, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),
+        sequential.training, stat_groups, boundaries, backends.requested(),
+    )  # fmt: skip
 
 
 def _needs_every_module(x: Any) -> bool:
@@ -100,18 +108,6 @@ def _runs_plain(x: Any) -> bool:
     return reason is not None
 
 
-def _call_alone(module: nn.Module, x: Any, stat_groups: int) -> Any:
-    if stat_groups == 1:
-        return module(x)
-    if runs_blocks(module):
-        return module(x, stat_groups=stat_groups)
-    if any(isinstance(m, _BatchNorm) and m.training for m in module.modules()):
-        if x.shape[0] % stat_groups:
-            raise ValueError(f"stat_groups={stat_groups} must divide the batch size, got a batch of {x.shape[0]}")
-        return torch.cat([module(part) for part in x.chunk(stat_groups)])
-    return module(x)
-
-
 # --- its structure, found once ----------------------------------------------------------------------------------------
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -143,7 +139,7 @@ class _Structure:
     """
 
     def __init__(self, sequential: nn.Sequential) -> None:
-        self.parts = [_Chain(p) if isinstance(p, FoundChain) else p for p in segments(sequential)]
+        self.parts = [Chain(p) if isinstance(p, FoundChain) else p for p in segments(sequential)]
         self._children = list(sequential._modules.values())
         self._nested: list[tuple[nn.Module, list]] = []
         self._modules: list[tuple] = []
@@ -177,6 +173,15 @@ class _Structure:
 class Plans(list):
     """What is kept on a module: its structures, the one that held last first. A copy of the module starts anew."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain: set[tuple] = set()  # `_glance`s of calls all of whose chains PyTorch's modules run fastest
+
+    def remember_plain(self, glance: tuple) -> None:
+        if len(self.plain) >= _PLAIN:
+            self.plain.clear()
+        self.plain.add(glance)
+
     def __deepcopy__(self, memo: dict) -> Plans:
         return Plans()
 
@@ -187,7 +192,7 @@ class Plans(list):
 def _parts(sequential: nn.Sequential) -> list:
     """The chains of a Sequential and the modules between them."""
     if torch.compiler.is_compiling():  # which guards by itself
-        return [_Chain(p) if isinstance(p, FoundChain) else p for p in segments(sequential)]
+        return [Chain(p) if isinstance(p, FoundChain) else p for p in segments(sequential)]
     kept = sequential.__dict__.get("_plans")
     if kept is None:
         kept = sequential.__dict__["_plans"] = Plans()
@@ -200,239 +205,3 @@ def _parts(sequential: nn.Sequential) -> list:
     kept.insert(0, structure)
     del kept[_STRUCTURES:]
     return structure.parts
-
-
-# --- a chain of it ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Record:
-    """What `explain` saw of one block that ran."""
-
-    conv: nn.Module
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    backend: str
-    route: str  # how its contraction ran
-
-
-recorder: list[Record] | None = None  # where `explain` collects them
-
-_METADATA = operator.attrgetter("dtype", "device", "shape", "requires_grad", "__class__")
-
-
-class _Chain:
-    """A chain of a Sequential, with its plans."""
-
-    def __init__(self, found: FoundChain) -> None:
-        self._found = found
-        self._norms = [b.norm for b in found.blocks if isinstance(b.norm, nn.SyncBatchNorm)]
-        self._plans: dict[tuple, Planned] = {}
-
-    def __call__(self, x: Tensor, stat_groups: int, boundaries: str) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
-        found = self._found
-        tensors = [_tensors(b) for b in found.blocks]
-        given = [x, *(t for block in tensors for t in block)]
-        direct = primitives.unwatched(*given)
-        if not direct and not torch.compiler.is_compiling() and any(map(_knows_only_torch, given)):
-            for module in (m for block in found.blocks for m in block.modules()):
-                x = _call_alone(module, x, stat_groups)
-            return x
-        unbatched = x.dim() == 3 and all(b.norm is None for b in found.blocks)
-        if unbatched:
-            x = x[None]
-        if found.pad is not None:
-            x = F.pad(x, found.pad[0], found.pad[1])
-        given[0] = x
-        autocast = _autocast_dtype(x)
-        backend = backends.select(backends.requested(), x.device.type, autocast or x.dtype)
-        if recorder is not None and not torch.compiler.is_compiling():
-            with router.recording() as routes:
-                out = self._run(x, tensors, stat_groups, boundaries, backend, autocast, given if direct else None)
-            for block, route in zip(found.blocks, routes, strict=False):
-                recorder.append(Record(block.conv, tuple(x.shape), compute_dtype(x), backend, route))
-        else:
-            out = self._run(x, tensors, stat_groups, boundaries, backend, autocast, given if direct else None)
-        return out[0] if unbatched else out
-
-    def _run(
-        self,
-        x: Tensor,
-        tensors: list[BlockTensors],
-        stat_groups: int,
-        boundaries: str,
-        backend: str,
-        autocast: torch.dtype | None,
-        given: list[Tensor | None] | None,
-    ) -> Tensor:
-        planned = None
-        if given is not None:  # x and the tensors, and nobody watches
-            key = (
-                x.stride(), stat_groups, boundaries, backend, torch.is_grad_enabled(), autocast,
-                router.settings(backend), *(process_group(norm) for norm in self._norms),
-                *(None if t is None else _METADATA(t) for t in given), *(t.weight.stride() for t in tensors),
-            )  # fmt: skip
-            planned = self._plans.get(key)
-        if planned is None:
-            padded = self._found.pad is not None
-            blocks = [block_of(b, padded and i == 0, backend) for i, b in enumerate(self._found.blocks)]
-            planned = Planned(blocks, x, tensors, stat_groups, boundaries, given is not None)
-            if given is not None:
-                if len(self._plans) >= _PLANS:
-                    self._plans.clear()
-                self._plans[key] = planned
-        return planned(x, tensors, [_running(b.norm, t) for b, t in zip(self._found.blocks, tensors, strict=True)])
-
-
-def _knows_only_torch(t: Tensor | None) -> bool:
-    """Whether a tensor is of a class with a `__torch_dispatch__` of its own, and so of PyTorch's operators alone."""
-    if t is None:
-        return False
-    kind = type(t)
-    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith(
-        "torch._subclasses"
-    )
-
-
-def _of(module: nn.Module, stored: dict[str, Any], name: str) -> Any:
-    """An attribute by way of the dict that has it; elsewhere it is computed (a parametrization, weight norm)."""
-    return stored[name] if name in stored else getattr(module, name)
-
-
-def _tensors(found: FoundBlock) -> BlockTensors:
-    conv, norm = found.conv, found.norm
-    for hook in conv._forward_pre_hooks.values():  # weight_norm and spectral_norm of the old style set `weight`
-        hook(conv, ())
-    weight, bias = (_of(conv, conv._parameters, name) for name in ("weight", "bias"))
-    if norm is None:
-        return BlockTensors(weight, bias)
-    bn_weight, bn_bias = (_of(norm, norm._parameters, name) for name in ("weight", "bias"))
-    mean, var = (_of(norm, norm._buffers, name) for name in ("running_mean", "running_var"))
-    return BlockTensors(weight, bias, bn_weight, bn_bias, mean, var)
-
-
-def _running(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None, t: BlockTensors) -> Running | None:
-    if norm is None or not norm.training or not norm.track_running_stats:
-        return None
-    if t.running_mean is None or t.running_var is None:
-        return None
-    momentum, count = norm.momentum, _of(norm, norm._buffers, "num_batches_tracked")
-    if momentum is None and count is None:
-        momentum = 0.0
-    return Running(t.running_mean, t.running_var, momentum, count)
-
-
-# --- one plan, run with the tensors of a call -------------------------------------------------------------------------
-
-
-def block_backend(x: Tensor) -> str:
-    """The backend that runs a block on `x`, as `backend()`, FASTDCGAN_BACKEND and the machine have it."""
-    return backends.select(backends.requested(), x.device.type, compute_dtype(x))
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast casts `x` to where it is on (never float64), or None."""
-    if x.device.type in _NO_AUTOCAST or not torch.is_autocast_enabled(x.device.type):
-        return None
-    if x.dtype == torch.float64 or not x.is_floating_point():
-        return x.dtype
-    return torch.get_autocast_dtype(x.device.type)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a convolution of `x` runs in: autocast's where it is on, else x's own."""
-    return _autocast_dtype(x) or x.dtype
-
-
-def _casts_weights(backend: str, x: Tensor, tensors: Sequence[BlockTensors], direct: bool) -> bool:
-    """Whether the backend's contractions get float32 weights under autocast, and cast them: where no gradient needs a
-    cast tensor. What a backend makes of a parameter it may keep from call to call, but not of a tensor of one call."""
-    if not direct or not backends.get(backend).casts_weights or x.numel() == 0:
-        return False
-    return not torch.is_grad_enabled() or not any(v is not None and v.requires_grad for t in tensors for v in (x, *t))
-
-
-class Planned:
-    """A chain that was checked and planned for the signature of its inputs.
-
-    Raises TypeError or ValueError (`checks.check_chain`) before anything is written.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[Block],
-        x: Tensor,
-        tensors: Sequence[BlockTensors],
-        stat_groups: int,
-        boundaries: str,
-        direct: bool,
-    ) -> None:
-        checks.check_boundaries(boundaries)
-        self._dtype = _autocast_dtype(x) if isinstance(x, Tensor) else None
-        casts_weights = self._dtype is not None and _casts_weights(blocks[0].backend, x, tensors, direct)
-        self._left = (torch.float64, torch.float32) if casts_weights else (torch.float64,)
-        x, tensors = self._cast(x, tensors)
-        checks.check_chain(blocks, stat_groups, x, [v for t in tensors for v in t], casts_weights)
-        alone = all(b.norm is None or b.norm.process_group is None for b in blocks)
-        self._empty = alone and x.shape[0] == 0
-        self._program = Program(planner.plan(blocks, x, tensors, stat_groups, boundaries), direct)
-
-    def _cast(self, x: Tensor, tensors: Sequence[BlockTensors]) -> tuple[Tensor, Sequence[BlockTensors]]:
-        if self._dtype is None:
-            return x, tensors
-        left = self._left
-        cast = [t if t.weight.dtype in left else t._replace(weight=t.weight.to(self._dtype)) for t in tensors]
-        return x.to(self._dtype), cast
-
-    def __call__(self, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]) -> Tensor:
-        """The output for `x` [N, C, H, W]; `running` is updated."""
-        program = self._program
-        x, tensors = self._cast(x, tensors)
-        flat = [v for t in tensors for v in t]
-        if self._empty:  # as PyTorch: an empty output, zero gradients, running statistics as they were
-            for r in running:
-                if r is not None and r.num_batches is not None:
-                    r.num_batches.add_(program.plan.stat_groups)
-            return formula(program.plan, x, flat, program.layout(x, flat))
-        return autograd.run(program, x, flat, functools.partial(self._update_running, tensors, running))
-
-    def _update_running(
-        self, tensors: Sequence[BlockTensors], running: Sequence[Running | None], found: Sequence[Tensor]
-    ) -> None:
-        program, waiting, updates = self._program, iter(found), []
-        for block, t, r in zip(program.plan.blocks, tensors, running, strict=True):
-            if block.norm is not None and block.norm.batch_stats:
-                stats = next(waiting)
-                if r is not None:
-                    updates.append(_update(t, r, stats, program.plan.stat_groups))
-        if updates:
-            program.run.update_all_running(updates)
-
-
-def _update(t: BlockTensors, r: Running, stats: Tensor, stat_groups: int) -> Update:
-    """How the running statistics change; counts the batch."""
-    factor = None
-    if r.num_batches is not None:
-        if r.momentum is None:
-            steps = torch.arange(1, stat_groups + 1, device=stats.device)
-            factor = (1.0 / (r.num_batches + steps).double()).to(stats.dtype)
-        r.num_batches.add_(stat_groups)
-    bias = None if t.bias is None else t.bias.detach()
-    return Update(r.mean, r.var, stats, bias, factor, 0.0 if r.momentum is None else r.momentum)
-
-
-def run_chain(
-    blocks: Sequence[Block],
-    x: Tensor,
-    tensors: Sequence[BlockTensors],
-    running: Sequence[Running | None],
-    stat_groups: int = 1,
-    boundaries: str = "auto",
-) -> Tensor:
-    """Plan a chain and run it on `x` [N, C, H, W], for whoever keeps no plan."""
-    direct = isinstance(x, Tensor) and primitives.unwatched(
-        x, *(v for t in tensors for v in t if isinstance(v, Tensor))
-    )
-    return Planned(blocks, x, tensors, stat_groups, boundaries, direct)(x, tensors, running)

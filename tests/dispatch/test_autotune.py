@@ -12,7 +12,7 @@ import torch
 from fastdcgan.build_info import BuildInfo, CUDABuild
 from fastdcgan.dispatch import autotune
 
-CUDA = torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_when_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not autotune.may_compare(CUDA) and not autotune.may_search(CUDA)
         with autotune.tuning():
             assert autotune.may_compare(CUDA) and autotune.may_search(CUDA)
-            assert not autotune.may_compare(torch.device("cpu")) and not autotune.may_search(torch.device("cpu"))
+            assert not autotune.may_compare(CPU) and not autotune.may_search(CPU)
             capturing = True
             assert not autotune.may_compare(CUDA) and not autotune.may_search(CUDA)
             capturing = False
@@ -116,13 +116,57 @@ def test_when_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert autotune.may_compare(CUDA) and not autotune.may_search(CUDA)
     with flags(benchmark=True, deterministic=True):
         assert not autotune.may_compare(CUDA)
-    cpu = torch.device("cpu")
-    assert autotune.may_compare_cpu(cpu) and not autotune.may_compare_cpu(CUDA)
+
+
+def test_when_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "on")
+    monkeypatch.setattr(autotune, "_spent", 0.0)
+    assert [autotune.may_begin(calls) for calls in (1, 2, 3)] == [False, False, True]
+    monkeypatch.setattr(autotune, "_spent", 1e6)
+    assert not autotune.may_begin(3)
+    with autotune.at_once():
+        assert autotune.may_begin(1)
+    assert not autotune.may_compare(CPU)
+    with autotune.comparing():
+        assert autotune.may_compare(CPU)
+    assert autotune._spent > 1e6
+    assert autotune.consulted(CPU) and autotune.consulted(CUDA)
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "off")
+    assert not autotune.consulted(CPU) and autotune.consulted(CUDA)
+    monkeypatch.delenv("FASTDCGAN_AUTOTUNE")
     torch.use_deterministic_algorithms(True)
     try:
-        assert not autotune.may_compare_cpu(cpu)
+        assert not autotune.consulted(CPU) and autotune.consulted(CUDA)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_cpu_is_timed_without_touching_random_numbers_or_grad_mode() -> None:
+    small, large = torch.zeros(2**10), torch.zeros(2**22)
+    before, runs = torch.get_rng_state(), {"small": 0, "large": 0}
+
+    def run(name: str, x: torch.Tensor) -> None:
+        runs[name] += 1
+        assert not torch.is_grad_enabled()
+        x.add_(1)
+
+    with torch.no_grad():
+        times = autotune.milliseconds({"large": lambda: run("large", large), "small": lambda: run("small", small)}, CPU)
+    assert 0 < times["small"] < times["large"]
+    assert runs == {"large": 1, "small": 1}  # clearly slower: it leaves, and one needs no more rounds
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_chain_finds_is_written_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(autotune, "_write", lambda path, write=autotune._write: (written.append(path), write(path)))
+    with autotune.comparing():
+        for key in "abc":
+            autotune.remember("tiles", "cpu", key, key)
+        assert not written and autotune.lookup("tiles", "cpu", "b") == "b"
+    assert written == [file]
+    autotune._files.clear()
+    assert [autotune.lookup("tiles", "cpu", key) for key in "abc"] == ["a", "b", "c"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

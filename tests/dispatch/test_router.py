@@ -76,6 +76,7 @@ class Measuring:
 @pytest.fixture
 def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measuring:
     found = Measuring()
+    monkeypatch.setattr(autotune, "consulted", lambda device: not torch.are_deterministic_algorithms_enabled())
     monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))
     monkeypatch.setattr(autotune, "_files", {})
     monkeypatch.setattr(planner, "_known", {})
@@ -198,14 +199,15 @@ def test_what_was_asked_for_by_name_is_not_replaced(clock: Measuring, monkeypatc
         router.run(call, "own")
 
 
-def test_without_a_rule_a_cpu_is_measured(clock: Measuring, explained: Explained) -> None:
-    clock.allowed, cpu = False, torch.device("cpu")
+def test_what_is_known_decides_not_where_bits_should_not_change(clock: Measuring, explained: Explained) -> None:
     clock.times = lambda at: {"own": 1.0, PYTORCH: 0.5}[at[0]]
-    assert explained(Own(compare=True), device=cpu) == f"{PYTORCH}: measured: own 1.0000 ms, {PYTORCH} 0.5000 ms"
+    measured = f"{PYTORCH}: measured: own 1.0000 ms, {PYTORCH} 0.5000 ms"
+    assert explained(Own()) == measured
+    clock.allowed = False
+    assert explained(Own()) == measured
     torch.use_deterministic_algorithms(True)
     try:
-        clock.times = lambda at: pytest.fail("measured, though bits should not depend on it")
-        assert explained(Own(compare=True), device=cpu).startswith(PYTORCH)  # what is known stays known
+        assert explained(Own()) == "own: not measured"
     finally:
         torch.use_deterministic_algorithms(False)
 

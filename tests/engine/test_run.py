@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 import fastdcgan
 from fastdcgan import FusedSequential, backends
-from fastdcgan.engine import planner, run
+from fastdcgan.engine import chain, planner, run
 from tests.helpers.writes import WRITES, Write
 from tests.machine import DEVICE
 
@@ -245,10 +245,10 @@ def test_nothing_of_it_is_saved_or_copied() -> None:
 
 def test_so_many_signatures_are_kept() -> None:
     model = FusedSequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    for size in range(3, 3 + run._PLANS + 5):
+    for size in range(3, 3 + chain._PLANS + 5):
         model(image(size=size))
-    (chain,) = model._plans[0].parts
-    assert len(chain._plans) <= run._PLANS
+    (found,) = model._plans[0].parts
+    assert len(found._plans) <= chain._PLANS
     for _ in range(10):
         model.append(nn.ReLU())
         model(image())

@@ -7,8 +7,8 @@
 
 namespace fastdcgan::cpu {
 
-// A [output channel][half][pixel], B [panel][half][pair of pixels][column]; zeros fill up whole vectors of pairs, and the
-// depth to whole units of Products.
+// A [output channel][half][pixel], B [panel][half][pair of pixels][column]; zeros fill up whole vectors of pairs, and
+// the depth to whole units of Products.
 template <class T, class Products>
 class PairPixels {
  public:
@@ -86,7 +86,8 @@ class PairPixels {
     if constexpr (kTerms == 2) pieces = three_products(pieces, kDepth, depth);
     for (int64_t p = 0; p < panels.count; ++p)
       Products::multiply(
-          a_, s_.c.out_channels, b_ + kTerms * p * kPanel * depth, panels.vectors(p), c + p * kPanel, width_, pieces, true);
+          a_, s_.c.out_channels, b_ + kTerms * p * kPanel * depth, panels.vectors(p), c + p * kPanel, width_, pieces,
+          true);
   }
 
  private:

@@ -17,4 +17,6 @@ std::tuple<double, double, double> rates_of_one_thread() {
 }  // namespace
 }  // namespace fastdcgan::cpu
 
-TORCH_LIBRARY_FRAGMENT(fastdcgan_cpu, m) { m.def("rates() -> (float, float, float)", fastdcgan::cpu::rates_of_one_thread); }
+TORCH_LIBRARY_FRAGMENT(fastdcgan_cpu, m) {
+  m.def("rates() -> (float, float, float)", fastdcgan::cpu::rates_of_one_thread);
+}

@@ -22,7 +22,7 @@ constexpr int kSums = 12;
 constexpr int kSums = 6;
 #endif
 constexpr int kRuns = 10, kCopies = 4;
-constexpr int64_t kSteps = 1 << 14;          // of a run
+constexpr int64_t kSteps = 1 << 14;            // of a run
 constexpr int64_t kFloats = int64_t{1} << 20;  // that are copied
 
 template <class Run>
@@ -55,8 +55,9 @@ double gigaflops(const Step& step) {
   return 2. * Product::kElements * kWidth * kSums * kSteps / nanoseconds;
 }
 
-double copied_bytes() {
-  const Pages from = allocate_pages(kFloats * int64_t{sizeof(float)}), to = allocate_pages(kFloats * int64_t{sizeof(float)});
+double copied_gigabytes() {
+  constexpr int64_t kBytes = kFloats * int64_t{sizeof(float)};
+  const Pages from = allocate_pages(kBytes), to = allocate_pages(kBytes);
   auto *a = static_cast<float*>(from.get()), *b = static_cast<float*>(to.get());
   std::fill_n(a, kFloats, 1.f);
   std::fill_n(b, kFloats, 1.f);
@@ -64,7 +65,7 @@ double copied_bytes() {
     for (int64_t i = 0; i < kFloats; i += kStep) write_non_temporal(b + i, read(a + i));
     end_non_temporal();
   });
-  return 2. * kFloats * sizeof(float) / nanoseconds;
+  return 2. * kBytes / nanoseconds;
 }
 
 }  // namespace
@@ -77,7 +78,7 @@ Rates rates() {
   if (avx512_bf16::usable())
     found.vdpbf16ps = gigaflops<DotProduct>([&](Floats sum) { return DotProduct::add(sum, 1.f, one); });
 #endif
-  found.copy = copied_bytes();
+  found.copy = copied_gigabytes();
   return found;
 }
 

@@ -5,7 +5,7 @@ namespace fastdcgan::cpu {
 
 struct Rates {
   double fma;        // GFLOP/s of float multiply-adds in registers
-  double vdpbf16ps;  // GFLOP/s of that instruction in registers; 0 where there is none, or the library has no use for it
+  double vdpbf16ps;  // GFLOP/s of that instruction in registers; 0 where the processor or the library has none
   double copy;       // GB/s, read and written, of a copy past the caches
 };
 

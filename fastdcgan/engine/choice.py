@@ -1,0 +1,129 @@
+"""How a chain runs on a CPU: fused, fused in channels_last, or as PyTorch's own modules, which are always a candidate.
+
+What was measured on this machine decides (`dispatch/autotune.py` says when that is), a forward and a backward at a
+time, on tensors of their own: no parameter gets a gradient, no buffer is updated.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastdcgan.dispatch import autotune, router
+from fastdcgan.engine.match import FoundBlock
+from fastdcgan.spec import BlockTensors, Running
+
+KIND = "chains"  # of what the autotune cache keeps
+MODULES = "PyTorch's modules"
+
+Run = Callable[[Tensor, Sequence[BlockTensors], Sequence[Running | None]], Tensor]
+
+
+class Choice(NamedTuple):
+    name: str  # of the candidate
+    why: str
+
+
+def known(name: str, candidates: Mapping[str, Any], device: torch.device) -> Choice | None:
+    """What the autotune cache says of the chain `name`."""
+    entry = autotune.lookup(KIND, autotune.machine(device), name)
+    if entry is None:
+        return None
+    try:
+        times = {str(of): float(ms) for of, ms in entry.items()}
+        if set(times) != set(candidates):
+            return None
+    except (TypeError, ValueError, AttributeError) as error:
+        autotune.ignored(error)
+        return None
+    return _fastest(times)
+
+
+def measure(
+    name: str, candidates: Mapping[str, Run], x: Tensor, tensors: Sequence[BlockTensors],
+    running: Sequence[Running | None],
+) -> Choice:  # fmt: skip
+    """The fastest of the candidates, the first of those that are as fast; and the autotune cache keeps it."""
+    calls = {of: _work(run, x, tensors, running) for of, run in candidates.items()}
+    with autotune.comparing():
+        for of, call in calls.items():
+            if of != MODULES:
+                call()  # measures its contractions
+        times = autotune.milliseconds(calls, x.device)
+        autotune.remember(KIND, autotune.machine(x.device), name, times)
+    return _fastest(times)
+
+
+def _fastest(times: dict[str, float]) -> Choice:
+    return Choice(router.fastest(times), "measured: " + ", ".join(f"{of} {ms:.4f} ms" for of, ms in times.items()))
+
+
+def _work(
+    run: Run, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]
+) -> Callable[[], None]:
+    grad = torch.is_grad_enabled()
+
+    @functools.cache  # a tensor that several blocks share is one
+    def spare(t: Tensor) -> Tensor:
+        return t.detach().requires_grad_(grad and t.requires_grad)
+
+    buffers = [_copied(r) for r in running]
+    own = []
+    for block, r in zip(tensors, buffers, strict=True):
+        block = BlockTensors(*(None if t is None else spare(t) for t in block))  # type: ignore[arg-type]
+        own.append(block if r is None else block._replace(running_mean=r.mean, running_var=r.var))
+    leaves = [t for t in (spare(x), *(t for block in own for t in block)) if t is not None]
+    da: Tensor | None = None
+
+    def call() -> None:
+        nonlocal da
+        out = run(spare(x), own, buffers)
+        if out.requires_grad:
+            da = torch.ones_like(out) if da is None else da
+            out.backward(da)
+            for t in leaves:
+                t.grad = None
+
+    return call
+
+
+def _copied(r: Running | None) -> Running | None:
+    if r is None:
+        return None
+    count = None if r.num_batches is None else r.num_batches.clone()
+    return Running(r.mean.clone(), r.var.clone(), r.momentum, count)
+
+
+def modules(
+    found: Sequence[FoundBlock], stat_groups: int, x: Tensor, tensors: Sequence[BlockTensors],
+    running: Sequence[Running | None],
+) -> Tensor:  # fmt: skip
+    """What the modules of the blocks do, with other tensors than their own."""
+    for block, t, r in zip(found, tensors, running, strict=True):
+        conv, norm = block.conv, block.norm
+        if isinstance(conv, nn.Conv2d):
+            x = nn.Conv2d._conv_forward(conv, x, t.weight, t.bias)
+        else:
+            padding: Any = conv.padding  # never a string there
+            x = F.conv_transpose2d(
+                x, t.weight, t.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation
+            )
+        if norm is not None:
+            batch_stats = norm.training or (t.running_mean is None and t.running_var is None)
+            mean, var = (None, None) if norm.training and r is None else (t.running_mean, t.running_var)
+            momentum = 0.0 if norm.momentum is None else norm.momentum
+            if r is not None and r.num_batches is not None:
+                r.num_batches.add_(stat_groups)
+            parts = x.chunk(stat_groups) if stat_groups > 1 and batch_stats else (x,)
+            normed = [
+                F.batch_norm(part, mean, var, t.bn_weight, t.bn_bias, batch_stats, momentum, norm.eps) for part in parts
+            ]
+            x = normed[0] if len(normed) == 1 else torch.cat(normed)
+        if block.act is not None:
+            x = block.act(x)
+    return x

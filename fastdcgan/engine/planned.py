@@ -1,0 +1,136 @@
+"""A chain that is planned for the signature of its inputs, and run with the tensors of a call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdcgan import backends, checks
+from fastdcgan.dispatch import primitives
+from fastdcgan.engine import autograd, planner
+from fastdcgan.engine.double_backward import formula
+from fastdcgan.engine.program import Program
+from fastdcgan.spec import Block, BlockTensors, Running, Update
+
+# Device types without autocast, which raise where they are asked whether it is on. A list, since Dynamo of torch 2.11
+# can't trace torch.amp.is_autocast_available.
+_NO_AUTOCAST = frozenset({"meta", "lazy", "vulkan", "ve", "opengl", "opencl", "ideep", "hip", "fpga"})
+
+
+def block_backend(x: Tensor) -> str:
+    """The backend that runs a block on `x`, as `backend()`, FASTDCGAN_BACKEND and the machine have it."""
+    return backends.select(backends.requested(), x.device.type, compute_dtype(x))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts `x` to where it is on (never float64), or None."""
+    if x.device.type in _NO_AUTOCAST or not torch.is_autocast_enabled(x.device.type):
+        return None
+    if x.dtype == torch.float64 or not x.is_floating_point():
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a convolution of `x` runs in: autocast's where it is on, else x's own."""
+    return autocast_dtype(x) or x.dtype
+
+
+def _casts_weights(backend: str, x: Tensor, tensors: Sequence[BlockTensors], direct: bool) -> bool:
+    """Whether the backend's contractions get float32 weights under autocast, and cast them: where no gradient needs a
+    cast tensor. What a backend makes of a parameter it may keep from call to call, but not of a tensor of one call."""
+    if not direct or not backends.get(backend).casts_weights or x.numel() == 0:
+        return False
+    return not torch.is_grad_enabled() or not any(v is not None and v.requires_grad for t in tensors for v in (x, *t))
+
+
+class Planned:
+    """A chain that was checked and planned for the signature of its inputs.
+
+    Raises TypeError or ValueError (`checks.check_chain`) before anything is written.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        x: Tensor,
+        tensors: Sequence[BlockTensors],
+        stat_groups: int,
+        boundaries: str,
+        direct: bool,
+        channels_last: bool | None = None,
+    ) -> None:
+        checks.check_boundaries(boundaries)
+        self._dtype = autocast_dtype(x) if isinstance(x, Tensor) else None
+        casts_weights = self._dtype is not None and _casts_weights(blocks[0].backend, x, tensors, direct)
+        self._left = (torch.float64, torch.float32) if casts_weights else (torch.float64,)
+        x, tensors = self._cast(x, tensors)
+        checks.check_chain(blocks, stat_groups, x, [v for t in tensors for v in t], casts_weights)
+        alone = all(b.norm is None or b.norm.process_group is None for b in blocks)
+        self._empty = alone and x.shape[0] == 0
+        self._program = Program(planner.plan(blocks, x, tensors, stat_groups, boundaries, channels_last), direct)
+        self.plan = self._program.plan
+        self.calls = 0
+        self.settled = True  # whether it will stay the way that the chain runs
+        self.why_modules: str | None = None  # where PyTorch's modules were measured to be faster
+
+    def _cast(self, x: Tensor, tensors: Sequence[BlockTensors]) -> tuple[Tensor, Sequence[BlockTensors]]:
+        if self._dtype is None:
+            return x, tensors
+        left = self._left
+        cast = [t if t.weight.dtype in left else t._replace(weight=t.weight.to(self._dtype)) for t in tensors]
+        return x.to(self._dtype), cast
+
+    def __call__(self, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]) -> Tensor:
+        """The output for `x` [N, C, H, W]; `running` is updated."""
+        program = self._program
+        x, tensors = self._cast(x, tensors)
+        flat = [v for t in tensors for v in t]
+        if self._empty:  # as PyTorch: an empty output, zero gradients, running statistics as they were
+            for r in running:
+                if r is not None and r.num_batches is not None:
+                    r.num_batches.add_(program.plan.stat_groups)
+            return formula(program.plan, x, flat, program.layout(x, flat))
+        return autograd.run(program, x, flat, functools.partial(self._update_running, tensors, running))
+
+    def _update_running(
+        self, tensors: Sequence[BlockTensors], running: Sequence[Running | None], found: Sequence[Tensor]
+    ) -> None:
+        program, waiting, updates = self._program, iter(found), []
+        for block, t, r in zip(program.plan.blocks, tensors, running, strict=True):
+            if block.norm is not None and block.norm.batch_stats:
+                stats = next(waiting)
+                if r is not None:
+                    updates.append(_update(t, r, stats, program.plan.stat_groups))
+        if updates:
+            program.run.update_all_running(updates)
+
+
+def _update(t: BlockTensors, r: Running, stats: Tensor, stat_groups: int) -> Update:
+    """How the running statistics change; counts the batch."""
+    factor = None
+    if r.num_batches is not None:
+        if r.momentum is None:
+            steps = torch.arange(1, stat_groups + 1, device=stats.device)
+            factor = (1.0 / (r.num_batches + steps).double()).to(stats.dtype)
+        r.num_batches.add_(stat_groups)
+    bias = None if t.bias is None else t.bias.detach()
+    return Update(r.mean, r.var, stats, bias, factor, 0.0 if r.momentum is None else r.momentum)
+
+
+def run_chain(
+    blocks: Sequence[Block],
+    x: Tensor,
+    tensors: Sequence[BlockTensors],
+    running: Sequence[Running | None],
+    stat_groups: int = 1,
+    boundaries: str = "auto",
+) -> Tensor:
+    """Plan a chain and run it on `x` [N, C, H, W], for whoever keeps no plan."""
+    direct = isinstance(x, Tensor) and primitives.unwatched(
+        x, *(v for t in tensors for v in t if isinstance(v, Tensor))
+    )
+    return Planned(blocks, x, tensors, stat_groups, boundaries, direct)(x, tensors, running)

@@ -1,0 +1,218 @@
+"""How a chain runs on a CPU: the fastest that was measured, PyTorch's own modules among the candidates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import fastdcgan
+from fastdcgan.dispatch import autotune
+from fastdcgan.engine import chain, choice
+from tests.helpers.twins import one_thread
+from tests.machine import backends_here
+
+pytestmark = pytest.mark.skipif("cpu" not in backends_here(), reason="the choice is that of the backend 'cpu'")
+
+MODULES = choice.MODULES
+MODELS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
+    "conv, BN, LeakyReLU": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8), nn.LeakyReLU(0.2, True)),
+        (4, 3, 8, 8),
+    ),
+    "two blocks": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(5, 8, 3, 2, 1, 1),
+            nn.BatchNorm2d(8, momentum=None),
+            nn.ReLU(True),
+            nn.Conv2d(8, 4, 3, padding="same", padding_mode="reflect"),
+            nn.Tanh(),
+        ),
+        (4, 5, 6, 6),
+    ),
+    "no statistics kept": (
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False, track_running_stats=False), nn.ELU()),
+        (4, 4, 7, 7),
+    ),
+    "spectral norm": (
+        lambda: nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(3, 6, 4, 2, 1)), nn.LeakyReLU(0.2)),
+        (4, 3, 8, 8),
+    ),
+}
+
+
+class Clock:
+    """Stands for `autotune.milliseconds`: each candidate runs once, and took what `times` says."""
+
+    def __init__(self) -> None:
+        self.fastest = MODULES
+        self.measured: list[list[str]] = []
+
+    def __call__(self, calls: dict, device: torch.device) -> dict:
+        for call in calls.values():
+            call()
+        if not all(isinstance(name, str) for name in calls):  # algorithms of a contraction
+            return dict.fromkeys(calls, 1.0)
+        self.measured.append(list(calls))
+        return {name: 1.0 if name == self.fastest else 2.0 for name in calls}
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Clock]:
+    found = Clock()
+    monkeypatch.setattr(autotune, "milliseconds", found)
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "on")
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))
+    monkeypatch.setattr(autotune, "_spent", 0.0)
+    with one_thread():
+        yield found
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How each call of a chain ran."""
+    found: list[str] = []
+    as_modules, planned = chain.Chain._as_modules, chain.Planned.__call__
+
+    def modules(*args):
+        found.append("modules")
+        return as_modules(*args)
+
+    def fused(self, x, tensors, running):
+        if not autotune._comparing:
+            found.append("in channels_last" if self.plan.channels_last else "fused")
+        return planned(self, x, tensors, running)
+
+    monkeypatch.setattr(chain.Chain, "_as_modules", modules)
+    monkeypatch.setattr(chain.Planned, "__call__", fused)
+    return found
+
+
+def pair(name: str) -> tuple[nn.Sequential, nn.Sequential, Tensor]:
+    """A plain model, its fused twin and an input."""
+    factory, shape = MODELS[name]
+    torch.manual_seed(0)
+    plain = factory()
+    return plain, fastdcgan.fuse(copy.deepcopy(plain)), torch.randn(shape)
+
+
+def train(model: nn.Module, x: Tensor, **kwargs) -> Tensor:
+    model.zero_grad()
+    out = model(x, **kwargs)
+    out.square().mean().backward()
+    return out.detach()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_measuring_and_modules_leave_what_plain_modules_leave(name: str, clock: Clock, runs: list[str]) -> None:
+    """Gradients are not added twice, running statistics and the vectors of spectral norm are updated once a call."""
+    plain, fused, x = pair(name)
+    for i in range(5):
+        torch.testing.assert_close(train(fused, x), train(plain, x))
+        assert bool(clock.measured) == (i >= autotune.CALLS_BY_RULE)
+        for (of, a), b in zip(plain.named_parameters(), fused.parameters(), strict=True):
+            torch.testing.assert_close(b.grad, a.grad, msg=lambda m, of=of: f"{of}: {m}")
+        for (of, a), b in zip(plain.state_dict().items(), fused.state_dict().values(), strict=True):
+            torch.testing.assert_close(b, a, msg=lambda m, of=of: f"{of}: {m}")
+    chains = len(clock.measured)
+    assert "modules" not in runs[: 3 * chains]
+    assert runs[3 * chains :] == ["modules"] * chains  # and from then on the Sequential itself calls its modules
+    if name != "spectral norm":  # which goes on by a power iteration at each call
+        assert torch.equal(train(fused, x), train(plain, x))  # the very modules, so the very bits
+
+
+def test_what_is_the_fastest_runs(clock: Clock, runs: list[str]) -> None:
+    for fastest, expected in {"fused in contiguous": "fused", "fused in channels_last": "in channels_last"}.items():
+        clock.fastest = fastest
+        _, fused, x = pair("conv, BN, LeakyReLU")
+        with autotune.at_once():
+            train(fused, x[: len(clock.measured) + 1])  # another signature each time
+            assert train(fused, x[: len(clock.measured)]).is_contiguous()
+        assert runs[-2:] == [expected] * 2
+        assert clock.measured[-1] == [MODULES, "fused in contiguous", "fused in channels_last"]
+
+
+def test_channels_last_has_no_other_format(clock: Clock) -> None:
+    _, fused, x = pair("conv, BN, LeakyReLU")
+    with autotune.at_once():
+        train(fused, x.to(memory_format=torch.channels_last))
+    assert clock.measured == [[MODULES, "fused"]]
+
+
+def test_a_backend_by_name_is_not_replaced(clock: Clock, runs: list[str]) -> None:
+    _, fused, x = pair("conv, BN, LeakyReLU")
+    with autotune.at_once():
+        train(fused, x)
+        with fastdcgan.backend("cpu"):
+            train(fused, x)
+            train(fused, x)
+        train(fused, x)
+    assert runs == ["fused", "fused", "fused", "modules"]
+    assert clock.measured[1] == ["fused in contiguous", "fused in channels_last"]
+
+
+def test_another_signature_is_another_choice(clock: Clock, runs: list[str]) -> None:
+    _, fused, x = pair("conv, BN, LeakyReLU")
+    with autotune.at_once():
+        train(fused, x)
+        train(fused, x)
+        with torch.no_grad():
+            fused(x)
+        train(fused, x[:2])
+        train(fused, x)
+    assert len(clock.measured) == 3
+    assert runs.count("fused") == 3
+
+
+def test_what_was_measured_is_found_again(clock: Clock, runs: list[str]) -> None:
+    with autotune.at_once():
+        train(pair("conv, BN, LeakyReLU")[1], pair("conv, BN, LeakyReLU")[2])
+    autotune._files.clear()  # as another process
+    _, fused, x = pair("conv, BN, LeakyReLU")
+    runs.clear()
+    train(fused, x)
+    train(fused, x)
+    assert len(clock.measured) == 1
+    assert runs[-1:] != ["fused"]
+
+
+@pytest.mark.parametrize("why", ["deterministic", "off", "budget"])
+def test_when_nothing_is_measured(why: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why == "off":
+        monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "off")
+    elif why == "budget":
+        monkeypatch.setattr(autotune, "_spent", 1e6)
+    _, fused, x = pair("conv, BN, LeakyReLU")
+    torch.use_deterministic_algorithms(why == "deterministic")
+    try:
+        for _ in range(4):
+            train(fused, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not clock.measured
+
+
+def test_statistics_of_parts(clock: Clock, runs: list[str]) -> None:
+    plain, fused, x = pair("conv, BN, LeakyReLU")
+    with autotune.at_once():
+        for _ in range(2):
+            expected = torch.cat([plain(part) for part in x.chunk(2)])
+            torch.testing.assert_close(train(fused, x, stat_groups=2), expected.detach())
+    assert runs == ["fused", "modules"]
+    torch.testing.assert_close(fused[1].running_var, plain[1].running_var)
+    assert fused[1].num_batches_tracked == 4
+
+
+def test_explain_says_so(clock: Clock) -> None:
+    _, fused, x = pair("conv, BN, LeakyReLU")
+    (row,) = fastdcgan.explain(fused, x)
+    assert not row.fused
+    assert row.why.startswith(f"runs as PyTorch's own modules: measured: {MODULES} 1.0000 ms, fused")
+    clock.fastest = "fused in channels_last"
+    (row,) = fastdcgan.explain(fused, x[:3])
+    assert row.fused and row.backend == "cpu"
