@@ -53,7 +53,7 @@ CAPABILITIES["avx512"] = ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", 
 CAPABILITIES["avx512"] += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86 = ("x86_64", "amd64", "i686")
 # The folders of csrc/cpu that a processor without AVX2 runs (backends/cpu.py); the others are the contractions.
-WITHOUT_AVX2 = ("elementwise", "memory", "train")
+WITHOUT_AVX2 = ("elementwise", "machine", "memory", "train")
 
 
 # --- the torch to build against ---------------------------------------------------------------------------------------

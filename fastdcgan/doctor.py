@@ -6,16 +6,27 @@ Devices are queried when a report is made, never at import.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
 from fastdcgan import backends
+from fastdcgan.backends import cpu
 from fastdcgan.build_info import HOW_TO_BUILD, BuildInfo, build_info
+from fastdcgan.dispatch import autotune
 
 PACKAGES = ("torch", "triton", "numpy")
 AVAILABLE = "available"
+INSTRUCTIONS: dict[str, Callable[[], bool]] = {
+    "AVX2": torch.cpu._is_avx2_supported,
+    "AVX-512": torch.cpu._is_avx512_supported,
+    "AVX512_BF16": torch.cpu._is_avx512_bf16_supported,
+    "AMX": torch.cpu._is_amx_tile_supported,
+}
+KERNELS = ("gemm", "image_side", "winograd", "avx512_bf16", "amx", "split_bf16")  # kinds of them
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,8 @@ class Report:
     backends: dict[str, str]
     device_type: str
     fast: list[str]
+    rates: str = "not measured"
+    kernels: dict[str, str] = field(default_factory=dict)  # of the C++ CPU backend, and why there are none of a kind
 
     @property
     def healthy(self) -> bool:
@@ -45,13 +58,14 @@ class Report:
 
     def __str__(self) -> str:
         lines = ["versions", *(f"  {name:<10} {version}" for name, version in self.versions.items())]
-        lines += ["machine", f"  {'CPU':<10} {self.cpu}"]
+        lines += ["machine", f"  {'CPU':<10} {self.cpu}", f"  {'1 thread':<10} {self.rates}"]
         lines += [f"  {'GPU':<10} {gpu}" for gpu in self.gpus or ["none"]]
         lines += ["built", f"  {'with':<10} {self.build.compiler or 'nothing recorded'}"]
         lines += [f"  {'for':<10} Python {self.build.python}, torch {self.build.torch}"] if self.build.torch else []
         lines += [_entry(name, error or self._built(name)) for name, error in self.build.errors.items()]
         # A build's error, which the list above has, begins on the second line.
         lines += ["backends", *(_entry(name, status.partition("\n")[0]) for name, status in self.backends.items())]
+        lines += ["kernels of cpu", *(_entry(name, status) for name, status in self.kernels.items())]
         return "\n".join([*lines, "", self.verdict()])
 
     def _built(self, extension: str) -> str:
@@ -67,14 +81,19 @@ def report() -> Report:
     has_gpu = torch.cuda.is_available()
     device_type = "cuda" if has_gpu else "cpu"
     reasons = backends.reasons(device_type, torch.float32)
+    status = backends.status()
+    here = backends.get("cpu") if status["cpu"] == AVAILABLE else None
+    rates = here.rates if isinstance(here, cpu.CPUBackend) else None
     return Report(
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         cpu=_cpu(),
         gpus=[_gpu(i) for i in range(torch.cuda.device_count())] if has_gpu else [],
         build=build_info(),
-        backends=backends.status(),
+        backends=status,
         device_type=device_type,
         fast=[name for name, reason in reasons.items() if reason is None and name != "reference"],
+        rates="not measured, since the backend 'cpu' isn't available" if rates is None else _rates(rates),
+        kernels={kind: why or AVAILABLE for kind, why in _kernels(status["cpu"], rates).items()},
     )
 
 
@@ -94,16 +113,41 @@ def _version(package: str) -> str:
 
 def _cpu() -> str:
     threads = torch.get_num_threads()
-    has_kernels = backends.status()["cpu"] == AVAILABLE
-    instructions = torch.backends.cpu.get_cpu_capability()
-    if has_kernels and instructions == "AVX512" and torch.ops.fastdcgan_cpu.amx_usable():
-        instructions += " with AMX tiles"
-    text = f"{platform.machine()}, {instructions}, {threads} threads"
-    if has_kernels:
+    name = autotune.machine(torch.device("cpu")).partition(" | ")[0]
+    sets = ", ".join(name for name, has in INSTRUCTIONS.items() if has()) or "none of " + ", ".join(INSTRUCTIONS)
+    text = f"{name}, {platform.machine()} with {sets}, used as {torch.backends.cpu.get_cpu_capability()}"
+    text += f", {threads} threads"
+    if backends.status()["cpu"] == AVAILABLE:
         seen = torch.ops.fastdcgan_cpu.threads()
         if seen != threads:
             text += f" (but {seen} in the C++ kernels: built without OpenMP, or with another one than torch)"
     return text
+
+
+def _rates(found: cpu.Rates) -> str:
+    dot = f"vdpbf16ps {found.vdpbf16ps:.0f} GFLOP/s" if found.vdpbf16ps else "no vdpbf16ps"
+    return f"FMA {found.fma:.0f} GFLOP/s, {dot}, copy {found.copy:.0f} GB/s"
+
+
+def _kernels(status: str, rates: cpu.Rates | None) -> dict[str, str | None]:
+    """The kinds of kernels for contractions, and why there are none of a kind here, or None."""
+    if rates is None:
+        return dict.fromkeys(KERNELS, status.partition("\n")[0])
+    cap = os.environ.get("ATEN_CPU_CAPABILITY")
+
+    def lacks(instructions: str) -> str:
+        if not INSTRUCTIONS[instructions]():
+            return f"this processor has no {instructions}"
+        return f"ATEN_CPU_CAPABILITY={cap} leaves out {instructions}" if cap else "the system doesn't let it be used"
+
+    found: dict[str, str | None] = dict.fromkeys(KERNELS)
+    if cpu.extension_name() == "_cpu_default":
+        return dict.fromkeys(KERNELS, lacks("AVX2"))
+    if not rates.vdpbf16ps:
+        found["avx512_bf16"] = lacks("AVX512_BF16")
+    if not torch.ops.fastdcgan_cpu.amx_usable():
+        found["amx"] = found["split_bf16"] = lacks("AMX")
+    return found
 
 
 def _gpu(index: int) -> str:

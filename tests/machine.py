@@ -45,10 +45,10 @@ def setup_script() -> ModuleType:
 
 
 def contraction_sources() -> list[Path]:
-    """Those files of csrc/cpu that contractions need besides their operators and the instructions of AMX."""
+    """Those files of csrc/cpu that contractions need besides their operators and what asks for AMX and AVX512_BF16."""
     folders = setup_script().WITHOUT_AVX2
     found = [path for path in (ROOT / "csrc/cpu").rglob("*.cpp") if path.parent.name not in folders]
-    return sorted(path for path in found if path.stem not in ("amx", "contraction_ops"))
+    return sorted(path for path in found if path.stem not in ("amx", "avx512_bf16", "contraction_ops"))
 
 
 def run_capped(file: str, capability: str, tests: str) -> None:

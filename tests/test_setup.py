@@ -12,13 +12,14 @@ import sys
 import tarfile
 import tomllib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 import fastdcgan
 from fastdcgan import build_info, doctor
+from fastdcgan.backends import cpu
 from fastdcgan.cli import packages
 from tests.machine import setup_script
 
@@ -450,8 +451,6 @@ def test_an_extension_of_other_sources_says_so(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from fastdcgan.backends import cpu
-
     name = cpu.extension_name()
     (tmp_path / f"{name}.so").write_bytes(b"not a library")
     write_record(tmp_path, "1.0", {name: None})
@@ -471,3 +470,25 @@ def test_doctor() -> None:
     assert text.splitlines()[-1] == found.verdict()
     assert found.verdict().startswith("OK" if found.healthy else "SLOW")
     assert "but" not in found.cpu  # the kernels get the threads that torch has
+    assert set(found.kernels) == set(doctor.KERNELS) and f"1 thread   {found.rates}" in text
+    for kind, why in found.kernels.items():
+        assert re.search(rf"^  {kind} +{re.escape(why)}$", text, re.MULTILINE)
+
+
+def test_doctor_says_why_there_are_no_such_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = cpu.Rates(100.0, 0.0, 10.0)
+    assert doctor._rates(rates) == "FMA 100 GFLOP/s, no vdpbf16ps, copy 10 GB/s"
+    assert set(doctor._kernels("no library\nof all", None).values()) == {"no library"}
+    monkeypatch.setattr(cpu, "extension_name", lambda: "_cpu_avx2")
+    monkeypatch.setattr(torch.ops, "fastdcgan_cpu", SimpleNamespace(amx_usable=lambda: False))
+    for cap, has_it, why in [
+        ("avx2", True, "ATEN_CPU_CAPABILITY=avx2 leaves out {}"),
+        ("", True, "the system doesn't let it be used"),
+        ("avx2", False, "this processor has no {}"),
+    ]:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", cap)
+        monkeypatch.setattr(doctor, "INSTRUCTIONS", dict.fromkeys(doctor.INSTRUCTIONS, lambda has_it=has_it: has_it))
+        found = doctor._kernels("available", rates)
+        assert found["avx512_bf16"] == why.format("AVX512_BF16")
+        assert found["amx"] == found["split_bf16"] == why.format("AMX")
+        assert found["gemm"] is found["image_side"] is found["winograd"] is None

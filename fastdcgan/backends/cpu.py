@@ -1,7 +1,7 @@
 """The C++ kernels of csrc/cpu: contractions, norm-and-activation passes and statistics.
 
 One library was built for each vector width; the one for this processor is loaded when the backend is first used. That
-for AVX-512 multiplies bfloat16 on AMX tiles where the processor has them.
+for AVX-512 multiplies bfloat16 on AMX tiles or by `vdpbf16ps` where the processor has them.
 """
 
 from __future__ import annotations
@@ -35,10 +35,13 @@ FEWEST_WIDE_CACHED = 32  # of `conv` in float32 with a weight in the packed-weig
 # Multiply-adds below which a call of PyTorch's convolution takes longer to set up than ours to run, if a packed weight
 # serves so many rows, or has few elements itself.
 FEW_PRODUCTS, FEW_ROWS, FEW_WEIGHTS = 2**20, 8, 2**14
+# Of `vdpbf16ps` to FMA, from which on bfloat16 is multiplied as it is: some processors have a half, some 2.
+LEAST_DOT_RATE = 1.3
 
 NAMESPACE = "fastdcgan_cpu"  # of the operators
 # Of the algorithms in csrc/cpu/contraction/algorithms.cpp; the library says which of them can run a call.
-_NAMES = ("split_bf16", "amx_col2im", "amx", "winograd", "col2im", "image_side", "gemm")
+_AMX, _DOT = ("amx_col2im", "amx"), ("avx512_bf16_col2im", "avx512_bf16")
+_NAMES = ("split_bf16", *_AMX, *_DOT, "winograd", "col2im", "image_side", "gemm")
 
 Size = Sequence[int]
 
@@ -114,6 +117,15 @@ def sides(call: Call) -> Sides:
     return Sides(gathered, linear, g.kernel[0] * g.kernel[1], x.dtype, cached)
 
 
+class Rates(NamedTuple):
+    """Of one thread: GFLOP/s of float32 FMA and of `vdpbf16ps` in registers (0 where there is none), GB/s, read and
+    written, of a copy past the caches."""
+
+    fma: float
+    vdpbf16ps: float
+    copy: float
+
+
 class CPUBackend(Backend):
     """float32, bfloat16 and float16 tensors [N, C, H, W] on the CPU, channels_last or contiguous; arithmetic and
     per-channel vectors are float32."""
@@ -151,6 +163,11 @@ class CPUBackend(Backend):
             return f"it takes {', '.join(map(_name, DTYPES))}, not {_name(dtype)}"
         return None
 
+    @functools.cached_property
+    def rates(self) -> Rates:
+        """Of this processor, measured once, in milliseconds."""
+        return Rates(*torch.ops.fastdcgan_cpu.rates())
+
     # --- contractions ---
 
     @property
@@ -184,7 +201,7 @@ class CPUBackend(Backend):
                 return f"the contractions of csrc/cpu take elements of one dtype, not {list(t.shape)} of {t.dtype}"
         if name == "split_bf16" and not (x.dtype == torch.float32 and self.amx and _less_precision()):
             return "it is for float32 on AMX tiles, where torch.set_float32_matmul_precision is not 'highest'"
-        if not name.startswith("amx") and x.dtype == torch.bfloat16 and self.amx:
+        if name not in (*_AMX, *_DOT) and x.dtype == torch.bfloat16 and self.amx:
             return "bfloat16 is multiplied on AMX tiles"
         g, channels = call.geometry, (x.shape[1], other.shape[0 if call.op == "conv" else 1])
         if name not in self.contractions.algorithms(
@@ -197,6 +214,10 @@ class CPUBackend(Backend):
         """Why another algorithm is likely to be faster, or None."""
         if name in ("amx_col2im", "amx", "split_bf16"):
             return None if _in_channels_last(call) else "it is channels_last, and these tensors are not"
+        if name in _DOT and self.amx:
+            return "AMX tiles are faster"
+        if name in _DOT and self.rates.vdpbf16ps < LEAST_DOT_RATE * self.rates.fma:
+            return "vdpbf16ps is hardly faster than FMA here"
         s = sides(call)
         if name != "winograd" and s.small(call.op):
             return None

@@ -2,7 +2,7 @@
 // added to one of float (Intel, "Intel 64 and IA-32 Architectures Software Developer's Manual", chapter "Programming
 // with Intel AMX"). Nothing else in csrc/cpu names an instruction of it.
 //
-// With FASTDCGAN_AMX_EMULATED the same functions are those of tests/cpu/amx_emulated.h, for any processor.
+// With FASTDCGAN_BF16_EMULATED the same functions are those of tests/csrc/cpu/amx_emulated.h, for any processor.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ bool usable();
 
 }  // namespace fastdcgan::cpu::amx
 
-#ifdef FASTDCGAN_AMX_EMULATED
+#ifdef FASTDCGAN_BF16_EMULATED
 #include "amx_emulated.h"
 #else
 

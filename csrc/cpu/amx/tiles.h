@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/amx/amx.h"
+#include "cpu/bf16/pack_pairs.h"
 #include "cpu/gemm/gemm.h"
 
 namespace fastdcgan::cpu {
@@ -36,8 +37,7 @@ struct TileProductsOf {
 
   static int64_t whole_rows(int64_t rows) { return (rows + amx::kRows - 1) / amx::kRows * amx::kRows; }
   static int64_t sum_stride(int64_t width) { return width + kWidth; }  // no power of two
-  // Pairs of rows lie side by side.
-  static int64_t place(int64_t k, int64_t n, int64_t width) { return (k / 2 * width + n) * 2 + k % 2; }
+  static int64_t place(int64_t k, int64_t n, int64_t width) { return place_of_pair(k, n, width); }
 
   static void multiply(
       const Element* a, int64_t rows, const Element* panel, int64_t vectors, float* c, int64_t c_stride,

@@ -2,6 +2,8 @@
 
 #include "cpu/amx/amx.h"
 #include "cpu/amx/amx_contractions.h"
+#include "cpu/bf16/avx512_bf16.h"
+#include "cpu/bf16/dot_contractions.h"
 #include "cpu/gemm/col2im.h"
 #include "cpu/gemm/implicit_gemm.h"
 #include "cpu/image/image_side.h"
@@ -24,6 +26,15 @@ bool split_bf16_can_run(const Contraction&, c10::ScalarType dtype, bool) {
 }
 #else
 constexpr bool kAmx = false;
+#endif
+
+#ifdef FASTDCGAN_AVX512_BF16
+bool dot_can_run(const Contraction&, c10::ScalarType dtype, bool) {
+  return dtype == c10::ScalarType::BFloat16 && avx512_bf16::usable();
+}
+bool dot_col2im_can_run(const Contraction& c, c10::ScalarType dtype, bool stats) {
+  return dot_can_run(c, dtype, stats) && can_col2im(c) && !stats;
+}
 #endif
 
 bool col2im_can_run(const Contraction& c, c10::ScalarType, bool stats) { return can_col2im(c) && !stats; }
@@ -49,6 +60,10 @@ const Algorithm kAlgorithms[] = {
 #ifdef FASTDCGAN_AMX
     {"amx_col2im", amx_col2im_can_run, amx_col2im, nullptr},
     {"amx", amx_can_run, amx_contract, amx_weight_grad},
+#endif
+#ifdef FASTDCGAN_AVX512_BF16
+    {"avx512_bf16_col2im", dot_col2im_can_run, dot_col2im, nullptr},
+    {"avx512_bf16", dot_can_run, dot_contract, dot_weight_grad},
 #endif
     {"col2im", col2im_can_run, col2im_contract, nullptr},
     {"image_side", image_side_can_run, image_side_contract, image_side_weight_grad},

@@ -1,8 +1,8 @@
 // C[m][n] (+)= sum over k of A[m][k]*B[k][n] in float: the inner loop of every contraction.
 //
 // B lies in panels of kPanel columns, row after row; a last panel of at most kWidth columns has rows of kWidth. A is
-// read one element at a time, from rows that are a fixed `kRowStride` apart: rows of pixels that were gathered
-// (kDepthStride), or columns of a panel (1).
+// read one lane at a time, from rows that are a fixed `kRowStride` apart: rows of pixels that were gathered
+// (kDepthStride), or columns of a panel (1). A lane is a float, or a pair of bfloat16 that lies in one (`Product`).
 #pragma once
 
 #include <algorithm>
@@ -31,18 +31,26 @@ typedef float UnalignedFloats __attribute__((vector_size(kWidth * sizeof(float))
 inline Floats load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
 inline void store(float* p, Floats x) { *reinterpret_cast<UnalignedFloats*>(p) = x; }
 
+typedef float Lane __attribute__((may_alias));
+
+// What is added to every sum of a row: a lane of A times those of a row of B. DotProduct (dot_products.h) is the other.
+struct FloatProduct {
+  static constexpr int64_t kElements = 1;  // of a lane
+  static Floats add(Floats sum, float x, Floats row) { return sum + x * row; }
+};
+
 // A stretch along k that is contiguous in both operands: where it starts in A and in B, in steps along k.
 struct Piece {
   int64_t a, b, depth;
 };
 
 struct Tile {
-  const float* a;
+  const Lane* a;
   int64_t a_step;  // along k
-  const float* b;  // a panel
+  const Lane* b;   // a panel
   float* c;
   int64_t c_stride;
-  const Piece* pieces;
+  const Piece* pieces;  // in elements
   int64_t count;
   bool add;
   const float* ahead =
@@ -50,7 +58,7 @@ struct Tile {
   int64_t ahead_step = 0;
 };
 
-template <int kRows, int kVectors, int64_t kRowStride, bool kAhead>
+template <class Product, int kRows, int kVectors, int64_t kRowStride, bool kAhead>
 void multiply_tile(const Tile& t) {
   Floats sum[kRows][kVectors];
   const float* ahead = t.ahead;
@@ -59,9 +67,9 @@ void multiply_tile(const Tile& t) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[r][v] = t.add ? load(t.c + r * t.c_stride + v * kWidth) : Floats{};
   for (const Piece* p = t.pieces; p != t.pieces + t.count; ++p) {
-    const float* a = t.a + p->a * t.a_step;
-    const float* b = t.b + p->b * (kVectors * kWidth);
-    for (int64_t k = p->depth; k > 0; --k) {
+    const Lane* a = t.a + p->a / Product::kElements * t.a_step;
+    const Lane* b = t.b + p->b / Product::kElements * (kVectors * kWidth);
+    for (int64_t k = p->depth / Product::kElements; k > 0; --k) {
       if constexpr (kAhead) {
         __builtin_prefetch(ahead, /*for writing=*/0, /*second-level cache=*/2);
         ahead += t.ahead_step;
@@ -73,7 +81,7 @@ void multiply_tile(const Tile& t) {
       for (int r = 0; r < kRows; ++r) {
         const float x = a[r * kRowStride];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sum[r][v] += x * row[v];
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = Product::add(sum[r][v], x, row[v]);
       }
       a += t.a_step;
       b += kVectors * kWidth;
@@ -86,13 +94,13 @@ void multiply_tile(const Tile& t) {
 }
 
 // multiply_tile for 1 <= `rows` <= kKernelRows and a panel of `vectors` vectors.
-template <int64_t kRowStride>
+template <int64_t kRowStride, class Product = FloatProduct>
 void multiply(int64_t rows, int64_t vectors, const Tile& t) {
   using Kernel = void (*)(const Tile&);
   static constexpr auto kernels = []<int... r>(std::integer_sequence<int, r...>) {
     return std::array<std::array<Kernel, 4>, kKernelRows>{
-        {{multiply_tile<r + 1, 1, kRowStride, false>, multiply_tile<r + 1, 2, kRowStride, false>,
-          multiply_tile<r + 1, 1, kRowStride, true>, multiply_tile<r + 1, 2, kRowStride, true>}...}};
+        {{multiply_tile<Product, r + 1, 1, kRowStride, false>, multiply_tile<Product, r + 1, 2, kRowStride, false>,
+          multiply_tile<Product, r + 1, 1, kRowStride, true>, multiply_tile<Product, r + 1, 2, kRowStride, true>}...}};
   }(std::make_integer_sequence<int, kKernelRows>{});
   kernels[rows - 1][vectors - 1 + (t.ahead ? 2 : 0)](t);
 }
@@ -116,7 +124,23 @@ struct Panels {
   int64_t vectors(int64_t i) const { return i + 1 == count && columns - i * kPanel <= kWidth ? 1 : 2; }
 };
 
-// How contractions multiply rows that were gathered: in float. TileProducts (tiles.h) is the other way.
+// Rows of A by one panel of B.
+template <int64_t kRowStride, class Product>
+void multiply_rows(
+    const Lane* a, int64_t rows, const Lane* panel, int64_t vectors, float* c, int64_t c_stride,
+    const std::vector<Piece>& pieces, bool add) {
+  const Tiles tiles(rows);
+  for (int64_t t = 0; t < tiles.count; ++t) {
+    const int64_t row = tiles.begin(t);
+    multiply<kRowStride, Product>(
+        tiles.height(t), vectors,
+        {a + row * kRowStride, 1, panel, c + row * c_stride, c_stride, pieces.data(),
+         static_cast<int64_t>(pieces.size()), add});
+  }
+}
+
+// How contractions multiply rows that were gathered: in float. DotProducts (dot_products.h) and TileProducts (tiles.h)
+// are the other ways.
 struct FloatProducts {
   using Element = float;
   static constexpr int64_t kBlockRows = 8 * kKernelRows;  // that are gathered together
@@ -134,18 +158,10 @@ struct FloatProducts {
   // Where element (k, n) of B lies in a panel of `width` columns.
   static int64_t place(int64_t k, int64_t n, int64_t width) { return k * width + n; }
 
-  // Rows of A by one panel of B.
   static void multiply(
       const float* a, int64_t rows, const float* panel, int64_t vectors, float* c, int64_t c_stride,
       const std::vector<Piece>& pieces, bool add) {
-    const Tiles tiles(rows);
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t row = tiles.begin(t);
-      cpu::multiply<kRowStride>(
-          tiles.height(t), vectors,
-          {a + row * kRowStride, 1, panel, c + row * c_stride, c_stride, pieces.data(),
-           static_cast<int64_t>(pieces.size()), add});
-    }
+    multiply_rows<kRowStride, FloatProduct>(a, rows, panel, vectors, c, c_stride, pieces, add);
   }
 };
 

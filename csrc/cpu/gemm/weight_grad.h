@@ -1,6 +1,6 @@
 // `weight_grad`: pixels are the depth of a dense product. Taps with whole panels of channels leave out the pixels at
 // which they read padding; else all taps of a row or more are columns side by side. `Pixels` says how they are packed
-// and multiplied: FloatPixels, or TilePixels (tile_pixels.h).
+// and multiplied: FloatPixels, or PairPixels (pair_pixels.h).
 #pragma once
 
 #include <ATen/Parallel.h>

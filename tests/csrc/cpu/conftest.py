@@ -1,4 +1,4 @@
-"""The CPU backend on emulated AMX tiles."""
+"""The CPU backend on emulations of instructions."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from tests.csrc.cpu import amx_library
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ctypes.CDLL]:
-    """The CPU backend has contractions on emulated AMX tiles, and takes them wherever they can run."""
+def emulated_operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ctypes.CDLL:
+    """The contractions of the CPU backend are those of the library of emulations, and none of them was measured."""
     found = amx_library.library()
-    cpu = backends.get("cpu")
     monkeypatch.setattr(cpu_backend, "NAMESPACE", "fastdcgan_cpu_amx")
-    monkeypatch.setattr(cpu, "amx", True)
-    monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))  # where nothing was measured
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))
     monkeypatch.setattr(router, "_routes", {})
-    before = found.amx_emulated_products()
-    yield found
-    assert found.amx_emulated_products() > before
-    assert found.amx_emulated_configured_threads() == 0
+    return found
+
+
+@pytest.fixture
+def emulated(emulated_operators: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
+    """The CPU backend has contractions on emulated AMX tiles, and takes them wherever they can run."""
+    monkeypatch.setattr(backends.get("cpu"), "amx", True)
+    before = emulated_operators.amx_emulated_products()
+    yield emulated_operators
+    assert emulated_operators.amx_emulated_products() > before
+    assert emulated_operators.amx_emulated_configured_threads() == 0

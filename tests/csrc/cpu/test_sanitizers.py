@@ -42,6 +42,6 @@ def test_everything() -> None:
 
 
 @pytest.mark.skipif(amx_library.why_not() is not None, reason=str(amx_library.why_not()))
-def test_emulated_tiles() -> None:
-    flags = ["-O1", *amx_library.WIDTH, "-DFASTDCGAN_AMX_EMULATED", f"-I{HERE}"]
-    assert calls("tiles", [*contraction_sources(), HERE / "amx_emulated.cpp"], flags) > 400
+def test_emulated_instructions() -> None:
+    flags = ["-O1", *amx_library.WIDTH, "-DFASTDCGAN_BF16_EMULATED", f"-I{HERE}"]
+    assert calls("tiles", [*contraction_sources(), *amx_library.EMULATIONS], flags) > 400

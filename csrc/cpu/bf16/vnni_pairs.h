@@ -1,4 +1,5 @@
-// Rows of bfloat16 two by two, as tiles want the rows of B; transposed, those of A. Needs AVX-512.
+// Rows of bfloat16 two by two, as instructions that add products of pairs want the rows of B; transposed, those of A.
+// Needs AVX-512.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -8,6 +9,8 @@
 #include <cstdint>
 
 namespace fastdcgan::cpu {
+
+constexpr int64_t kPairs = 16;  // of a vector
 
 // to[2i] = first[i] for i < n_first, to[2i + 1] = second[i] for i < n_second, else 0, for `width` pairs: a multiple
 // of 16.

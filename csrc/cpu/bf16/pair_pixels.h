@@ -1,22 +1,22 @@
-// The sides of `weight_grad` for tiles.
+// The sides of `weight_grad` as pairs of pixels.
 #pragma once
 
-#include "cpu/amx/tiles.h"
-#include "cpu/amx/vnni_pairs.h"
+#include "cpu/bf16/vnni_pairs.h"
 #include "cpu/gemm/split_bf16.h"
 #include "cpu/gemm/weight_grad.h"
 
 namespace fastdcgan::cpu {
 
-// A [output channel][half][pixel], B [panel][half][pair of pixels][column]; zeros fill up whole tiles.
+// A [output channel][half][pixel], B [panel][half][pair of pixels][column]; zeros fill up whole vectors of pairs, and
+// the depth to whole units of Products.
 template <class T, class Products>
-class TilePixels {
+class PairPixels {
  public:
   using Element = typename Products::Element;
   using Session = typename Products::Session;
   static constexpr int64_t kTerms = Products::kTerms;
 
-  static int64_t sum_rows(int64_t out_channels) { return Products::whole_rows(out_channels); }
+  static int64_t sum_rows(int64_t out_channels) { return (out_channels + kPairs - 1) / kPairs * kPairs; }
   static int64_t size(const Contraction& c, int64_t width) {
     const int64_t rows = sum_rows(c.out_channels);
     const int64_t packed = rows * Products::kRowStride + kTerms * (kDepth * width + kUnit * rows);
@@ -24,7 +24,7 @@ class TilePixels {
     return elements * int64_t{sizeof(Element)} / int64_t{sizeof(float)};
   }
 
-  TilePixels(const Sides<T>& sides, int64_t width, float* memory)
+  PairPixels(const Sides<T>& sides, int64_t width, float* memory)
       : s_(sides), rows_(sum_rows(sides.c.out_channels)), width_(width), a_(reinterpret_cast<Element*>(memory)),
         b_(a_ + rows_ * Products::kRowStride), pairs_(b_ + kTerms * kDepth * width),
         row_(pairs_ + kTerms * kUnit * rows_) {}
@@ -44,10 +44,10 @@ class TilePixels {
           interleave(pixels[0].half[h], n[0], pixels[1].half[h], n[1], rows_, pairs_ + (h * kUnit + i) * rows_);
       }
       for (int64_t h = 0; h < kTerms; ++h)
-        for (int64_t row = 0; row < rows_; row += amx::kRows)
+        for (int64_t row = 0; row < rows_; row += kPairs)
           transpose_vnni_pairs(
               pairs_ + h * kUnit * rows_ + 2 * row, 2 * rows_,
-              a_ + row * Products::kRowStride + h * kDepth + begin - low, Products::kRowStride, amx::kRows, amx::kRows);
+              a_ + row * Products::kRowStride + h * kDepth + begin - low, Products::kRowStride, kPairs, kPairs);
     }
   }
 
@@ -86,7 +86,8 @@ class TilePixels {
     if constexpr (kTerms == 2) pieces = three_products(pieces, kDepth, depth);
     for (int64_t p = 0; p < panels.count; ++p)
       Products::multiply(
-          a_, rows_, b_ + kTerms * p * kPanel * depth, panels.vectors(p), c + p * kPanel, width_, pieces, true);
+          a_, s_.c.out_channels, b_ + kTerms * p * kPanel * depth, panels.vectors(p), c + p * kPanel, width_, pieces,
+          true);
   }
 
  private:
@@ -94,8 +95,8 @@ class TilePixels {
     const Element* half[kTerms] = {};
   };
 
-  static constexpr int64_t kUnit = Products::kDepthUnit;
-  static_assert(kUnit == 2 * amx::kRows && kDepth % kUnit == 0);
+  static constexpr int64_t kUnit = 2 * kPairs;  // pixels that are transposed together
+  static_assert(kUnit % Products::kDepthUnit == 0 && kDepth % kUnit == 0);
   // Room for two pixels, as they are gathered and then split into terms: rows of Elements.
   static constexpr int64_t kRows = kTerms == 1 ? 2 : 2 * (int64_t{sizeof(T) / sizeof(Element)} + kTerms);
   static int64_t row_size(int64_t rows, int64_t width) { return std::max(rows, width) + kSpill; }
