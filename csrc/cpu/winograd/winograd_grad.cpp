@@ -1,8 +1,5 @@
-// `weight_grad` by Winograd's algorithm: tiles are the depth of a dense product at each of the nine points; sums over
-// all tiles are transformed to taps.
-//
-//   dg0 = d0*y0 + d1*y1 = (d0 - d1)*y0 + d1*(y0 + y1)
-//   dg1 = d1*y0 + d2*y1 = d1*(y0 + y1) + (d2 - d1)*y1
+// `weight_grad` by Winograd's algorithm: tiles are the depth of a dense product at each of the points; sums over all
+// tiles are transformed to taps.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -14,7 +11,6 @@
 namespace fastdcgan::cpu {
 namespace {
 
-constexpr int64_t kTileStride = kDepth * kKernelRows + kWidth;  // between tiles of A; its stores are whole vectors
 constexpr int64_t kColumns = 2 * kPanel;                        // channels of a part
 constexpr int64_t kCachedFloats = 1 << 19;                       // of sums
 constexpr int64_t kRowTiles = 10;                               // whose sums stay in the cache until they are taps
@@ -23,18 +19,22 @@ constexpr int64_t kSliceTiles = 1024;  // of one task, where tiles are divided a
 
 // Some channels of a phase of the gathered side.
 struct Part {
-  TwoTaps y, x;
+  Phase y, x;
   int64_t first, columns;
 };
 
-template <class T>
+template <class T, class F>
 class WinogradGrad {
+  static constexpr int kSide = F::kSide, kPoints = kSide * kSide, kTaps = F::kTaps;
+  static constexpr int64_t kOutputs = F::kOutputs, kDepth = F::kDepth;
+  static constexpr int64_t kTileStride = kDepth * kKernelRows + kWidth;  // of A; its stores are whole vectors
+
  public:
   WinogradGrad(const Contraction& c, const T* gathered, const T* linear, T* out)
       : c_(c), gathered_(gathered, c.batch, c.y.in, c.x.in, c.in_channels),
         linear_(linear, c.batch, c.y.out, c.x.out, c.out_channels), out_(out), rows_(c.out_channels) {
-    for (const TwoTaps& y : two_taps(c.y))
-      for (const TwoTaps& x : two_taps(c.x))
+    for (const Phase& y : phases(c.y))
+      for (const Phase& x : phases(c.x))
         for (int64_t first = 0; first < c.in_channels; first += kColumns)
           parts_.push_back({y, x, first, std::min(kColumns, c.in_channels - first)});
     width_ = Panels(std::min(kColumns, c.in_channels)).width;
@@ -49,7 +49,7 @@ class WinogradGrad {
   }
 
  private:
-  int64_t tiles() const { return c_.batch * parts_[0].y.tiles() * parts_[0].x.tiles(); }
+  int64_t tiles() const { return c_.batch * parts_[0].y.tiles(kOutputs) * parts_[0].x.tiles(kOutputs); }
   int64_t a_size() const { return kPoints * rows_.count * kTileStride; }
   int64_t b_point() const { return kDepth * width_ + kPanel; }
   int64_t point_size() const { return c_.out_channels * width_; }
@@ -155,10 +155,10 @@ class WinogradGrad {
   void pack_linear(int64_t first, int64_t low, int64_t high, float* a) const {
     const int64_t row_size = c_.out_channels + kSpill + kKernelRows, step = rows_.count * kTileStride;
     static thread_local Scratch scratch;
-    float* rows = scratch.floats(4 * row_size);
-    TilePlace place(parts_[0].y.tiles(), parts_[0].x.tiles(), first + low);
+    float* rows = scratch.floats(kOutputs * kOutputs * row_size);
+    TilePlace place(parts_[0].y.tiles(kOutputs), parts_[0].x.tiles(kOutputs), first + low);
     for (int64_t k = low; k < high; ++k, place.next()) {
-      for (int64_t i = 0; i < 4; ++i) {
+      for (int64_t i = 0; i < kOutputs * kOutputs; ++i) {
         const int64_t y = place.y * kOutputs + i / kOutputs, x = place.x * kOutputs + i % kOutputs;
         linear_.widen_pixel(rows + i * row_size, linear_.pixel(place.n, y, x), c_.out_channels);
       }
@@ -166,9 +166,11 @@ class WinogradGrad {
         const float* row = rows + rows_.begin(t);
         float last[kPoints * kWidth], *to = a + t * kTileStride + k * kKernelRows;
         const bool within = k + 1 == high;
-        transform_weight(
-            load(row), load(row + row_size), load(row + 2 * row_size), load(row + 3 * row_size), within ? last : to,
-            within ? int64_t{kWidth} : step);
+        float* points = within ? last : to;
+        const int64_t points_step = within ? int64_t{kWidth} : step;
+        transform<F::kOutputs, kSide>(
+            F::output_adjoint, [&](int i, int j) { return load(row + (i * kOutputs + j) * row_size); },
+            [&](int i, int j, Floats v) { store(points + (i * kSide + j) * points_step, v); });
         for (int64_t point = 0; within && point < kPoints; ++point)
           std::copy_n(last + point * kWidth, kKernelRows, to + point * step);
       }
@@ -178,13 +180,13 @@ class WinogradGrad {
   // B: [point][panel][tile][column], of tiles first + [0, depth).
   void pack_gathered(const Part& part, int64_t first, int64_t depth, float* b) const {
     const Panels panels(part.columns);
-    TilePlace place(part.y.tiles(), part.x.tiles(), first);
+    TilePlace place(part.y.tiles(kOutputs), part.x.tiles(kOutputs), first);
     for (int64_t k = 0; k < depth; ++k, place.next()) {
       const auto to = [&](int64_t column) {
         const int64_t p = column / kPanel;
         return b + p * kPanel * depth + k * panels.vectors(p) * kWidth + column % kPanel;
       };
-      transform_input(gathered_, part.y, part.x, place, part.first, part.first + part.columns, to, b_point());
+      transform_input<F>(gathered_, part.y, part.x, place, part.first, part.first + part.columns, to, b_point());
     }
   }
 
@@ -197,9 +199,9 @@ class WinogradGrad {
           float* sum = row + point * step + n;
           store(sum, load(sum) + load(sum + s * slice_size));
         }
-    for (int64_t n = 0; n < width_; n += kWidth) transform_output(row + n, step);
-    for (int64_t i = 0; i < kOutputs * kOutputs; ++i) {
-      const int64_t ky = part.y.taps[i / kOutputs], kx = part.x.taps[i % kOutputs];
+    for (int64_t n = 0; n < width_; n += kWidth) transform_in_place<kSide, kTaps>(F::weight_adjoint, row + n, step);
+    for (int64_t i = 0; i < kTaps * kTaps; ++i) {
+      const int64_t ky = part.y.taps[i / kTaps], kx = part.x.taps[i % kTaps];
       const int64_t tap = (channel * c_.y.kernel + ky) * c_.x.kernel + kx;
       narrow(out_ + tap * c_.in_channels + part.first, row + i * step, part.columns);
     }
@@ -219,7 +221,11 @@ void winograd_weight_grad(
     const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    WinogradGrad<T>(c, static_cast<const T*>(gathered), static_cast<const T*>(linear), static_cast<T*>(out)).run();
+    with_filter(c, [&](auto filter) {
+      WinogradGrad<T, decltype(filter)>(
+          c, static_cast<const T*>(gathered), static_cast<const T*>(linear), static_cast<T*>(out))
+          .run();
+    });
   });
 }
 
