@@ -227,7 +227,7 @@ class Winograd {
     TilePlace place(y.tiles(kOutputs), x.tiles(kOutputs), b.first);
     for (int64_t t = 0; t < b.tiles; ++t, place.next()) {
       float* tile = sums + t * width;
-      for (int64_t n = 0; n < width; n += kWidth) transform_in_place<kSide, kOutputs>(F::output, tile + n, c_point);
+      for (int64_t n = 0; n < width; n += kWidth) transform_in_place<F::output, kSide, kOutputs>(tile + n, c_point);
       for (int64_t i = 0; i < kOutputs * kOutputs; ++i) {
         const int64_t oy = place.y * kOutputs + i / kOutputs, ox = place.x * kOutputs + i % kOutputs;
         if (oy >= y.count || ox >= x.count) continue;

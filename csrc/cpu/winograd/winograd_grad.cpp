@@ -27,7 +27,6 @@ template <class T, class F>
 class WinogradGrad {
   static constexpr int kSide = F::kSide, kPoints = kSide * kSide, kTaps = F::kTaps;
   static constexpr int64_t kOutputs = F::kOutputs, kDepth = F::kDepth;
-  static constexpr int64_t kTileStride = kDepth * kKernelRows + kWidth;  // of A; its stores are whole vectors
 
  public:
   WinogradGrad(const Contraction& c, const T* gathered, const T* linear, T* out)
@@ -50,7 +49,9 @@ class WinogradGrad {
 
  private:
   int64_t tiles() const { return c_.batch * parts_[0].y.tiles(kOutputs) * parts_[0].x.tiles(kOutputs); }
-  int64_t a_size() const { return kPoints * rows_.count * kTileStride; }
+  int64_t a_step() const { return Panels(c_.out_channels).width + kWidth; }  // no power of two
+  int64_t a_point() const { return kDepth * a_step(); }
+  int64_t a_size() const { return kPoints * a_point(); }
   int64_t b_point() const { return kDepth * width_ + kPanel; }
   int64_t point_size() const { return c_.out_channels * width_; }
   int64_t part_size() const { return kPoints * point_size(); }
@@ -140,41 +141,23 @@ class WinogradGrad {
       for (int64_t p = 0; p < panels.count; ++p) {
         float* c = sums + point * step + p * kPanel - rows_.begin(first) * width_;
         for (int64_t t = first; t < last; ++t) {
-          const float* rows = a + (point * rows_.count + t) * kTileStride;
+          const float* rows = a + point * a_point() + rows_.begin(t);
           multiply<1>(
               rows_.height(t), panels.vectors(p),
-              {rows, kKernelRows, b + point * b_point() + p * kPanel * depth, c + rows_.begin(t) * width_, width_,
-               &piece, 1, add, rows + kTileStride, kKernelRows});
+              {rows, a_step(), b + point * b_point() + p * kPanel * depth, c + rows_.begin(t) * width_, width_,
+               &piece, 1, add, rows + rows_.height(t), a_step()});
         }
       }
   }
 
-  // A: [point][rows of the result][tile][output channel], of tiles first + [low, high). Whole vectors are stored, whose
-  // ends the next tile overwrites; the last one stays within its own rows, since another thread may have written the
-  // next.
+  // A: [point][tile][output channel], of tiles first + [low, high).
   void pack_linear(int64_t first, int64_t low, int64_t high, float* a) const {
-    const int64_t row_size = c_.out_channels + kSpill + kKernelRows, step = rows_.count * kTileStride;
-    static thread_local Scratch scratch;
-    float* rows = scratch.floats(kOutputs * kOutputs * row_size);
     TilePlace place(parts_[0].y.tiles(kOutputs), parts_[0].x.tiles(kOutputs), first + low);
-    for (int64_t k = low; k < high; ++k, place.next()) {
-      for (int64_t i = 0; i < kOutputs * kOutputs; ++i) {
-        const int64_t y = place.y * kOutputs + i / kOutputs, x = place.x * kOutputs + i % kOutputs;
-        linear_.widen_pixel(rows + i * row_size, linear_.pixel(place.n, y, x), c_.out_channels);
-      }
-      for (int64_t t = 0; t < rows_.count; ++t) {
-        const float* row = rows + rows_.begin(t);
-        float last[kPoints * kWidth], *to = a + t * kTileStride + k * kKernelRows;
-        const bool within = k + 1 == high;
-        float* points = within ? last : to;
-        const int64_t points_step = within ? int64_t{kWidth} : step;
-        transform<F::kOutputs, kSide>(
-            F::output_adjoint, [&](int i, int j) { return load(row + (i * kOutputs + j) * row_size); },
-            [&](int i, int j, Floats v) { store(points + (i * kSide + j) * points_step, v); });
-        for (int64_t point = 0; within && point < kPoints; ++point)
-          std::copy_n(last + point * kWidth, kKernelRows, to + point * step);
-      }
-    }
+    for (int64_t k = low; k < high; ++k, place.next())
+      for (int64_t c = 0; c < c_.out_channels; c += kDepth)
+        transform_pixels<F::output_adjoint, F::kOutputs, kSide>(
+            linear_, place.n, {place.y * kOutputs, place.x * kOutputs, 1, 1}, c,
+            std::min(c + kDepth, c_.out_channels), [&](int64_t n) { return a + k * a_step() + c + n; }, a_point());
   }
 
   // B: [point][panel][tile][column], of tiles first + [0, depth).
@@ -199,7 +182,7 @@ class WinogradGrad {
           float* sum = row + point * step + n;
           store(sum, load(sum) + load(sum + s * slice_size));
         }
-    for (int64_t n = 0; n < width_; n += kWidth) transform_in_place<kSide, kTaps>(F::weight_adjoint, row + n, step);
+    for (int64_t n = 0; n < width_; n += kWidth) transform_in_place<F::weight_adjoint, kSide, kTaps>(row + n, step);
     for (int64_t i = 0; i < kTaps * kTaps; ++i) {
       const int64_t ky = part.y.taps[i / kTaps], kx = part.x.taps[i % kTaps];
       const int64_t tap = (channel * c_.y.kernel + ky) * c_.x.kernel + kx;

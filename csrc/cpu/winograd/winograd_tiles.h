@@ -71,43 +71,55 @@ struct TileImage {
   }
 };
 
-// Channels [low, high) of a tile's inputs, at most F::kDepth of them, at the points, which are `step` apart: a vector of
-// channels from low + c on goes to `to(c)`. Zeros fill the last vector.
-template <class F, class T, class To>
-inline void transform_input(
-    const TileImage<T>& in, const Phase& y, const Phase& x, const TilePlace& place, int64_t low, int64_t high,
-    const To& to, int64_t step) {
-  constexpr int kSide = F::kSide, kPoints = kSide * kSide;
-  const T* from[kPoints];
-  const int64_t iy = y.input + place.y * F::kOutputs * y.in_step, ix = x.input + place.x * F::kOutputs * x.in_step;
-  const int64_t y_end = iy + (kSide - 1) * y.in_step, x_end = ix + (kSide - 1) * x.in_step;
-  if (iy >= 0 && y_end < in.height && ix >= 0 && x_end < in.width) {
-    const T* first = in.data + ((place.n * in.height + iy) * in.width + ix) * in.channels + low;
-    const int64_t row = y.in_step * in.width * in.channels, column = x.in_step * in.channels;
-    for (int i = 0; i < kPoints; ++i) from[i] = first + i / kSide * row + i % kSide * column;
+// A square of pixels: those of the first row and column, and how far the next ones are.
+struct Square {
+  int64_t y, x, y_step, x_step;
+};
+
+// Channels [low, high) of kIn x kIn pixels, at most kDepth of them, transformed by a filter's kLine to kOut x kOut
+// vectors `step` apart: those of channels from low + c on go to `to(c)`. Zeros fill the last vector.
+template <auto kLine, int kIn, int kOut, class T, class To>
+inline void transform_pixels(
+    const TileImage<T>& in, int64_t n, const Square& at, int64_t low, int64_t high, const To& to, int64_t step) {
+  const T* from[kIn * kIn];
+  const int64_t y_end = at.y + (kIn - 1) * at.y_step, x_end = at.x + (kIn - 1) * at.x_step;
+  if (at.y >= 0 && y_end < in.height && at.x >= 0 && x_end < in.width) {
+    const T* first = in.data + ((n * in.height + at.y) * in.width + at.x) * in.channels + low;
+    const int64_t row = at.y_step * in.width * in.channels, column = at.x_step * in.channels;
+    for (int i = 0; i < kIn * kIn; ++i) from[i] = first + i / kIn * row + i % kIn * column;
   } else {
-    for (int i = 0; i < kPoints; ++i)
-      from[i] = in.pixel(place.n, iy + i / kSide * y.in_step, ix + i % kSide * x.in_step) + low;
+    for (int i = 0; i < kIn * kIn; ++i)
+      from[i] = in.pixel(n, at.y + i / kIn * at.y_step, at.x + i % kIn * at.x_step) + low;
   }
   const int64_t channels = high - low;
   const auto transform_all = [&](const float* const* rows) {
     for (int64_t c = 0; c < channels; c += kWidth) {
       float* first = to(c);
-      transform<kSide, kSide>(
-          F::input, [&](int i, int j) { return load(rows[i * kSide + j] + c); },
-          [&](int i, int j, Floats v) { store(first + (i * kSide + j) * step, v); });
+      transform<kLine, kIn, kOut>(
+          [&](int i, int j) { return load(rows[i * kIn + j] + c); },
+          [&](int i, int j, Floats v) { store(first + (i * kOut + j) * step, v); });
     }
   };
   if constexpr (std::is_same_v<T, float>) {
     if (channels % kWidth == 0) return transform_all(from);
   }
-  alignas(64) float wide[kPoints][F::kDepth + kSpill];
-  const float* rows[kPoints];
-  for (int i = 0; i < kPoints; ++i) {
+  alignas(64) float wide[kIn * kIn][kDepth + kSpill];
+  const float* rows[kIn * kIn];
+  for (int i = 0; i < kIn * kIn; ++i) {
     in.widen_pixel(wide[i], from[i], channels);
     rows[i] = wide[i];
   }
   transform_all(rows);
+}
+
+// The inputs of a tile.
+template <class F, class T, class To>
+inline void transform_input(
+    const TileImage<T>& in, const Phase& y, const Phase& x, const TilePlace& place, int64_t low, int64_t high,
+    const To& to, int64_t step) {
+  const Square square{
+      y.input + place.y * F::kOutputs * y.in_step, x.input + place.x * F::kOutputs * x.in_step, y.in_step, x.in_step};
+  transform_pixels<F::input, F::kSide, F::kSide>(in, place.n, square, low, high, to, step);
 }
 
 // Rows of `width` columns for `depth` input channels, of which `columns` are there: element (k, n) of a tap, at
@@ -151,17 +163,17 @@ inline void transform_weights(
     for (int i = 0; i < kTaps * kTaps; ++i)
       widen_tap(taps[i], from[i] + k * k_step, k_step, rows, n_step, columns, width);
     for (int64_t n = 0; n < rows * width; n += kWidth)
-      transform<kTaps, kSide>(
-          F::weight, [&](int i, int j) { return load(taps[i * kTaps + j] + n); },
+      transform<F::weight, kTaps, kSide>(
+          [&](int i, int j) { return load(taps[i * kTaps + j] + n); },
           [&](int i, int j, Floats v) { store(to + k * width + n + (i * kSide + j) * step, v); });
   }
 }
 
 // Vectors at `step` of kIn x kIn places, transformed in place of the first kOut x kOut.
-template <int kIn, int kOut, class Line>
-inline void transform_in_place(const Line& line, float* at, int64_t step) {
-  transform<kIn, kOut>(
-      line, [&](int i, int j) { return load(at + (i * kIn + j) * step); },
+template <auto kLine, int kIn, int kOut>
+inline void transform_in_place(float* at, int64_t step) {
+  transform<kLine, kIn, kOut>(
+      [&](int i, int j) { return load(at + (i * kIn + j) * step); },
       [&](int i, int j, Floats v) { store(at + (i * kOut + j) * step, v); });
 }
 
