@@ -18,9 +18,10 @@ namespace {
 
 constexpr int64_t kBlockFloats = 1 << 19;  // inputs and products of a block
 constexpr int64_t kMaxTiles = 8 * kKernelRows;
-// Up to so many tiles are one block that transforms the weight panel by panel, in the second-level cache: that costs
-// less than a transformed weight's way through memory.
-constexpr int64_t kFewTiles = 132;
+// So few tiles are one block, which transforms the weight panel by panel, in the second-level cache: that costs less
+// than a transformed weight's way through memory. Where inputs and products of that block leave the cache, it does so
+// for weights of so many floats.
+constexpr int64_t kFewTiles = 132, kLargeWeight = 3 << 20;
 constexpr int64_t kFewDepth = kDepth / 2;  // there: so that inputs and panels stay in that cache
 
 // A contraction of few taps of all of `sets`: outputs of one place add up over `terms`.
@@ -63,7 +64,7 @@ class Winograd {
         panels_(c.out_channels),
         sets_(sets(c)),
         terms_(static_cast<int64_t>(sets_[0].terms.size())),
-        few_(most_tiles() * epilogue.stat_groups <= kFewTiles),
+        few_(are_few(most_tiles() * epilogue.stat_groups)),
         chunks_(c.in_channels, (few_ ? kFewDepth : F::kDepth) / terms_) {}
 
   // Whether each block transforms the weight for itself, unless it is given.
@@ -109,6 +110,13 @@ class Winograd {
   }
 
  private:
+  // Floats of inputs and products.
+  int64_t tile_size() const { return kPoints * (kRowStride + panels_.width); }
+
+  bool are_few(int64_t tiles) const {
+    return tiles <= kFewTiles && (tiles * tile_size() <= kBlockFloats || weight_size() >= kLargeWeight);
+  }
+
   // Of a sample.
   static int64_t tiles(const Set& set) {
     return set.terms[0].y.tiles(kOutputs) * set.terms[0].x.tiles(kOutputs);
@@ -130,7 +138,7 @@ class Winograd {
   }
 
   std::vector<Block> blocks() const {
-    const int64_t fit = kBlockFloats / (kPoints * (kRowStride + panels_.width)) / kKernelRows * kKernelRows;
+    const int64_t fit = kBlockFloats / tile_size() / kKernelRows * kKernelRows;
     const int64_t most = few_ ? kFewTiles : std::clamp<int64_t>(fit, kKernelRows, kMaxTiles);
     std::vector<Block> found;
     const int64_t all = most_tiles(), count = (all + most - 1) / most;
