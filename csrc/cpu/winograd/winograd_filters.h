@@ -15,7 +15,8 @@ namespace fastdcgan::cpu {
 // all with factors of 1: the rounding is about that of plain sums.
 struct TwoTaps {
   static constexpr int kTaps = 2, kOutputs = 2, kSide = 3;  // kSide: inputs of a tile, and products
-  static constexpr int64_t kDepth = cpu::kDepth;            // of a sum, before it is added to others
+  static constexpr int64_t kDepth = cpu::kDepth;            // channels of a sum, before it is added to others
+  static constexpr int64_t kTileDepth = cpu::kDepth;        // tiles of a sum of a weight's gradient, likewise
 
   [[gnu::always_inline]] static void input(const Floats* d, Floats* to) {
     to[0] = d[0] - d[1];
@@ -41,7 +42,7 @@ struct TwoTaps {
 // rounding's sake too.
 struct ThreeTaps {
   static constexpr int kTaps = 3, kOutputs = 4, kSide = 6;
-  static constexpr int64_t kDepth = cpu::kDepth / 2;
+  static constexpr int64_t kDepth = cpu::kDepth / 2, kTileDepth = cpu::kDepth / 4;
   static constexpr float a = 0.75f, b = 1.5f, aa = a * a, bb = b * b;
   static constexpr float ga = 1 / (2 * aa * (aa - bb)), gb = 1 / (2 * bb * (bb - aa)), g0 = 1 / (aa * bb);
 

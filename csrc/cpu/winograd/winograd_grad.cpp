@@ -17,6 +17,23 @@ constexpr int64_t kRowTiles = 10;                               // whose sums st
 constexpr int64_t kEnoughTasks = 16;
 constexpr int64_t kSliceTiles = 1024;  // of one task, where tiles are divided among tasks
 
+// Rows of the result, in groups of whole vectors of which whole tiles can be cut.
+struct Rows {
+  static constexpr int64_t kGroup = 4 * kKernelRows;
+  static_assert(kGroup % kWidth == 0);
+
+  int64_t whole, groups;  // groups: with the rest
+  Tiles rest;
+  int64_t count;  // of tiles
+
+  explicit Rows(int64_t rows)
+      : whole(rows / kGroup), groups((rows + kGroup - 1) / kGroup), rest(rows % kGroup), count(4 * whole + rest.count) {}
+  int64_t begin(int64_t tile) const {
+    return tile < 4 * whole ? tile * kKernelRows : whole * kGroup + (rest.count ? rest.begin(tile - 4 * whole) : 0);
+  }
+  int64_t height(int64_t tile) const { return begin(tile + 1) - begin(tile); }
+};
+
 // Some channels of a phase of the gathered side.
 struct Part {
   Phase y, x;
@@ -26,7 +43,7 @@ struct Part {
 template <class T, class F>
 class WinogradGrad {
   static constexpr int kSide = F::kSide, kPoints = kSide * kSide, kTaps = F::kTaps;
-  static constexpr int64_t kOutputs = F::kOutputs, kDepth = F::kDepth;
+  static constexpr int64_t kOutputs = F::kOutputs, kDepth = F::kTileDepth;
 
  public:
   WinogradGrad(const Contraction& c, const T* gathered, const T* linear, T* out)
@@ -49,8 +66,10 @@ class WinogradGrad {
 
  private:
   int64_t tiles() const { return c_.batch * parts_[0].y.tiles(kOutputs) * parts_[0].x.tiles(kOutputs); }
-  int64_t a_step() const { return Panels(c_.out_channels).width + kWidth; }  // no power of two
-  int64_t a_point() const { return kDepth * a_step(); }
+  static int64_t a_place(int64_t row, int64_t tile) {
+    return (row / Rows::kGroup * kDepth + tile) * Rows::kGroup + row % Rows::kGroup;
+  }
+  int64_t a_point() const { return rows_.groups * kDepth * Rows::kGroup + kPanel; }
   int64_t a_size() const { return kPoints * a_point(); }
   int64_t b_point() const { return kDepth * width_ + kPanel; }
   int64_t point_size() const { return c_.out_channels * width_; }
@@ -141,23 +160,25 @@ class WinogradGrad {
       for (int64_t p = 0; p < panels.count; ++p) {
         float* c = sums + point * step + p * kPanel - rows_.begin(first) * width_;
         for (int64_t t = first; t < last; ++t) {
-          const float* rows = a + point * a_point() + rows_.begin(t);
+          const float* rows = a + point * a_point() + a_place(rows_.begin(t), 0);
+          // Of the lines of the next tile the last, which the tile before it did not read.
+          const float* ahead = a + point * a_point() + a_place(rows_.begin(t + 1) + kKernelRows - 1, 0);
           multiply<1>(
               rows_.height(t), panels.vectors(p),
-              {rows, a_step(), b + point * b_point() + p * kPanel * depth, c + rows_.begin(t) * width_, width_,
-               &piece, 1, add, rows + rows_.height(t), a_step()});
+              {rows, Rows::kGroup, b + point * b_point() + p * kPanel * depth, c + rows_.begin(t) * width_, width_,
+               &piece, 1, add, ahead, Rows::kGroup});
         }
       }
   }
 
-  // A: [point][tile][output channel], of tiles first + [low, high).
+  // A: [point][group][tile][output channel], of tiles first + [low, high).
   void pack_linear(int64_t first, int64_t low, int64_t high, float* a) const {
     TilePlace place(parts_[0].y.tiles(kOutputs), parts_[0].x.tiles(kOutputs), first + low);
     for (int64_t k = low; k < high; ++k, place.next())
-      for (int64_t c = 0; c < c_.out_channels; c += kDepth)
+      for (int64_t c = 0; c < c_.out_channels; c += cpu::kDepth)
         transform_pixels<F::output_adjoint, F::kOutputs, kSide>(
             linear_, place.n, {place.y * kOutputs, place.x * kOutputs, 1, 1}, c,
-            std::min(c + kDepth, c_.out_channels), [&](int64_t n) { return a + k * a_step() + c + n; }, a_point());
+            std::min(c + cpu::kDepth, c_.out_channels), [&](int64_t n) { return a + a_place(c + n, k); }, a_point());
   }
 
   // B: [point][panel][tile][column], of tiles first + [0, depth).
@@ -193,7 +214,7 @@ class WinogradGrad {
   const Contraction& c_;
   TileImage<T> gathered_, linear_;
   T* out_;
-  Tiles rows_;
+  Rows rows_;
   std::vector<Part> parts_;
   int64_t width_;  // of a part's sums
 };
