@@ -28,8 +28,8 @@ MOST_IMAGE_CHANNELS, MOST_IMAGE_DEPTH = 4, 256  # of that side, and of a sum: ke
 FEWEST_FEATURES = 8  # of the other side of an image, in float32
 MOST_PIXELS = 16  # of the other side, in float32
 # Of 2x2 outputs: below these, minimal filtering loses by transforming the weight; sums are too short for its rounding.
-# A transformed weight may also stay in the packed-weight cache.
-FEWEST_TILES, FEWEST_CACHED_TILES, FEWEST_SUMMED_TILES = 128, 32, 16
+# A transformed weight may also stay in the packed-weight cache. Tiles of 4x4 outputs, for 3x3 kernels, need be few.
+FEWEST_TILES, FEWEST_CACHED_TILES, FEWEST_SUMMED_TILES, FEWEST_LARGE_TILES = 128, 32, 16, 8
 FEWEST_ROWS, FEWEST_WIDE_ROWS, FEWEST_PROJECTED = 128, 512, 16  # pixels of all samples: 16-bit, float32, from one pixel
 FEWEST_WIDE_CACHED = 32  # of `conv` in float32 with a weight in the packed-weight cache
 # Multiply-adds below which a call of PyTorch's convolution takes longer to set up than ours to run, if a packed weight
@@ -236,8 +236,10 @@ class CPUBackend(Backend):
             return f"{s.gathered[1]} and {s.linear[1]} channels are few"
         if s.dtype == torch.bfloat16 and (self._processor_has_amx or self.amx):
             return "bfloat16 is faster on AMX tiles"
-        tiles = s.linear[0] * ((s.linear[2] + 1) // 2) * ((s.linear[3] + 1) // 2)
+        side = 4 if s.taps % 9 == 0 else 2
+        tiles = s.linear[0] * -(-s.linear[2] // side) * -(-s.linear[3] // side)
         fewest = FEWEST_SUMMED_TILES if op == "weight_grad" else FEWEST_CACHED_TILES if s.cached else FEWEST_TILES
+        fewest = FEWEST_LARGE_TILES if side == 4 else fewest
         return None if tiles >= fewest else f"{tiles} tiles are few"
 
     def prefers_channels_last(self, blocks: Sequence[Block], weights: Sequence[Tensor], x: Tensor) -> bool:

@@ -62,11 +62,13 @@ def constant_call(g: Geometry, channels: Pair, dtype: torch.dtype, device: str =
     return conv_call(Operand(x), weight, g, Epilogue("stats", stat_groups=2))
 
 
-def check_constant(out: Tensor, stats: Tensor, what: str) -> None:
-    """What a `constant_call` gives: the same everywhere, with that as its mean, and no variance."""
-    assert torch.equal(out, out[:1, :, :1, :1].expand_as(out)), what
-    assert torch.equal(stats[0], out[::2, :, 0, 0].float()), f"{what}: means"
-    assert not stats[1:].any(), f"{what}: variances up to {float(stats[1:].max())}"
+def check_constant(out: Tensor, stats: Tensor, what: str, rounding: float = 0.0) -> None:
+    """What a `constant_call` gives: the same everywhere, with that as its mean, and no variance. `rounding`: by how
+    much of the largest output others may differ whose sums are other ones."""
+    most = rounding * float(out.abs().max())
+    assert (out - out[:1, :, :1, :1]).abs().max() <= most, what
+    assert (stats[0] - out[::2, :, 0, 0]).abs().max() <= most, f"{what}: means"
+    assert stats[1:].max() <= most**2, f"{what}: variances up to {float(stats[1:].max())}"
 
 
 def reference(call: Call) -> Any:

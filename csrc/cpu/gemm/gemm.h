@@ -65,7 +65,7 @@ void multiply_tile(const Tile& t) {
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = t.add ? load(t.c + r * t.c_stride + v * kWidth) : Floats{};
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Floats{};
   for (const Piece* p = t.pieces; p != t.pieces + t.count; ++p) {
     const Lane* a = t.a + p->a / Product::kElements * t.a_step;
     const Lane* b = t.b + p->b / Product::kElements * (kVectors * kWidth);
@@ -90,7 +90,10 @@ void multiply_tile(const Tile& t) {
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(t.c + r * t.c_stride + v * kWidth, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* c = t.c + r * t.c_stride + v * kWidth;
+      store(c, t.add ? sum[r][v] + load(c) : sum[r][v]);  // added up last: sums of short sums round less
+    }
 }
 
 // multiply_tile for 1 <= `rows` <= kKernelRows and a panel of `vectors` vectors.

@@ -1,4 +1,4 @@
-// `conv` and `conv_transpose` by Winograd's algorithm: a block of tiles is transformed, multiplied at each of the nine
+// `conv` and `conv_transpose` by Winograd's algorithm: a block of tiles is transformed, multiplied at each of its
 // points and transformed back while it stays in the second-level cache.
 #include "cpu/winograd/winograd.h"
 
@@ -18,26 +18,25 @@ namespace {
 
 constexpr int64_t kBlockFloats = 1 << 19;  // inputs and products of a block
 constexpr int64_t kMaxTiles = 8 * kKernelRows;
-// Up to so many tiles are one block that transforms the weight panel by panel, in the second-level cache: that costs
-// less than a transformed weight's way through memory.
-constexpr int64_t kFewTiles = 132;
+// So few tiles are one block, which transforms the weight panel by panel, in the second-level cache: that costs less
+// than a transformed weight's way through memory. Where inputs and products of that block leave the cache, it does so
+// for weights of so many floats.
+constexpr int64_t kFewTiles = 132, kLargeWeight = 3 << 20;
 constexpr int64_t kFewDepth = kDepth / 2;  // there: so that inputs and panels stay in that cache
 
-// A two-tap contraction of all of `sets`: outputs of one place add up over `terms`.
+// A contraction of few taps of all of `sets`: outputs of one place add up over `terms`.
 struct Term {
-  TwoTaps y, x;
+  Phase y, x;
 };
 
 struct Set {
   std::vector<Term> terms;
-
-  int64_t tiles() const { return terms[0].y.tiles() * terms[0].x.tiles(); }  // of a sample
 };
 
 std::vector<Set> sets(const Contraction& c) {
   std::vector<Set> found;
-  for (const TwoTaps& y : two_taps(c.y))
-    for (const TwoTaps& x : two_taps(c.x)) {
+  for (const Phase& y : phases(c.y))
+    for (const Phase& x : phases(c.x)) {
       if (c.y.transposed || found.empty()) found.emplace_back();
       found.back().terms.push_back({y, x});
     }
@@ -50,17 +49,11 @@ struct Block {
   int64_t rows;  // outputs
 };
 
-int64_t outputs(const Set& set, int64_t first, int64_t tiles) {
-  const TwoTaps &y = set.terms[0].y, &x = set.terms[0].x;
-  if (y.count % kOutputs == 0 && x.count % kOutputs == 0) return tiles * kOutputs * kOutputs;
-  int64_t rows = 0;
-  for (TilePlace t(y.tiles(), x.tiles(), first); tiles > 0; --tiles, t.next())
-    rows += std::min(kOutputs, y.count - t.y * kOutputs) * std::min(kOutputs, x.count - t.x * kOutputs);
-  return rows;
-}
-
-template <class T>
+template <class T, class F>
 class Winograd {
+  static constexpr int kSide = F::kSide, kPoints = kSide * kSide, kTaps = F::kTaps * F::kTaps;
+  static constexpr int64_t kOutputs = F::kOutputs, kRowStride = F::kDepth + kPanel;
+
  public:
   Winograd(const Contraction& c, const T* in, T* out, const Epilogue& epilogue)
       : c_(c),
@@ -71,14 +64,14 @@ class Winograd {
         panels_(c.out_channels),
         sets_(sets(c)),
         terms_(static_cast<int64_t>(sets_[0].terms.size())),
-        few_(most_tiles() * epilogue.stat_groups <= kFewTiles),
-        chunks_(c.in_channels, (few_ ? kFewDepth : kDepth) / terms_) {}
+        few_(are_few(most_tiles() * epilogue.stat_groups)),
+        chunks_(c.in_channels, (few_ ? kFewDepth : F::kDepth) / terms_) {}
 
   // Whether each block transforms the weight for itself, unless it is given.
   bool few_tiles() const { return few_; }
 
   // Sets the order of the transformed weight apart from others.
-  int64_t layout() const { return kPoints * (few_ ? kFewDepth : kDepth); }
+  int64_t layout() const { return kPoints * (few_ ? kFewDepth : F::kDepth); }
 
   // Floats of the transformed weight, which is [set][chunk][point][panel][term][input channel][column].
   int64_t weight_size() const {
@@ -117,14 +110,35 @@ class Winograd {
   }
 
  private:
+  // Floats of inputs and products.
+  int64_t tile_size() const { return kPoints * (kRowStride + panels_.width); }
+
+  bool are_few(int64_t tiles) const {
+    return tiles <= kFewTiles && (tiles * tile_size() <= kBlockFloats || weight_size() >= kLargeWeight);
+  }
+
+  // Of a sample.
+  static int64_t tiles(const Set& set) {
+    return set.terms[0].y.tiles(kOutputs) * set.terms[0].x.tiles(kOutputs);
+  }
+
+  static int64_t outputs(const Set& set, int64_t first, int64_t tiles) {
+    const Phase &y = set.terms[0].y, &x = set.terms[0].x;
+    if (y.count % kOutputs == 0 && x.count % kOutputs == 0) return tiles * kOutputs * kOutputs;
+    int64_t rows = 0;
+    for (TilePlace t(y.tiles(kOutputs), x.tiles(kOutputs), first); tiles > 0; --tiles, t.next())
+      rows += std::min(kOutputs, y.count - t.y * kOutputs) * std::min(kOutputs, x.count - t.x * kOutputs);
+    return rows;
+  }
+
   int64_t most_tiles() const {
     int64_t all = 0;
-    for (const Set& set : sets_) all = std::max(all, c_.batch / epilogue_.stat_groups * set.tiles());
+    for (const Set& set : sets_) all = std::max(all, c_.batch / epilogue_.stat_groups * tiles(set));
     return all;
   }
 
   std::vector<Block> blocks() const {
-    const int64_t fit = kBlockFloats / (kPoints * (kDepthStride + panels_.width)) / kKernelRows * kKernelRows;
+    const int64_t fit = kBlockFloats / tile_size() / kKernelRows * kKernelRows;
     const int64_t most = few_ ? kFewTiles : std::clamp<int64_t>(fit, kKernelRows, kMaxTiles);
     std::vector<Block> found;
     const int64_t all = most_tiles(), count = (all + most - 1) / most;
@@ -132,7 +146,7 @@ class Winograd {
     for (int64_t g = 0; g < epilogue_.stat_groups; ++g)
       for (int64_t i = 0; i < all; i += step)
         for (size_t s = 0; s < sets_.size(); ++s) {  // they read the same inputs
-          const int64_t tiles = c_.batch / epilogue_.stat_groups * sets_[s].tiles(), size = std::min(step, tiles - i);
+          const int64_t tiles = c_.batch / epilogue_.stat_groups * this->tiles(sets_[s]), size = std::min(step, tiles - i);
           if (size <= 0) continue;
           found.push_back({static_cast<int64_t>(s), g * tiles + i, size, g, outputs(sets_[s], g * tiles + i, size)});
         }
@@ -152,11 +166,11 @@ class Winograd {
     const int64_t width = panels_.vectors(panel) * kWidth, columns = std::min(width, c_.out_channels - column);
     for (int64_t f = 0; f < terms_; ++f) {
       const Term& t = sets_[set].terms[f];
-      const T* taps[4];
-      for (int i = 0; i < 4; ++i)
+      const T* taps[kTaps];
+      for (int i = 0; i < kTaps; ++i)
         taps[i] =
-            static_cast<const T*>(w.data) + t.y.taps[i / 2] * w.y + t.x.taps[i % 2] * w.x + column * w.n + low * w.k;
-      transform_weights(taps, w.k, size, w.n, columns, width, to + f * size * width, step);
+            static_cast<const T*>(w.data) + t.y.taps[i / F::kTaps] * w.y + t.x.taps[i % F::kTaps] * w.x + column * w.n + low * w.k;
+      transform_weights<F>(taps, w.k, size, w.n, columns, width, to + f * size * width, step);
     }
   }
 
@@ -164,7 +178,7 @@ class Winograd {
   void block(
       const Block& b, const Weight& weight, const float* packed, int64_t first, int64_t last, float* partial) const {
     const int64_t begin = first * kPanel, width = std::min(panels_.width, last * kPanel) - begin;
-    const int64_t a_point = b.tiles * kDepthStride + kPanel, c_point = b.tiles * width + kPanel;
+    const int64_t a_point = b.tiles * kRowStride + kPanel, c_point = b.tiles * width + kPanel;
     const int64_t b_point = (kFewDepth + 1) * kPanel;  // of a panel that is transformed here
     static thread_local Scratch scratch;
     float* a = scratch.floats(kPoints * (a_point + c_point + (packed ? 0 : b_point)));
@@ -177,10 +191,10 @@ class Winograd {
       for (int64_t f = 0; f < terms_; ++f) {
         pieces[f] = {f * run, f * size, size};
         const Term& term = set.terms[f];
-        TilePlace place(term.y.tiles(), term.x.tiles(), b.first);
+        TilePlace place(term.y.tiles(kOutputs), term.x.tiles(kOutputs), b.first);
         float* row = a + f * run;
-        for (int64_t t = 0; t < b.tiles; ++t, place.next(), row += kDepthStride)
-          transform_input(
+        for (int64_t t = 0; t < b.tiles; ++t, place.next(), row += kRowStride)
+          transform_input<F>(
               in_, term.y, term.x, place, low, low + size, [&](int64_t channel) { return row + channel; }, a_point);
       }
       // The next panel is fetched meanwhile: `ahead` floats further.
@@ -188,9 +202,9 @@ class Winograd {
         float* c = sums + point * c_point + p * kPanel - begin;
         const int64_t step = ahead ? kPanel / tiles.count : 0;
         for (int64_t t = 0; t < tiles.count; ++t)
-          multiply<kDepthStride>(
+          multiply<kRowStride>(
               tiles.height(t), panels_.vectors(p),
-              {a + point * a_point + tiles.begin(t) * kDepthStride, 1, panel, c + tiles.begin(t) * width, width, pieces,
+              {a + point * a_point + tiles.begin(t) * kRowStride, 1, panel, c + tiles.begin(t) * width, width, pieces,
                terms_, i > 0, ahead ? panel + ahead + t * step * terms_ * size : nullptr, step});
       };
       if (packed) {
@@ -210,7 +224,7 @@ class Winograd {
   void store_outputs(
       const Block& b, const Term& term, float* sums, int64_t c_point, int64_t begin, int64_t width,
       float* partial) const {
-    const TwoTaps &y = term.y, &x = term.x;
+    const Phase &y = term.y, &x = term.x;
     const int64_t columns = std::min(width, c_.out_channels - begin);
     const auto store_row = [&](float* row, int64_t to) {
       row_epilogue_.run(row, begin, width);
@@ -218,10 +232,10 @@ class Winograd {
     };
     std::vector<std::pair<float*, int64_t>> rows;
     if (partial) rows.reserve(b.rows);
-    TilePlace place(y.tiles(), x.tiles(), b.first);
+    TilePlace place(y.tiles(kOutputs), x.tiles(kOutputs), b.first);
     for (int64_t t = 0; t < b.tiles; ++t, place.next()) {
       float* tile = sums + t * width;
-      for (int64_t n = 0; n < width; n += kWidth) transform_output(tile + n, c_point);
+      for (int64_t n = 0; n < width; n += kWidth) transform_in_place<F::output, kSide, kOutputs>(tile + n, c_point);
       for (int64_t i = 0; i < kOutputs * kOutputs; ++i) {
         const int64_t oy = place.y * kOutputs + i / kOutputs, ox = place.x * kOutputs + i % kOutputs;
         if (oy >= y.count || ox >= x.count) continue;
@@ -251,53 +265,61 @@ class Winograd {
   Chunks chunks_;  // of input channels
 };
 
+template <class T, class F>
+void contract(
+    const Contraction& c, c10::ScalarType dtype, const void* in, const Weight& weight, void* out,
+    const Epilogue& epilogue) {
+  Winograd<T, F> winograd(c, static_cast<const T*>(in), static_cast<T*>(out), epilogue);
+  const int64_t size = winograd.weight_size();
+  const auto pack = [&](void* to) { winograd.pack(Rounded(weight, dtype).get(), static_cast<float*>(to)); };
+  std::shared_ptr<const PackedWeight> cached;
+  if (winograd.has_all_phases())  // which there are otherwise depends on the padding, and cached weights don't
+    cached = packed_weight(c, dtype, weight, winograd.layout(), size * int64_t{sizeof(float)}, pack);
+  if (cached) {
+    winograd.run(weight, static_cast<const float*>(cached->data()));
+  } else if (winograd.few_tiles()) {
+    winograd.run(Rounded(weight, dtype).get(), nullptr);
+  } else {
+    static thread_local Scratch scratch;
+    float* packed = scratch.floats(size);
+    pack(packed);
+    winograd.run(weight, packed);
+  }
+}
+
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b > 0); }
 
 }  // namespace
 
-std::vector<TwoTaps> two_taps(const Axis& axis) {
-  std::vector<TwoTaps> found;
-  const int64_t s = axis.stride;
+std::vector<Phase> phases(const Axis& axis) {
+  std::vector<Phase> found;
+  const int64_t s = axis.stride, count = axis.kernel / s;
   for (int64_t f = 0; f < s; ++f) {
+    std::array<int64_t, kMostTaps> taps{};
+    for (int64_t i = 0; i < count; ++i) taps[i] = f + s * (axis.transposed ? count - 1 - i : i);
     if (!axis.transposed) {
-      found.push_back({{f, f + s}, 0, 1, axis.out, f - axis.padding, s});
+      found.push_back({taps, 0, 1, axis.out, f - axis.padding, s});
       continue;
     }
-    // Output o = s*q + f - padding reads q - 1 through tap f + s, and q through tap f.
+    // Output o = s*q + f - padding reads q through tap f, q - 1 through tap f + s, and so on.
     const int64_t q = divide_up(axis.padding - f, s), first = s * q + f - axis.padding;
-    if (first < axis.out) found.push_back({{f + s, f}, first, s, divide_up(axis.out - first, s), q - 1, 1});
+    if (first < axis.out) found.push_back({taps, first, s, divide_up(axis.out - first, s), q - count + 1, 1});
   }
   return found;
 }
 
 bool can_winograd(const Contraction& c) {
-  const auto covers = [](const Axis& a) {
-    return a.kernel == 2 * a.stride && a.stride <= 2 && a.dilation == 1;
+  const auto covers = [](const Axis& a, int64_t taps) {
+    return a.kernel == taps * a.stride && a.stride <= 2 && a.dilation == 1;
   };
-  return covers(c.y) && covers(c.x);
+  return (covers(c.y, 2) && covers(c.x, 2)) || (covers(c.y, 3) && covers(c.x, 3));
 }
 
 void winograd_contract(
     const Contraction& c, c10::ScalarType dtype, const void* in, const Weight& weight, void* out,
     const Epilogue& epilogue) {
   with_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    Winograd<T> winograd(c, static_cast<const T*>(in), static_cast<T*>(out), epilogue);
-    const int64_t size = winograd.weight_size();
-    const auto pack = [&](void* to) { winograd.pack(Rounded(weight, dtype).get(), static_cast<float*>(to)); };
-    std::shared_ptr<const PackedWeight> cached;
-    if (winograd.has_all_phases())  // which there are otherwise depends on the padding, and cached weights don't
-      cached = packed_weight(c, dtype, weight, winograd.layout(), size * int64_t{sizeof(float)}, pack);
-    if (cached) {
-      winograd.run(weight, static_cast<const float*>(cached->data()));
-    } else if (winograd.few_tiles()) {
-      winograd.run(Rounded(weight, dtype).get(), nullptr);
-    } else {
-      static thread_local Scratch scratch;
-      float* packed = scratch.floats(size);
-      pack(packed);
-      winograd.run(weight, packed);
-    }
+    with_filter(c, [&](auto filter) { contract<decltype(zero), decltype(filter)>(c, dtype, in, weight, out, epilogue); });
   });
 }
 

@@ -1,40 +1,32 @@
-// Contractions whose kernel is twice their stride (DCGAN's 4x4 with stride 2), by Winograd's minimal filtering:
-// Winograd, Arithmetic Complexity of Computations (1980); Lavin and Gray, Fast Algorithms for Convolutional Neural
-// Networks (2015).
+// Contractions whose kernel is two or three times their stride (DCGAN's 4x4 with stride 2, 3x3 with stride 1), by
+// Winograd's minimal filtering: Winograd, Arithmetic Complexity of Computations (1980); Lavin and Gray, Fast Algorithms
+// for Convolutional Neural Networks (2015).
 //
-// Along each axis such a `conv` is, for each phase of its input, a dense convolution of two taps, added up over phases;
-// a `conv_transpose` is one for each phase of its output. Two outputs of two taps take three products instead of four,
-//
-//   y0 = d0*g0 + d1*g1 = (d0 - d1)*g0 + d1*(g0 + g1)
-//   y1 = d1*g0 + d2*g1 = d1*(g0 + g1) + (d2 - d1)*g1
-//
-// and tiles of 2x2 outputs nine instead of sixteen, all with factors of 1: the rounding is about that of plain sums.
-// For each of the nine points, tiles times channels are one dense product (gemm.h).
+// Along each axis such a `conv` is, for each phase of its input, a dense convolution of two or three taps, added up over
+// phases; a `conv_transpose` is one for each phase of its output. Tiles of inputs and the taps are transformed
+// (winograd_filters.h); for each of the points, tiles times channels are one dense product (gemm.h).
 #pragma once
 
 #include <array>
 #include <vector>
 
 #include "cpu/contraction/contraction.h"
-#include "cpu/gemm/gemm.h"
 
 namespace fastdcgan::cpu {
 
-constexpr int kSide = 3;                  // inputs of a tile along an axis, and products
-constexpr int kPoints = kSide * kSide;
-constexpr int64_t kOutputs = 2;           // of a tile along an axis
+constexpr int kMostTaps = 3;
 
 // Outputs `first + i*out_step`, i < count, along an axis, that read the inputs `input + i*in_step` through taps[0] and
-// the next ones, `in_step` further, through taps[1].
-struct TwoTaps {
-  std::array<int64_t, 2> taps;
+// the next ones, `in_step` further, through taps[1], and so on.
+struct Phase {
+  std::array<int64_t, kMostTaps> taps;
   int64_t first, out_step, count, input, in_step;
 
-  int64_t tiles() const { return (count + kOutputs - 1) / kOutputs; }
+  int64_t tiles(int64_t outputs) const { return (count + outputs - 1) / outputs; }
 };
 
-// The phases of an axis whose kernel is twice the stride.
-std::vector<TwoTaps> two_taps(const Axis&);
+// The phases of an axis whose kernel is a multiple of its stride.
+std::vector<Phase> phases(const Axis&);
 
 // Whether the functions below can run a contraction.
 bool can_winograd(const Contraction&);

@@ -1,8 +1,5 @@
-// `weight_grad` by Winograd's algorithm: tiles are the depth of a dense product at each of the nine points; sums over
-// all tiles are transformed to taps.
-//
-//   dg0 = d0*y0 + d1*y1 = (d0 - d1)*y0 + d1*(y0 + y1)
-//   dg1 = d1*y0 + d2*y1 = d1*(y0 + y1) + (d2 - d1)*y1
+// `weight_grad` by Winograd's algorithm: tiles are the depth of a dense product at each of the points; sums over all
+// tiles are transformed to taps.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -14,27 +11,46 @@
 namespace fastdcgan::cpu {
 namespace {
 
-constexpr int64_t kTileStride = kDepth * kKernelRows + kWidth;  // between tiles of A; its stores are whole vectors
 constexpr int64_t kColumns = 2 * kPanel;                        // channels of a part
 constexpr int64_t kCachedFloats = 1 << 19;                       // of sums
 constexpr int64_t kRowTiles = 10;                               // whose sums stay in the cache until they are taps
 constexpr int64_t kEnoughTasks = 16;
 constexpr int64_t kSliceTiles = 1024;  // of one task, where tiles are divided among tasks
 
+// Rows of the result, in groups of whole vectors of which whole tiles can be cut.
+struct Rows {
+  static constexpr int64_t kGroup = 4 * kKernelRows;
+  static_assert(kGroup % kWidth == 0);
+
+  int64_t whole, groups;  // groups: with the rest
+  Tiles rest;
+  int64_t count;  // of tiles
+
+  explicit Rows(int64_t rows)
+      : whole(rows / kGroup), groups((rows + kGroup - 1) / kGroup), rest(rows % kGroup), count(4 * whole + rest.count) {}
+  int64_t begin(int64_t tile) const {
+    return tile < 4 * whole ? tile * kKernelRows : whole * kGroup + (rest.count ? rest.begin(tile - 4 * whole) : 0);
+  }
+  int64_t height(int64_t tile) const { return begin(tile + 1) - begin(tile); }
+};
+
 // Some channels of a phase of the gathered side.
 struct Part {
-  TwoTaps y, x;
+  Phase y, x;
   int64_t first, columns;
 };
 
-template <class T>
+template <class T, class F>
 class WinogradGrad {
+  static constexpr int kSide = F::kSide, kPoints = kSide * kSide, kTaps = F::kTaps;
+  static constexpr int64_t kOutputs = F::kOutputs, kDepth = F::kTileDepth;
+
  public:
   WinogradGrad(const Contraction& c, const T* gathered, const T* linear, T* out)
       : c_(c), gathered_(gathered, c.batch, c.y.in, c.x.in, c.in_channels),
         linear_(linear, c.batch, c.y.out, c.x.out, c.out_channels), out_(out), rows_(c.out_channels) {
-    for (const TwoTaps& y : two_taps(c.y))
-      for (const TwoTaps& x : two_taps(c.x))
+    for (const Phase& y : phases(c.y))
+      for (const Phase& x : phases(c.x))
         for (int64_t first = 0; first < c.in_channels; first += kColumns)
           parts_.push_back({y, x, first, std::min(kColumns, c.in_channels - first)});
     width_ = Panels(std::min(kColumns, c.in_channels)).width;
@@ -49,8 +65,12 @@ class WinogradGrad {
   }
 
  private:
-  int64_t tiles() const { return c_.batch * parts_[0].y.tiles() * parts_[0].x.tiles(); }
-  int64_t a_size() const { return kPoints * rows_.count * kTileStride; }
+  int64_t tiles() const { return c_.batch * parts_[0].y.tiles(kOutputs) * parts_[0].x.tiles(kOutputs); }
+  static int64_t a_place(int64_t row, int64_t tile) {
+    return (row / Rows::kGroup * kDepth + tile) * Rows::kGroup + row % Rows::kGroup;
+  }
+  int64_t a_point() const { return rows_.groups * kDepth * Rows::kGroup + kPanel; }
+  int64_t a_size() const { return kPoints * a_point(); }
   int64_t b_point() const { return kDepth * width_ + kPanel; }
   int64_t point_size() const { return c_.out_channels * width_; }
   int64_t part_size() const { return kPoints * point_size(); }
@@ -140,51 +160,37 @@ class WinogradGrad {
       for (int64_t p = 0; p < panels.count; ++p) {
         float* c = sums + point * step + p * kPanel - rows_.begin(first) * width_;
         for (int64_t t = first; t < last; ++t) {
-          const float* rows = a + (point * rows_.count + t) * kTileStride;
+          const float* rows = a + point * a_point() + a_place(rows_.begin(t), 0);
+          // Of the lines of the next tile the last, which the tile before it did not read.
+          const float* ahead = a + point * a_point() + a_place(rows_.begin(t + 1) + kKernelRows - 1, 0);
           multiply<1>(
               rows_.height(t), panels.vectors(p),
-              {rows, kKernelRows, b + point * b_point() + p * kPanel * depth, c + rows_.begin(t) * width_, width_,
-               &piece, 1, add, rows + kTileStride, kKernelRows});
+              {rows, Rows::kGroup, b + point * b_point() + p * kPanel * depth, c + rows_.begin(t) * width_, width_,
+               &piece, 1, add, ahead, Rows::kGroup});
         }
       }
   }
 
-  // A: [point][rows of the result][tile][output channel], of tiles first + [low, high). Whole vectors are stored, whose
-  // ends the next tile overwrites; the last one stays within its own rows, since another thread may have written the
-  // next.
+  // A: [point][group][tile][output channel], of tiles first + [low, high).
   void pack_linear(int64_t first, int64_t low, int64_t high, float* a) const {
-    const int64_t row_size = c_.out_channels + kSpill + kKernelRows, step = rows_.count * kTileStride;
-    static thread_local Scratch scratch;
-    float* rows = scratch.floats(4 * row_size);
-    TilePlace place(parts_[0].y.tiles(), parts_[0].x.tiles(), first + low);
-    for (int64_t k = low; k < high; ++k, place.next()) {
-      for (int64_t i = 0; i < 4; ++i) {
-        const int64_t y = place.y * kOutputs + i / kOutputs, x = place.x * kOutputs + i % kOutputs;
-        linear_.widen_pixel(rows + i * row_size, linear_.pixel(place.n, y, x), c_.out_channels);
-      }
-      for (int64_t t = 0; t < rows_.count; ++t) {
-        const float* row = rows + rows_.begin(t);
-        float last[kPoints * kWidth], *to = a + t * kTileStride + k * kKernelRows;
-        const bool within = k + 1 == high;
-        transform_weight(
-            load(row), load(row + row_size), load(row + 2 * row_size), load(row + 3 * row_size), within ? last : to,
-            within ? int64_t{kWidth} : step);
-        for (int64_t point = 0; within && point < kPoints; ++point)
-          std::copy_n(last + point * kWidth, kKernelRows, to + point * step);
-      }
-    }
+    TilePlace place(parts_[0].y.tiles(kOutputs), parts_[0].x.tiles(kOutputs), first + low);
+    for (int64_t k = low; k < high; ++k, place.next())
+      for (int64_t c = 0; c < c_.out_channels; c += cpu::kDepth)
+        transform_pixels<F::output_adjoint, F::kOutputs, kSide>(
+            linear_, place.n, {place.y * kOutputs, place.x * kOutputs, 1, 1}, c,
+            std::min(c + cpu::kDepth, c_.out_channels), [&](int64_t n) { return a + a_place(c + n, k); }, a_point());
   }
 
   // B: [point][panel][tile][column], of tiles first + [0, depth).
   void pack_gathered(const Part& part, int64_t first, int64_t depth, float* b) const {
     const Panels panels(part.columns);
-    TilePlace place(part.y.tiles(), part.x.tiles(), first);
+    TilePlace place(part.y.tiles(kOutputs), part.x.tiles(kOutputs), first);
     for (int64_t k = 0; k < depth; ++k, place.next()) {
       const auto to = [&](int64_t column) {
         const int64_t p = column / kPanel;
         return b + p * kPanel * depth + k * panels.vectors(p) * kWidth + column % kPanel;
       };
-      transform_input(gathered_, part.y, part.x, place, part.first, part.first + part.columns, to, b_point());
+      transform_input<F>(gathered_, part.y, part.x, place, part.first, part.first + part.columns, to, b_point());
     }
   }
 
@@ -197,9 +203,9 @@ class WinogradGrad {
           float* sum = row + point * step + n;
           store(sum, load(sum) + load(sum + s * slice_size));
         }
-    for (int64_t n = 0; n < width_; n += kWidth) transform_output(row + n, step);
-    for (int64_t i = 0; i < kOutputs * kOutputs; ++i) {
-      const int64_t ky = part.y.taps[i / kOutputs], kx = part.x.taps[i % kOutputs];
+    for (int64_t n = 0; n < width_; n += kWidth) transform_in_place<F::weight_adjoint, kSide, kTaps>(row + n, step);
+    for (int64_t i = 0; i < kTaps * kTaps; ++i) {
+      const int64_t ky = part.y.taps[i / kTaps], kx = part.x.taps[i % kTaps];
       const int64_t tap = (channel * c_.y.kernel + ky) * c_.x.kernel + kx;
       narrow(out_ + tap * c_.in_channels + part.first, row + i * step, part.columns);
     }
@@ -208,7 +214,7 @@ class WinogradGrad {
   const Contraction& c_;
   TileImage<T> gathered_, linear_;
   T* out_;
-  Tiles rows_;
+  Rows rows_;
   std::vector<Part> parts_;
   int64_t width_;  // of a part's sums
 };
@@ -219,7 +225,11 @@ void winograd_weight_grad(
     const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    WinogradGrad<T>(c, static_cast<const T*>(gathered), static_cast<const T*>(linear), static_cast<T*>(out)).run();
+    with_filter(c, [&](auto filter) {
+      WinogradGrad<T, decltype(filter)>(
+          c, static_cast<const T*>(gathered), static_cast<const T*>(linear), static_cast<T*>(out))
+          .run();
+    });
   });
 }
 

@@ -8,7 +8,7 @@
 
 #include "cpu/elementwise/widen.h"
 #include "cpu/gemm/gemm.h"
-#include "cpu/winograd/winograd.h"
+#include "cpu/winograd/winograd_filters.h"
 
 namespace fastdcgan::cpu {
 
@@ -71,72 +71,55 @@ struct TileImage {
   }
 };
 
-// The transform of three inputs along an axis.
-inline void transform_three(Floats d[kSide]) {
-  d[0] -= d[1];
-  d[2] -= d[1];
-}
+// A square of pixels: those of the first row and column, and how far the next ones are.
+struct Square {
+  int64_t y, x, y_step, x_step;
+};
 
-// Nine vectors at `to`, `step` apart, from those at `from[i] + at`.
-inline void transform_nine(const float* const* from, int64_t at, float* to, int64_t step) {
-  Floats d[kSide][kSide];
-#pragma GCC unroll 3
-  for (int i = 0; i < kSide; ++i) {
-#pragma GCC unroll 3
-    for (int j = 0; j < kSide; ++j) d[i][j] = load(from[i * kSide + j] + at);
-    transform_three(d[i]);
-  }
-#pragma GCC unroll 3
-  for (int j = 0; j < kSide; ++j) {
-    Floats column[kSide] = {d[0][j], d[1][j], d[2][j]};
-    transform_three(column);
-#pragma GCC unroll 3
-    for (int i = 0; i < kSide; ++i) store(to + (i * kSide + j) * step, column[i]);
-  }
-}
-
-// Channels [low, high) of a tile's inputs, at most kDepth of them, at nine points `step` apart: a vector of channels
-// from low + c on goes to `to(c)`. Zeros fill the last vector.
-template <class T, class To>
-inline void transform_input(
-    const TileImage<T>& in, const TwoTaps& y, const TwoTaps& x, const TilePlace& place, int64_t low, int64_t high,
-    const To& to, int64_t step) {
-  const T* from[kPoints];
-  const int64_t iy = y.input + place.y * kOutputs * y.in_step, ix = x.input + place.x * kOutputs * x.in_step;
-  const int64_t y_end = iy + (kSide - 1) * y.in_step, x_end = ix + (kSide - 1) * x.in_step;
-  if (iy >= 0 && y_end < in.height && ix >= 0 && x_end < in.width) {
-    const T* first = in.data + ((place.n * in.height + iy) * in.width + ix) * in.channels + low;
-    const int64_t row = y.in_step * in.width * in.channels, column = x.in_step * in.channels;
-    for (int i = 0; i < kPoints; ++i) from[i] = first + i / kSide * row + i % kSide * column;
+// Channels [low, high) of kIn x kIn pixels, at most kDepth of them, transformed by a filter's kLine to kOut x kOut
+// vectors `step` apart: those of channels from low + c on go to `to(c)`. Zeros fill the last vector.
+template <auto kLine, int kIn, int kOut, class T, class To>
+inline void transform_pixels(
+    const TileImage<T>& in, int64_t n, const Square& at, int64_t low, int64_t high, const To& to, int64_t step) {
+  const T* from[kIn * kIn];
+  const int64_t y_end = at.y + (kIn - 1) * at.y_step, x_end = at.x + (kIn - 1) * at.x_step;
+  if (at.y >= 0 && y_end < in.height && at.x >= 0 && x_end < in.width) {
+    const T* first = in.data + ((n * in.height + at.y) * in.width + at.x) * in.channels + low;
+    const int64_t row = at.y_step * in.width * in.channels, column = at.x_step * in.channels;
+    for (int i = 0; i < kIn * kIn; ++i) from[i] = first + i / kIn * row + i % kIn * column;
   } else {
-    for (int i = 0; i < kPoints; ++i)
-      from[i] = in.pixel(place.n, iy + i / kSide * y.in_step, ix + i % kSide * x.in_step) + low;
+    for (int i = 0; i < kIn * kIn; ++i)
+      from[i] = in.pixel(n, at.y + i / kIn * at.y_step, at.x + i % kIn * at.x_step) + low;
   }
   const int64_t channels = high - low;
-  if constexpr (std::is_same_v<T, float>) {
-    if (channels % kWidth == 0) {
-      for (int64_t c = 0; c < channels; c += kWidth) transform_nine(from, c, to(c), step);
-      return;
+  const auto transform_all = [&](const float* const* rows) {
+    for (int64_t c = 0; c < channels; c += kWidth) {
+      float* first = to(c);
+      transform<kLine, kIn, kOut>(
+          [&](int i, int j) { return load(rows[i * kIn + j] + c); },
+          [&](int i, int j, Floats v) { store(first + (i * kOut + j) * step, v); });
     }
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    if (channels % kWidth == 0) return transform_all(from);
   }
-  alignas(64) float wide[kPoints][kDepth + kSpill];
-  const float* rows[kPoints];
-  for (int i = 0; i < kPoints; ++i) {
+  alignas(64) float wide[kIn * kIn][kDepth + kSpill];
+  const float* rows[kIn * kIn];
+  for (int i = 0; i < kIn * kIn; ++i) {
     in.widen_pixel(wide[i], from[i], channels);
     rows[i] = wide[i];
   }
-  for (int64_t c = 0; c < channels; c += kWidth) transform_nine(rows, c, to(c), step);
+  transform_all(rows);
 }
 
-// Nine points from the vectors of four taps.
-inline void transform_weight(Floats g00, Floats g01, Floats g10, Floats g11, float* to, int64_t step) {
-  const Floats rows[kSide][2] = {{g00, g01}, {g00 + g10, g01 + g11}, {g10, g11}};
-#pragma GCC unroll 3
-  for (int i = 0; i < kSide; ++i) {
-    store(to + i * kSide * step, rows[i][0]);
-    store(to + (i * kSide + 1) * step, rows[i][0] + rows[i][1]);
-    store(to + (i * kSide + 2) * step, rows[i][1]);
-  }
+// The inputs of a tile.
+template <class F, class T, class To>
+inline void transform_input(
+    const TileImage<T>& in, const Phase& y, const Phase& x, const TilePlace& place, int64_t low, int64_t high,
+    const To& to, int64_t step) {
+  const Square square{
+      y.input + place.y * F::kOutputs * y.in_step, x.input + place.x * F::kOutputs * x.in_step, y.in_step, x.in_step};
+  transform_pixels<F::input, F::kSide, F::kSide>(in, place.n, square, low, high, to, step);
 }
 
 // Rows of `width` columns for `depth` input channels, of which `columns` are there: element (k, n) of a tap, at
@@ -168,35 +151,30 @@ inline void widen_tap(
   }
 }
 
-// A panel [depth, width] of B at each of nine points `step` apart, from the four taps at `from`. Elements as above.
-template <class T>
+// A panel [depth, width] of B at each of the points, which are `step` apart, from the taps at `from`. Elements as above.
+template <class F, class T>
 inline void transform_weights(
     const T* const* from, int64_t k_step, int64_t depth, int64_t n_step, int64_t columns, int64_t width, float* to,
     int64_t step) {
-  alignas(64) float taps[4][kWidth * kPanel];
+  constexpr int kTaps = F::kTaps, kSide = F::kSide;
+  alignas(64) float taps[kTaps * kTaps][kWidth * kPanel];
   for (int64_t k = 0; k < depth; k += kWidth) {
     const int64_t rows = std::min<int64_t>(kWidth, depth - k);
-    for (int i = 0; i < 4; ++i) widen_tap(taps[i], from[i] + k * k_step, k_step, rows, n_step, columns, width);
-    for (int64_t i = 0; i < rows * width; i += kWidth)
-      transform_weight(
-          load(taps[0] + i), load(taps[1] + i), load(taps[2] + i), load(taps[3] + i), to + k * width + i, step);
+    for (int i = 0; i < kTaps * kTaps; ++i)
+      widen_tap(taps[i], from[i] + k * k_step, k_step, rows, n_step, columns, width);
+    for (int64_t n = 0; n < rows * width; n += kWidth)
+      transform<F::weight, kTaps, kSide>(
+          [&](int i, int j) { return load(taps[i * kTaps + j] + n); },
+          [&](int i, int j, Floats v) { store(to + k * width + n + (i * kSide + j) * step, v); });
   }
 }
 
-// 2x2 sums from nine points, in place of the first four.
-inline void transform_output(float* at, int64_t step) {
-  Floats rows[kOutputs][kSide];
-#pragma GCC unroll 3
-  for (int j = 0; j < kSide; ++j) {
-    const Floats middle = load(at + (kSide + j) * step);
-    rows[0][j] = load(at + j * step) + middle;
-    rows[1][j] = middle + load(at + (2 * kSide + j) * step);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < kOutputs; ++i) {
-    store(at + i * kOutputs * step, rows[i][0] + rows[i][1]);
-    store(at + (i * kOutputs + 1) * step, rows[i][1] + rows[i][2]);
-  }
+// Vectors at `step` of kIn x kIn places, transformed in place of the first kOut x kOut.
+template <auto kLine, int kIn, int kOut>
+inline void transform_in_place(float* at, int64_t step) {
+  transform<kLine, kIn, kOut>(
+      [&](int i, int j) { return load(at + (i * kIn + j) * step); },
+      [&](int i, int j, Floats v) { store(at + (i * kOut + j) * step, v); });
 }
 
 }  // namespace fastdcgan::cpu

@@ -165,7 +165,8 @@ int main() {
   };
   const Axis axes[][2] = {{axis(4, 2, 1, 1, 8), axis(4, 2, 1, 1, 6)}, {axis(2, 1, 1, 1, 2), axis(4, 2, 2, 1, 7)},
                           {axis(4, 1, 0, 1, 4), axis(4, 1, 0, 1, 4)}, {axis(3, 1, 1, 1, 5), axis(1, 1, 0, 1, 3)},
-                          {axis(3, 3, 2, 2, 7), axis(2, 3, 4, 3, 5)}, {axis(4, 2, 1, 1, 22), axis(3, 1, 1, 1, 27)}};
+                          {axis(3, 3, 2, 2, 7), axis(2, 3, 4, 3, 5)}, {axis(4, 2, 1, 1, 22), axis(3, 1, 1, 1, 27)},
+                          {axis(3, 1, 1, 1, 7), axis(6, 2, 2, 1, 10)}};
   for (const auto& [y, x] : axes)
     for (int64_t batch : {1, 4})
       for (int64_t channels : {1, 3, 16, 33})

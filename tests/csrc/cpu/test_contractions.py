@@ -224,10 +224,12 @@ def test_statistics(cpu: Kernels, dtype: torch.dtype, groups: int) -> None:
     check_statistics(cpu, dtype, groups, ((4, 4), (2, 16), (32, 8)))
 
 
-def check_statistics(cpu: Kernels, dtype: torch.dtype, groups: int, shapes: tuple[tuple[int, int], ...]) -> None:
+def check_statistics(
+    cpu: Kernels, dtype: torch.dtype, groups: int, shapes: tuple[tuple[int, int], ...], g: Geometry = K4
+) -> None:
     """The epilogue "stats" of 24 -> 50 channels; `shapes`: batches, and the sides of their images."""
     for batch, size in shapes:
-        case = Case(batch, 24, (size, size), 50, K4, dtype)
+        case = Case(batch, 24, (size, size), 50, g, dtype)
         for op in ("conv", "conv_transpose"):
             (out, got), (_, vanilla), (_, truth) = case.three(cpu, op, Epilogue("stats", stat_groups=groups))
             assert torch.equal(out, case.contract(cpu, op)[0])
@@ -256,7 +258,9 @@ def test_statistics_of_a_constant_image(cpu: Kernels, g: Geometry, channels: int
     able = [(on, name) for on in (cpu, Kernels(*DIRECT), Kernels("winograd")) for name in on.able(call)]
     assert able
     for on, name in able:
-        check_constant(*run(on, call, name), name)
+        # The outputs of a tile are other sums of the same products; 16 bits hide that.
+        differ = "winograd" in name and g.kernel == (3, 3) and dtype == torch.float32
+        check_constant(*run(on, call, name), name, 1e-6 if differ else 0.0)
 
 
 def test_a_weight_may_lie_as_it_likes(cpu: Kernels) -> None:
@@ -442,7 +446,7 @@ def test_bad_calls(cpu: Kernels) -> None:
 
 def test_algorithms_that_can_not_run() -> None:
     op, x = torch.ops.fastdcgan_cpu, torch.zeros(2, 4, 8, 8)
-    for kernel, stride, dilation in [((3, 3), (1, 1), (1, 1)), ((6, 6), (3, 3), (1, 1)), ((4, 4), (2, 2), (1, 2))]:
+    for kernel, stride, dilation in [((3, 3), (2, 2), (1, 1)), ((6, 6), (3, 3), (1, 1)), ((4, 4), (2, 2), (1, 2))]:
         size = Geometry(kernel, stride, (1, 1), dilation).conv_size(8, 8)
         assert "winograd" not in op.algorithms("conv", 4, 6, kernel, stride, dilation, torch.float32, False)
         with pytest.raises(ValueError, match=r"no algorithm 'winograd' .*; there are: image_side, gemm"):

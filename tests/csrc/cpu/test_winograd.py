@@ -29,7 +29,9 @@ from tests.machine import run_capped
 
 pytestmark = pytest.mark.skipif(STATUS != "available", reason=STATUS)
 
-ABLE = [name for name, (*_, g) in BLOCKS.items() if g.dilation == (1, 1) and g.kernel == (2 * g.stride[0],) * 2]
+K3 = Geometry((3, 3), padding=(1, 1))
+KERNELS = pytest.mark.parametrize("g", [K4, K3], ids=["4x4", "3x3"])
+ABLE = [name for name, (*_, g) in BLOCKS.items() if g in (K4, K3)]
 
 
 @pytest.fixture
@@ -46,28 +48,32 @@ def test_blocks(cpu: Kernels, name: str, dtype: torch.dtype) -> None:
 @settings(max_examples=120)
 @given(data=st.data())
 def test_drawn_geometries(data: st.DataObject) -> None:
-    """Sums of 32 terms and more. Those of four, say, have the rounding of the sums in the transforms."""
+    """Sums of 32 terms and more, or 128. Those of four, say, have the rounding of the sums in the transforms."""
+    taps = data.draw(st.integers(2, 3))
     stride = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
     padding = data.draw(st.tuples(st.integers(0, 5), st.integers(0, 5)))
-    g = Geometry((2 * stride[0], 2 * stride[1]), stride, padding)
+    g = Geometry((taps * stride[0], taps * stride[1]), stride, padding)
     size = data.draw(st.tuples(st.integers(1, 11), st.integers(1, 11)))
     assume(min(g.conv_size(*size)) >= 1)
     channels = st.one_of(st.integers(8, 40), st.sampled_from([64, 96, 270]))
     dtype, area = data.draw(st.sampled_from(DTYPES)), math.prod(g.conv_size(*size))
-    batch = data.draw(st.integers(-(-32 // area), -(-32 // area) + 4))
+    fewest = -(-{2: 32, 3: 128}[taps] // area)
+    batch = data.draw(st.integers(fewest, fewest + 4))
     Case(batch, data.draw(channels), size, data.draw(channels), g, dtype).check(Kernels("winograd"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_tiles(cpu: Kernels, dtype: torch.dtype) -> None:
+@KERNELS
+def test_many_tiles(cpu: Kernels, g: Geometry, dtype: torch.dtype) -> None:
     """Several blocks of tiles, chunks of depth, and slices of a weight's gradient."""
-    Case(20, 72, (32, 30), 50, K4, dtype).check(cpu)
+    Case(22, 136 if g is K3 else 72, (32, 46), 34, g, dtype).check(cpu)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_activated_outputs(cpu: Kernels, act: str) -> None:
+@pytest.mark.parametrize("name", ["wide, few pixels", "3x3"])
+def test_activated_outputs(cpu: Kernels, name: str, act: str) -> None:
     slope = ACTIVATIONS[act].default_slope
-    case = block("wide, few pixels", torch.float32)
+    case = block(name, torch.float32)
     coef = torch.randn(4, 1, case.dy.shape[1], generator=torch.Generator().manual_seed(4)) * 0.1
     results = [found[0] for found in case.three(cpu, "conv", Epilogue("activate", None, coef, act, slope))]
     assert_as_accurate(*results, act, reduction=case.terms("conv"), scale=1.0)
@@ -75,24 +81,29 @@ def test_activated_outputs(cpu: Kernels, act: str) -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_statistics(cpu: Kernels, dtype: torch.dtype, groups: int) -> None:
-    check_statistics(cpu, dtype, groups, ((4, 4), (2, 18), (32, 8), (6, 7)))
+@KERNELS
+def test_statistics(cpu: Kernels, g: Geometry, dtype: torch.dtype, groups: int) -> None:
+    check_statistics(cpu, dtype, groups, ((4, 4), (2, 18), (32, 8), (6, 7)), g)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, 100.0, 1e4])
-def test_rounding_is_that_of_plain_sums(cpu: Kernels, offset: float) -> None:
-    """Twice vanilla's error and not a bit more, in all that `verdict` judges: also where inputs differ by little, and
-    where the taps of a weight cancel."""
-    case = Case(8, 128, (16, 16), 128, K4, torch.float32)
+@KERNELS
+def test_rounding_is_about_that_of_plain_sums(cpu: Kernels, g: Geometry, offset: float) -> None:
+    """Also where inputs differ by little, and where the taps of a weight cancel. For 4x4 kernels twice vanilla's error
+    and not a bit more, in all that `verdict` judges. The transforms for 3x3 ones have factors beside 1: other points
+    than theirs would double the error. Vanilla's gradient of a weight errs by hardly more than a rounding."""
+    case = Case(8, 128, (16, 16), 128, g, torch.float32)
     case.x += offset
     case.dy += offset
     for cancels in (False, True):
         if cancels:
-            case.weight[..., 1::2] = -case.weight[..., ::2] * (1 + 1e-4)
+            case.weight[..., 1::2] = -case.weight[..., :-1:2] * (1 + 1e-4)
+            case.weight[..., 2 * (g.kernel[1] // 2) :] *= 1e-4
         got, vanilla, truth = case.run(cpu), case.run(REFERENCE), case.run(REFERENCE, wide=True)
         for op in got:
             error, usual = (float((r[op] - truth[op]).norm()) for r in (got, vanilla))
-            assert error <= 2 * usual, f"{op}: {error / usual:.2f} times vanilla's"
+            most = 2 if g is K4 else 5 if op == "weight_grad" else 2.5
+            assert error <= most * usual, f"{op}: {error / usual:.2f} times vanilla's"
             assert not verdict(got[op], vanilla[op], truth[op], reduction=case.terms(op))
 
 
@@ -106,8 +117,24 @@ def test_what_is_not_finite_stays_where_it_is(cpu: Kernels) -> None:
         assert torch.equal(got[op].isfinite(), expected[op].isfinite()), op
 
 
-def test_denormal_numbers(cpu: Kernels) -> None:
-    case = block("wide", torch.float32)
+def test_what_is_not_finite_stays_in_its_tiles(cpu: Kernels) -> None:
+    """Those of 4x4 outputs: every input of a tile is a term of each of its outputs, be it with a factor of 0."""
+    case = block("3x3", torch.float32)
+    case.x[-1, 1, 2, 8] = math.nan
+    case.dy[0, 0, 2, 0] = math.inf
+    got, expected = case.run(cpu), case.run(REFERENCE, wide=True)
+    for op in got:
+        least = ~expected[op].isfinite()
+        tiles = torch.nn.functional.max_pool2d(least.float(), 4, ceil_mode=True).bool()
+        spoiled = tiles.repeat_interleave(4, 2).repeat_interleave(4, 3)[..., : least.shape[2], : least.shape[3]]
+        found = ~got[op].isfinite()
+        assert found[least].all() and not found[~spoiled].any(), op
+        assert not found.all(), op
+
+
+@pytest.mark.parametrize("name", ["wide", "3x3"])
+def test_denormal_numbers(cpu: Kernels, name: str) -> None:
+    case = block(name, torch.float32)
     case.x *= 1e-39
     case.dy *= 1e-39
     case.weight.copy_(case.weight.sign())
@@ -116,8 +143,9 @@ def test_denormal_numbers(cpu: Kernels) -> None:
         assert (got[op].double() - expected[op]).abs().max() <= 1e-5 * expected[op].abs().max()
 
 
-def test_a_weight_may_lie_as_it_likes(cpu: Kernels) -> None:
-    case = block("wide, few pixels", torch.float32)
+@pytest.mark.parametrize("name", ["wide, few pixels", "3x3"])
+def test_a_weight_may_lie_as_it_likes(cpu: Kernels, name: str) -> None:
+    case = block(name, torch.float32)
     expected = case.run(cpu)
     plain = case.weight.contiguous(memory_format=torch.contiguous_format)
     reversed_ = plain.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
@@ -159,16 +187,17 @@ def test_a_cached_weight_has_all_phases(cpu: Kernels) -> None:
 
 
 # Work is cut up in other ways where there are few tiles and many channels.
-WIDE = {"few tiles, 128 to 256": (5, 128, 256), "few tiles, 256 to 512": (3, 256, 512)}
+WIDE = {
+    "few tiles, 128 to 256": (5, 128, (8, 8), 256, K4),
+    "few tiles, 256 to 512": (3, 256, (8, 8), 512, K4),
+    "few tiles, 3x3": (3, 256, (8, 8), 320, K3),
+    "many tiles, 3x3": (9, 288, (16, 16), 320, K3),
+}
 
 
 @pytest.mark.parametrize("name", [*ABLE, *WIDE])
 def test_same_bits_whatever_the_threads(cpu: Kernels, name: str) -> None:
-    if name in WIDE:
-        batch, inputs, outputs = WIDE[name]
-        case = Case(batch, inputs, (8, 8), outputs, K4, torch.float32)
-    else:
-        case = block(name, torch.float32)
+    case = Case(*WIDE[name], torch.float32) if name in WIDE else block(name, torch.float32)
     case.check(cpu)
     case.check_threads(cpu)
 
@@ -177,8 +206,15 @@ def test_the_rule() -> None:
     cpu = CPUBackend()
     cpu._processor_has_amx = False
 
-    def fits(op: str, gathered: tuple, linear: tuple, dtype: torch.dtype = torch.float32, cached: bool = False) -> bool:
-        return cpu._why_not_filter(op, Sides(gathered, linear, 16, dtype, cached)) is None
+    def fits(
+        op: str,
+        gathered: tuple,
+        linear: tuple,
+        dtype: torch.dtype = torch.float32,
+        cached: bool = False,
+        taps: int = 16,
+    ) -> bool:
+        return cpu._why_not_filter(op, Sides(gathered, linear, taps, dtype, cached)) is None
 
     sizes = (8, 16, 32, 32), (8, 32, 16, 16)
     for op in ("conv", "conv_transpose", "weight_grad"):
@@ -191,6 +227,8 @@ def test_the_rule() -> None:
     assert not fits("conv", *few) and fits("conv", *few, cached=True)
     assert fits("weight_grad", *few)
     assert not fits("weight_grad", (1, 16, 8, 8), (1, 16, 4, 4))
+    for op in ("conv", "weight_grad"):
+        assert fits(op, (2, 64, 8, 8), (2, 64, 8, 8), taps=9) and not fits(op, (1, 64, 8, 8), (1, 64, 8, 8), taps=9)
     assert fits("conv", *sizes, torch.bfloat16)
     cpu._processor_has_amx = True
     assert not fits("conv", *sizes, torch.bfloat16)
