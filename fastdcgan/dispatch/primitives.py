@@ -10,6 +10,7 @@ and knows no autograd: `engine/autograd.py` differentiates.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,7 @@ _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", float: "float
 _Written = Annotated[Tensor, "is written to"]
 
 
+@functools.cache  # it is asked at every call of an operator, and takes a tenth of a millisecond
 def _fields(kind: Any) -> dict[str, Any] | None:
     """The fields of a type that is passed field by field, or None."""
     return typing.get_type_hints(kind) if kind in (Operand, Epilogue, Geometry) else None
@@ -148,12 +150,24 @@ def _quietly(first: Tensor, function: Callable, *args: Any) -> Any:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_watched = False
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Inside a `with`, primitives run as registered operators, which is how compiled code calls them."""
+    global _watched
+    before, _watched = _watched, True
+    try:
+        yield
+    finally:
+        _watched = before
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
     """Whether nobody watches: no compiler, no dispatch mode, no tensor subclass or meta tensor. A primitive then calls
     its backend at once, without the way through the dispatcher."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if _watched or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     for t in tensors:  # noqa: SIM110  all() of a generator takes twice as long, on the way of every call
         if t is not None and (t.__class__ not in _PLAIN or t.is_meta):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,13 +71,13 @@ class Chain:
             if recorder is not None:
                 recorder.extend(Record(b.conv, tuple(x.shape), compute_dtype(x), None, why) for b in found.blocks)
             self.ran_modules = True
-            return self._as_modules(x, stat_groups)
+            return self.as_modules(x, stat_groups)
         self.ran_modules = False
         tensors = [_tensors(b) for b in found.blocks]
         given = [x, *(t for block in tensors for t in block)]
         direct = primitives.unwatched(*given)
         if not direct and not torch.compiler.is_compiling() and any(map(_knows_only_torch, given)):
-            return self._as_modules(x, stat_groups)
+            return self.as_modules(x, stat_groups)
         given[0] = entered = self._entered(x)
         autocast = autocast_dtype(x)
         backend = backends.select(backends.requested(), x.device.type, autocast or x.dtype)
@@ -97,7 +98,7 @@ class Chain:
         pad = self._found.pad
         return x if pad is None else F.pad(x, pad[0], pad[1])
 
-    def _as_modules(self, x: Tensor, stat_groups: int) -> Tensor:
+    def as_modules(self, x: Tensor, stat_groups: int) -> Tensor:
         for block in self._found.blocks:
             for module in block.modules():
                 x = call_alone(module, x, stat_groups)
@@ -146,12 +147,12 @@ class Chain:
     def _key(
         self,
         x: Tensor,
-        tensors: list[BlockTensors],
+        tensors: Sequence[BlockTensors],
         stat_groups: int,
         boundaries: str,
         backend: str,
         autocast: torch.dtype | None,
-        given: list[Tensor | None],
+        given: Sequence[Tensor | None],
     ) -> tuple:
         """All that a plan is made for."""
         return (
@@ -194,40 +195,75 @@ class Chain:
         begin = autotune.may_begin(rule.calls)
         if rule.calls > 1 and not begin:
             return rule
-        plans: dict[str, Planned] = {"fused": rule}
-        entered = self._entered(x)
+        plans, entered = {"fused": rule}, self._entered(x)
         if not any(map(says_channels_last, (entered, *(t.weight for t in tensors)))):
             for format, last in (("contiguous", False), ("channels_last", True)):
                 other = self._planned(entered, tensors, stat_groups, "auto", backend, True, last)
                 plans[f"fused in {format}"] = rule if last == rule.plan.channels_last else other
             del plans["fused"]
+        runs: dict[str, choice.Run] = {name: self._fused(p, stat_groups, backend) for name, p in plans.items()}
+        if backends.requested() == "auto":
+            runs = {choice.MODULES: functools.partial(choice.modules, self._found.blocks, stat_groups), **runs}
+        found = self._fastest(rule, runs, x, tensors, running, begin)
+        if found is None:
+            return rule
+        planned = plans.get(found.name, rule)
+        planned.settled = True
+        planned.why_modules = found.why if found.name == choice.MODULES else None
+        return planned
 
-        def fused(planned: Planned, x: Tensor, tensors: list[BlockTensors], running: list[Running | None]) -> Tensor:
+    def _fused(self, planned: Planned, stat_groups: int, backend: str) -> choice.Run:
+        def run(x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]) -> Tensor:
             entered = self._entered(x)
             given = [entered, *(t for block in tensors for t in block)]
             if primitives.unwatched(*given):  # what comes before any plan runs is timed too
                 self._key(entered, tensors, stat_groups, "auto", backend, autocast_dtype(x), given)
             return planned(entered, tensors, running)
 
-        runs: dict[str, choice.Run] = {name: functools.partial(fused, planned) for name, planned in plans.items()}
-        if backends.requested() == "auto":
-            runs = {choice.MODULES: functools.partial(choice.modules, self._found.blocks, stat_groups), **runs}
-        blocks = tuple(replace(b, slope=ACTIVATIONS[b.act].default_slope) for b in rule.plan.blocks)
+        return run
+
+    def _fastest(
+        self,
+        rule: Planned,
+        runs: dict[str, choice.Run],
+        x: Tensor,
+        tensors: list[BlockTensors],
+        running: Sequence[Running | None],
+        begin: bool,
+    ) -> choice.Choice | None:
+        """The candidate that is known to be the fastest, or is measured now if it may `begin`."""
+        plan = rule.plan
+        blocks = tuple(replace(b, slope=ACTIVATIONS[b.act].default_slope) for b in plan.blocks)
         given = [x, *(t for block in tensors for t in block[:4])]
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in given]
         formats = [says_channels_last(t) for t in (x, *(t.weight for t in tensors))]
-        problem = (blocks, stat_groups, tuple(x.shape), x.dtype, autocast_dtype(x), needs, formats)
-        channels = [tuple(t.weight.shape) for t in tensors]
-        name = repr((*problem, channels))
+        problem = (blocks, plan.stat_groups, tuple(x.shape), x.dtype, autocast_dtype(x), needs, formats)
+        name = repr((*problem, [tuple(t.weight.shape) for t in tensors], list(runs)))
         found = choice.known(name, runs, x.device)
-        if found is None:
-            if not begin:
-                return rule
-            found = choice.measure(name, runs, x, tensors, running)
-        planned = plans.get(found.name, rule)
-        planned.settled = True
-        planned.why_modules = found.why if found.name == choice.MODULES else None
-        return planned
+        return choice.measure(name, runs, x, tensors, running) if found is None and begin else found
+
+    def compiles_to_modules(self, x: Tensor, stat_groups: int) -> bool:
+        """Whether torch.compile gets PyTorch's modules for calls with tensors like `x`, since it was measured to make
+        of them what is as fast as this chain, or is now."""
+        tensors = [_stored(b) for b in self._found.blocks]
+        given = [x, *(t for block in tensors if block is not None for t in block)]
+        backend = backends.select(backends.requested(), x.device.type, compute_dtype(x))
+        if None in tensors or not primitives.unwatched(*given) or not self._has_choice(x, "auto", backend):
+            return False
+        norms = [b.norm for b in self._found.blocks if b.norm is not None]
+        breaks = any(n.training and n.momentum is None for n in norms)  # the graph: PyTorch reads the count of batches
+        if breaks or backends.requested() != "auto":
+            return False
+        found = [t for t in tensors if t is not None]
+        rule = self._planned(self._entered(x), found, stat_groups, "auto", backend, direct=False)
+        runs: dict[str, choice.Run] = {
+            choice.COMPILED: functools.partial(choice.compiled, self._found.blocks),
+            "fused": self._fused(rule, stat_groups, backend),
+        }
+        running = [_running(b.norm, t) for b, t in zip(self._found.blocks, found, strict=True)]
+        with primitives.watched():
+            fastest = self._fastest(rule, runs, x, found, running, begin=True)
+        return fastest is not None and fastest.name == choice.COMPILED
 
 
 def _knows_only_torch(t: Tensor | None) -> bool:
@@ -255,6 +291,20 @@ def _tensors(found: FoundBlock) -> BlockTensors:
     bn_weight, bn_bias = (_of(norm, norm._parameters, name) for name in ("weight", "bias"))
     mean, var = (_of(norm, norm._buffers, name) for name in ("running_mean", "running_var"))
     return BlockTensors(weight, bias, bn_weight, bn_bias, mean, var)
+
+
+def _stored(found: FoundBlock) -> BlockTensors | None:
+    """Tensors like those of `_tensors`, as they are stored: nothing is computed or updated. None where no stored one is
+    like the weight."""
+    conv, norm = found.conv, found.norm
+    weight = next((p for p in conv.parameters() if p.dim() == 4), None)  # or what the weight is computed from
+    if weight is None:
+        return None
+    bias = conv._parameters.get("bias")
+    if norm is None:
+        return BlockTensors(weight, bias)
+    vectors = (norm._parameters.get("weight"), norm._parameters.get("bias"))
+    return BlockTensors(weight, bias, *vectors, norm._buffers["running_mean"], norm._buffers["running_var"])
 
 
 def _running(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None, t: BlockTensors) -> Running | None:

@@ -2,6 +2,10 @@
 
 What was measured on this machine decides (`dispatch/autotune.py` says when that is), a forward and a backward at a
 time, on tensors of their own: no parameter gets a gradient, no buffer is updated.
+
+torch.compile makes better code of PyTorch's modules than they run by themselves: norms and activations become few
+passes over memory. To compile a chain only to time it would take many seconds, so its convolutions are timed with as
+many copies of their outputs in place of those passes.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from fastdcgan.spec import BlockTensors, Running
 
 KIND = "chains"  # of what the autotune cache keeps
 MODULES = "PyTorch's modules"
+COMPILED = "PyTorch's convolutions and copies of their outputs"
 
 Run = Callable[[Tensor, Sequence[BlockTensors], Sequence[Running | None]], Tensor]
 
@@ -105,14 +110,7 @@ def modules(
 ) -> Tensor:  # fmt: skip
     """What the modules of the blocks do, with other tensors than their own."""
     for block, t, r in zip(found, tensors, running, strict=True):
-        conv, norm = block.conv, block.norm
-        if isinstance(conv, nn.Conv2d):
-            x = nn.Conv2d._conv_forward(conv, x, t.weight, t.bias)
-        else:
-            padding: Any = conv.padding  # never a string there
-            x = F.conv_transpose2d(
-                x, t.weight, t.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation
-            )
+        x, norm = _convolved(block.conv, x, t), block.norm
         if norm is not None:
             batch_stats = norm.training or (t.running_mean is None and t.running_var is None)
             mean, var = (None, None) if norm.training and r is None else (t.running_mean, t.running_var)
@@ -127,3 +125,34 @@ def modules(
         if block.act is not None:
             x = block.act(x)
     return x
+
+
+def compiled(
+    found: Sequence[FoundBlock], x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]
+) -> Tensor:
+    """What takes about as long as the modules of the blocks under torch.compile."""
+    for block, t in zip(found, tensors, strict=True):
+        x = _Passes.apply(_convolved(block.conv, x, t), 1 if block.norm is None else 2)
+    return x
+
+
+class _Passes(torch.autograd.Function):
+    """`count` copies of a tensor forward and of its gradient backward."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, count: int) -> Tensor:
+        ctx.count = count
+        return [y.clone() for _ in range(count)][-1]
+
+    @staticmethod
+    def backward(ctx: Any, da: Tensor) -> tuple[Tensor, None]:
+        return [da.clone() for _ in range(ctx.count)][-1], None
+
+
+def _convolved(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, t: BlockTensors) -> Tensor:
+    if isinstance(conv, nn.Conv2d):
+        return nn.Conv2d._conv_forward(conv, x, t.weight, t.bias)
+    padding: Any = conv.padding  # never a string there
+    return F.conv_transpose2d(
+        x, t.weight, t.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation
+    )

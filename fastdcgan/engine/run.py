@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 import warnings
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.fx
@@ -49,15 +50,40 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
             x = call_alone(module, x, stat_groups)
         return x
     called, as_modules = x, isinstance(x, Tensor) and stat_groups == 1
-    for part in _parts(sequential):
+    for i, part in enumerate(_parts(sequential)):
         if isinstance(part, Alone):
             x = call_alone(part.module, x, stat_groups)
+        elif _compiles_to_modules(sequential, i, x, stat_groups, boundaries):
+            x = part.as_modules(x, stat_groups)
         else:
             x = part(x, stat_groups, boundaries)
             as_modules = as_modules and part.ran_modules
     if as_modules and not torch.compiler.is_compiling():
         sequential.__dict__["_plans"].remember_plain(_glance(sequential, called, stat_groups, boundaries))
     return x
+
+
+def _compiles_to_modules(sequential: nn.Sequential, part: int, x: Tensor, stat_groups: int, boundaries: str) -> bool:
+    """Whether the compiler that traces this call gets PyTorch's modules of a chain (`Chain.compiles_to_modules`)."""
+    if not torch.compiler.is_compiling() or x.device.type != "cpu" or boundaries != "auto":
+        return False
+    hint = torch.fx.experimental.symbolic_shapes.optimization_hint  # sizes may be symbols
+    sizes, strides = tuple(map(hint, x.shape)), tuple(map(hint, x.stride()))
+    return _measured_for_compiler(sequential, part, sizes, strides, x.dtype, x.requires_grad, hint(stat_groups))
+
+
+def _measured_for_compiler(
+    sequential: nn.Sequential, part: int, sizes: tuple, strides: tuple, dtype: torch.dtype, grad: bool, stat_groups: int
+) -> bool:
+    found = segments(sequential)[part]
+    assert isinstance(found, FoundChain)
+    x = torch.empty_strided(sizes, strides, dtype=dtype).fill_(0.5).requires_grad_(grad)
+    with mock.patch.object(torch.compiler, "_is_compiling_flag", False):
+        return Chain(found).compiles_to_modules(x, stat_groups)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler: it runs while the call is traced.
+_measured_for_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _glance(sequential: nn.Sequential, x: Tensor, stat_groups: Any, boundaries: str) -> tuple:

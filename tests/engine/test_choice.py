@@ -77,7 +77,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Clock]:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """How each call of a chain ran."""
     found: list[str] = []
-    as_modules, planned = chain.Chain._as_modules, chain.Planned.__call__
+    as_modules, planned = chain.Chain.as_modules, chain.Planned.__call__
 
     def modules(*args):
         found.append("modules")
@@ -88,7 +88,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             found.append("in channels_last" if self.plan.channels_last else "fused")
         return planned(self, x, tensors, running)
 
-    monkeypatch.setattr(chain.Chain, "_as_modules", modules)
+    monkeypatch.setattr(chain.Chain, "as_modules", modules)
     monkeypatch.setattr(chain.Planned, "__call__", fused)
     return found
 
@@ -216,3 +216,37 @@ def test_explain_says_so(clock: Clock) -> None:
     clock.fastest = "fused in channels_last"
     (row,) = fastdcgan.explain(fused, x[:3])
     assert row.fused and row.backend == "cpu"
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["conv, BN, LeakyReLU", "spectral norm"])
+def test_the_compiler_gets_modules_where_they_are_the_fastest(name: str, dynamic: bool, clock: Clock) -> None:
+    """Measured while the call is traced: nothing is computed, no gradient added, no buffer updated by it."""
+    for clock.fastest in (choice.COMPILED, "fused"):
+        plain, fused, x = pair(name)
+        targets: list[str] = []
+
+        def compile_with(graph: torch.fx.GraphModule, inputs: list, targets: list[str] = targets) -> Callable:
+            targets.extend(str(node.target) for node in graph.graph.nodes)
+            return graph.forward
+
+        torch._dynamo.reset()
+        compiled = torch.compile(fused, fullgraph=True, dynamic=dynamic, backend=compile_with)
+        batches = len(clock.measured) + 2  # that no entry of the cache is of
+        for n in (batches, batches + 1):
+            x = torch.randn(n, *x.shape[1:])
+            torch.testing.assert_close(train(compiled, x), train(plain, x))
+        for (of, a), b in zip(plain.state_dict().items(), fused.state_dict().values(), strict=True):
+            torch.testing.assert_close(b, a, msg=lambda m, of=of: f"{of}: {m}")
+        as_modules = any("conv2d" in t and "fastdcgan" not in t for t in targets)
+        assert as_modules == (clock.fastest == choice.COMPILED), targets
+    assert clock.measured and all(each == [choice.COMPILED, "fused"] for each in clock.measured)
+
+
+def test_the_compiler_gets_no_module_that_breaks_the_graph(clock: Clock) -> None:
+    clock.fastest = choice.COMPILED
+    _, fused, x = pair("two blocks")
+    fused[1].momentum = None  # PyTorch's BatchNorm then reads the count of batches
+    torch._dynamo.reset()
+    torch.compile(fused, fullgraph=True, backend="eager")(x)
+    assert len(clock.measured) == 1  # the other chain
