@@ -132,6 +132,9 @@ def _rows(
         if plain is not None:
             rows.append(Row(name, block.pattern, False, None, f"runs as PyTorch's own modules: {plain}"))
             continue
+        if part.bare and (record is None or record.route == match.WHY_BARE):
+            rows.append(Row(name, block.pattern, False, None, match.WHY_BARE))
+            continue
         if observed and record is None:
             rows.append(Row(name, block.pattern, False, None, "was not reached by this input, or ran module by module"))
             continue

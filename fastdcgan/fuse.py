@@ -7,13 +7,11 @@ whatever refers to them stay as they were.
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fastdcgan.activations import from_module
 from fastdcgan.checks import check_module
 from fastdcgan.engine.match import leaves
 from fastdcgan.layers import FusedSequential
@@ -26,14 +24,14 @@ _KEY = "_fastdcgan_class"  # in an unfused module: the class it had
 def fuse(model: ModuleT) -> ModuleT:
     """Run every block of `model` fused: in place, and `model` is returned.
 
-    Each `nn.Sequential` (nested, shared, or the model itself) that has a convolution followed by a BatchNorm2d or an
-    activation becomes a `FusedSequential` with the very same modules in it. Same parameter objects, state_dict keys,
-    buffers, hooks, device, train/eval state; results differ by rounding only. Fusing twice is fusing once.
+    Each `nn.Sequential` (nested, shared, or the model itself) that has a 2-d convolution becomes a `FusedSequential`
+    with the very same modules in it. Same parameter objects, state_dict keys, buffers, hooks, device, train/eval state;
+    results differ by rounding only. Fusing twice is fusing once.
     Raises TypeError if `model` is no `nn.Module`, ValueError if a module contains itself.
     """
     check_module(model)
     for module in list(model.modules()):
-        if _holds_block(module):
+        if _holds_convolution(module):
             module.__class__ = module.__dict__.pop(_KEY, None) or _fused_class(type(module))  # type: ignore[arg-type]
     return model
 
@@ -55,20 +53,14 @@ def unfuse(model: ModuleT) -> ModuleT:
     return model
 
 
-def _holds_block(module: nn.Module) -> bool:
-    """A Sequential, not fused yet, that calls its children in order and among them a block (by type: hooks that keep it
-    from running fused now may go, and lazy modules get their parameters later)."""
+def _holds_convolution(module: nn.Module) -> bool:
+    """A Sequential, not fused yet, that calls its children in order and among them a convolution (by type: hooks
+    that keep it from running fused now may go, and lazy modules get their parameters later)."""
     if not isinstance(module, nn.Sequential) or isinstance(module, (FusedSequential, torch.jit.ScriptModule)):
         return False
     if type(module).forward is not nn.Sequential.forward or "forward" in module.__dict__:
         return False
-    modules = [m for _, m in leaves(module) if type(m) is not nn.Identity]
-    norms = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.LazyBatchNorm2d)
-    return any(
-        isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d))
-        and (isinstance(after, norms) or from_module(after) is not None)
-        for conv, after in pairwise(modules)
-    )
+    return any(isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) for _, m in leaves(module))
 
 
 @cache

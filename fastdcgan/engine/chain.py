@@ -17,8 +17,8 @@ from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import autotune, primitives, router
 from fastdcgan.engine import choice
-from fastdcgan.engine.match import FoundBlock, FoundChain, block_of, process_group, runs_blocks
-from fastdcgan.engine.planned import Planned, autocast_dtype, compute_dtype
+from fastdcgan.engine.match import WHY_BARE, FoundBlock, FoundChain, block_of, process_group, runs_blocks
+from fastdcgan.engine.planned import Planned, autocast_dtype, block_backend, compute_dtype
 from fastdcgan.spec import BlockTensors, Running, says_channels_last
 
 _PLANS = 64  # of a chain, for as many signatures
@@ -58,6 +58,7 @@ class Chain:
     def __init__(self, found: FoundChain) -> None:
         self._found = found
         self._norms = [b.norm for b in found.blocks if isinstance(b.norm, nn.SyncBatchNorm)]
+        self.bare = found.bare
         self._plans: dict[tuple, Planned] = {}
         self._plain: dict[
             tuple, str
@@ -68,10 +69,9 @@ class Chain:
             raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
         found = self._found
         if self._plain and (why := self._plain.get(self._brief(x, stat_groups, boundaries))) is not None:
-            if recorder is not None:
-                recorder.extend(Record(b.conv, tuple(x.shape), compute_dtype(x), None, why) for b in found.blocks)
-            self.ran_modules = True
-            return self.as_modules(x, stat_groups)
+            return self._plainly(x, stat_groups, why)
+        if self.bare and not torch.compiler.is_compiling() and not self._bare_may_gain(x, boundaries):
+            return self._plainly(x, stat_groups, WHY_BARE)
         self.ran_modules = False
         tensors = [_tensors(b) for b in found.blocks]
         given = [x, *(t for block in tensors for t in block)]
@@ -97,6 +97,22 @@ class Chain:
             x = x[None]
         pad = self._found.pad
         return x if pad is None else F.pad(x, pad[0], pad[1])
+
+    def _bare_may_gain(self, x: Tensor, boundaries: str) -> bool:
+        """Whether it can be measured. Not where a hook or a parametrization makes the weight: until it is measured its
+        module runs, which would do so again."""
+        conv = self._found.blocks[0].conv
+        weight = conv._parameters.get("weight")
+        if weight is None or conv._forward_pre_hooks or not primitives.unwatched(x, weight):
+            return False
+        return self._has_choice(x, boundaries, block_backend(x))
+
+    def _plainly(self, x: Tensor, stat_groups: int, why: str) -> Tensor:
+        if recorder is not None and not torch.compiler.is_compiling():
+            blocks = self._found.blocks
+            recorder.extend(Record(b.conv, tuple(x.shape), compute_dtype(x), None, why) for b in blocks)
+        self.ran_modules = True
+        return self.as_modules(x, stat_groups)
 
     def as_modules(self, x: Tensor, stat_groups: int) -> Tensor:
         for block in self._found.blocks:
@@ -138,6 +154,10 @@ class Chain:
         running = [_running(b.norm, t) for b, t in zip(self._found.blocks, tensors, strict=True)]
         if not planned.settled:
             planned = self._plans[key] = self._choose(planned, original, tensors, running, stat_groups, backend)
+        if self.bare and not planned.settled:
+            out = self._plainly(x, stat_groups, WHY_BARE)
+            self.ran_modules = False  # it is to be called until it is measured
+            return out
         if planned.why_modules is not None:
             if len(self._plain) >= _PLANS:
                 self._plain.clear()
@@ -249,11 +269,11 @@ class Chain:
         given = [x, *(t for block in tensors if block is not None for t in block)]
         backend = backends.select(backends.requested(), x.device.type, compute_dtype(x))
         if None in tensors or not primitives.unwatched(*given) or not self._has_choice(x, "auto", backend):
-            return False
+            return self.bare
         norms = [b.norm for b in self._found.blocks if b.norm is not None]
         breaks = any(n.training and n.momentum is None for n in norms)  # the graph: PyTorch reads the count of batches
         if breaks or backends.requested() != "auto":
-            return False
+            return self.bare
         found = [t for t in tensors if t is not None]
         rule = self._planned(self._entered(x), found, stat_groups, "auto", backend, direct=False)
         runs: dict[str, choice.Run] = {

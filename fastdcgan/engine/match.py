@@ -23,6 +23,7 @@ from fastdcgan.geometry import Geometry, pair
 from fastdcgan.spec import Block, Norm
 
 _CONVS = (nn.Conv2d, nn.ConvTranspose2d)
+WHY_BARE = "no BatchNorm2d, activation or other block next to it"
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm)  # they only set `weight`: a chain calls them itself
 
 
@@ -95,6 +96,12 @@ class FoundChain:
     blocks: list[FoundBlock]
     pad: tuple[list[int], str] | None = None
 
+    @property
+    def bare(self) -> bool:
+        """Whether it is one convolution with nothing to fuse to it: as fast as it is, unless measured to be slower."""
+        first = self.blocks[0]
+        return len(self.blocks) == 1 and self.pad is None and first.norm is None and first.act is None
+
 
 @dataclass
 class Alone:
@@ -141,7 +148,7 @@ def segments(
             found[-1].blocks.append(block)
         else:
             found.append(FoundChain([block], pad))
-    return [_or_alone(part) for part in found]
+    return found
 
 
 def _block_at(modules: list[tuple[str, nn.Module]], i: int) -> tuple[FoundBlock, int]:
@@ -167,15 +174,6 @@ def _block_at(modules: list[tuple[str, nn.Module]], i: int) -> tuple[FoundBlock,
         else:
             break
     return block, end
-
-
-def _or_alone(part: FoundChain | Alone) -> FoundChain | Alone:
-    """A convolution with nothing to fuse to it is faster as it is."""
-    if isinstance(part, FoundChain) and len(part.blocks) == 1 and part.pad is None:
-        block = part.blocks[0]
-        if block.norm is None and block.act is None:
-            return Alone(block.conv, block.name, "no BatchNorm2d, activation or other block next to it")
-    return part
 
 
 def _why_not_in_block(module: nn.Module) -> str | None:

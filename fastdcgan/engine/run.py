@@ -53,7 +53,9 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
     for i, part in enumerate(_parts(sequential)):
         if isinstance(part, Alone):
             x = call_alone(part.module, x, stat_groups)
-        elif _compiles_to_modules(sequential, i, x, stat_groups, boundaries):
+        elif torch.compiler.is_compiling() and _compiles_to_modules(
+            sequential, i, part.bare, x, stat_groups, boundaries
+        ):
             x = part.as_modules(x, stat_groups)
         else:
             x = part(x, stat_groups, boundaries)
@@ -63,10 +65,12 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
     return x
 
 
-def _compiles_to_modules(sequential: nn.Sequential, part: int, x: Tensor, stat_groups: int, boundaries: str) -> bool:
+def _compiles_to_modules(
+    sequential: nn.Sequential, part: int, bare: bool, x: Tensor, stat_groups: int, boundaries: str
+) -> bool:
     """Whether the compiler that traces this call gets PyTorch's modules of a chain (`Chain.compiles_to_modules`)."""
-    if not torch.compiler.is_compiling() or x.device.type != "cpu" or boundaries != "auto":
-        return False
+    if x.device.type != "cpu" or boundaries != "auto":
+        return bare
     hint = torch.fx.experimental.symbolic_shapes.optimization_hint  # sizes may be symbols
     sizes, strides = tuple(map(hint, x.shape)), tuple(map(hint, x.stride()))
     return _measured_for_compiler(sequential, part, sizes, strides, x.dtype, x.requires_grad, hint(stat_groups))

@@ -416,14 +416,14 @@ def test_an_output_padding_beyond_the_stride() -> None:
 
 
 def test_a_bias_does_not_move_a_pre_activation_across_zero() -> None:
-    """In low precision it has to be added before the convolution is rounded, as vanilla does on CPUs: on a GPU cuDNN's
-    caller adds it afterwards, and ours may err so where it is what runs."""
+    """In low precision it has to be added before the convolution is rounded, as vanilla does on most CPUs: on a GPU
+    cuDNN's caller adds it afterwards, as PyTorch's own code for CPUs with AVX2, and ours may err so where that runs."""
     low = in_dtype(block(True, None, "relu", (8, 12)), torch.bfloat16)
     x = numbers(6, 8, 8, 8, dtype=torch.bfloat16).requires_grad_()
     right = in_dtype(low, torch.float64)(x.double()) > 0
     ours, vanilla = (int(((model(x) > 0) != right).sum()) for model in (twin(low), low))
     assert ours <= vanilla
-    assert DEVICE.type != "cpu" or vanilla == 0
+    assert DEVICE.type != "cpu" or "cpu" not in backends_here() or ours == 0
 
 
 def test_functional_equals_pytorchs_functions() -> None:

@@ -208,6 +208,26 @@ def test_statistics_of_parts(clock: Clock, runs: list[str]) -> None:
     assert fused[1].num_batches_tracked == 4
 
 
+@pytest.mark.parametrize("spectral", [False, True])
+def test_a_bare_convolution_is_fused_once_it_was_measured(spectral: bool, clock: Clock, runs: list[str]) -> None:
+    clock.fastest = "fused in channels_last"
+    conv = nn.Conv2d(4, 6, 3, 1, 1)
+    plain = nn.Sequential(nn.Dropout(0.0), nn.utils.spectral_norm(conv) if spectral else conv, nn.Dropout(0.0))
+    fused, x = fastdcgan.fuse(copy.deepcopy(plain)), torch.randn(3, 4, 8, 8)
+    for _ in range(autotune.CALLS_BY_RULE + 2):
+        torch.testing.assert_close(train(fused, x), train(plain, x))
+        for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+            torch.testing.assert_close(b.grad, a.grad)
+    for a, b in zip(plain.buffers(), fused.buffers(), strict=True):
+        torch.testing.assert_close(b, a)
+    # What makes the weight would be called twice if the module ran while the chain is measured.
+    assert runs == (["modules"] if spectral else ["modules"] * 2 + ["in channels_last"] * 2)
+    if not spectral:
+        torch.testing.assert_close(fused(x[0]), plain(x[0]))
+        (row,) = fastdcgan.explain(fused, x)
+        assert row.fused and row.pattern == "Conv2d"
+
+
 def test_explain_says_so(clock: Clock) -> None:
     _, fused, x = pair("conv, BN, LeakyReLU")
     (row,) = fastdcgan.explain(fused, x)
