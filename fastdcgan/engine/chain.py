@@ -256,7 +256,7 @@ class Chain:
         blocks = tuple(replace(b, slope=ACTIVATIONS[b.act].default_slope) for b in plan.blocks)
         given = [x, *(t for block in tensors for t in block[:4])]
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in given]
-        formats = [says_channels_last(t) for t in (x, *(t.weight for t in tensors))]
+        formats = [says_channels_last(t) for t in (x if x.dim() == 4 else x[None], *(t.weight for t in tensors))]
         problem = (blocks, plan.stat_groups, tuple(x.shape), x.dtype, autocast_dtype(x), needs, formats)
         name = repr((*problem, [tuple(t.weight.shape) for t in tensors], list(runs)))
         found = choice.known(name, runs, x.device)
