@@ -159,8 +159,10 @@ def _idle(device: torch.device) -> bool:
 
 _WARM_UPS = 3
 _ROUNDS = 20
-# On a CPU: what is slower than the fastest by these factors after the first and after a later round is out.
+# On a CPU: rounds at least, fewer of long calls, and at most; what is slower than the fastest by these factors after the
+# first, or the first of long calls, and after a later round is out.
 _CPU_ROUNDS, _CPU_SECONDS, _FAR_SLOWER, _SLOWER = (3, 40), 0.02, 1.5, 1.15
+_LONG_CPU_ROUNDS, _LONG_SECONDS, _LONG_SLOWER = 2, 0.01, 1.25
 _CACHE_SIZES = 4  # bytes written between two calls, in second-level caches
 
 
@@ -201,8 +203,10 @@ def _cpu_milliseconds(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, fl
             times[name].append(1000 * (time.perf_counter() - begin))
         spent += sum(times[name][-1] for name in left) / 1000
         least = min(map(min, times.values()))
-        left = [name for name in left if min(times[name]) <= least * (_SLOWER if i else _FAR_SLOWER)]
-        if len(left) == 1 or (i + 1 >= _CPU_ROUNDS[0] and spent > _CPU_SECONDS):
+        long = least > 1000 * _LONG_SECONDS
+        slower = _SLOWER if i else _LONG_SLOWER if long else _FAR_SLOWER
+        left = [name for name in left if min(times[name]) <= least * slower]
+        if len(left) == 1 or (i + 1 >= (_LONG_CPU_ROUNDS if long else _CPU_ROUNDS[0]) and spent > _CPU_SECONDS):
             break
     return {name: _median(found) for name, found in times.items()}
 
