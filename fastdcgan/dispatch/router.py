@@ -145,9 +145,8 @@ def _runs(route: Route, call: Call, backend: str) -> bool:
 
 
 def _attempt(algorithm: Algorithm, call: Call, tile: Any) -> bool:
-    """Whether an algorithm runs a call here, with a warning if not; PyTorch's own has to run, and so have all on CPUs,
-    where nothing is compiled and no memory is scarce."""
-    if algorithm.name == PYTORCH or call.a.x.device.type == "cpu":
+    """Whether an algorithm runs a call here, with a warning if not; PyTorch's own has to run."""
+    if algorithm.name == PYTORCH:
         return True
     try:
         algorithm.run(call, tile)
