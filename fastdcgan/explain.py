@@ -70,9 +70,37 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
             rows.extend(_rows(part, f"{path}." if path else "", fused, ran, x is not None))
     for path, module in model.named_modules():
         if id(module) not in seen and _belongs_to_a_block(module):
-            why = "called by code of its own, not by an nn.Sequential: put it into one, or use a drop-in layer"
-            rows.append(Row(path or "(model)", type(module).__name__, False, None, why))
+            rows.extend(_own_rows(path or "(model)", module, _is_called_by_fused(model, path), ran, x is not None))
     return rows
+
+
+def _is_called_by_fused(model: nn.Module, path: str) -> bool:
+    """Whether a module that contains this one has a forward whose convolutions wait."""
+    parts = path.split(".")
+    over = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    return any(hasattr(type(m), "_plain_class") and not isinstance(m, nn.Sequential) for m in over)
+
+
+def _own_rows(path: str, module: nn.Module, fused: bool, ran: dict[int, chain.Record], observed: bool) -> Iterator[Row]:
+    """Those of a module that code of its own calls: a convolution that waits has the row of its block."""
+    kind = type(module).__name__
+    if not fused:
+        yield Row(path, kind, False, None, "called by code of its own: call fastdcgan.fuse(model)")
+    elif not observed:
+        yield Row(path, kind, False, None, "called by code of its own: explain(model, x) says how that runs")
+    elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        record = ran.get(id(module._parameters.get("weight")))
+        if record is None:
+            yield Row(path, kind, False, None, "was not reached by this input, or its weight is computed at each call")
+        elif record.backend is None:
+            bare = record.route == match.WHY_BARE
+            why = record.route if bare else f"runs as PyTorch's own functions: {record.route}"
+            yield Row(path, record.pattern, False, None, why)
+        else:
+            why = _why_backend(record.backend, next(module.parameters()).device.type, record.dtype)
+            yield Row(path, record.pattern, True, record.backend, f"input {list(record.shape)}; {why}; {record.route}")
+    elif not isinstance(module, nn.BatchNorm2d):
+        yield Row(path, kind, False, None, f"{kind} is not fused: Conv2d, ConvTranspose2d and BatchNorm2d are")
 
 
 def _observe(model: nn.Module, x: Tensor) -> dict[int, chain.Record]:

@@ -1,7 +1,7 @@
 """`fuse` and `unfuse`: run the blocks in somebody's model fused, and undo it.
 
-Fusing changes the class of an `nn.Sequential` and nothing else, so modules, parameters, state_dict keys, hooks and
-whatever refers to them stay as they were.
+Fusing changes the classes of modules that call convolutions and nothing else, so modules, parameters, state_dict keys,
+hooks and whatever refers to them stay as they were.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from fastdcgan.checks import check_module
+from fastdcgan.engine.deferred import deferring
 from fastdcgan.engine.match import leaves
 from fastdcgan.layers import FusedSequential
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
+_CONVS = (nn.Conv2d, nn.ConvTranspose2d)
 _KEY = "_fastdcgan_class"  # in an unfused module: the class it had
 
 
@@ -25,31 +27,37 @@ def fuse(model: ModuleT) -> ModuleT:
     """Run every block of `model` fused: in place, and `model` is returned.
 
     Each `nn.Sequential` (nested, shared, or the model itself) that has a 2-d convolution becomes a `FusedSequential`
-    with the very same modules in it. Same parameter objects, state_dict keys, buffers, hooks, device, train/eval state;
-    results differ by rounding only. Fusing twice is fusing once.
+    with the very same modules in it. A module of another class that has one gets a subclass of its class, in whose
+    forward convolutions wait for the normalisation and activation that come after them. Same parameter objects,
+    state_dict keys, buffers, hooks, device, train/eval state; results differ by rounding only. Fusing twice is fusing
+    once.
     Raises TypeError if `model` is no `nn.Module`, ValueError if a module contains itself.
     """
     check_module(model)
     for module in list(model.modules()):
-        if _holds_convolution(module):
+        if _holds_convolution(module) or _calls_convolutions(module):
             module.__class__ = module.__dict__.pop(_KEY, None) or _fused_class(type(module))  # type: ignore[arg-type]
     return model
 
 
 def unfuse(model: ModuleT) -> ModuleT:
-    """Undo `fuse`, in place: every `FusedSequential` (the drop-in layers too) becomes a plain `nn.Sequential`.
+    """Undo `fuse`, in place: every `FusedSequential` (the drop-in layers too) becomes a plain `nn.Sequential`, all else
+    of the class that it was.
 
     Raises TypeError if `model` is no `nn.Module`, ValueError if a module contains itself.
     """
     check_module(model)
     for module in list(model.modules()):
-        # A class with a forward of its own is no product of fuse() and no drop-in layer.
-        if isinstance(module, FusedSequential) and type(module).forward is FusedSequential.forward:
-            plain: type[nn.Sequential] = getattr(type(module), "_plain_class", nn.Sequential)
-            if type(module) is not FusedSequential and plain is nn.Sequential:
+        plain: type[nn.Module] | None = getattr(type(module), "_plain_class", None)
+        # A class with a forward of its own is no drop-in layer.
+        if plain is None and isinstance(module, FusedSequential) and type(module).forward is FusedSequential.forward:
+            plain = nn.Sequential
+            if type(module) is not FusedSequential:
                 module.__dict__[_KEY] = type(module)  # so that fuse() gives a drop-in layer its own class back
-            module.__class__ = plain  # type: ignore[assignment]
+        if plain is not None:
+            module.__class__ = plain
             module.__dict__.pop("_plans", None)
+            module.__dict__.pop("_plain_calls", None)
     return model
 
 
@@ -60,12 +68,27 @@ def _holds_convolution(module: nn.Module) -> bool:
         return False
     if type(module).forward is not nn.Sequential.forward or "forward" in module.__dict__:
         return False
-    return any(isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) for _, m in leaves(module))
+    return any(isinstance(m, _CONVS) for _, m in leaves(module))
+
+
+def _calls_convolutions(module: nn.Module) -> bool:
+    """A module, not fused yet, whose class has a forward of its own that may call convolutions: it has some, or weights
+    for some."""
+    kind = type(module)
+    if hasattr(kind, "_plain_class") or isinstance(module, (torch.jit.ScriptModule, *_CONVS)):
+        return False
+    inherited = kind.forward in (nn.Module.forward, nn.Sequential.forward, FusedSequential.forward)
+    if inherited or "forward" in module.__dict__ or kind.__module__.startswith("torch."):
+        return False
+    lists = [m for m in module.children() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
+    children = [*module.children(), *(m for each in lists for m in each.children())]
+    return any(isinstance(m, _CONVS) for m in children) or any(p.dim() == 4 for p in module.parameters(recurse=False))
 
 
 @cache
-def _fused_class(plain: type[nn.Sequential]) -> type[FusedSequential]:
-    """`FusedSequential`, or for a subclass of `nn.Sequential` one that is both."""
+def _fused_class(plain: Any) -> type[nn.Module]:
+    """The class of a fused module: `FusedSequential`, or for a class of somebody's own one that is both; or one whose
+    forward has its convolutions wait for what comes after them."""
     if plain is nn.Sequential:
         return FusedSequential
 
@@ -73,10 +96,13 @@ def _fused_class(plain: type[nn.Sequential]) -> type[FusedSequential]:
         return _restore, (plain,), self.__getstate__()  # the class itself has no importable name
 
     members = {"_plain_class": plain, "__reduce_ex__": __reduce_ex__, "__module__": plain.__module__}
-    members["forward"] = FusedSequential.forward  # all else that `plain` defines comes first
-    return type(f"Fused{plain.__name__}", (plain, FusedSequential), members)
+    if plain.forward is nn.Sequential.forward:
+        members["forward"] = FusedSequential.forward  # all else that `plain` defines comes first
+        return type(f"Fused{plain.__name__}", (plain, FusedSequential), members)
+    members["forward"] = deferring(plain.forward)
+    return type(f"Fused{plain.__name__}", (plain,), members)
 
 
-def _restore(plain: type[nn.Sequential]) -> nn.Module:
+def _restore(plain: type[nn.Module]) -> nn.Module:
     kind = _fused_class(plain)  # type: ignore[arg-type]
     return kind.__new__(kind)

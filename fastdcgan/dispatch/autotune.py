@@ -159,8 +159,8 @@ def _idle(device: torch.device) -> bool:
 
 _WARM_UPS = 3
 _ROUNDS = 20
-# On a CPU: rounds at least, fewer of long calls, and at most; what is slower than the fastest by these factors after the
-# first, or the first of long calls, and after a later round is out.
+# On a CPU: rounds at least, fewer of long calls, and at most; what is slower than the fastest by these factors after
+# the first, or the first of long calls, and after a later round is out.
 _CPU_ROUNDS, _CPU_SECONDS, _FAR_SLOWER, _SLOWER = (3, 40), 0.02, 1.5, 1.15
 _LONG_CPU_ROUNDS, _LONG_SECONDS, _LONG_SLOWER = 2, 0.01, 1.25
 _CACHE_SIZES = 4  # bytes written between two calls, in second-level caches

@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from fastdcgan.activations import to_module
 from fastdcgan.dispatch import autotune, router
-from fastdcgan.engine.match import FoundBlock
-from fastdcgan.spec import BlockTensors, Running
+from fastdcgan.spec import Block, BlockTensors, Running
 
 KIND = "chains"  # of what the autotune cache keeps
 MODULES = "PyTorch's modules"
@@ -105,34 +105,40 @@ def _copied(r: Running | None) -> Running | None:
 
 
 def modules(
-    found: Sequence[FoundBlock], stat_groups: int, x: Tensor, tensors: Sequence[BlockTensors],
-    running: Sequence[Running | None],
+    blocks: Sequence[Block], enter: Callable[[Tensor], Tensor], stat_groups: int, x: Tensor,
+    tensors: Sequence[BlockTensors], running: Sequence[Running | None],
 ) -> Tensor:  # fmt: skip
-    """What the modules of the blocks do, with other tensors than their own."""
-    for block, t, r in zip(found, tensors, running, strict=True):
-        x, norm = _convolved(block.conv, x, t), block.norm
+    """What PyTorch's modules do for the blocks; `enter` makes of `x` what the first one gets."""
+    x = enter(x)
+    for block, t, r in zip(blocks, tensors, running, strict=True):
+        x, norm = _convolved(block, x, t), block.norm
         if norm is not None:
-            batch_stats = norm.training or (t.running_mean is None and t.running_var is None)
-            mean, var = (None, None) if norm.training and r is None else (t.running_mean, t.running_var)
-            momentum = 0.0 if norm.momentum is None else norm.momentum
+            mean, var = (None, None) if norm.batch_stats and r is None else (t.running_mean, t.running_var)
+            momentum = 0.0 if r is None or r.momentum is None else r.momentum
             if r is not None and r.num_batches is not None:
                 r.num_batches.add_(stat_groups)
-            parts = x.chunk(stat_groups) if stat_groups > 1 and batch_stats else (x,)
+            parts = x.chunk(stat_groups) if stat_groups > 1 and norm.batch_stats else (x,)
             normed = [
-                F.batch_norm(part, mean, var, t.bn_weight, t.bn_bias, batch_stats, momentum, norm.eps) for part in parts
+                F.batch_norm(part, mean, var, t.bn_weight, t.bn_bias, norm.batch_stats, momentum, norm.eps)
+                for part in parts
             ]
             x = normed[0] if len(normed) == 1 else torch.cat(normed)
-        if block.act is not None:
-            x = block.act(x)
+        act = to_module(block.act, block.slope)
+        if act is not None:
+            if block.inplace:
+                act.inplace = True  # type: ignore[assignment]
+            x = act(x)
     return x
 
 
 def compiled(
-    found: Sequence[FoundBlock], x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]
-) -> Tensor:
-    """What takes about as long as the modules of the blocks under torch.compile."""
-    for block, t in zip(found, tensors, strict=True):
-        x = _Passes.apply(_convolved(block.conv, x, t), 1 if block.norm is None else 2)
+    blocks: Sequence[Block], enter: Callable[[Tensor], Tensor], x: Tensor, tensors: Sequence[BlockTensors],
+    running: Sequence[Running | None],
+) -> Tensor:  # fmt: skip
+    """What takes about as long as PyTorch's modules under torch.compile."""
+    x = enter(x)
+    for block, t in zip(blocks, tensors, strict=True):
+        x = _Passes.apply(_convolved(block, x, t), 1 if block.norm is None else 2)
     return x
 
 
@@ -149,10 +155,8 @@ class _Passes(torch.autograd.Function):
         return [da.clone() for _ in range(ctx.count)][-1], None
 
 
-def _convolved(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, t: BlockTensors) -> Tensor:
-    if isinstance(conv, nn.Conv2d):
-        return nn.Conv2d._conv_forward(conv, x, t.weight, t.bias)
-    padding: Any = conv.padding  # never a string there
-    return F.conv_transpose2d(
-        x, t.weight, t.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation
-    )
+def _convolved(block: Block, x: Tensor, t: BlockTensors) -> Tensor:
+    g = block.geometry
+    if not block.transposed:
+        return F.conv2d(x, t.weight, t.bias, g.stride, g.padding, g.dilation, g.groups)
+    return F.conv_transpose2d(x, t.weight, t.bias, g.stride, g.padding, block.output_padding, g.groups, g.dilation)

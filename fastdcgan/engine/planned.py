@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastdcgan import backends, checks
 from fastdcgan.dispatch import primitives
@@ -37,6 +40,23 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a convolution of `x` runs in: autocast's where it is on, else x's own."""
     return autocast_dtype(x) or x.dtype
+
+
+def followed(x: Any) -> bool:
+    """Whether the call is followed module by module: by global hooks, by tracers, by transforms that know PyTorch's own
+    functions but no chain (torch.func, forward-mode differentiation); or is of complex numbers or of another layout
+    (sparse, MKL-DNN's, nested), which none takes."""
+    if isinstance(x, Tensor) and (x.is_complex() or x.layout is not torch.strided or x.is_nested):
+        return True
+    if torch.compiler.is_compiling():
+        return _has_any_global_hook()
+    return (
+        _has_any_global_hook()
+        or torch.jit.is_tracing()
+        or isinstance(x, torch.fx.Proxy)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def _casts_weights(backend: str, x: Tensor, tensors: Sequence[BlockTensors], direct: bool) -> bool:

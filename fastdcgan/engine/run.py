@@ -16,16 +16,14 @@ from unittest import mock
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastdcgan import backends, checks
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.engine import chain
-from fastdcgan.engine.chain import Chain, call_alone
 from fastdcgan.engine.match import Alone, FoundChain, segments
-from fastdcgan.engine.planned import compute_dtype
+from fastdcgan.engine.module_chain import ModuleChain, call_alone
+from fastdcgan.engine.planned import compute_dtype, followed
 
 _PLAIN = 256  # calls of a Sequential by shape and mode
 _STRUCTURES = 4  # of a Sequential: as many of its states (training, eval, ...)
@@ -45,7 +43,7 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
     if isinstance(stat_groups, torch.fx.Proxy):
         stat_groups = 1  # torch.fx traces the root module's default as an input
     checks.check_stat_groups(stat_groups)
-    if _needs_every_module(x) or _runs_plain(x):
+    if followed(x) or _runs_plain(x):
         for module in sequential:
             x = call_alone(module, x, stat_groups)
         return x
@@ -68,7 +66,7 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
 def _compiles_to_modules(
     sequential: nn.Sequential, part: int, bare: bool, x: Tensor, stat_groups: int, boundaries: str
 ) -> bool:
-    """Whether the compiler that traces this call gets PyTorch's modules of a chain (`Chain.compiles_to_modules`)."""
+    """Whether the compiler that traces this call gets PyTorch's modules of a chain."""
     if x.device.type != "cpu" or boundaries != "auto":
         return bare
     hint = torch.fx.experimental.symbolic_shapes.optimization_hint  # sizes may be symbols
@@ -83,7 +81,7 @@ def _measured_for_compiler(
     assert isinstance(found, FoundChain)
     x = torch.empty_strided(sizes, strides, dtype=dtype).fill_(0.5).requires_grad_(grad)
     with mock.patch.object(torch.compiler, "_is_compiling_flag", False):
-        return Chain(found).compiles_to_modules(x, stat_groups)
+        return ModuleChain(found).compiled_as_modules(x, stat_groups)
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler: it runs while the call is traced.
@@ -96,23 +94,6 @@ def _glance(sequential: nn.Sequential, x: Tensor, stat_groups: Any, boundaries: 
         x.shape, x.dtype, x.requires_grad, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),
         sequential.training, stat_groups, boundaries, backends.requested(),
     )  # fmt: skip
-
-
-def _needs_every_module(x: Any) -> bool:
-    """Whether the call is followed module by module: by global hooks, by tracers, by transforms that know PyTorch's own
-    functions but no chain (torch.func, forward-mode differentiation); or is of complex numbers or of another layout
-    (sparse, MKL-DNN's, nested), which none takes."""
-    if isinstance(x, Tensor) and (x.is_complex() or x.layout is not torch.strided or x.is_nested):
-        return True
-    if torch.compiler.is_compiling():
-        return _has_any_global_hook()
-    return (
-        _has_any_global_hook()
-        or torch.jit.is_tracing()
-        or isinstance(x, torch.fx.Proxy)
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
 
 
 def why_plain(device_type: str, dtype: torch.dtype) -> str | None:
@@ -169,7 +150,7 @@ class _Structure:
     """
 
     def __init__(self, sequential: nn.Sequential) -> None:
-        self.parts = [Chain(p) if isinstance(p, FoundChain) else p for p in segments(sequential)]
+        self.parts = [ModuleChain(p) if isinstance(p, FoundChain) else p for p in segments(sequential)]
         self._children = list(sequential._modules.values())
         self._nested: list[tuple[nn.Module, list]] = []
         self._modules: list[tuple] = []
@@ -222,7 +203,7 @@ class Plans(list):
 def _parts(sequential: nn.Sequential) -> list:
     """The chains of a Sequential and the modules between them."""
     if torch.compiler.is_compiling():  # which guards by itself
-        return [Chain(p) if isinstance(p, FoundChain) else p for p in segments(sequential)]
+        return [ModuleChain(p) if isinstance(p, FoundChain) else p for p in segments(sequential)]
     kept = sequential.__dict__.get("_plans")
     if kept is None:
         kept = sequential.__dict__["_plans"] = Plans()

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 import fastdcgan
 from fastdcgan.dispatch import autotune
 from fastdcgan.engine import chain, choice
+from fastdcgan.engine.module_chain import ModuleChain
 from tests.helpers.twins import one_thread
 from tests.machine import backends_here
 
@@ -77,7 +78,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Clock]:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """How each call of a chain ran."""
     found: list[str] = []
-    as_modules, planned = chain.Chain.as_modules, chain.Planned.__call__
+    as_modules, planned = ModuleChain.as_modules, chain.Planned.__call__
 
     def modules(*args):
         found.append("modules")
@@ -88,7 +89,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             found.append("in channels_last" if self.plan.channels_last else "fused")
         return planned(self, x, tensors, running)
 
-    monkeypatch.setattr(chain.Chain, "as_modules", modules)
+    monkeypatch.setattr(ModuleChain, "as_modules", modules)
     monkeypatch.setattr(chain.Planned, "__call__", fused)
     return found
 
