@@ -40,7 +40,7 @@ def check_chain(
         channels, size = _check_shapes(where, block, t, channels, size, x)
         norm = block.norm
         if norm is not None and norm.batch_stats and norm.process_group is None and x.shape[0] > 0:
-            values = x.shape[0] // stat_groups * size[0] * size[1]
+            values = x.shape[0] // norm.groups(stat_groups, x.shape[0]) * size[0] * size[1]
             if values == 1:
                 raise ValueError(
                     f"expected more than 1 value per channel when training, got an output of "

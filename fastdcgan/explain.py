@@ -99,8 +99,8 @@ def _own_rows(path: str, module: nn.Module, fused: bool, ran: dict[int, chain.Re
         else:
             why = _why_backend(record.backend, next(module.parameters()).device.type, record.dtype)
             yield Row(path, record.pattern, True, record.backend, f"input {list(record.shape)}; {why}; {record.route}")
-    elif not isinstance(module, nn.BatchNorm2d):
-        yield Row(path, kind, False, None, f"{kind} is not fused: Conv2d, ConvTranspose2d and BatchNorm2d are")
+    elif not isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+        yield Row(path, kind, False, None, f"{kind} is not fused")
 
 
 def _observe(model: nn.Module, x: Tensor) -> dict[int, chain.Record]:

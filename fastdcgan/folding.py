@@ -45,7 +45,11 @@ def fold_batchnorm(model: ModuleT) -> ModuleT:
             continue
         for part in segments(module):
             for block in part.blocks if isinstance(part, FoundChain) else ():
-                if block.norm is not None and uses[id(block.conv)] == 1 and uses[id(block.norm)] == 1:
+                if (
+                    isinstance(block.norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
+                    and uses[id(block.conv)] == 1
+                    and uses[id(block.norm)] == 1
+                ):
                     _fold(folded, block)
                     uses[id(block.norm)] = 0  # gone, also from where the same Sequential is called again
     return folded

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fastdcgan.activations import from_module
 from fastdcgan.checks import check_module
 from fastdcgan.engine.deferred import deferring
 from fastdcgan.engine.match import leaves
@@ -20,6 +21,7 @@ from fastdcgan.layers import FusedSequential
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _CONVS = (nn.Conv2d, nn.ConvTranspose2d)
+_NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d)
 _KEY = "_fastdcgan_class"  # in an unfused module: the class it had
 
 
@@ -72,8 +74,8 @@ def _holds_convolution(module: nn.Module) -> bool:
 
 
 def _calls_convolutions(module: nn.Module) -> bool:
-    """A module, not fused yet, whose class has a forward of its own that may call convolutions: it has some, or weights
-    for some."""
+    """A module, not fused yet, whose class has a forward of its own that may call blocks: it has convolutions, weights
+    for some, or norms and activations for those of its children."""
     kind = type(module)
     if hasattr(kind, "_plain_class") or isinstance(module, (torch.jit.ScriptModule, *_CONVS)):
         return False
@@ -82,7 +84,10 @@ def _calls_convolutions(module: nn.Module) -> bool:
         return False
     lists = [m for m in module.children() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
     children = [*module.children(), *(m for each in lists for m in each.children())]
-    return any(isinstance(m, _CONVS) for m in children) or any(p.dim() == 4 for p in module.parameters(recurse=False))
+    if any(isinstance(m, _CONVS) for m in children) or any(p.dim() == 4 for p in module.parameters(recurse=False)):
+        return True
+    between = any(isinstance(m, _NORMS) or from_module(m) is not None for m in children)
+    return between and any(isinstance(m, _CONVS) for m in module.modules())
 
 
 @cache

@@ -131,11 +131,16 @@ def stat_dtype(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Norm:
-    """A batch normalisation: of the batch's own statistics, or of running ones."""
+    """A normalisation per channel: by the batch's own statistics, or by running ones."""
 
     eps: float
     batch_stats: bool
     process_group: Any = None  # statistics are shared over it (SyncBatchNorm)
+    instance: bool = False  # each image has statistics of its own (InstanceNorm)
+
+    def groups(self, stat_groups: int, images: int) -> int:
+        """How many parts of a batch of `images` have statistics of their own, in a chain of so many `stat_groups`."""
+        return images if self.instance else stat_groups
 
 
 @dataclass(frozen=True)

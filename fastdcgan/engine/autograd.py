@@ -127,7 +127,8 @@ def forward(
         t = BlockTensors(*tensors[step.first : step.first + PER_BLOCK])  # type: ignore[arg-type]
         epilogue, coef, total = STORE, None, None
         if step.stats:
-            epilogue = Epilogue("stats", stat_groups=plan.stat_groups)
+            assert norm is not None
+            epilogue = Epilogue("stats", stat_groups=norm.groups(plan.stat_groups, x.shape[0]))
         elif norm is None and (block.act == "identity" or (keep_y and not (from_sign and t.bias is None))):
             # The accumulator takes the bias, before it is rounded: so y, which is z, has the right sign.
             if t.bias is not None:
@@ -341,7 +342,6 @@ def _norm_act_backward(
     With `overwrite` dy may take the place of `da`: a gradient between two blocks, which nobody but the chain has seen.
     """
     y, coef, norm, runs = state.y, state.coef, block.norm, program.run
-    stat_groups = program.plan.stat_groups
     if coef is None:
         d_bias = da.sum((0, 2, 3), dtype=stat_dtype(da)) if need.bias else None
         return Operand(da), [d_bias, None, None]
@@ -353,7 +353,7 @@ def _norm_act_backward(
     dy: Operand | None = None
     if sums is None and norm is not None and batch_stats and norm.process_group is None and finish:
         normalize_backward = runs.normalize_backward_ if overwrite else runs.normalize_backward
-        out, sums = normalize_backward(da, y, coef, _count(y, stat_groups), act, block.slope)
+        out, sums = normalize_backward(da, y, coef, _count(y, coef.shape[1]), act, block.slope)
         dy = Operand(out)
     elif sums is None and (batch_stats or need.bias or need.bn_weight or need.bn_bias):
         sums = runs.norm_act_reduce(da, y, coef, act, block.slope)
@@ -374,7 +374,7 @@ def _norm_act_backward(
         grad_coef = coef if norm is None else coef[:2]
         if norm is not None and batch_stats:
             assert sums is not None
-            count = _count(y, stat_groups)
+            count = _count(y, coef.shape[1])
             if norm.process_group is not None:
                 assert state.total is not None
                 sums = sync.mean_sums(sums, count, state.total, norm.process_group)

@@ -117,9 +117,10 @@ def modules(
             momentum = 0.0 if r is None or r.momentum is None else r.momentum
             if r is not None and r.num_batches is not None:
                 r.num_batches.add_(stat_groups)
-            parts = x.chunk(stat_groups) if stat_groups > 1 and norm.batch_stats else (x,)
+            parts = x.chunk(stat_groups) if stat_groups > 1 and norm.batch_stats and not norm.instance else (x,)
+            function = F.instance_norm if norm.instance else F.batch_norm
             normed = [
-                F.batch_norm(part, mean, var, t.bn_weight, t.bn_bias, norm.batch_stats, momentum, norm.eps)
+                function(part, mean, var, t.bn_weight, t.bn_bias, norm.batch_stats, momentum, norm.eps)
                 for part in parts
             ]
             x = normed[0] if len(normed) == 1 else torch.cat(normed)

@@ -62,7 +62,7 @@ def _convolved(
     root = x if parent is None else parent.x
     if isinstance(padding, str) or not _fits(root, weight, bias):
         return call(tensors_in(x))
-    channels = root.shape[1] if parent is None else _channels(parent)
+    channels = root.shape[1] if parent is None else parent.channels
     numbers = tuple(map(_of_two, (weight.shape[2:], stride, padding, dilation, output_padding)))
     small = all(e < s for e, s in zip(numbers[4], numbers[1], strict=True))
     if not small or channels != (weight.shape[0] if transposed else weight.shape[1] * groups):
@@ -90,11 +90,6 @@ def _fits(x: Any, weight: Any, bias: Any) -> bool:
     return all(t.device == x.device and (t.dtype == x.dtype or autocast_dtype(x) is not None) for t in given)
 
 
-def _channels(p: Pending) -> int:
-    block, weight = known_blocks[p.key][-1], p.tensors[-1].weight
-    return weight.shape[1] * block.geometry.groups if block.transposed else weight.shape[0]
-
-
 def _conv2d(
     function: Callable, mode: Deferring, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,
@@ -116,20 +111,36 @@ def _batch_norm(
     def call(x: Any) -> Any:
         return function(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
-    p = _open(input)
+    return _normalised(mode, input, (weight, bias, running_mean, running_var), Norm(eps, training), momentum, call)
+
+
+def _instance_norm(
+    function: Callable, mode: Deferring, input: Any, running_mean: Any = None, running_var: Any = None,
+    weight: Any = None, bias: Any = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    def call(x: Any) -> Any:
+        return function(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+    norm = Norm(eps, use_input_stats, instance=use_input_stats)
+    return _normalised(mode, input, (weight, bias, running_mean, running_var), norm, momentum, call)
+
+
+def _normalised(
+    mode: Deferring, x: Any, vectors: tuple, norm: Norm, momentum: float, call: Callable[[Any], Any]
+) -> Any:
+    """`vectors`: weight, bias, running mean and variance."""
+    p = _open(x)
     if p is None or known_blocks[p.key][-1].norm is not None or known_blocks[p.key][-1].act != "identity":
-        return call(tensors_in(input))
-    channels, vectors = _channels(p), (weight, bias, running_mean, running_var)
-    known = running_mean is not None and running_var is not None
+        return call(tensors_in(x))
+    channels, (mean, var) = p.channels, vectors[2:]
     wrong = any(t is not None and (t.shape != (channels,) or t.device != p.x.device) for t in vectors)
-    if wrong or (running_mean is None) != (running_var is None) or not (training or known):
+    if wrong or (mean is None) != (var is None) or (mean is None and not norm.batch_stats):
         return call(p.tensor())
     found = Pending(mode, p, p.x, call)
-    norm = Norm(eps, training)
-    found.key = key_of(p.key, ("batch_norm", eps, training), lambda b: (*b[:-1], replace(b[-1], norm=norm)))
+    found.key = key_of(p.key, (norm,), lambda b: (*b[:-1], replace(b[-1], norm=norm)))
     found.tensors = (*p.tensors[:-1], BlockTensors(*p.tensors[-1][:2], *vectors))
-    if training and known:
-        found.running = (*p.running[:-1], Running(running_mean, running_var, momentum))
+    if norm.batch_stats and mean is not None:
+        found.running = (*p.running[:-1], Running(mean, var, momentum))
         mode.owed[id(found)] = found
     return found
 
@@ -175,6 +186,7 @@ _SLOPES = {"leaky_relu": 0.01, "elu": 1.0}  # of PyTorch's functions
 _HANDLERS[torch.conv2d] = functools.partial(_conv2d, torch.conv2d)
 _HANDLERS[torch.conv_transpose2d] = functools.partial(_conv_transpose2d, torch.conv_transpose2d)
 _HANDLERS[F.batch_norm] = functools.partial(_batch_norm, F.batch_norm)
+_HANDLERS[F.instance_norm] = functools.partial(_instance_norm, F.instance_norm)
 _knows("relu", F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 _knows("leaky_relu", F.leaky_relu, F.leaky_relu_)
 _knows("tanh", torch.tanh, Tensor.tanh)

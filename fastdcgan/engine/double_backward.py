@@ -134,7 +134,7 @@ def formula(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None], layout: Lay
         if block.norm is not None and z.shape[0] == 0:  # nothing to normalise; weight and bias get zero gradients
             z = z * _vector(t.bn_weight, z, 1.0) + _vector(t.bn_bias, z, 0.0)
         elif block.norm is not None:
-            groups = plan.stat_groups if block.norm.batch_stats else 1
+            groups = block.norm.groups(plan.stat_groups, z.shape[0]) if block.norm.batch_stats else 1
             z = z.reshape(groups, -1, *z.shape[1:])
             if block.norm.batch_stats:
                 if block.norm.process_group is not None:

@@ -1,8 +1,8 @@
 """Finding blocks among the modules of an `nn.Sequential`.
 
-A block is a 2-d convolution, plain or transposed, then optionally a BatchNorm2d and an activation. A module counts only
-if calling it would do just what PyTorch's own class does: with hooks, a forward of its own or parameters that are not
-initialised yet it is called as it is, outside any chain.
+A block is a 2-d convolution, plain or transposed, then optionally a BatchNorm2d or InstanceNorm2d and an activation. A
+module counts only if calling it would do just what PyTorch's own class does: with hooks, a forward of its own or
+parameters that are not initialised yet it is called as it is, outside any chain.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from torch import distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -23,7 +24,8 @@ from fastdcgan.geometry import Geometry, pair
 from fastdcgan.spec import Block, Norm
 
 _CONVS = (nn.Conv2d, nn.ConvTranspose2d)
-WHY_BARE = "no BatchNorm2d, activation or other block next to it"
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
+WHY_BARE = "no norm, activation or other block next to it"
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm)  # they only set `weight`: a chain calls them itself
 
 
@@ -54,6 +56,7 @@ def _own_forward(kind: type[nn.Module]) -> bool:
         (nn.ConvTranspose2d, nn.ConvTranspose2d.forward),
         (nn.SyncBatchNorm, nn.SyncBatchNorm.forward),
         (nn.BatchNorm2d, _BatchNorm.forward),
+        (nn.InstanceNorm2d, _InstanceNorm.forward),
     ):
         if issubclass(kind, known):
             return kind.forward is not forward
@@ -78,7 +81,7 @@ class FoundBlock:
 
     conv: nn.Conv2d | nn.ConvTranspose2d
     name: str
-    norm: nn.BatchNorm2d | nn.SyncBatchNorm | None = None
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d | None = None
     act: nn.Module | None = None
 
     @property
@@ -161,7 +164,7 @@ def _block_at(modules: list[tuple[str, nn.Module]], i: int) -> tuple[FoundBlock,
         if type(module) is nn.Identity and why_alone(module) is None:
             end += 1
         elif (
-            isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
+            isinstance(module, _NORMS)
             and block.norm is None
             and module.num_features == conv.out_channels
             and why_alone(module) is None
@@ -179,15 +182,15 @@ def _block_at(modules: list[tuple[str, nn.Module]], i: int) -> tuple[FoundBlock,
 def _why_not_in_block(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.conv._ConvNd):
         return f"{type(module).__name__}: blocks are of 2-d convolutions"
-    if isinstance(module, (_BatchNorm, nn.modules.instancenorm._InstanceNorm)) or from_module(module) is not None:
+    if isinstance(module, (_BatchNorm, _InstanceNorm)) or from_module(module) is not None:
         why = why_alone(module)
         if why is not None:
             return why
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, _NORMS):
             return "no convolution with its number of channels that it can be fused to comes before it"
         if isinstance(module, nn.Module) and from_module(module) is not None:
-            return "no convolution or BatchNorm2d that it can be fused to comes before it"
-        return f"{type(module).__name__} is not fused: BatchNorm2d and SyncBatchNorm are"
+            return "no convolution or norm that it can be fused to comes before it"
+        return f"{type(module).__name__} is not fused: {', '.join(kind.__name__ for kind in _NORMS)} are"
     return None
 
 
@@ -212,7 +215,8 @@ def block_of(found: FoundBlock, padded: bool, backend: str) -> Block:
     made = None
     if norm is not None:
         batch_stats = norm.training or (norm.running_mean is None and norm.running_var is None)
-        made = Norm(norm.eps, batch_stats, process_group(norm) if batch_stats else None)
+        instance = batch_stats and isinstance(norm, nn.InstanceNorm2d)
+        made = Norm(norm.eps, batch_stats, process_group(norm) if batch_stats else None, instance)
     act, slope = ("identity", 0.0) if found.act is None else from_module(found.act)  # type: ignore[misc]
     padding: Any = conv.padding
     if padded or padding == "valid":

@@ -66,7 +66,7 @@ class ModuleChain(Chain):
         return [block_of(b, padded and i == 0, backend) for i, b in enumerate(self._found.blocks)]
 
     def entered(self, x: Tensor) -> Tensor:
-        if x.dim() == 3 and all(b.norm is None for b in self._found.blocks):
+        if x.dim() == 3 and all(b.norm is None or isinstance(b.norm, nn.InstanceNorm2d) for b in self._found.blocks):
             x = x[None]
         pad = self._found.pad
         return x if pad is None else F.pad(x, pad[0], pad[1])
@@ -82,7 +82,10 @@ class ModuleChain(Chain):
         tensors = [_stored(b) for b in self._found.blocks]
         found = [t for t in tensors if t is not None]
         norms = [b.norm for b in self._found.blocks if b.norm is not None]
-        breaks = any(n.training and n.momentum is None for n in norms)  # the graph: PyTorch reads the count of batches
+        counted = [n for n in norms if not isinstance(n, nn.InstanceNorm2d)]
+        breaks = any(
+            n.training and n.momentum is None for n in counted
+        )  # the graph: PyTorch reads the count of batches
         if breaks or len(found) < len(tensors):
             return self.bare
         return self.compiles_to_modules(x, found, self._running(found), stat_groups)
@@ -140,12 +143,14 @@ def _stored(found: FoundBlock) -> BlockTensors | None:
     return BlockTensors(weight, bias, *vectors, norm._buffers["running_mean"], norm._buffers["running_var"])
 
 
-def _running(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None, t: BlockTensors) -> Running | None:
+def _running(norm: nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d | None, t: BlockTensors) -> Running | None:
     if norm is None or not norm.training or not norm.track_running_stats:
         return None
     if t.running_mean is None or t.running_var is None:
         return None
     momentum, count = norm.momentum, _of(norm, norm._buffers, "num_batches_tracked")
+    if isinstance(norm, nn.InstanceNorm2d):  # which counts nothing
+        count = None
     if momentum is None and count is None:
         momentum = 0.0
     return Running(t.running_mean, t.running_var, momentum, count)

@@ -124,6 +124,21 @@ class Pending:
     def dim(self) -> int:
         return 4
 
+    @property
+    def shape(self) -> torch.Size:
+        size = (self.x.shape[2], self.x.shape[3])
+        for block in known_blocks[self.key]:
+            size = block.output_size(*size)
+        return torch.Size((self.x.shape[0], self.channels, *size))
+
+    @property
+    def channels(self) -> int:
+        block, weight = known_blocks[self.key][-1], self.tensors[-1].weight
+        return weight.shape[1] * block.geometry.groups if block.transposed else weight.shape[0]
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
     def tanh(self) -> Any:  # what F.tanh and F.sigmoid call
         return torch.tanh(self)  # type: ignore[arg-type]
 
@@ -235,5 +250,7 @@ class _CallChain(Chain):
 def _pattern(block: Block) -> str:
     """As modules would be called, which it may well be."""
     act = ACTIVATIONS[block.act].module
-    names = ["ConvTranspose2d" if block.transposed else "Conv2d", *(["BatchNorm2d"] if block.norm else [])]
+    names = ["ConvTranspose2d" if block.transposed else "Conv2d"]
+    if block.norm is not None:
+        names.append("InstanceNorm2d" if block.norm.instance else "BatchNorm2d")
     return " + ".join(names + ([] if act is None else [act.__name__]))

@@ -123,7 +123,9 @@ class Planned:
         for block, t, r in zip(program.plan.blocks, tensors, running, strict=True):
             if block.norm is not None and block.norm.batch_stats:
                 stats = next(waiting)
-                if r is not None:
+                if r is not None and block.norm.instance:  # the images' mean statistics count once
+                    updates.append(_update(t, r, stats.mean(1, keepdim=True), 1))
+                elif r is not None:
                     updates.append(_update(t, r, stats, program.plan.stat_groups))
         if updates:
             program.run.update_all_running(updates)

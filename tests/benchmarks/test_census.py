@@ -24,12 +24,12 @@ TIMING = Timing(2, 1e-4)
 BLOCKS = {
     "dcgan generator": (5, 5),
     "dropout discriminator": (4, 4),
-    "patchgan, instance norm": (4, 1),
+    "patchgan, instance norm": (4, 4),
     "pix2pix unet": (8, 7),  # in between the outermost convolution and its LeakyReLU there is a module's border
     "mobilenet-v2": (22, 22),
     "esrgan generator": (11, 11),
     "unet, called one by one": (11, 11),
-    "style transfer network": (15, 0),
+    "style transfer network": (15, 15),
 }
 
 

@@ -81,8 +81,8 @@ def _with_conv(kind: type[nn.Module] = nn.Conv2d, *args: object, **kwargs: objec
     return lambda: nn.Sequential(kind(*args, **kwargs), nn.BatchNorm2d(6), nn.LeakyReLU(0.2))  # type: ignore[call-arg]
 
 
-def _with_norm(**kwargs: object) -> Factory:
-    return lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **kwargs), nn.ReLU(), nn.Conv2d(4, 2, 3))  # type: ignore[arg-type]
+def _with_norm(kind: type[nn.Module] = nn.BatchNorm2d, **kwargs: object) -> Factory:
+    return lambda: nn.Sequential(nn.Conv2d(3, 4, 3), kind(4, **kwargs), nn.ReLU(), nn.Conv2d(4, 2, 3))  # type: ignore[call-arg]
 
 
 def _wrapped(wrap: Callable[[nn.Module], nn.Module]) -> Factory:
@@ -179,6 +179,8 @@ VARIANTS: dict[str, tuple[Factory, tuple[int, ...]]] = {
     "affine false": (_with_norm(affine=False), IMAGE),
     "no running statistics": (_with_norm(track_running_stats=False), IMAGE),
     "frozen norm": (_frozen_norm, IMAGE),
+    "instance norm": (_with_norm(nn.InstanceNorm2d), IMAGE),
+    "instance norm of its own": (_with_norm(nn.InstanceNorm2d, affine=True, track_running_stats=True), IMAGE),
     "weight norm": (_wrapped(parametrizations.weight_norm), IMAGE),
     "weight norm, old style": (_wrapped(old_weight_norm), IMAGE),
     "spectral norm": (_wrapped(parametrizations.spectral_norm), IMAGE),

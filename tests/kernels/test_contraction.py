@@ -208,6 +208,14 @@ def test_geometry(op: str, name: str, tile: str) -> None:
         check_output(case, "activate", "stats", "tanh", TILES[tile])
 
 
+@pytest.mark.parametrize("kind", ["stats", "grad_stats"])
+@pytest.mark.parametrize("op", TO_IMAGES)
+def test_each_image_has_statistics_of_its_own(op: str, kind: str) -> None:
+    geometry, extra = geometry_of("k4s2p1")
+    case = Case(op, geometry, (4, 6), images=1, groups=5, channels=(16, 24), output_padding=extra)
+    check_output(case, "activate", kind, "relu", None)
+
+
 @pytest.mark.parametrize("act", sorted(ACTIVATIONS))
 def test_activation(act: str) -> None:
     case = Case("conv", Geometry((1, 1)), (3, 3), channels=(16, 16))

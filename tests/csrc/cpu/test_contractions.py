@@ -42,6 +42,7 @@ REFERENCE = ReferenceBackend()
 CHANNELS_LAST = torch.channels_last
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 K4 = Geometry((4, 4), (2, 2), (1, 1))
+GROUPS = [1, 2, None]  # of statistics; None: each image is one
 # (batch, channels and size of the gathered side, channels of the linear side, geometry): every kind of block of a DCGAN
 # (projection, wide, image side, logit), with whole panels of channels and without
 BLOCKS = {
@@ -218,20 +219,20 @@ def test_bias(cpu: Kernels, dtype: torch.dtype) -> None:
         assert_as_accurate(*results, f"{name} with a bias", reduction=case.terms("conv"))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_statistics(cpu: Kernels, dtype: torch.dtype, groups: int) -> None:
+def test_statistics(cpu: Kernels, dtype: torch.dtype, groups: int | None) -> None:
     check_statistics(cpu, dtype, groups, ((4, 4), (2, 16), (32, 8)))
 
 
 def check_statistics(
-    cpu: Kernels, dtype: torch.dtype, groups: int, shapes: tuple[tuple[int, int], ...], g: Geometry = K4
+    cpu: Kernels, dtype: torch.dtype, groups: int | None, shapes: tuple[tuple[int, int], ...], g: Geometry = K4
 ) -> None:
     """The epilogue "stats" of 24 -> 50 channels; `shapes`: batches, and the sides of their images."""
     for batch, size in shapes:
         case = Case(batch, 24, (size, size), 50, g, dtype)
         for op in ("conv", "conv_transpose"):
-            (out, got), (_, vanilla), (_, truth) = case.three(cpu, op, Epilogue("stats", stat_groups=groups))
+            (out, got), (_, vanilla), (_, truth) = case.three(cpu, op, Epilogue("stats", stat_groups=groups or batch))
             assert torch.equal(out, case.contract(cpu, op)[0])
             for row, name in enumerate(["mean", "biased variance", "unbiased variance"]):
                 scale = float(truth[1].mean().sqrt())

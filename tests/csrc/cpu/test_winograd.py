@@ -16,6 +16,7 @@ from fastdcgan.spec import Epilogue
 from tests.csrc.cpu.test_contractions import (
     BLOCKS,
     DTYPES,
+    GROUPS,
     K4,
     REFERENCE,
     STATUS,
@@ -79,10 +80,10 @@ def test_activated_outputs(cpu: Kernels, name: str, act: str) -> None:
     assert_as_accurate(*results, act, reduction=case.terms("conv"), scale=1.0)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @KERNELS
-def test_statistics(cpu: Kernels, g: Geometry, dtype: torch.dtype, groups: int) -> None:
+def test_statistics(cpu: Kernels, g: Geometry, dtype: torch.dtype, groups: int | None) -> None:
     check_statistics(cpu, dtype, groups, ((4, 4), (2, 18), (32, 8), (6, 7)), g)
 
 
