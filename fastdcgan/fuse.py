@@ -105,6 +105,7 @@ def _fused_class(plain: Any) -> type[nn.Module]:
         members["forward"] = FusedSequential.forward  # all else that `plain` defines comes first
         return type(f"Fused{plain.__name__}", (plain, FusedSequential), members)
     members["forward"] = deferring(plain.forward)
+    members["__prepare_scriptable__"] = FusedSequential.__prepare_scriptable__
     return type(f"Fused{plain.__name__}", (plain,), members)
 
 

@@ -35,13 +35,14 @@ _HANDLERS: dict[Callable, Callable] = {}
 
 def _open(x: Any) -> Pending | None:
     """`x` if it waits and may be continued."""
-    if not waits(x) or x.value is not None or state_of(x.x) != x.state or (x.key, x.x.shape) in kept:
+    if not waits(x) or x.value is not None or state_of(x.x) != x.state or x.key in kept:
         return None
     return x
 
 
 def _of_two(value: Any) -> Pair:
-    return pair(value if isinstance(value, int) else tuple(value))
+    """Numbers that a compiler may have made symbols of."""
+    return pair(int(value) if isinstance(value, (int, torch.SymInt)) else tuple(map(int, value)))
 
 
 def _convolved(
@@ -69,11 +70,11 @@ def _convolved(
         return call(tensors_in(x))
 
     def blocks(before: tuple[Block, ...]) -> tuple[Block, ...]:
-        geometry = Geometry(*numbers[:4], groups)  # type: ignore[arg-type, call-arg]
+        geometry = Geometry(*numbers[:4], int(groups))  # type: ignore[arg-type, call-arg]
         return (*before, Block(transposed, geometry, numbers[4], None, "identity", 0.0, ""))
 
     found = Pending(mode, parent, root, call)
-    found.key = key_of(0 if parent is None else parent.key, (transposed, numbers, groups), blocks)
+    found.key = key_of(0 if parent is None else parent.key, (transposed, numbers, int(groups)), blocks)
     found.convolves = True
     found.tensors += (BlockTensors(weight, bias),)
     found.running += (None,)
@@ -83,11 +84,16 @@ def _convolved(
 def _fits(x: Any, weight: Any, bias: Any) -> bool:
     """Whether a block can be of these; else PyTorch's function runs, and says what is wrong."""
     given = [t for t in (x, weight, bias) if t is not None]
-    if not all(isinstance(t, Tensor) for t in given) or not primitives.unwatched(*given):
+    if not all(isinstance(t, Tensor) for t in given) or not _may_wait(given):
         return False
     if x.dim() != 4 or weight.dim() != 4 or not x.numel() or not x.is_floating_point():
         return False
     return all(t.device == x.device and (t.dtype == x.dtype or autocast_dtype(x) is not None) for t in given)
+
+
+def _may_wait(given: Sequence[Tensor]) -> bool:
+    """Where a compiler traces, `compiler.py` sees to it that all of it is to be traced."""
+    return torch.compiler.is_compiling() or primitives.unwatched(*given)
 
 
 def _conv2d(
@@ -111,7 +117,9 @@ def _batch_norm(
     def call(x: Any) -> Any:
         return function(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
-    return _normalised(mode, input, (weight, bias, running_mean, running_var), Norm(eps, training), momentum, call)
+    return _normalised(
+        mode, input, (weight, bias, running_mean, running_var), Norm(float(eps), training), momentum, call
+    )
 
 
 def _instance_norm(
@@ -121,7 +129,7 @@ def _instance_norm(
     def call(x: Any) -> Any:
         return function(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
-    norm = Norm(eps, use_input_stats, instance=use_input_stats)
+    norm = Norm(float(eps), use_input_stats, instance=use_input_stats)
     return _normalised(mode, input, (weight, bias, running_mean, running_var), norm, momentum, call)
 
 
@@ -140,7 +148,7 @@ def _normalised(
     found.key = key_of(p.key, (norm,), lambda b: (*b[:-1], replace(b[-1], norm=norm)))
     found.tensors = (*p.tensors[:-1], BlockTensors(*p.tensors[-1][:2], *vectors))
     if norm.batch_stats and mean is not None:
-        found.running = (*p.running[:-1], Running(mean, var, momentum))
+        found.running = (*p.running[:-1], Running(mean, var, float(momentum)))
         mode.owed[id(found)] = found
     return found
 

@@ -10,11 +10,13 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
@@ -74,7 +76,7 @@ class Pending:
 
     def _computed(self) -> Tensor:
         if self.passed and autotune.consulted(self.x.device):
-            kept.add((self.key, self.x.shape))  # from the next time on, what goes on from here is another chain
+            kept.add(self.key)  # from the next time on, what goes on from here is another chain
         x, steps = self.x, [self]
         for p in self.ancestors():
             if p.value is not None:
@@ -195,7 +197,7 @@ def state_of(x: Tensor) -> tuple:
 _keys: dict[tuple, int] = {}
 known_blocks: dict[int, tuple[Block, ...]] = {0: ()}
 _chains: dict[int, _CallChain] = {}
-kept: set[tuple] = set()  # (key, shape of x) of what was needed after what goes on from it was computed
+kept: set[int] = set()  # keys of what was needed after what goes on from it was computed
 
 
 def key_of(before: int, added: tuple, blocks: Callable[[tuple[Block, ...]], tuple[Block, ...]]) -> int:
@@ -232,7 +234,10 @@ class _CallChain(Chain):
         )  # fmt: skip
         if chain.recorder is not None:
             self._weights = [t.weight for t in tensors]
-        if self.why_plain(x, brief) is None:
+        if torch.compiler.is_compiling():
+            if not self._compiles_to_functions(x, tensors, running):
+                out = self.run(x, tensors, running, 1, "auto", brief)
+        elif self.why_plain(x, brief) is None:
             if self.bare and not self.has_choice(x, "auto", block_backend(x)):
                 self._record(x, None, [WHY_BARE])
             else:
@@ -240,11 +245,35 @@ class _CallChain(Chain):
                 out = self.run(x, tensors, running, 1, "auto", brief)
         return choice.modules(self._blocks, self.entered, 1, x, tensors, running) if out is None else out
 
+    def _compiles_to_functions(
+        self, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]
+    ) -> bool:
+        """`compiles_to_modules` for the like of tensors that a compiler traces."""
+        if x.device.type != "cpu":
+            return self.bare
+        with _disable_current_modes(), mock.patch.object(torch.compiler, "_is_compiling_flag", False):
+            real = [BlockTensors(*map(_real_like, t)) for t in tensors]
+            buffers = [
+                None if r is None or t.running_mean is None or t.running_var is None
+                else Running(t.running_mean, t.running_var, r.momentum)
+                for r, t in zip(running, real, strict=True)
+            ]  # fmt: skip
+            return self.compiles_to_modules(_real_like(x), real, buffers, 1)
+
     def blocks(self, backend: str) -> list[Block]:
         return [replace(block, backend=backend) for block in self._blocks]
 
     def records(self) -> list[tuple[Any, str]]:
         return [(weight, _pattern(block)) for block, weight in zip(self._blocks, self._weights, strict=True)]
+
+
+def _real_like(t: Any) -> Any:
+    """A tensor with the sizes and strides of one that is traced."""
+    if t is None:
+        return None
+    hint = torch.fx.experimental.symbolic_shapes.optimization_hint  # they may be symbols
+    sizes, strides = (tuple(map(hint, found)) for found in (t.shape, t.stride()))
+    return torch.empty_strided(sizes, strides, dtype=t.dtype).fill_(0.5).requires_grad_(t.requires_grad)
 
 
 def _pattern(block: Block) -> str:
