@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fastdcgan import backends
 from fastdcgan.checks import check_module
@@ -44,18 +45,23 @@ class Explanation(list[Row]):
         return "\n".join([*lines, f"{fused} of {len(self)} fused"])
 
 
-def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
+def explain(model: nn.Module, *inputs: Any, **keywords: Any) -> Explanation:
     """Per block of `model`: its modules, the backend that runs it, and why; and what is not fused, and why not.
 
-    With an input `x` the model is run, with gradients where they are enabled, and the backends are those that did run;
-    buffers are put back afterwards. Without, they are those that its parameters' device and dtype would get.
-    Raises TypeError if `model` is no `nn.Module` or `x` no tensor, ValueError if a module contains itself, and what
-    running it raises.
+    With `inputs` the model is called with them, with gradients where they are enabled, and the backends are those that
+    did run; buffers are put back afterwards. Without, or with None alone, they are those that its parameters' device
+    and dtype would get.
+    Raises TypeError if `model` is no `nn.Module` or there is no tensor in the inputs, ValueError if a module contains
+    itself, and what running it raises.
     """
     check_module(model)
-    if x is not None and not isinstance(x, Tensor):
-        raise TypeError(f"expected a torch.Tensor as input, or None, got {type(x).__name__}")
-    ran = {} if x is None else _observe(model, x)
+    given, observed = (inputs, keywords), inputs not in ((), (None,)) or bool(keywords)
+    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+    if observed and not tensors:
+        raise TypeError(
+            f"expected a torch.Tensor as input, or None, got {type(inputs[0] if inputs else given).__name__}"
+        )
+    ran = _observe(model, inputs, keywords, tensors[0].device) if observed else {}
     rows, seen = Explanation(), set[int]()
     for path, module in model.named_modules():
         if not isinstance(module, nn.Sequential) or id(module) in seen:
@@ -67,10 +73,10 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
         seen.update(id(m) for m in _opened(module, transparent))
         for part in segments(module, transparent):
             seen.update(id(m) for m in _modules_of(part) if not isinstance(m, nn.Sequential))
-            rows.extend(_rows(part, f"{path}." if path else "", fused, ran, x is not None))
+            rows.extend(_rows(part, f"{path}." if path else "", fused, ran, observed))
     for path, module in model.named_modules():
         if id(module) not in seen and _belongs_to_a_block(module):
-            rows.extend(_own_rows(path or "(model)", module, _is_called_by_fused(model, path), ran, x is not None))
+            rows.extend(_own_rows(path or "(model)", module, _is_called_by_fused(model, path), ran, observed))
     return rows
 
 
@@ -103,13 +109,15 @@ def _own_rows(path: str, module: nn.Module, fused: bool, ran: dict[int, chain.Re
         yield Row(path, kind, False, None, f"{kind} is not fused")
 
 
-def _observe(model: nn.Module, x: Tensor) -> dict[int, chain.Record]:
+def _observe(
+    model: nn.Module, inputs: tuple, keywords: dict[str, Any], device: torch.device
+) -> dict[int, chain.Record]:
     state = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        with autotune.at_once(), torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-            model(x)  # measures what it has to
+        with autotune.at_once(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            model(*inputs, **keywords)  # measures what it has to
             chain.recorder = []
-            model(x)
+            model(*inputs, **keywords)
         return {id(record.conv): record for record in chain.recorder}
     finally:
         chain.recorder = None

@@ -6,6 +6,7 @@ hooks and whatever refers to them stay as they were.
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any, TypeVar
 
@@ -36,10 +37,17 @@ def fuse(model: ModuleT) -> ModuleT:
     Raises TypeError if `model` is no `nn.Module`, ValueError if a module contains itself.
     """
     check_module(model)
-    for module in list(model.modules()):
+    modules = list(model.modules())
+    for module in modules:
         if _holds_convolution(module) or _calls_convolutions(module):
             module.__class__ = module.__dict__.pop(_KEY, None) or _fused_class(type(module))  # type: ignore[arg-type]
+    if any(isinstance(m, _CONVS) for m in modules) and not any(map(_is_fused, modules)):
+        warnings.warn("fuse() found nothing to fuse in this model: explain(model) says why", stacklevel=2)
     return model
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return isinstance(module, FusedSequential) or hasattr(type(module), "_plain_class")
 
 
 def unfuse(model: ModuleT) -> ModuleT:

@@ -50,6 +50,8 @@ class FusedSequential(nn.Sequential):
 class _Layer(FusedSequential):
     """conv [+ bn] [+ act] under those names."""
 
+    conv: nn.Conv2d | nn.ConvTranspose2d
+
     def __init__(
         self, conv: nn.Conv2d | nn.ConvTranspose2d, bn: nn.BatchNorm2d | None, activation: str, slope: float | None
     ):
@@ -61,6 +63,11 @@ class _Layer(FusedSequential):
             checks.check_norm(bn.eps, bn.momentum)
         parts = {"conv": conv, "bn": bn, "act": to_module(activation, slope)}
         super().__init__(OrderedDict((name, part) for name, part in parts.items() if part is not None))
+
+    @property
+    def weight(self) -> Tensor:
+        """The convolution's: initialisers look for it in classes whose names have "Conv" in them."""
+        return self.conv.weight
 
 
 class ConvBNAct2d(_Layer):

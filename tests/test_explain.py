@@ -206,8 +206,26 @@ def test_the_table() -> None:
     assert str(Explanation()).endswith("0 of 0 fused")
 
 
-@pytest.mark.parametrize("x", ["image", 3, [torch.zeros(1)]])
+@pytest.mark.parametrize("x", ["image", 3, [1.0]])
 def test_an_input_is_a_tensor(x) -> None:
     model = fastdcgan.fuse(VARIANTS["two blocks"][0]())
     with pytest.raises(TypeError, match=f"expected a torch.Tensor as input, or None, got {type(x).__name__}"):
         fastdcgan.explain(model, x)
+
+
+def test_several_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor, scale: float, other: torch.Tensor | None = None) -> torch.Tensor:
+            out = torch.tanh(self.conv(x)) * scale
+            return out if other is None else out + other
+
+    model, x = fastdcgan.fuse(Two()), torch.randn(2, 3, 8, 8)
+    for rows in (fastdcgan.explain(model, x, 2.0), fastdcgan.explain(model, x, scale=2.0, other=torch.ones(1))):
+        assert [(row.name, row.pattern, row.fused) for row in rows] == [("conv", "Conv2d + Tanh", True)]
+    assert not fastdcgan.explain(model)[0].fused
+    with pytest.raises(TypeError, match=r"expected a torch.Tensor as input"):
+        fastdcgan.explain(model, 3)

@@ -370,3 +370,8 @@ def test_lazy_modules(call_first: bool, device: torch.device) -> None:
         torch.testing.assert_close(outs[1], outs[0], rtol=1e-10, atol=1e-12)
         assert_same(dict(models[0].named_buffers()), dict(models[1].named_buffers()))
     assert sum(row.fused for row in fastdcgan.explain(models[1])) == 2
+
+
+def test_a_model_of_which_nothing_is_fused_is_said_so() -> None:
+    with pytest.warns(UserWarning, match=r"fuse\(\) found nothing to fuse in this model: explain\(model\) says why"):
+        fastdcgan.fuse(nn.Conv2d(3, 4, 3))

@@ -24,7 +24,7 @@ ROOMS = (
     ("train_step",),
     ("doctor",),
     ("explain",),
-    ("fuse", "folding"),
+    ("fuse", "folding", "compiler"),
     ("layers", "functional"),
     ("optim", "losses", "images"),
     ("engine",),

@@ -274,3 +274,21 @@ def test_an_unknown_boundary(boundaries: Any) -> None:
     model.boundaries = boundaries
     with pytest.raises(ValueError, match="boundaries must be 'auto', 'finished' or 'deferred', got"):
         model(torch.randn(IMAGE))
+
+
+def test_the_tutorials_initialiser_takes_them() -> None:
+    """`weights_init` of PyTorch's DCGAN tutorial, which goes by the names of classes."""
+
+    def weights_init(m: nn.Module) -> None:
+        name = type(m).__name__
+        if name.find("Conv") != -1:
+            nn.init.normal_(m.weight.data, 0.0, 0.02)
+        elif name.find("BatchNorm") != -1:
+            nn.init.normal_(m.weight.data, 1.0, 0.02)
+            nn.init.constant_(m.bias.data, 0)
+
+    layer = fastdcgan.ConvTransposeBNReLU2d(64, 64, 4)
+    keys = list(layer.state_dict())
+    layer.apply(weights_init)
+    assert 0.018 < float(layer.conv.weight.std()) < 0.022
+    assert layer.weight is layer.conv.weight and list(layer.state_dict()) == keys

@@ -9,6 +9,7 @@ All conversions only rename and reshape, so they are exact.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ from fastdcgan.dcgan.models import PROJECTIONS, Discriminator, Generator
 from fastdcgan.dcgan.tensor_files import check_tensor
 
 _CONV = "blocks.project.conv.weight"
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
 _LINEAR = "blocks.project.conv.linear.weight"
 _LINEAR_ROWS = "blocks.project.bn.weight"  # its length: channels
 
 
 def load_example_state_dict(net: Generator | Discriminator, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a state_dict of PyTorch's DCGAN example: `main.0.weight`, ... (of DataParallel: `module.main.0.weight`).
+    """Load a state_dict of PyTorch's DCGAN example: `main.0.weight`, ... (of DataParallel: `module.main.0.weight`, of
+    torch.compile: `_orig_mod.main.0.weight`).
 
     The example's networks have 64 pixels; networks of other sizes that are written in its style load too.
     Raises RuntimeError, as `load_state_dict` does, for missing or unexpected keys and for other shapes; TypeError for
@@ -31,7 +34,7 @@ def load_example_state_dict(net: Generator | Discriminator, state_dict: Mapping[
     for key, value in state_dict.items():
         if not (isinstance(key, str) and isinstance(value, Tensor)):
             raise TypeError(f"{key!r} is of type {type(value).__name__}: expected tensors by their names")
-    state = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    state = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
     names = _example_names(net)
     renamed = {names.get(key, key): value for key, value in state.items()}
     state = convert_projection(renamed, _projection(net))

@@ -65,7 +65,8 @@ def test_example_discriminator(training: bool) -> None:
     torch.manual_seed(0)
     theirs, ours = example_discriminator(4), Discriminator(64, 3, ndf=4)
     randomise(theirs)
-    load_example_state_dict(ours, {f"module.{key}": value for key, value in theirs.state_dict().items()})
+    for prefix in ("_orig_mod.", "module._orig_mod.", "module."):
+        load_example_state_dict(ours, {f"{prefix}{key}": value for key, value in theirs.state_dict().items()})
     assert list(example_state_dict(ours)) == list(theirs.state_dict())
     theirs.double().train(training), ours.double().train(training)
     x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
