@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fastdcgan.benchmarks.harness import Summary, is_noisy
 from fastdcgan.benchmarks.peers import PEERS
-from fastdcgan.benchmarks.results import RESULTS, Results, Row, load
+from fastdcgan.benchmarks.results import RESULTS, Case, Results, Row, load
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
@@ -141,12 +141,31 @@ def host_cells(results: Results) -> Cells:
     return ("net", "part", "batch", "dtype", "plain modules, us", "fused, us", "fused over plain"), lines
 
 
+def census_cells(results: Results) -> Cells:
+    """One line per network: plain over fused in each dtype, memory format, mode and batch."""
+    cases = [case for case in results.cases if case.suite == "census"]
+    columns = list(dict.fromkeys((case.dtype, case.part, case.batch) for case in cases))
+    lines: list[Sequence[str]] = []
+    for name in dict.fromkeys(case.name for case in cases):
+        of = {(c.dtype, c.part, c.batch): c for c in cases if c.name == name}
+        there, fused = results.extra["blocks"][name]
+        cells = ["-" if key not in of else _gain_cell(of[key]) for key in columns]
+        lines.append((name, f"{fused} of {there}", *cells))
+    return ("network", "blocks fused", *(f"{dtype}, {part}, batch {batch}" for dtype, part, batch in columns)), lines
+
+
+def _gain_cell(case: Case) -> str:
+    other = next(row for row in case.rows if row.peer != case.reference)
+    return _ratio_cell(other, next(row for row in case.rows if row.peer == case.reference))
+
+
 CELLS: dict[str, Callable[[Results], Cells]] = {
     "step": step_cells,
     "generate": generate_cells,
     "blocks": block_cells,
     "contractions": contraction_cells,
     "host": host_cells,
+    "census": census_cells,
 }
 TITLES = {
     "step": "Training step",
@@ -154,6 +173,7 @@ TITLES = {
     "blocks": "Blocks",
     "contractions": "Contractions alone",
     "host": "Host time of tiny nets on one thread",
+    "census": "Networks as people write them, forward and backward: plain over fused",
 }
 
 
@@ -175,7 +195,7 @@ def measured(device_type: str, results: Sequence[Results], folder: Path) -> str:
     texts = []
     for (_, suite), r in sorted(newest.items(), key=_place):
         texts.append(f"**{TITLES[suite]}.** {caption(r)} {NOTE}\n\n{markdown(r, suite)}")
-        if suite in ("step", "generate") and r.plot is not None:
+        if suite in ("step", "generate", "census") and r.plot is not None:
             texts.append(f"![{TITLES[suite]}]({os.path.relpath(r.plot.resolve(), folder.resolve())})")
     return "\n\n".join(texts) or NOT_MEASURED
 
