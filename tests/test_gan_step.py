@@ -449,8 +449,9 @@ def test_compiled_networks() -> None:
     nets, twins = networks(), networks()
     step = GANStep(*nets, *adams(nets), compile=True, graph=False)
     plain = GANStep(*twins, *adams(twins), graph=False)
-    for real, z in batches(2):
-        a, b = step(real, z), plain(real, z)
+    for i, (real, z) in enumerate(batches(3)):
+        n = len(real) - i // 2  # the last one is short
+        a, b = step(real[:n], z[:n]), plain(real[:n], z[:n])
     torch.testing.assert_close(torch.stack(a), torch.stack(b), rtol=1e-3, atol=1e-4)
 
 
