@@ -50,8 +50,8 @@ CPU = torch.device("cpu")
 # --- what there is in a net ------------------------------------------------------------------------------------------
 
 _NORMS = {"batch_norm", "instance_norm", "group_norm", "layer_norm"}
-_KINKED = {"relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "hardtanh", "relu6"}
-_ACTS = _KINKED | {"tanh", "sigmoid", "silu", "gelu", "elu", "glu", "softplus", "mish", "hardswish"}
+_KINKED = {"relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "hardtanh", "hardtanh_", "relu6", "hardswish"}
+_ACTS = _KINKED | {"tanh", "sigmoid", "silu", "gelu", "elu", "glu", "softplus", "mish", "log_sigmoid"}
 
 
 class Watch(TorchFunctionMode):

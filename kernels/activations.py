@@ -17,6 +17,12 @@ SIGMOID = tl.constexpr(ACTIVATIONS["sigmoid"].id)
 SILU = tl.constexpr(ACTIVATIONS["silu"].id)
 GELU = tl.constexpr(ACTIVATIONS["gelu"].id)
 ELU = tl.constexpr(ACTIVATIONS["elu"].id)
+RELU6 = tl.constexpr(ACTIVATIONS["relu6"].id)
+HARDTANH = tl.constexpr(ACTIVATIONS["hardtanh"].id)
+HARDSWISH = tl.constexpr(ACTIVATIONS["hardswish"].id)
+MISH = tl.constexpr(ACTIVATIONS["mish"].id)
+SOFTPLUS = tl.constexpr(ACTIVATIONS["softplus"].id)
+LOGSIGMOID = tl.constexpr(ACTIVATIONS["logsigmoid"].id)
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _RSQRT_TWO_PI = tl.constexpr(0.3989422804014327)
@@ -45,6 +51,43 @@ def _expm1_of_negative(z):
 
 
 @triton.jit
+def _clamp(z, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """NaN stays."""
+    return tl.where(z <= LOW, LOW, tl.where(z >= HIGH, HIGH, z))
+
+
+@triton.jit
+def _clamp_derivative(z, LOW: tl.constexpr, HIGH: tl.constexpr):
+    return tl.where((z <= LOW) | (z >= HIGH), 0.0, 1.0)  # 1 at NaN, as PyTorch has it
+
+
+@triton.jit
+def _exp_up_to_20(z):
+    return tl.exp(tl.where(z > 20.0, 20.0, z))
+
+
+@triton.jit
+def _mish_factor(e):
+    """tanh(log(1 + e)): 1 where e = exp(z) would overflow."""
+    n = e * (e + 2.0)
+    return n / (n + 2.0)
+
+
+@triton.jit
+def _softplus(z):
+    """max(z, 0) + log(1 + exp(-|z|)), the second as csrc/common/activations.h has it."""
+    e = tl.exp(tl.where(z > 0.0, -z, z))
+    q = e / (2.0 + e)
+    u = q * q
+    p = 2.8178335e-1
+    p = p * u + 2.7960603e-1
+    p = p * u + 4.0024910e-1
+    p = p * u + 6.6666315e-1
+    p = p * u + 2.0
+    return tl.where(z > 0.0, z, 0.0) + p * q
+
+
+@triton.jit
 def activation(z, slope, ACT: tl.constexpr):
     """act(z)."""
     if ACT == RELU:
@@ -61,6 +104,18 @@ def activation(z, slope, ACT: tl.constexpr):
         z = 0.5 * z * (1.0 + tl.erf(z * _SQRT_HALF))
     elif ACT == ELU:
         z = tl.where(z > 0.0, z, slope * _expm1_of_negative(z))
+    elif ACT == RELU6:
+        z = _clamp(z, 0.0, 6.0)
+    elif ACT == HARDTANH:
+        z = _clamp(z, -1.0, 1.0)
+    elif ACT == HARDSWISH:
+        z = z * (_clamp(z + 3.0, 0.0, 6.0) * (1.0 / 6.0))
+    elif ACT == MISH:
+        z = z * _mish_factor(_exp_up_to_20(z))
+    elif ACT == SOFTPLUS:
+        z = _softplus(z)
+    elif ACT == LOGSIGMOID:
+        z = -_softplus(-z)
     else:
         tl.static_assert(ACT == IDENTITY, "unknown activation id")
     return z
@@ -87,6 +142,20 @@ def activation_derivative(z, slope, ACT: tl.constexpr):
         d = cdf + z * tl.exp(-0.5 * z * z) * _RSQRT_TWO_PI
     elif ACT == ELU:
         d = tl.where(z <= 0.0, slope * tl.exp(tl.where(z > 0.0, 0.0, z)), 1.0)
+    elif ACT == RELU6:
+        d = _clamp_derivative(z, 0.0, 6.0)
+    elif ACT == HARDTANH:
+        d = _clamp_derivative(z, -1.0, 1.0)
+    elif ACT == HARDSWISH:
+        d = tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, z * (1.0 / 3.0) + 0.5, 1.0))  # 1 at NaN
+    elif ACT == MISH:
+        e = _exp_up_to_20(z)
+        a = _mish_factor(e)
+        d = a + z * (e / (1.0 + e) * (1.0 - a * a))
+    elif ACT == SOFTPLUS:
+        d = 1.0 / (1.0 + tl.exp(-z))
+    elif ACT == LOGSIGMOID:
+        d = 1.0 / (1.0 + tl.exp(z))
     else:
         tl.static_assert(ACT == IDENTITY, "unknown activation id")
         d = tl.full(z.shape, 1.0, tl.float32)

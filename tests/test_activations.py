@@ -46,6 +46,15 @@ def test_derivative_is_autograds(name: str, slope: float, device: torch.device) 
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("value", [3.0, -3.0, 1.0, -1.0, 6.0, 20.0, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("name", "slope"), CASES)
+def test_derivative_where_a_formula_changes(name: str, slope: float, value: float, device: torch.device) -> None:
+    z = torch.full((4,), value, dtype=torch.float64, device=device, requires_grad=True)
+    expected = torch.autograd.grad(module_of(name, slope)(z).sum(), z)[0]
+    found = ACTIVATIONS[name].derivative(z.detach(), slope)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14, equal_nan=True)
+
+
 @pytest.mark.parametrize(("name", "slope"), CASES)
 def test_a_nan_gives_the_gradient_that_pytorch_gives(name: str, slope: float, device: torch.device) -> None:
     z = torch.full((4,), torch.nan, dtype=torch.float64, device=device, requires_grad=True)
@@ -83,9 +92,36 @@ class Clipped(nn.ReLU):
         return super().forward(x).clamp(max=1)
 
 
-@pytest.mark.parametrize("module", [nn.GELU(approximate="tanh"), Clipped(), nn.Softplus(), nn.ReLU6(), nn.Identity()])
+def relu4() -> nn.Module:
+    module = nn.ReLU6()
+    module.max_val = 4.0
+    return module
+
+
+OTHERS = [
+    nn.GELU(approximate="tanh"), Clipped(), nn.Identity(), nn.PReLU(), nn.Softplus(2.0), nn.Softplus(threshold=10.0),
+    nn.Hardtanh(-2.0, 2.0), nn.Hardtanh(0.0, 1.0), relu4(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", OTHERS, ids=repr)
 def test_modules_that_the_table_does_not_have(module: nn.Module) -> None:
     assert from_module(module) is None
+
+
+def test_other_spellings() -> None:
+    assert from_module(nn.Hardtanh(0, 6)) == ("relu6", 0.0)
+    assert from_module(nn.Softplus(1, 20)) == ("softplus", 0.0)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda", "xpu", "mps", "mtia"])
+def test_what_autocast_makes_float32_is_what_pytorch_does(device_type: str) -> None:
+    """On these device types PyTorch's autocast has kernels for what it casts, and for nothing else here."""
+    key = {"cpu": "AutocastCPU"}.get(device_type, f"Autocast{device_type.upper()}")
+    operator = {"relu6": "hardtanh", "logsigmoid": "log_sigmoid"}
+    for name in set(ACTIVATIONS) - {"identity"}:
+        casts = torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator.get(name, name)}", key)
+        assert casts == (device_type in ACTIVATIONS[name].float32_under_autocast), name
 
 
 def test_ids_are_those_of_the_cpp_header() -> None:

@@ -87,7 +87,7 @@ FUNCTIONAL: dict[str, tuple[Callable[[Arguments], Any], type[Exception], list[st
         conv(x=lambda a: a.x[:, :, :2, :2], stat_groups=4),
         ValueError, ["more than 1 value per channel", "stat_groups=4"],
     ),
-    "unknown activation": (conv(activation="mish"), ValueError, ["'mish'", "'leaky_relu'", "'elu'"]),
+    "unknown activation": (conv(activation="selu"), ValueError, ["'selu'", "'leaky_relu'", "'elu'"]),
     "activation is a module": (conv(activation=lambda a: nn.ReLU()), ValueError, ["ReLU()", "'relu'"]),
     "stride 0": (conv(stride=0), ValueError, ["stride", "at least 1", "0"]),
     "stride beyond counting": (conv(stride=2**31), ValueError, ["stride", "at most 2147483647", "2147483648"]),

@@ -113,8 +113,8 @@ def test_every_activation_of_the_table(activation: str, device: torch.device) ->
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"unknown activation 'relu6': expected one of 'identity', 'relu'"):
-        fastdcgan.ConvBNAct2d(3, 4, 3, activation="relu6")
+    with pytest.raises(ValueError, match=r"unknown activation 'prelu': expected one of 'identity', 'relu'"):
+        fastdcgan.ConvBNAct2d(3, 4, 3, activation="prelu")
     for name, value, error in (
         ("stride", 0, ValueError), ("stride", (1, 0), ValueError), ("padding", -1, ValueError),
         ("dilation", 0, ValueError), ("groups", 0, ValueError), ("stride", "two", TypeError),
@@ -254,7 +254,16 @@ def test_bad_statistics_groups(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["two blocks", "no norm", "shared conv", "silu, gelu, elu", "frozen norm", "padding inside a chain"]
+    "name",
+    [
+        "two blocks",
+        "no norm",
+        "shared conv",
+        "silu, gelu, elu",
+        "relu6 to logsigmoid",
+        "frozen norm",
+        "padding inside a chain",
+    ],
 )
 @pytest.mark.parametrize("stat_groups", [1, 2])
 @pytest.mark.parametrize("train", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 import subprocess
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fastdcgan
+from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.engine import planned
 from tests.helpers.networks import IMAGE, VARIANTS
 from tests.helpers.tolerance import assert_as_accurate
@@ -42,7 +44,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 @one_thread()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["two blocks", "no norm", "momentum none", "transposed groups", "dcgan generator"])
+@pytest.mark.parametrize(
+    "name",
+    ["two blocks", "no norm", "momentum none", "transposed groups", "relu6 to logsigmoid", "dcgan generator"],
+)
 def test_16_bit_models(name: str, dtype: torch.dtype, device: torch.device) -> None:
     """`.to(dtype)`: weights, activations and buffers in 16 bits; as accurate as vanilla."""
     factory, shape = PAIRS[name]
@@ -93,6 +98,23 @@ def test_autocast(name: str, dtype: torch.dtype, device: torch.device) -> None:
         assert fused.double()(x.double()).dtype == torch.float64  # autocast leaves float64 alone
     with torch.autocast(device.type, enabled=False):
         assert fused.float()(x).dtype == torch.float32
+
+
+def test_autocast_widens_what_pytorch_widens(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Where it gives float32 of an activation, so does a chain that ends with it, and no chain that goes on."""
+    row = dataclasses.replace(ACTIVATIONS["softplus"], float32_under_autocast=(device.type,))
+    monkeypatch.setitem(ACTIVATIONS, "softplus", row)
+    first = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus()
+    for modules, expected in ((first, torch.float32), ((*first, nn.Conv2d(4, 2, 1), nn.Mish()), torch.bfloat16)):
+        model, x = fastdcgan.fuse(nn.Sequential(*modules)).to(device), draw(IMAGE, torch.float32, device)
+        with fastdcgan.backend("reference"):
+            with torch.autocast(device.type, torch.bfloat16):
+                out = model(x)
+                assert out.dtype == expected
+                out.sum().backward()
+                assert model.double()(x.double()).dtype == torch.float64
+            assert model.float()(x).dtype == torch.float32
+            assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_grad_scaler(device: torch.device) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdcgan import backends
-from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.activations import find
 from fastdcgan.dispatch import primitives
 from fastdcgan.engine import chain
 from fastdcgan.engine.pending import Pending, Waiting, kept, key_of, known_blocks, state_of, tensors_in, waits
@@ -173,35 +173,40 @@ def _activated(mode: Deferring, x: Any, name: str, slope: float, inplace: bool, 
     return found
 
 
-def _knows(name: str, *functions: Callable) -> None:
-    """An activation's functions, which take (input[, slope][, inplace])."""
-    row = ACTIVATIONS[name]
+def _knows(module: type[nn.Module], *functions: Callable) -> None:
+    """An activation's functions, which take the input and then the arguments that its module takes."""
+    defaults = {name: p.default for name, p in inspect.signature(module).parameters.items()}
 
     def handler(function: Callable, mode: Deferring, input: Any, *args: Any, **kwargs: Any) -> Any:
-        names = [n for n in (row.slope_name, "inplace") if n is not None]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if len(args) > len(names) or not given.keys() <= set(names):  # gelu's approximate
+        given = dict(zip(defaults, args, strict=False)) | kwargs
+        known = len(args) <= len(defaults) and given.keys() <= defaults.keys()
+        found = find(module, defaults | given) if known else None
+        if found is None:
             return function(tensors_in(input), *args, **kwargs)
         inplace = bool(given.get("inplace", False)) or function.__name__.endswith("_")
-        slope = 0.0 if row.slope_name is None else float(given.get(row.slope_name, _SLOPES[name]))
-        return _activated(mode, input, name, slope, inplace, lambda x: function(x, *args, **kwargs))
+        return _activated(mode, input, *found, inplace, lambda x: function(x, *args, **kwargs))
 
     for function in functions:
         _HANDLERS[function] = functools.partial(handler, function)
 
 
-_SLOPES = {"leaky_relu": 0.01, "elu": 1.0}  # of PyTorch's functions
 _HANDLERS[torch.conv2d] = functools.partial(_conv2d, torch.conv2d)
 _HANDLERS[torch.conv_transpose2d] = functools.partial(_conv_transpose2d, torch.conv_transpose2d)
 _HANDLERS[F.batch_norm] = functools.partial(_batch_norm, F.batch_norm)
 _HANDLERS[F.instance_norm] = functools.partial(_instance_norm, F.instance_norm)
-_knows("relu", F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
-_knows("leaky_relu", F.leaky_relu, F.leaky_relu_)
-_knows("tanh", torch.tanh, Tensor.tanh)
-_knows("sigmoid", torch.sigmoid, Tensor.sigmoid)
-_knows("silu", F.silu)
-_knows("gelu", F.gelu)
-_knows("elu", F.elu)
+_knows(nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+_knows(nn.LeakyReLU, F.leaky_relu, F.leaky_relu_)
+_knows(nn.Tanh, torch.tanh, Tensor.tanh)
+_knows(nn.Sigmoid, torch.sigmoid, Tensor.sigmoid)
+_knows(nn.SiLU, F.silu)
+_knows(nn.GELU, F.gelu)
+_knows(nn.ELU, F.elu, F.elu_)
+_knows(nn.ReLU6, F.relu6)
+_knows(nn.Hardtanh, F.hardtanh, F.hardtanh_)  # nn.ReLU6 calls this one
+_knows(nn.Hardswish, F.hardswish)
+_knows(nn.Mish, F.mish)
+_knows(nn.Softplus, F.softplus)
+_knows(nn.LogSigmoid, F.logsigmoid)
 
 
 # --- a forward of a module's own -------------------------------------------------------------------------------------

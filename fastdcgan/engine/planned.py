@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastdcgan import backends, checks
+from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import primitives
 from fastdcgan.engine import autograd, planner
 from fastdcgan.engine.double_backward import formula
@@ -89,6 +90,8 @@ class Planned:
         self._left = (torch.float64, torch.float32) if casts_weights else (torch.float64,)
         x, tensors = self._cast(x, tensors)
         checks.check_chain(blocks, stat_groups, x, [v for t in tensors for v in t], casts_weights)
+        casts = x.device.type in ACTIVATIONS[blocks[-1].act].float32_under_autocast
+        self._widens = casts and self._dtype not in (None, torch.float64)
         alone = all(b.norm is None or b.norm.process_group is None for b in blocks)
         self._empty = alone and x.shape[0] == 0
         self._program = Program(planner.plan(blocks, x, tensors, stat_groups, boundaries, channels_last), direct)
@@ -106,6 +109,10 @@ class Planned:
 
     def __call__(self, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]) -> Tensor:
         """The output for `x` [N, C, H, W]; `running` is updated."""
+        out = self._run(x, tensors, running)
+        return out.float() if self._widens else out
+
+    def _run(self, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]) -> Tensor:
         program = self._program
         x, tensors = self._cast(x, tensors)
         flat = [v for t in tensors for v in t]

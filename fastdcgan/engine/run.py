@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdcgan import backends, checks
-from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.activations import DECISIVE
 from fastdcgan.engine import chain
 from fastdcgan.engine.match import Alone, FoundChain, segments
 from fastdcgan.engine.module_chain import ModuleChain, call_alone
@@ -132,9 +132,7 @@ def _watched(module: nn.Module) -> tuple[str, ...]:
         return _HOOKS + _CONV
     if isinstance(module, _BatchNorm):
         return _HOOKS + _NORM
-    slopes = [row.slope_name for row in ACTIVATIONS.values() if row.slope_name in module.__dict__]
-    others = [name for name in ("approximate", "inplace") if name in module.__dict__]
-    return (*_HOOKS, *slopes, *others)
+    return (*_HOOKS, *(name for name in (*DECISIVE, "inplace") if name in module.__dict__))
 
 
 def _copied(value: Any) -> Any:

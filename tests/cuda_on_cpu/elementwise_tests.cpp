@@ -208,8 +208,8 @@ std::string passes() {
 
 // The functor chosen while a kernel runs is that of the id, for every id and for no other.
 std::string activations() {
-  require(!known_activation(-1) && !known_activation(8), "ids that no activation has");
-  for (int id = 0; id < 8; ++id) {
+  require(!known_activation(-1) && !known_activation(14), "ids that no activation has");
+  for (int id = 0; id < 14; ++id) {
     require(known_activation(id), "id " + std::to_string(id));
     const Activation act{id, 0.3f};
     for (const float z : {-2.f, -0.5f, 0.f, 0.25f, 3.f}) {

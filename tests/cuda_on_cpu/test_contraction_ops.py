@@ -246,7 +246,7 @@ def test_operators_check_what_they_get(cuda: HostCUDABackend) -> None:
     assert ops.contract(*good.values())[0].shape == (2, 24, 4, 4)
     for name, bad, message in (
         ("weight", w[:, :3], "input channels"),
-        ("act", 9, "unknown activation"),
+        ("act", len(ACTIVATIONS), "unknown activation"),
         ("e_kind", 7, "unknown epilogue"),
         ("e_kind", 1, "takes other tensors"),
         ("stride", [0, 1], "no such geometry"),

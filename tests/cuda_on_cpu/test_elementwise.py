@@ -202,7 +202,7 @@ def test_wrong_arguments_are_refused(cuda: Backend) -> None:
         "expected float32 coefficients": lambda: ops.norm_act(y, coef.double(), 0, 0.0),
         "a batch of 4 can't have 3 statistics groups": lambda: ops.batch_stats(y, 3),
         "can't have 0 statistics groups": lambda: ops.batch_stats(y, 0),
-        "unknown activation id 8": lambda: ops.norm_act(y, coef, 8, 0.0),
+        "unknown activation id": lambda: ops.norm_act(y, coef, len(ACTIVATIONS), 0.0),
         "expected a gradient of the dtype and shape": lambda: ops.norm_act_backward(y[:2], y, coef, 0, 0.0),
         "expected a gradient of the dtype": lambda: ops.norm_act_reduce(y.half(), y, coef, 0, 0.0),
         r"expected a vector \[5\], got \[4\]": lambda: ops.coefficients(

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdcgan
 from fastdcgan import backends
+from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.cpu import CPUBackend
 from fastdcgan.backends.cuda import CUDABackend
 from fastdcgan.backends.reference import ReferenceBackend
@@ -178,10 +179,10 @@ def check_accuracy(
             assert_as_accurate(found, usual, right, f"result {i}", reduction=reduction)
 
 
-@pytest.mark.parametrize("act", ["identity", "relu", "tanh", "sigmoid", "silu", "gelu", "elu"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_norm_act_and_its_reduction_are_the_formulas(act: str, groups: int, backend: str) -> None:
-    slope = 0.7 if act == "elu" else 0.0
+    slope = ACTIVATIONS[act].default_slope
     for dtype in dtypes_of(backend):
         for layout in (torch.Tensor.contiguous, channels_last):
             y, da = (layout(random(N, 5, 7, 3, dtype=dtype, seed=seed)) for seed in (0, 9))

@@ -39,7 +39,7 @@ def test_gradcheck_of_a_block(transposed: bool, norm: str | None, act: str) -> N
     assert gradcheck(call, (x, *parameters), fast_mode=act != "tanh")
 
 
-@pytest.mark.parametrize("act", ["tanh", "leaky_relu", "silu"])
+@pytest.mark.parametrize("act", ["tanh", "leaky_relu", "silu", "mish", "softplus", "logsigmoid", "hardswish", "relu6"])
 @pytest.mark.parametrize(("transposed", "norm"), KINDS)
 def test_gradgradcheck_of_a_block(transposed: bool, norm: str | None, act: str) -> None:
     geometry = {"kernel_size": 3, "stride": 2, "padding": 1, "groups": 2}

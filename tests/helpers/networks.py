@@ -144,11 +144,30 @@ VARIANTS: dict[str, tuple[Factory, tuple[int, ...]]] = {
     "two norms": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ELU()), IMAGE),
     "identities": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), *_block(4, 3), nn.Identity()), IMAGE),
     "activations beyond the table": (
-        lambda: nn.Sequential(*_block(3, 4, nn.PReLU()), *_block(4, 3, nn.GELU(approximate="tanh"))),
+        lambda: nn.Sequential(
+            *_block(3, 4, nn.PReLU()),
+            *_block(4, 3, nn.GELU(approximate="tanh")),
+            *_block(3, 4, nn.Softplus(2.0)),
+            nn.Conv2d(4, 3, 1),
+            nn.Hardtanh(-2.0, 2.0),
+        ),
         IMAGE,
     ),
     "silu, gelu, elu": (
         lambda: nn.Sequential(*_block(3, 4, nn.SiLU()), *_block(4, 3, nn.GELU()), nn.Conv2d(3, 2, 1), nn.ELU(0.5)),
+        IMAGE,
+    ),
+    "relu6 to logsigmoid": (
+        lambda: nn.Sequential(
+            *_block(3, 4, nn.ReLU6(True)),
+            *_block(4, 3, nn.Hardswish(True)),
+            *_block(3, 4, nn.Mish()),
+            nn.Conv2d(4, 4, 1),
+            nn.Hardtanh(),
+            *_block(4, 3, nn.Softplus()),
+            nn.Conv2d(3, 2, 1),
+            nn.LogSigmoid(),
+        ),
         IMAGE,
     ),
     "dropout": (lambda: nn.Sequential(*_block(3, 4), nn.Dropout2d(0.5), *_block(4, 3), nn.Dropout(0.2)), IMAGE),

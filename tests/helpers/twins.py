@@ -148,33 +148,36 @@ def twin(model: nn.Module) -> nn.Module:
     return fastdcgan.fuse(copy.deepcopy(model))
 
 
-KINKED = (nn.ReLU, nn.LeakyReLU, nn.PReLU)  # whose derivative jumps at 0
+KINKS: dict[type[nn.Module], tuple[int, ...]] = {  # where derivatives jump
+    nn.ReLU: (0,), nn.LeakyReLU: (0,), nn.PReLU: (0,), nn.ReLU6: (0, 6), nn.Hardtanh: (-1, 1), nn.Hardswish: (-3, 3),
+}  # fmt: skip
 
 
 def without_kinks(model: nn.Module) -> nn.Module:
     """The model with Tanh in place of activations with a kink.
 
-    Where rounding decides on which side of 0 a pre-activation lies, a derivative is simply another, and 16 bits decide
-    so for a hundredth of all: then two right gradients of a network differ by more than any bound from rounding.
+    Where rounding decides on which side of a kink a pre-activation lies, a derivative is simply another, and 16 bits
+    decide so for a hundredth of all: then two right gradients of a network differ by more than any bound from rounding.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, KINKED):
+            if type(child) in KINKS:
                 setattr(module, name, nn.Tanh())
     return model
 
 
 @torch.no_grad()
 def settled_input(model: nn.Module, shape: tuple[int, ...], device: torch.device, steps: int = 2) -> Tensor:
-    """Float64 numbers for which no pre-activation at a kink lies so near to 0 that float32 might take it for one of the
+    """Float64 numbers for which no pre-activation lies so near to a kink that float32 might take it for one of the
     other side: the first that `draw` gives. The model, in float64, goes through `steps` passes."""
     settled: list[bool] = []
 
     def watch(module: nn.Module, args: tuple[Tensor]) -> None:
-        z = args[0].abs()
-        settled.append(not (z[z != 0] < 1e-5 * z.square().mean().sqrt()).any())  # float32 errs by some 1e-7 per layer
+        z = args[0]
+        away = torch.stack([(z - kink).abs() for kink in KINKS[type(module)]])
+        settled.append(not (away[away != 0] < 1e-5 * z.square().mean().sqrt()).any())  # float32 errs by 1e-7 per layer
 
-    hooks = [m.register_forward_pre_hook(watch) for m in model.modules() if isinstance(m, KINKED)]
+    hooks = [m.register_forward_pre_hook(watch) for m in model.modules() if type(m) in KINKS]
     for seed in range(1, 100):
         x = draw(shape, torch.float64, device, seed)
         settled.clear()
@@ -189,10 +192,12 @@ def settled_input(model: nn.Module, shape: tuple[int, ...], device: torch.device
 
 
 def away_from_kinks(model: nn.Sequential, x: Tensor) -> Tensor:
-    """A gradient for the block's output, zero where rounding decides on which side of 0 the pre-activation lies."""
+    """A gradient for the block's output, zero where rounding decides on which side of a kink a pre-activation lies."""
     with torch.no_grad():
         z = in_dtype(model, torch.float64)[:-1](x.double())
-    near = z.abs() < 8 * torch.finfo(x.dtype).eps * z.abs().mean()
+    near = torch.zeros_like(z, dtype=torch.bool)
+    for kink in KINKS[type(model[-1])]:
+        near |= (z - kink).abs() < 8 * torch.finfo(x.dtype).eps * (z.abs().mean() + abs(kink))
     return numbers(*z.shape, dtype=x.dtype, seed=7).masked_fill(near, 0)
 
 

@@ -172,28 +172,16 @@ void with_layout(const Pass& pass, F&& f) {
 
 // Any activation, chosen while the kernel runs: for the less usual ones, and where values come one at a time.
 struct AnyActivation {
-  ActId id;
+  int id;
   float slope;
 
-  template <class F>
-  GPU_INLINE float choose(F&& f) const {
-    switch (id) {
-      case ActId::identity: return f(Identity<float>(slope));
-      case ActId::relu: return f(ReLU<float>(slope));
-      case ActId::leaky_relu: return f(LeakyReLU<float>(slope));
-      case ActId::tanh: return f(Tanh<float>(slope));
-      case ActId::sigmoid: return f(Sigmoid<float>(slope));
-      case ActId::silu: return f(SiLU<float>(slope));
-      case ActId::gelu: return f(GELU<float>(slope));
-      case ActId::elu: return f(ELU<float>(slope));
-    }
-    return 0.f;
-  }
   GPU_INLINE float forward(float z) const {
-    return choose([=](const auto& act) { return act.forward(z); });
+    with_activation<float>(id, slope, [&](const auto& act) { z = act.forward(z); });
+    return z;
   }
   GPU_INLINE float derivative(float z) const {
-    return choose([=](const auto& act) { return act.derivative(z); });
+    with_activation<float>(id, slope, [&](const auto& act) { z = act.derivative(z); });
+    return z;
   }
 };
 
@@ -201,7 +189,7 @@ struct Activation {
   int id;
   float slope;
 
-  AnyActivation any() const { return {static_cast<ActId>(id), slope}; }
+  AnyActivation any() const { return {id, slope}; }
 };
 
 // Calls `f` with the functor of `act`: one of its own for those that GANs are made of. `act` is a known one.
@@ -229,7 +217,7 @@ void with_functor_for(V, const Act& act, F&& f) {
 }
 
 inline bool known_activation(int64_t id) {
-  return id >= static_cast<int64_t>(ActId::identity) && id <= static_cast<int64_t>(ActId::elu);
+  return with_activation<float>(static_cast<int>(id), 0.f, [](const auto&) {});
 }
 
 }  // namespace fastdcgan::cuda

@@ -113,9 +113,9 @@ GPU_INLINE void apply_epilogue(
         float& sum = *tile(row, column + i);
         const float s = coef[i], t = coef[coef_row + i];
         if (f.kind == EpilogueKind::activate)
-          sum = f.act.smooth_forward(sum * s + t);
+          sum = f.act.other_forward(sum * s + t);
         else
-          sum *= f.act.smooth_derivative(
+          sum *= f.act.other_derivative(
               gpu::to_float(f.y[static_cast<int64_t>(pixel[row]) * f.channels + channel + i]) * s + t);
       }
     }

@@ -33,23 +33,13 @@ struct RuntimeActivation {
     const bool positive = relu ? !(z <= 0.f) : z > 0.f;
     return positive ? 1.f : negative;
   }
-  GPU_INLINE float smooth_forward(float z) const {
-    switch (static_cast<ActId>(id)) {
-      case ActId::tanh: return Tanh<float>(slope).forward(z);
-      case ActId::sigmoid: return Sigmoid<float>(slope).forward(z);
-      case ActId::silu: return SiLU<float>(slope).forward(z);
-      case ActId::gelu: return GELU<float>(slope).forward(z);
-      default: return ELU<float>(slope).forward(z);
-    }
+  GPU_INLINE float other_forward(float z) const {
+    with_activation<float>(id, slope, [&](const auto& act) { z = act.forward(z); });
+    return z;
   }
-  GPU_INLINE float smooth_derivative(float z) const {
-    switch (static_cast<ActId>(id)) {
-      case ActId::tanh: return Tanh<float>(slope).derivative(z);
-      case ActId::sigmoid: return Sigmoid<float>(slope).derivative(z);
-      case ActId::silu: return SiLU<float>(slope).derivative(z);
-      case ActId::gelu: return GELU<float>(slope).derivative(z);
-      default: return ELU<float>(slope).derivative(z);
-    }
+  GPU_INLINE float other_derivative(float z) const {
+    with_activation<float>(id, slope, [&](const auto& act) { z = act.derivative(z); });
+    return z;
   }
 };
 
@@ -140,10 +130,10 @@ GPU_INLINE void apply_prologue(const Operand<T>& operand, T* x, const T* y, int 
       const float s = coef[i], t = coef[row + i], value = gpu::to_float(gpu::load<1>(x + i)[0]);
       float result;
       if (!backward) {
-        result = operand.act.smooth_forward(value * s + t);
+        result = operand.act.other_forward(value * s + t);
       } else {
         const float raw = gpu::to_float(gpu::load<1>(y + i)[0]);
-        result = s * operand.act.smooth_derivative(raw * s + t) * value;
+        result = s * operand.act.other_derivative(raw * s + t) * value;
         if (operand.affine) result += coef[2 * row + i] * raw + coef[3 * row + i];
       }
       gpu::store(x + i, Vec<T, 1>{{gpu::from_float<T>(result)}});

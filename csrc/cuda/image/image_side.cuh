@@ -27,46 +27,22 @@ struct ImageSideGeometry {
   GPU_HOST_INLINE int taps() const { return kernel_y * kernel_x; }
 };
 
-template <class Act, int N>
-GPU_INLINE void forward(const Act& act, float (&z)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) z[i] = act.forward(z[i]);
-}
-
-template <class Act, int N>
-GPU_INLINE void derivative(const Act& act, float (&z)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) z[i] = act.derivative(z[i]);
-}
-
 // Several numbers, for one choice.
 template <int N>
 GPU_INLINE void activate(int id, float slope, float (&z)[N]) {
-  switch (static_cast<ActId>(id)) {
-    case ActId::relu: return forward(ReLU<float>(slope), z);
-    case ActId::leaky_relu: return forward(LeakyReLU<float>(slope), z);
-    case ActId::tanh: return forward(Tanh<float>(slope), z);
-    case ActId::sigmoid: return forward(Sigmoid<float>(slope), z);
-    case ActId::silu: return forward(SiLU<float>(slope), z);
-    case ActId::gelu: return forward(GELU<float>(slope), z);
-    case ActId::elu: return forward(ELU<float>(slope), z);
-    default: return;
-  }
+  with_activation<float>(id, slope, [&](const auto& act) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] = act.forward(z[i]);
+  });
 }
 
 // The derivatives at z, in its place.
 template <int N>
 GPU_INLINE void differentiate(int id, float slope, float (&z)[N]) {
-  switch (static_cast<ActId>(id)) {
-    case ActId::relu: return derivative(ReLU<float>(slope), z);
-    case ActId::leaky_relu: return derivative(LeakyReLU<float>(slope), z);
-    case ActId::tanh: return derivative(Tanh<float>(slope), z);
-    case ActId::sigmoid: return derivative(Sigmoid<float>(slope), z);
-    case ActId::silu: return derivative(SiLU<float>(slope), z);
-    case ActId::gelu: return derivative(GELU<float>(slope), z);
-    case ActId::elu: return derivative(ELU<float>(slope), z);
-    default: return derivative(Identity<float>(slope), z);
-  }
+  with_activation<float>(id, slope, [&](const auto& act) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] = act.derivative(z[i]);
+  });
 }
 
 // A tensor [N, C, H, W] with any strides, or what is computed from it on load (`Operand` in

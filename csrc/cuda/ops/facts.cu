@@ -39,11 +39,11 @@ std::string sm90_tile() {
   return list({Shape::kM, Shape::kN, Shape::kK, Plain::kBlocks, Plain::kRing, Transforms::kBlocks, Transforms::kRing});
 }
 
-// Ids of the activations that a prologue in registers has.
-std::string linear_activations() {
+// Ids of the activations, or of those alone that a prologue in registers has.
+std::string activations(bool in_registers) {
   std::string text;
   for (int id = 0; known_activation(id); ++id)
-    if (RuntimeActivation(id, 0.f).linear) text += (text.empty() ? "[" : ", ") + std::to_string(id);
+    if (RuntimeActivation(id, 0.f).linear || !in_registers) text += (text.empty() ? "[" : ", ") + std::to_string(id);
   return text + "]";
 }
 
@@ -52,16 +52,14 @@ std::string linear_activations() {
 std::string facts_op() {
   const auto id = [](auto kind) { return static_cast<int64_t>(kind); };
   using K = EpilogueKind;
-  using A = ActId;
   return std::string("{") +
          "\"tiles\": " + list({tile<gpu::bf16, Tile0>(), tile<gpu::bf16, Tile1>(), tile<gpu::bf16, Tile2>(),
                                tile<gpu::bf16, Tile3>(), tile<gpu::bf16, Tile4>(), tile<float, Tile5>(),
                                tile<float, Tile6>()}) +
          ", \"sm90_tiles\": " + list({sm90_tile<Tile7>(), sm90_tile<Tile8>(), sm90_tile<Tile9>()}) +
-         ", \"prologues_in_registers\": " + linear_activations() +
+         ", \"prologues_in_registers\": " + activations(true) +
          ", \"epilogues\": " + list({id(K::none), id(K::bias), id(K::activate), id(K::stats), id(K::grad_stats)}) +
-         ", \"activations\": " + list({id(A::identity), id(A::relu), id(A::leaky_relu), id(A::tanh), id(A::sigmoid),
-                                       id(A::silu), id(A::gelu), id(A::elu)}) +
+         ", \"activations\": " + activations(false) +
          ", \"limits\": " + list({kMostPixels, kMostSplits, kMostGeometry}) +
          ", \"adam_chunk\": " + std::to_string(Adam::kChunk) + "}";
 }
