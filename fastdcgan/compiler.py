@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdcgan.engine.deferred import Deferring
+from fastdcgan.engine.pending import computed
 
 
 class _Deferred(nn.Module):
@@ -23,9 +24,9 @@ class _Deferred(nn.Module):
         self.graph = graph
 
     def forward(self, *args: Any) -> Any:
-        with Deferring() as mode:
+        with Deferring():
             out = self.graph(*args)
-        return mode.finish(out)
+        return computed(out)
 
 
 def fastdcgan(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

@@ -8,9 +8,9 @@ traced and nothing has to be guarded; what is in a ModuleList, or calls `torch.n
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,77 +18,116 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._device import DeviceContext
 
 from fastdcgan import backends
 from fastdcgan.activations import find
 from fastdcgan.dispatch import primitives
 from fastdcgan.engine import chain
-from fastdcgan.engine.pending import Pending, Waiting, kept, key_of, known_blocks, state_of, tensors_in, waits
+from fastdcgan.engine.pending import (
+    Pending,
+    Step,
+    Waiting,
+    compute,
+    computed,
+    hooks_up_to,
+    key_of,
+    known_blocks,
+    local,
+    place,
+    state_of,
+    waits,
+)
 from fastdcgan.engine.planned import autocast_dtype, followed
-from fastdcgan.geometry import Geometry, Pair, pair
+from fastdcgan.engine.run import runs_plain
+from fastdcgan.geometry import Geometry, Pair
 from fastdcgan.spec import Block, BlockTensors, Norm, Running
 
 # --- the functions that it knows -------------------------------------------------------------------------------------
 
-_HANDLERS: dict[Callable, Callable] = {}
+# Each gets the mode and what the function was called with. None: it is none of a block, and runs as it does.
+_HANDLERS: dict[Callable, Callable[..., Pending | None]] = {}
 
 
-def _open(x: Any) -> Pending | None:
-    """`x` if it waits and may be continued."""
-    if not waits(x) or x.value is not None or state_of(x.x) != x.state or x.key in kept:
+def _open(mode: Deferring, x: Any) -> Step | None:
+    """What `x` is the output of, if that waits and may be continued."""
+    if not waits(x) or x.step.mode is not mode or state_of(x.step.x) != x.step.state:
         return None
-    return x
+    return x.step
 
 
-def _of_two(value: Any) -> Pair:
-    """Numbers that a compiler may have made symbols of."""
-    return pair(int(value) if isinstance(value, (int, torch.SymInt)) else tuple(map(int, value)))
+def _numbers(value: Any, least: int) -> Pair | None:
+    """A stride, say, as a pair; None for what is wrong, or nothing to plan with."""
+    values = [_known(v) for v in (value if isinstance(value, (tuple, list)) else (value,))]
+    if len(values) not in (1, 2) or not all(type(v) is int and v >= least for v in values):
+        return None
+    return values[0], values[-1]
+
+
+def _known(number: Any) -> Any:
+    """A number that a compiler may have made a symbol of."""
+    kind = {torch.SymInt: int, torch.SymFloat: float}.get(type(number))
+    return number if kind is None else kind(number)
+
+
+def _same(size: Any, stride: Any, dilation: Any) -> Any:
+    """The padding "same" in numbers, where it has as much on both sides."""
+    if dilation is None or stride != (1, 1):
+        return None
+    around = [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
+    return [a // 2 for a in around] if all(a % 2 == 0 for a in around) else None
 
 
 def _convolved(
-    mode: Deferring, function: Callable, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, output_padding: Any,
-    groups: int, dilation: Any,
-) -> Any:  # fmt: skip
-    transposed = function is torch.conv_transpose2d
-
-    def call(x: Any) -> Any:
-        if transposed:
-            return function(x, weight, bias, stride, padding, output_padding, groups, dilation)
-        return function(x, weight, bias, stride, padding, dilation, groups)
-
-    weight, bias = tensors_in((weight, bias))
-    parent = _open(x)
-    if parent is None:
-        x = tensors_in(x)
-    root = x if parent is None else parent.x
-    if isinstance(padding, str) or not _fits(root, weight, bias):
-        return call(tensors_in(x))
-    channels = root.shape[1] if parent is None else parent.channels
-    numbers = tuple(map(_of_two, (weight.shape[2:], stride, padding, dilation, output_padding)))
-    small = all(e < s for e, s in zip(numbers[4], numbers[1], strict=True))
-    if not small or channels != (weight.shape[0] if transposed else weight.shape[1] * groups):
-        return call(tensors_in(x))
+    mode: Deferring, call: Callable[[Tensor], Tensor], transposed: bool, x: Any, weight: Any, bias: Any, stride: Any,
+    padding: Any, output_padding: Any, groups: int, dilation: Any,
+) -> Pending | None:  # fmt: skip
+    parent = _open(mode, x)
+    compute((weight, bias) if parent is not None else (x, weight, bias))
+    x, weight, bias = computed((x, weight, bias))
+    root, groups = x if parent is None else parent.x, _known(groups)
+    if not _fits(root, weight, bias) or type(groups) is not int or groups < 1 or weight.shape[0] % groups:
+        return None
+    stride, dilation = _numbers(stride, 1), _numbers(dilation, 1)
+    if isinstance(padding, str):
+        padding = 0 if padding == "valid" else _same(weight.shape[2:], stride, dilation)
+    numbers = (tuple(weight.shape[2:]), stride, _numbers(padding, 0), dilation, _numbers(output_padding, 0))
+    if None in numbers or not all(e < s for e, s in zip(numbers[4], stride, strict=True)):  # type: ignore[arg-type]
+        return None
+    shape = root.shape if parent is None else parent.shape
+    inputs, outputs = weight.shape[0], weight.shape[1] * groups
+    if not transposed:
+        inputs, outputs = outputs, inputs
+    if shape[1] != inputs or (bias is not None and bias.shape != (outputs,)):
+        return None
 
     def blocks(before: tuple[Block, ...]) -> tuple[Block, ...]:
-        geometry = Geometry(*numbers[:4], int(groups))  # type: ignore[arg-type, call-arg]
-        return (*before, Block(transposed, geometry, numbers[4], None, "identity", 0.0, ""))
+        geometry = Geometry(*numbers[:4], groups)  # type: ignore[arg-type]
+        return (*before, Block(transposed, geometry, numbers[4], None, "identity", 0.0, ""))  # type: ignore[arg-type]
 
-    found = Pending(mode, parent, root, call)
-    found.key = key_of(0 if parent is None else parent.key, (transposed, numbers, int(groups)), blocks)
-    found.convolves = True
-    found.tensors += (BlockTensors(weight, bias),)
-    found.running += (None,)
-    return found
+    key = key_of(0 if parent is None else parent.key, (transposed, numbers, groups), blocks)
+    size = known_blocks[key][-1].output_size(shape[2], shape[3])
+    if min(size) < 1:
+        return None
+    step = Step(mode, parent, root, call)
+    step.key, step.convolves, step.shape = key, True, torch.Size((shape[0], outputs, *size))
+    step.tensors += (BlockTensors(weight, bias),)
+    step.running += (None,)
+    return Pending(step)
 
 
 def _fits(x: Any, weight: Any, bias: Any) -> bool:
     """Whether a block can be of these; else PyTorch's function runs, and says what is wrong."""
     given = [t for t in (x, weight, bias) if t is not None]
-    if not all(isinstance(t, Tensor) for t in given) or not _may_wait(given):
+    if not all(isinstance(t, Tensor) for t in given) or not _may_wait(given) or followed(x):
         return False
-    if x.dim() != 4 or weight.dim() != 4 or not x.numel() or not x.is_floating_point():
+    if x.dim() != 4 or weight.dim() != 4 or not x.numel() or not weight.numel() or runs_plain(x):
         return False
-    return all(t.device == x.device and (t.dtype == x.dtype or autocast_dtype(x) is not None) for t in given)
+    casts = autocast_dtype(x) is not None and x.dtype != torch.float64
+    return all(
+        t.device == x.device and t.is_floating_point() and (t.dtype == x.dtype or (casts and t.dtype != torch.float64))
+        for t in given
+    )
 
 
 def _may_wait(given: Sequence[Tensor]) -> bool:
@@ -99,90 +138,116 @@ def _may_wait(given: Sequence[Tensor]) -> bool:
 def _conv2d(
     function: Callable, mode: Deferring, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,
-) -> Any:  # fmt: skip
-    return _convolved(mode, function, input, weight, bias, stride, padding, 0, groups, dilation)
+) -> Pending | None:  # fmt: skip
+    def call(x: Tensor) -> Tensor:
+        return function(x, weight, bias, stride, padding, dilation, groups)
+
+    return _convolved(mode, call, False, input, weight, bias, stride, padding, 0, groups, dilation)
 
 
 def _conv_transpose2d(
     function: Callable, mode: Deferring, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
     output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
-) -> Any:  # fmt: skip
-    return _convolved(mode, function, input, weight, bias, stride, padding, output_padding, groups, dilation)
+) -> Pending | None:  # fmt: skip
+    def call(x: Tensor) -> Tensor:
+        return function(x, weight, bias, stride, padding, output_padding, groups, dilation)
+
+    return _convolved(mode, call, True, input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def _batch_norm(
     function: Callable, mode: Deferring, input: Any, running_mean: Any, running_var: Any, weight: Any = None,
     bias: Any = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> Any:  # fmt: skip
-    def call(x: Any) -> Any:
+) -> Pending | None:  # fmt: skip
+    def call(x: Tensor) -> Tensor:
         return function(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
-    return _normalised(
-        mode, input, (weight, bias, running_mean, running_var), Norm(float(eps), training), momentum, call
-    )
+    return _normalised(mode, input, (weight, bias, running_mean, running_var), training, False, momentum, eps, call)
 
 
 def _instance_norm(
     function: Callable, mode: Deferring, input: Any, running_mean: Any = None, running_var: Any = None,
     weight: Any = None, bias: Any = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
-) -> Any:  # fmt: skip
-    def call(x: Any) -> Any:
+) -> Pending | None:  # fmt: skip
+    def call(x: Tensor) -> Tensor:
         return function(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
-    norm = Norm(float(eps), use_input_stats, instance=use_input_stats)
-    return _normalised(mode, input, (weight, bias, running_mean, running_var), norm, momentum, call)
+    vectors, own = (weight, bias, running_mean, running_var), use_input_stats
+    return _normalised(mode, input, vectors, own, own, momentum, eps, call)
 
 
 def _normalised(
-    mode: Deferring, x: Any, vectors: tuple, norm: Norm, momentum: float, call: Callable[[Any], Any]
-) -> Any:
-    """`vectors`: weight, bias, running mean and variance."""
-    p = _open(x)
-    if p is None or known_blocks[p.key][-1].norm is not None or known_blocks[p.key][-1].act != "identity":
-        return call(tensors_in(x))
-    channels, (mean, var) = p.channels, vectors[2:]
-    wrong = any(t is not None and (t.shape != (channels,) or t.device != p.x.device) for t in vectors)
-    if wrong or (mean is None) != (var is None) or (mean is None and not norm.batch_stats):
-        return call(p.tensor())
-    found = Pending(mode, p, p.x, call)
-    found.key = key_of(p.key, (norm,), lambda b: (*b[:-1], replace(b[-1], norm=norm)))
-    found.tensors = (*p.tensors[:-1], BlockTensors(*p.tensors[-1][:2], *vectors))
-    if norm.batch_stats and mean is not None:
-        found.running = (*p.running[:-1], Running(mean, var, float(momentum)))
-        mode.owed[id(found)] = found
-    return found
+    mode: Deferring, x: Any, vectors: tuple, own: bool, instance: bool, momentum: float, eps: float,
+    call: Callable[[Tensor], Tensor],
+) -> Pending | None:  # fmt: skip
+    """`vectors`: weight, bias, running mean and variance; `own`: whether it uses the statistics of its input."""
+    (mean, var), momentum, eps = vectors[2:], _known(momentum), _known(eps)
+    compute(vectors)
+    mode.compute_owed(vectors)
+    if own and isinstance(mean, Tensor) and isinstance(var, Tensor):
+        mode.compute_what_reads(mean)
+        mode.compute_what_reads(var)
+    parent = _open(mode, x)
+    if parent is None or parent.block.norm is not None or parent.block.act != "identity":
+        return None
+    wrong = any(t is not None and not _goes_with(t, parent) for t in vectors)
+    if wrong or len({t.dtype for t in vectors if t is not None}) > 1 or (mean is None) != (var is None):
+        return None
+    values = parent.shape[2] * parent.shape[3] * (1 if instance else parent.shape[0])
+    if values == 1 if own else mean is None:
+        return None
+    if type(momentum) not in (int, float) or type(eps) not in (int, float) or eps <= 0:
+        return None
+    norm = Norm(eps, bool(own), instance=bool(instance))
+    step = Step(mode, parent, parent.x, call)
+    step.key = key_of(parent.key, (norm,), lambda b: (*b[:-1], replace(b[-1], norm=norm)))
+    step.tensors = (*parent.tensors[:-1], BlockTensors(*parent.tensors[-1][:2], *vectors))
+    if own and mean is not None:
+        step.running = (*parent.running[:-1], Running(mean, var, momentum))
+        mode.owed[id(mean)] = mode.owed[id(var)] = step
+    return Pending(step)
 
 
-def _activated(mode: Deferring, x: Any, name: str, slope: float, inplace: bool, call: Callable[[Any], Any]) -> Any:
-    p = _open(x)
-    if p is None or known_blocks[p.key][-1].act != "identity":
-        return call(tensors_in(x))
-    key = key_of(
-        p.key, (name, slope, inplace), lambda b: (*b[:-1], replace(b[-1], act=name, slope=slope, inplace=inplace))
+def _goes_with(t: Any, step: Step) -> bool:
+    """Whether a norm's vector is one for the output of a convolution."""
+    if not isinstance(t, Tensor) or t.shape != step.shape[1:2] or t.device != step.x.device:
+        return False
+    dtype = step.state[3] if step.state[2] and step.x.dtype != torch.float64 else step.x.dtype
+    return t.dtype == dtype or (t.dtype == torch.float32 and dtype.itemsize == 2)
+
+
+def _activated(
+    mode: Deferring, x: Any, name: str, slope: float, inplace: bool, call: Callable[[Tensor], Tensor]
+) -> Pending | None:
+    parent = _open(mode, x)
+    if parent is None or parent.block.act != "identity" or (inplace and parent.uses):
+        return None
+    step = Step(mode, parent, parent.x, call)
+    step.key = key_of(
+        parent.key, (name, slope, inplace), lambda b: (*b[:-1], replace(b[-1], act=name, slope=slope, inplace=inplace))
     )
-    if inplace:  # the very object is what it became
-        for other in [w for w in mode.waiting.values() if w.parent is p]:
-            other.tensor()
-        before = p.call
-        p.key, p.call = key, lambda x: call(before(x))
-        return p
-    found = Pending(mode, p, p.x, call)
-    found.key = key
-    if mode.owed.pop(id(p), None) is not None:
-        mode.owed[id(found)] = found
-    return found
+    if not inplace:
+        return Pending(step)
+    x.step, step.output, parent.output = step, parent.output, step.output  # the very object is what it became
+    return x
+
+
+def _told(function: Callable, tell: Callable[..., Any]) -> None:
+    """What can be told of an output without computing it."""
+    _HANDLERS[function] = lambda mode, x, *args, **kwargs: tell(x.step, *args, **kwargs) if waits(x) else None
 
 
 def _knows(module: type[nn.Module], *functions: Callable) -> None:
     """An activation's functions, which take the input and then the arguments that its module takes."""
     defaults = {name: p.default for name, p in inspect.signature(module).parameters.items()}
 
-    def handler(function: Callable, mode: Deferring, input: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(defaults, args, strict=False)) | kwargs
-        known = len(args) <= len(defaults) and given.keys() <= defaults.keys()
-        found = find(module, defaults | given) if known else None
+    def handler(function: Callable, mode: Deferring, input: Any, *args: Any, **kwargs: Any) -> Pending | None:
+        given = dict(zip(defaults, map(_known, args), strict=False)) | {name: _known(v) for name, v in kwargs.items()}
+        if not waits(input) or len(args) > len(defaults) or not given.keys() <= defaults.keys():
+            return None
+        found = find(module, defaults | given)
         if found is None:
-            return function(tensors_in(input), *args, **kwargs)
+            return None
         inplace = bool(given.get("inplace", False)) or function.__name__.endswith("_")
         return _activated(mode, input, *found, inplace, lambda x: function(x, *args, **kwargs))
 
@@ -207,12 +272,17 @@ _knows(nn.Hardswish, F.hardswish)
 _knows(nn.Mish, F.mish)
 _knows(nn.Softplus, F.softplus)
 _knows(nn.LogSigmoid, F.logsigmoid)
+_told(Tensor.dim, lambda step: 4)
+_told(Tensor.size, lambda step, dim=None: step.shape if dim is None else step.shape[dim])
+_told(Tensor.ndim.__get__, lambda step: 4)  # type: ignore[attr-defined]
+_told(Tensor.shape.__get__, lambda step: step.shape)  # type: ignore[attr-defined]
+_told(Tensor.device.__get__, lambda step: step.x.device)
+_told(Tensor.is_cuda.__get__, lambda step: step.x.is_cuda)  # type: ignore[attr-defined]
 
 
 # --- a forward of a module's own -------------------------------------------------------------------------------------
 
 _MOST_CALLS = 256  # of a module, by shape and mode
-_local = threading.local()
 
 
 def deferring(forward: Callable) -> Callable:
@@ -220,7 +290,10 @@ def deferring(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or getattr(_local, "inside", False) or followed(args[0] if args else None):
+        if torch.compiler.is_compiling() or followed(args[0] if args else None) or _others_watch():
+            return forward(self, *args, **kwargs)
+        before, here = getattr(local, "inside", None), place()
+        if before == here:  # what calls it waits itself
             return forward(self, *args, **kwargs)
         glance = None
         if not kwargs and all(type(a) is Tensor for a in args):
@@ -229,15 +302,14 @@ def deferring(forward: Callable) -> Callable:
                 torch._C._is_any_autocast_enabled(), backends.requested(),
             )  # fmt: skip
         plain = self.__dict__.setdefault("_plain_calls", PlainCalls())
-        _local.inside = True
+        local.inside = here
         try:
             if glance in plain and chain.recorder is None:
                 return forward(self, *args, **kwargs)
             with Deferring() as mode:
                 out = forward(self, *args, **kwargs)
-            out = mode.finish(out)
         finally:
-            _local.inside = False
+            local.inside = before
         if mode.all_plain and glance is not None:
             if len(plain) >= _MOST_CALLS:
                 plain.clear()
@@ -245,6 +317,12 @@ def deferring(forward: Callable) -> Callable:
         return out
 
     return run
+
+
+def _others_watch() -> bool:
+    """Whether somebody else follows the functions that are called: what waits is computed out of their sight."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return not all(isinstance(mode, (Deferring, DeviceContext)) for mode in modes)
 
 
 class PlainCalls(set):
@@ -264,49 +342,39 @@ class Deferring(Waiting):
     """While it is entered, convolutions wait for what comes after them."""
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = _HANDLERS.get(func)
-        if handler is not None:
-            return handler(self, *args, **(kwargs or {}))
         kwargs = kwargs or {}
-        if self.waiting:
-            written = _written(func, args, kwargs)
-            if written is not None:
-                self._compute_what_reads(written)
-            args, kwargs = tensors_in((args, kwargs))
+        handler = _HANDLERS.get(func)
+        if handler is not None and place() == self.place:
+            found = handler(self, *args, **kwargs)
+            if found is not None:
+                return found
+        if self.waiting or self.owed:
+            given = compute((args, kwargs))
+            self.compute_owed(given)
+            if _writes(func, args, kwargs):
+                for t in given:
+                    self.compute_what_reads(t)
+            args, kwargs = computed((args, kwargs))
         return func(*args, **kwargs)
 
-    def finish(self, out: Any) -> Any:
-        """A forward's output with tensors in place of what waits; all statistics are updated."""
-        out = tensors_in(out)
-        for p in list(self.owed.values()):
-            p.tensor()
-        return out
-
-    def _compute_what_reads(self, written: Tensor) -> None:
-        if not written.is_floating_point():  # the count of batches, as a rule
-            return
-        memory = written.untyped_storage()._cdata
-        for p in sorted(self.waiting.values(), key=lambda p: len(list(p.ancestors()))):
-            given = [p.x, *(t for block in p.tensors for t in block if t is not None)]
-            if any(t.untyped_storage()._cdata == memory for t in given):
-                p.tensor()
+    def __exit__(self, kind: Any, *others: Any) -> None:
+        super().__exit__(kind, *others)
+        # A checkpoint that has what it needs leaves by an exception, and takes no more.
+        with contextlib.nullcontext() if kind is None else hooks_up_to(None):
+            self.compute_all()
 
 
-def _written(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
-    """The tensor that a call writes to."""
-    out = kwargs.get("out")
-    if isinstance(out, Tensor):
-        return out
-    if not args or not isinstance(args[0], Tensor) or waits(args[0]):
-        return None
-    name, at = _name_of(func), _inplace_argument(func)
-    inplace = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
-    if not inplace and at is not None:
-        inplace = bool(kwargs.get("inplace", args[at] if len(args) > at else False))
-    return args[0] if inplace else None
+def _writes(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call may write to what it is given, or hand out its memory to who does."""
+    if kwargs.get("out") is not None:
+        return True
+    writes = _way_to_write(func)
+    if isinstance(writes, bool):
+        return writes
+    return bool(kwargs.get("inplace", args[writes] if len(args) > writes else False))
 
 
-_ARITHMETIC = (
+_OPERATORS = (
     "add",
     "sub",
     "mul",
@@ -321,18 +389,19 @@ _ARITHMETIC = (
     "lshift",
     "rshift",
 )
-_WRITING = {f"__i{name}__" for name in _ARITHMETIC}
-_WRITING |= {"__setitem__", "__set__", "__delete__"}
-
-
-def _name_of(func: Callable) -> str:
-    return getattr(func, "__name__", "")
+_WRITING = {f"__i{name}__" for name in _OPERATORS}
+_WRITING |= {"__setitem__", "__set__", "__delete__", "batch_norm", "instance_norm"}
+_WRITING |= {"numpy", "data_ptr", "untyped_storage", "__array__", "__dlpack__"}
 
 
 @functools.lru_cache(maxsize=4096)
-def _inplace_argument(func: Callable) -> int | None:
+def _way_to_write(func: Callable) -> bool | int:
+    """Whether a function writes, or which of its arguments says so."""
+    name = getattr(func, "__name__", "")
+    if name in _WRITING or (name.endswith("_") and not name.endswith("__")):
+        return True
     try:
         names = list(inspect.signature(func).parameters)
     except (TypeError, ValueError):  # C functions have no signature, and no such argument
-        return None
-    return names.index("inplace") if "inplace" in names else None
+        return False
+    return names.index("inplace") if "inplace" in names else False

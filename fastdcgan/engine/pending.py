@@ -1,26 +1,31 @@
 """What waits for what comes after it: convolutions and their norms and activations, in code of a model's own.
 
-`deferred.py` says when and why.
+`deferred.py` says when and why. A `Step` is a call that waits; a `Pending` is its output, as the code that called it
+has it. What is computed is a line of steps, from the last one whose output there is to the one that is needed: as one
+chain, but for outputs that somebody still has. Those are computed on their own: anything may be asked of them later.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
-from fastdcgan.dispatch import autotune
 from fastdcgan.engine import chain, choice
 from fastdcgan.engine.chain import Chain
 from fastdcgan.engine.match import WHY_BARE
@@ -35,153 +40,186 @@ class Waiting(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.place = place()
         self.waiting: weakref.WeakValueDictionary[int, Pending] = weakref.WeakValueDictionary()
-        self.owed: dict[int, Pending] = {}  # with statistics that have to be updated, whether or not anybody asks
+        self.owed: dict[int, Step] = {}  # by the running statistics (their ids) that it has still to update
         self.all_plain = True  # every chain ran as PyTorch's functions, and will
 
+    def compute_what_reads(self, written: Tensor) -> None:
+        """Compute what waits and reads the memory of a tensor that is about to be written to."""
+        if written.dim() == 0 and not written.is_floating_point():  # the count of batches, as a rule
+            return
+        memory = written.untyped_storage()._cdata
+        for step in self._steps():
+            if not step.done and any(t.untyped_storage()._cdata == memory for t in step.reads()):
+                step.result()
 
-class Pending:
-    """The output of blocks that wait. It stands for a tensor, and is one to `isinstance`; `tensor()` computes it."""
+    def compute_owed(self, given: Iterable[Any]) -> None:
+        """Update the running statistics among these tensors."""
+        for t in given if self.owed else ():
+            step = self.owed.get(id(t))
+            if step is not None:
+                step.result()
 
-    def __init__(self, mode: Waiting, parent: Pending | None, x: Tensor, call: Callable[[Any], Any]) -> None:
+    def compute_all(self) -> None:
+        """What somebody still has, and statistics whose norm's output nobody asked for."""
+        for step in self._steps():
+            if not step.done:
+                step.result()
+
+    def _steps(self) -> list[Step]:
+        return [*(p.step for p in self.waiting.values()), *self.owed.values()]
+
+
+class Step:
+    """A call that waits for what comes after it."""
+
+    def __init__(self, mode: Waiting, parent: Step | None, x: Tensor, call: Callable[[Tensor], Tensor]) -> None:
         self.mode, self.parent, self.x = mode, parent, x  # x: what the first block gets
-        self.call = call  # makes this of what `parent` stands for, or of x
+        self.call: Callable[[Tensor], Tensor] | None = call  # makes this of the parent's output, or of x
         self.key = 0  # of `known_blocks`
         self.convolves = False  # this, beside what was done before
+        self.shape: torch.Size = torch.Size() if parent is None else parent.shape
         self.tensors: tuple[BlockTensors, ...] = () if parent is None else parent.tensors
         self.running: tuple[Running | None, ...] = () if parent is None else parent.running
         self.state = state_of(x)
+        self.uses = 0  # steps that go on from here
+        self.output: Callable[[], Pending | None] = lambda: None  # as somebody has it
         self.value: Tensor | None = None
-        self.passed = False  # what goes on from here was computed, and has updated the running statistics
-        mode.waiting[id(self)] = self
+        self.done = False  # it was computed, perhaps on the way to another and without a value
+        if parent is not None:
+            parent.uses += 1
+
+    @property
+    def block(self) -> Block:
+        return known_blocks[self.key][-1]
+
+    def reads(self) -> Iterator[Tensor]:
+        yield self.x
+        yield from (t for block in self.tensors for t in block if t is not None)
+        before = self.parent
+        while before is not None:
+            if before.value is not None:
+                yield before.value
+                break
+            before = before.parent
+
+    def result(self) -> Tensor:
+        """Its output, computed at the first call."""
+        if self.value is not None:
+            return self.value
+        line: list[Step] = [self]
+        while (before := line[0].parent) is not None and before.value is None:
+            line.insert(0, before)
+        x = self.x if before is None or before.value is None else before.value
+        steps: list[Step] = []
+        with _as_it_was(self.mode, self.x, self.state):
+            for step in line:
+                steps.append(step)
+                if step is self or step.uses > 1 or step.output() is not None:
+                    x = step._becomes(_computed(steps, x))
+                    steps = []
+        return x
+
+    def _becomes(self, value: Tensor) -> Tensor:
+        output = self.output()
+        if output is not None and not torch.compiler.is_compiling():  # the very object becomes the tensor
+            torch._C._swap_tensor_impl(output, value)
+            del output.step
+            output.__class__ = Tensor  # type: ignore[assignment]
+            self.mode.waiting.pop(id(output), None)
+            value = output
+        self.value, self.parent, self.call, self.tensors, self.running = value, None, None, (), ()
+        self.x = value
+        return value
+
+
+def _computed(steps: list[Step], x: Tensor) -> Tensor:
+    """The output of the last of the steps, whose first one goes on from `x`."""
+    last = steps[-1]
+    for step in steps:
+        step.done = True
+    owed = last.mode.owed
+    for buffer in [buffer for buffer, step in owed.items() if step in steps]:
+        del owed[buffer]
+    while steps and not steps[0].convolves:
+        call = steps.pop(0).call
+        assert call is not None
+        x = call(x)
+    if not steps:
+        return x
+    first = len(known_blocks[steps[0].key]) - 1
+    key = key_of(0, (last.key, first), lambda _: known_blocks[last.key][first:]) if first else last.key
+    return _chain_of(key)(last.mode, x, last.tensors[first:], last.running[first:])
+
+
+class Pending(Tensor):
+    """The output of a step. Whatever is done with it, it first becomes the tensor that it stands for.
+
+    It is a Tensor, since `isinstance` of C++ and Python have to agree on that. PyTorch's functions ask
+    `__torch_function__`; code in C++ that knows nothing of that finds no memory to read.
+    """
+
+    step: Step
+
+    @staticmethod
+    def __new__(cls, step: Step) -> Pending:
+        self = Tensor._make_wrapper_subclass(cls, step.shape, dtype=step.x.dtype, device=step.x.device)
+        self.step, step.output = step, weakref.ref(self)
+        step.mode.waiting[id(self)] = self
+        return self
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Where no mode is entered: it left the forward by a way of its own."""
-        args, kwargs = tensors_in((args, kwargs or {}))
-        return func(*args, **kwargs)
+        """Where no mode is entered."""
+        compute((args, kwargs))
+        return func(*args, **(kwargs or {}))
 
-    def tensor(self) -> Tensor:
-        """What it stands for, computed at the first call."""
-        if self.value is None:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(torch._C.DisableTorchFunction())
-                if state_of(self.x) != self.state:
-                    grad, inference, autocast, dtype = self.state
-                    stack.enter_context(torch.inference_mode(inference))
-                    stack.enter_context(torch.set_grad_enabled(grad))
-                    stack.enter_context(torch.autocast(self.x.device.type, dtype, enabled=autocast))
-                self.value = self._computed()
-        return self.value
-
-    def _computed(self) -> Tensor:
-        if self.passed and autotune.consulted(self.x.device):
-            kept.add(self.key)  # from the next time on, what goes on from here is another chain
-        x, steps = self.x, [self]
-        for p in self.ancestors():
-            if p.value is not None:
-                x = p.value
-                break
-            steps.insert(0, p)
-        for p in steps:
-            self.mode.owed.pop(id(p), None)
-        self.mode.waiting.pop(id(self), None)
-        while not steps[0].convolves:  # what it goes on from was needed too
-            x = steps[0].value = steps[0].call(x)
-            self.mode.waiting.pop(id(steps.pop(0)), None)
-            if not steps:
-                return x
-        first = len(known_blocks[steps[0].key]) - 1
-        key = key_of(0, (self.key, first), lambda _: known_blocks[self.key][first:]) if first else self.key
-        tensors, running = self.tensors[first:], self.running[first:]
-        out = _chain_of(key)(self.mode, x, tensors, (None,) * len(running) if self.passed else running)
-        for p in steps[:-1]:
-            p.passed = True
-        return out
-
-    def ancestors(self) -> Iterator[Pending]:
-        p = self.parent
-        while p is not None:
-            yield p
-            p = p.parent
-
-    # What can be told without computing it.
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return Tensor
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.x.is_cuda
-
-    @property
-    def ndim(self) -> int:
-        return 4
-
-    def dim(self) -> int:
-        return 4
-
-    @property
-    def shape(self) -> torch.Size:
-        size = (self.x.shape[2], self.x.shape[3])
-        for block in known_blocks[self.key]:
-            size = block.output_size(*size)
-        return torch.Size((self.x.shape[0], self.channels, *size))
-
-    @property
-    def channels(self) -> int:
-        block, weight = known_blocks[self.key][-1], self.tensors[-1].weight
-        return weight.shape[1] * block.geometry.groups if block.transposed else weight.shape[0]
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def tanh(self) -> Any:  # what F.tanh and F.sigmoid call
-        return torch.tanh(self)  # type: ignore[arg-type]
-
-    def sigmoid(self) -> Any:
-        return torch.sigmoid(self)  # type: ignore[arg-type]
-
-    # What can't.
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tensor(), name)
-
-    def __repr__(self) -> str:
-        return repr(self.tensor())
-
-
-def _by_the_tensor(name: str) -> Callable:
-    def method(self: Pending, *args: Any, **kwargs: Any) -> Any:
-        self, args, kwargs = tensors_in((self, args, kwargs))
-        return getattr(self, name)(*args, **kwargs)
-
-    return method
-
-
-for _name in set(dir(Tensor)) - set(dir(object)) - set(dir(Pending)):  # Python looks operators up on the class
-    if _name.startswith("__") and _name.endswith("__") and callable(getattr(Tensor, _name)):
-        setattr(Pending, _name, _by_the_tensor(_name))
-for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__format__", "__dir__", "__reduce_ex__"):
-    setattr(Pending, _name, _by_the_tensor(_name))
-Pending.__hash__ = lambda self: id(self)  # type: ignore[method-assign]
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise TypeError(
+            f"{func} got the output of a convolution that waits for what comes after it, from code that PyTorch's "
+            "functions don't call: pass it through one before (x = x.view_as(x)), or call fastdcgan.unfuse(model)"
+        )
 
 
 def waits(value: Any) -> bool:
     return type(value) is Pending
 
 
-def tensors_in(values: Any) -> Any:
-    """The same with a tensor for everything that waits: what others go on from first."""
-    found = [v for v in pytree.tree_leaves(values, is_leaf=waits) if waits(v)]
-    for each in sorted(found, key=lambda p: len(list(p.ancestors()))):
-        each.tensor()
-    return pytree.tree_map(lambda v: v.tensor() if waits(v) else v, values, is_leaf=waits) if found else values
+def compute(values: Any) -> list[Tensor]:
+    """The tensors in arguments, of which none waits any more."""
+    if isinstance(values, Tensor):
+        if type(values) is Pending:
+            values.step.result()
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (tuple, list)):
+        return []
+    return [t for value in values for t in compute(value)]
+
+
+def computed(values: Any) -> Any:
+    """The same after `compute`: a compiler that traces knows tensors by their objects, which so stay what they are."""
+    if not torch.compiler.is_compiling():
+        return values
+    return pytree.tree_map(lambda v: v if type(v) is not Pending or v.step.value is None else v.step.value, values)
+
+
+# --- where and how it is called --------------------------------------------------------------------------------------
+
+local = threading.local()  # inside: the `place` of the forward that runs now; applying: how many Functions' do
+top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def place() -> tuple:
+    """Sets code apart that something other than the forward itself calls, perhaps more than once: checkpoints,
+    transforms, tracers, the backward. What it calls doesn't wait until it has returned."""
+    return (
+        top_hooks(True), torch._C._current_graph_task_id(), torch._C._are_functorch_transforms_active(),
+        forward_ad._current_level, torch.jit.is_tracing(), getattr(local, "applying", 0),
+    )  # fmt: skip
 
 
 def state_of(x: Tensor) -> tuple:
@@ -191,20 +229,68 @@ def state_of(x: Tensor) -> tuple:
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), on, dtype)
 
 
+@contextlib.contextmanager
+def _as_it_was(mode: Waiting, x: Tensor, state: tuple) -> Iterator[None]:
+    """The settings under which something was called, which is computed only now."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())
+        if state_of(x) != state:
+            grad, inference, autocast, dtype = state
+            stack.enter_context(torch.inference_mode(inference))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            stack.enter_context(torch.autocast(x.device.type, dtype, enabled=autocast))
+        if place() != mode.place:
+            stack.enter_context(hooks_up_to(mode.place[0]))
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        yield
+
+
+@contextlib.contextmanager
+def hooks_up_to(last: Any) -> Iterator[None]:
+    """Without the hooks on saved tensors that were set after `last`."""
+    hooks = []
+    while (top := top_hooks(True)) is not None and top != last:
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+_apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+
+def _apply_to_tensors(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """`Function.apply`, which asks no `__torch_function__`, and calls a forward that has to return tensors."""
+    if getattr(local, "inside", None) is None:
+        return _apply(cls, *args, **kwargs)
+    compute((args, kwargs))
+    local.applying = getattr(local, "applying", 0) + 1
+    try:
+        return _apply(cls, *args, **kwargs)
+    finally:
+        local.applying -= 1
+
+
+torch.autograd.Function.apply = classmethod(_apply_to_tensors)  # type: ignore[assignment, method-assign]
+
 # --- how it is computed ----------------------------------------------------------------------------------------------
 
 # Blocks by keys, which are cheaper to compare: a key is that of the blocks before and what a function adds to them.
 _keys: dict[tuple, int] = {}
+_numbers = itertools.count(1)  # of which no two threads get the same
 known_blocks: dict[int, tuple[Block, ...]] = {0: ()}
 _chains: dict[int, _CallChain] = {}
-kept: set[int] = set()  # keys of what was needed after what goes on from it was computed
 
 
 def key_of(before: int, added: tuple, blocks: Callable[[tuple[Block, ...]], tuple[Block, ...]]) -> int:
     key = _keys.get((before, added))
     if key is None:
-        key = _keys[before, added] = len(_keys) + 1
+        key = next(_numbers)
         known_blocks[key] = blocks(known_blocks[before])
+        _keys[before, added] = key
     return key
 
 
@@ -222,7 +308,7 @@ class _CallChain(Chain):
         super().__init__()
         self._blocks = blocks
         self.bare = len(blocks) == 1 and blocks[0].norm is None and blocks[0].act == "identity"
-        self._weights: list[Tensor] = []  # of the last call, for `explain`
+        self._weights: list[Tensor] = []  # of this call, for `explain`
 
     def __call__(
         self, mode: Waiting, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]
@@ -243,6 +329,7 @@ class _CallChain(Chain):
             else:
                 mode.all_plain = False
                 out = self.run(x, tensors, running, 1, "auto", brief)
+        self._weights = []
         return choice.modules(self._blocks, self.entered, 1, x, tensors, running) if out is None else out
 
     def _compiles_to_functions(

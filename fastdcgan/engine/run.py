@@ -43,7 +43,7 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
     if isinstance(stat_groups, torch.fx.Proxy):
         stat_groups = 1  # torch.fx traces the root module's default as an input
     checks.check_stat_groups(stat_groups)
-    if followed(x) or _runs_plain(x):
+    if followed(x) or runs_plain(x):
         for module in sequential:
             x = call_alone(module, x, stat_groups)
         return x
@@ -109,7 +109,8 @@ def why_plain(device_type: str, dtype: torch.dtype) -> str | None:
 _warned: set[str] = set()
 
 
-def _runs_plain(x: Any) -> bool:
+def runs_plain(x: Any) -> bool:
+    """Whether the compiled backend that is meant for a tensor is missing, which is said once."""
     if not isinstance(x, Tensor) or backends.missing(x.device.type) is None:
         return False
     reason = why_plain(x.device.type, compute_dtype(x))
