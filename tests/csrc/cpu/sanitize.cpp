@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/activations.h"
 #include "cpu/train/adam.h"
 #include "cpu/contraction/algorithms.h"
 #include "cpu/train/images.h"
@@ -31,7 +32,7 @@ int run(const Shape& s, c10::ScalarType dtype) {
              stats = std::make_unique<float[]>(3 * channels);
   for (int64_t i = 0; i < 4 * channels; ++i) coef[i] = .5f + static_cast<float>(i % 7);
   int calls = 0, id = 0;
-  for (; with_activation<float>(id, 0.f, [](const auto&) {}); ++id) {
+  for (; fastdcgan::with_activation<float>(id, 0.f, [](const auto&) {}); ++id) {
     const Activation act{id, .2f};
     calls += norm_act_pass(s, {y.get(), nullptr, out.get()}, dtype, coef.get(), act);
     for (int64_t rows : {2, 4}) {
