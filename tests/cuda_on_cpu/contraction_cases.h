@@ -10,6 +10,7 @@
 
 #include <map>
 #include <sstream>
+#include <stdexcept>
 
 #include "cuda/gemm/contraction_tiles.cuh"
 #include "harness.h"
@@ -50,7 +51,10 @@ class Case {
 // Forward and derivative in double, from the float64 functors of the common table.
 inline double act(int id, double slope, double z, bool derivative) {
   const auto sigmoid = [](double v) { return 1 / (1 + std::exp(-v)); };
-  const double cdf = .5 * (1 + std::erf(z / std::sqrt(2.))), a = sigmoid(z);
+  const auto clamp = [=](double low, double high) {
+    return derivative ? z > low && z < high : std::min(std::max(z, low), high);
+  };
+  const double cdf = .5 * (1 + std::erf(z / std::sqrt(2.))), a = sigmoid(z), u = std::tanh(std::log1p(std::exp(z)));
   switch (id) {
     case 0: return derivative ? 1 : z;
     case 1: return derivative ? z > 0 : std::max(z, 0.);
@@ -59,7 +63,14 @@ inline double act(int id, double slope, double z, bool derivative) {
     case 4: return derivative ? a * (1 - a) : a;
     case 5: return derivative ? a * (1 + z * (1 - a)) : z * a;
     case 6: return derivative ? cdf + z * std::exp(-z * z / 2) / std::sqrt(2 * M_PI) : z * cdf;
-    default: return z > 0 ? (derivative ? 1 : z) : slope * (derivative ? std::exp(z) : std::expm1(z));
+    case 7: return z > 0 ? (derivative ? 1 : z) : slope * (derivative ? std::exp(z) : std::expm1(z));
+    case 8: return clamp(0, 6);
+    case 9: return clamp(-1, 1);
+    case 10: return std::abs(z) >= 3 ? (derivative ? z > 0 : std::max(z, 0.)) : derivative ? z / 3 + .5 : z * (z + 3) / 6;
+    case 11: return derivative ? u + z * a * (1 - u * u) : z * u;
+    case 12: return derivative ? a : std::log1p(std::exp(z));
+    case 13: return derivative ? sigmoid(-z) : -std::log1p(std::exp(-z));
+    default: throw std::invalid_argument("no activation has the id " + std::to_string(id));
   }
 }
 

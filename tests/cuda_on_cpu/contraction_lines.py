@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+from fastdcgan.activations import ACTIVATIONS
+
 PROLOGUES = ("none", "activate", "bn_backward")
 EPILOGUES = ("none", "bias", "activate", "stats", "grad_stats")
 TYPES = ("bf16", "fp16", "tf32", "fp32")
@@ -124,4 +126,4 @@ def brief() -> list[str]:
     combined = (geometries("conv"), geometries("conv_transpose"), weight_grads(), parts())
     lines = [line for lines in combined for line in lines[::4]] + statistics_groups()
     lines += [line for kind in TYPES for line in types(kind)]
-    return lines + [line for act in range(8) for line in activations(act)]
+    return lines + [line for row in ACTIVATIONS.values() for line in activations(row.id)]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fastdcgan.activations import ACTIVATIONS
 from tests.cuda_on_cpu import contraction_lines
 from tests.cuda_on_cpu.contraction_lines import EPILOGUES, GEOMETRIES, PROLOGUES, TYPES
 from tests.cuda_on_cpu.host_programs import MODES, build, needs_compiler, run
@@ -34,7 +35,7 @@ def test_types(kind: str) -> None:
     check("contraction_types", contraction_lines.types(kind))
 
 
-@pytest.mark.parametrize("act", range(8))
+@pytest.mark.parametrize("act", [row.id for row in ACTIVATIONS.values()])
 def test_activations(act: int) -> None:
     check("contraction_types", contraction_lines.activations(act))
 
