@@ -259,10 +259,9 @@ _knows("gelu", F.gelu)
 _knows("elu", F.elu)
 _told(Tensor.dim, lambda step: 4)
 _told(Tensor.size, lambda step, dim=None: step.shape if dim is None else step.shape[dim])
-_told(Tensor.ndim.__get__, lambda step: 4)
+_told(Tensor.ndim.__get__, lambda step: 4)  # type: ignore[attr-defined]
 _told(Tensor.shape.__get__, lambda step: step.shape)  # type: ignore[attr-defined]
-_told(Tensor.device.__get__, lambda step: step.x.device)  # type: ignore[attr-defined]
-_told(Tensor.is_cuda.__get__, lambda step: step.x.is_cuda)  # type: ignore[attr-defined]
+# Not its device: by asking for that, torch.utils.checkpoint gets a tensor before it saves it from C++.
 
 
 # --- a forward of a module's own -------------------------------------------------------------------------------------
@@ -328,6 +327,8 @@ class Deferring(Waiting):
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a part of the forward, which gets graphs of its own
+            return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
         if handler is not None and place() == self.place:
             found = handler(self, *args, **kwargs)

@@ -46,7 +46,10 @@ class Waiting(TorchFunctionMode):
         """Compute what waits and reads the memory of a tensor that is about to be written to."""
         if written.dim() == 0 and not written.is_floating_point():  # the count of batches, as a rule
             return
-        memory = written.untyped_storage()._cdata
+        try:
+            memory = written.untyped_storage()._cdata
+        except NotImplementedError:  # sparse, or within a transform: nothing that waits reads that
+            return
         for step in self._steps():
             if not step.done and any(t.untyped_storage()._cdata == memory for t in step.reads()):
                 step.result()

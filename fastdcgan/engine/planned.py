@@ -128,6 +128,8 @@ class Planned:
                 elif r is not None:
                     updates.append(_update(t, r, stats, program.plan.stat_groups))
         if updates:
+            if program.direct:  # as in PyTorch, what was saved of running statistics doesn't count that as a change
+                updates = [u._replace(mean=u.mean.data, var=u.var.data) for u in updates]
             program.run.update_all_running(updates)
 
 
