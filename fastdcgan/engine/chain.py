@@ -107,7 +107,7 @@ class Chain:
         if self.bare and not planned.settled:
             self._record(x, None, [WHY_BARE])
             return None
-        if planned.why_modules is not None:
+        if planned.why_modules is not None and not _is_computed_again():
             if len(self._plain) >= _PLANS:
                 self._plain.clear()
             self._plain[brief] = planned.why_modules  # from the next call on
@@ -179,7 +179,7 @@ class Chain:
     ) -> Planned:
         """The plan that was measured to be the fastest, or is now; or else that of the rule."""
         rule.calls += 1
-        begin = autotune.may_begin(rule.calls)
+        begin = autotune.may_begin(rule.calls) and not _is_computed_again()
         if rule.calls > 1 and not begin:
             return rule
         plans, entered = {"fused": rule}, self.entered(x)
@@ -247,6 +247,11 @@ class Chain:
         with primitives.watched():
             fastest = self._fastest(rule, runs, x, tensors, running, begin=True)
         return fastest is not None and fastest.name == choice.COMPILED
+
+
+def _is_computed_again() -> bool:
+    """Whether the backward may compute this call again, in the same way: what a checkpoint calls, say."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _knows_only_torch(t: Tensor | None) -> bool:
