@@ -19,19 +19,19 @@ from fastdcgan.engine.pending import computed
 class _Deferred(nn.Module):
     """A traced graph whose convolutions wait for what comes after them."""
 
-    def __init__(self, graph: torch.fx.GraphModule) -> None:
+    def __init__(self, graph: torch.fx.GraphModule, traced: bool) -> None:
         super().__init__()
-        self.graph = graph
+        self.graph, self.traced = graph, traced
 
     def forward(self, *args: Any) -> Any:
-        with Deferring():
+        with Deferring(self.traced):
             out = self.graph(*args)
-        return computed(out)
+        return computed(out) if self.traced else out
 
 
 def fastdcgan(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """Blocks run fused, all else as it was: gradients of any order, measured choices as without a compiler."""
-    return _Deferred(graph).forward
+    return _Deferred(graph, traced=False).forward
 
 
 def fastdcgan_inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], **options: Any) -> Callable[..., Any]:
@@ -41,4 +41,4 @@ def fastdcgan_inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], **
     from torch._inductor.compile_fx import compile_fx
 
     with config.patch(enable_autograd_cache=False):  # what it keeps is told apart by `graph` alone
-        return compile_fx(_Deferred(graph), list(inputs), **options)  # type: ignore[arg-type, return-value]
+        return compile_fx(_Deferred(graph, traced=True), list(inputs), **options)  # type: ignore[arg-type, return-value]

@@ -84,9 +84,10 @@ def _convolved(
 ) -> Pending | None:  # fmt: skip
     parent = _open(mode, x)
     compute((weight, bias) if parent is not None else (x, weight, bias))
-    x, weight, bias = computed((x, weight, bias))
+    if mode.traced:
+        weight, bias, x = computed(weight), computed(bias), x if parent is not None else computed(x)
     root, groups = x if parent is None else parent.x, _known(groups)
-    if not _fits(root, weight, bias) or type(groups) is not int or groups < 1 or weight.shape[0] % groups:
+    if not _fits(mode, root, weight, bias) or type(groups) is not int or groups < 1 or weight.shape[0] % groups:
         return None
     stride, dilation = _numbers(stride, 1), _numbers(dilation, 1)
     if isinstance(padding, str):
@@ -116,10 +117,14 @@ def _convolved(
     return Pending(step)
 
 
-def _fits(x: Any, weight: Any, bias: Any) -> bool:
+def _fits(mode: Deferring, x: Any, weight: Any, bias: Any) -> bool:
     """Whether a block can be of these; else PyTorch's function runs, and says what is wrong."""
     given = [t for t in (x, weight, bias) if t is not None]
-    if not all(isinstance(t, Tensor) for t in given) or not _may_wait(given) or followed(x):
+    if (
+        not all(isinstance(t, Tensor) for t in given)
+        or not (mode.traced or primitives.unwatched(*given))
+        or followed(x)
+    ):
         return False
     if x.dim() != 4 or weight.dim() != 4 or not x.numel() or not weight.numel() or runs_plain(x):
         return False
@@ -128,11 +133,6 @@ def _fits(x: Any, weight: Any, bias: Any) -> bool:
         t.device == x.device and t.is_floating_point() and (t.dtype == x.dtype or (casts and t.dtype != torch.float64))
         for t in given
     )
-
-
-def _may_wait(given: Sequence[Tensor]) -> bool:
-    """Where a compiler traces, `compiler.py` sees to it that all of it is to be traced."""
-    return torch.compiler.is_compiling() or primitives.unwatched(*given)
 
 
 def _conv2d(
@@ -342,7 +342,7 @@ class Deferring(Waiting):
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # a part of the forward, which gets graphs of its own
+        if torch.compiler.is_compiling() and not self.traced:  # a part of the forward, which gets graphs of its own
             return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
         if handler is not None and place() == self.place:
@@ -355,7 +355,8 @@ class Deferring(Waiting):
             if _writes(func, args, kwargs):
                 for t in given:
                     self.compute_what_reads(t)
-            args, kwargs = computed((args, kwargs))
+            if self.traced:
+                args, kwargs = computed((args, kwargs))
         return func(*args, **kwargs)
 
     def __exit__(self, kind: Any, *others: Any) -> None:

@@ -38,8 +38,9 @@ from fastdcgan.spec import Block, BlockTensors, Running
 class Waiting(TorchFunctionMode):
     """Who waits, while it is entered."""
 
-    def __init__(self) -> None:
+    def __init__(self, traced: bool = False) -> None:
         super().__init__()
+        self.traced = traced  # by a compiler, which knows tensors by their objects: none becomes another
         self.place = place()
         self.waiting: weakref.WeakValueDictionary[int, Pending] = weakref.WeakValueDictionary()
         self.owed: dict[int, Step] = {}  # by the running statistics (their ids) that it has still to update
@@ -126,7 +127,7 @@ class Step:
 
     def _becomes(self, value: Tensor) -> Tensor:
         output = self.output()
-        if output is not None and not torch.compiler.is_compiling():  # the very object becomes the tensor
+        if output is not None and not self.mode.traced:  # the very object becomes the tensor
             torch._C._swap_tensor_impl(output, value)
             del output.step
             output.__class__ = Tensor  # type: ignore[assignment]
@@ -204,9 +205,7 @@ def compute(values: Any) -> list[Tensor]:
 
 
 def computed(values: Any) -> Any:
-    """The same after `compute`: a compiler that traces knows tensors by their objects, which so stay what they are."""
-    if not torch.compiler.is_compiling():
-        return values
+    """After `compute`: the same, with tensors in place of what stays what it is where a compiler traces."""
     return pytree.tree_map(lambda v: v if type(v) is not Pending or v.step.value is None else v.step.value, values)
 
 
@@ -323,7 +322,7 @@ class _CallChain(Chain):
         )  # fmt: skip
         if chain.recorder is not None:
             self._weights = [t.weight for t in tensors]
-        if torch.compiler.is_compiling():
+        if mode.traced:
             if not self._compiles_to_functions(x, tensors, running):
                 out = self.run(x, tensors, running, 1, "auto", brief)
         elif self.why_plain(x, brief) is None:
