@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._device import DeviceContext
 
 from fastdcgan import backends
 from fastdcgan.activations import find
@@ -321,7 +320,8 @@ def deferring(forward: Callable) -> Callable:
 def _others_watch() -> bool:
     """Whether somebody else follows the functions that are called: what waits is computed out of their sight."""
     modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    return not all(isinstance(mode, (Deferring, DeviceContext)) for mode in modes)
+    # That of torch.set_default_device only adds a device to what is made anew.
+    return not all(isinstance(mode, Deferring) or type(mode).__name__ == "DeviceContext" for mode in modes)
 
 
 class PlainCalls(set):
