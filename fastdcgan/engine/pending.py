@@ -338,7 +338,8 @@ class _CallChain(Chain):
         self, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]
     ) -> bool:
         """`compiles_to_modules` for the like of tensors that a compiler traces."""
-        if x.device.type != "cpu":
+        known = hasattr(torch.fx.experimental.symbolic_shapes, "optimization_hint")  # not in torch 2.11
+        if x.device.type != "cpu" or not known:
             return self.bare
         with _disable_current_modes(), mock.patch.object(torch.compiler, "_is_compiling_flag", False):
             real = [BlockTensors(*map(_real_like, t)) for t in tensors]

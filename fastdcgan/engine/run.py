@@ -67,7 +67,8 @@ def _compiles_to_modules(
     sequential: nn.Sequential, part: int, bare: bool, x: Tensor, stat_groups: int, boundaries: str
 ) -> bool:
     """Whether the compiler that traces this call gets PyTorch's modules of a chain."""
-    if x.device.type != "cpu" or boundaries != "auto":
+    known = hasattr(torch.fx.experimental.symbolic_shapes, "optimization_hint")  # not in torch 2.11
+    if x.device.type != "cpu" or boundaries != "auto" or not known:
         return bare
     hint = torch.fx.experimental.symbolic_shapes.optimization_hint  # sizes may be symbols
     sizes, strides = tuple(map(hint, x.shape)), tuple(map(hint, x.stride()))
