@@ -68,7 +68,7 @@ struct Tensor {
     x.read_only();
     operand = {x.data() + off, has_y(prologue) ? y.data() + off : nullptr, coef.size() ? coef.data() : nullptr,
               int64_t{c} * h * w, last ? int64_t{w} * c : w, last ? c : 1, last ? 1 : int64_t{h} * w, n, c, h, w,
-              rows(prologue), groups, static_cast<int>(ActId::leaky_relu), 0.2f,
+              rows(prologue), groups, {static_cast<int>(ActId::leaky_relu), 0.2f},
               last && c % gpu::kVec<T> == 0 && gpu::aligned(x.data() + off) && gpu::aligned(coef.data())};
   }
   static bool has_y(Prologue p) { return p == Prologue::gradient || p == Prologue::bn_backward; }
@@ -111,7 +111,7 @@ struct Epilogues {
   }
   ImageSideEpilogue operator[](int kind) {
     return {static_cast<ImageSideEpilogue::Kind>(kind), kind == 0 ? nullptr : kind == 1 ? bias.data() : coef.data(),
-            kind == 2 ? groups : 1, static_cast<int>(ActId::tanh), 0.f};
+            kind == 2 ? groups : 1, {static_cast<int>(ActId::tanh), 0.f}};
   }
   double apply(int kind, double sum, int group, int c) const {
     if (kind == 0) return sum;

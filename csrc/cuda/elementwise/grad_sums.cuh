@@ -49,14 +49,21 @@ __global__ void __launch_bounds__(kThreads, kGradSumsBlocks)
   SumsPart<kValues> sums[V];
   place.template for_each<1>([&](auto, const auto& at) {  // of two tensors
     Vec<T, V> values = gpu::load<V>(y + at(0)), grads = gpu::load<V>(da + at(0));
+    constexpr int N = kAtOnce<Act, V>;
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const float value = gpu::to_float(values[i]);
-      float g = gpu::to_float(grads[i]) * act.derivative(s[i] * value + t[i]);
-      if (g_out != nullptr) g = gpu::rounded<T>(g);  // what the next pass takes a difference to the mean of
-      sums[i].sum[0] += g;
-      if constexpr (kValues == 2) sums[i].sum[1] += g * (value - mean[i]);
-      grads[i] = gpu::from_float<T>(g);
+    for (int first = 0; first < V; first += N) {
+      float z[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) z[i] = s[first + i] * gpu::to_float(values[first + i]) + t[first + i];
+      differentiate(act, z);
+#pragma unroll
+      for (int i = first; i < first + N; ++i) {
+        float g = gpu::to_float(grads[i]) * z[i - first];
+        if (g_out != nullptr) g = gpu::rounded<T>(g);  // what the next pass takes a difference to the mean of
+        sums[i].sum[0] += g;
+        if constexpr (kValues == 2) sums[i].sum[1] += g * (gpu::to_float(values[i]) - mean[i]);
+        grads[i] = gpu::from_float<T>(g);
+      }
     }
     if (g_out != nullptr) gpu::store(g_out + at(0), grads);
   });

@@ -6,6 +6,8 @@
 namespace fastdcgan::cuda {
 
 constexpr int kNormActBlocks = 4;  // of a multiprocessor at once: 64 registers a thread
+template <class Act>               // with four coefficients of eight channels
+constexpr int kBackwardBlocks = std::is_same_v<Act, RuntimeActivation> ? 3 : kNormActBlocks;
 
 // out = act(s*x + t); `coef` is [rows, groups, C], of which s and t are the first two.
 template <class T, int V, bool kPlanes, class Act>
@@ -21,9 +23,16 @@ __global__ void __launch_bounds__(kThreads, kNormActBlocks)
     for (int u = 0; u < kCount; ++u) values[u] = gpu::load<V>(x + at(u));
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
+      constexpr int N = kAtOnce<Act, V>;
 #pragma unroll
-      for (int i = 0; i < V; ++i)
-        values[u][i] = gpu::from_float<T>(act.forward(s[i] * gpu::to_float(values[u][i]) + t[i]));
+      for (int first = 0; first < V; first += N) {
+        float z[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) z[i] = s[first + i] * gpu::to_float(values[u][first + i]) + t[first + i];
+        activate(act, z);
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[u][first + i] = gpu::from_float<T>(z[i]);
+      }
       gpu::store(out + at(u), values[u]);
     }
   });
@@ -31,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, kNormActBlocks)
 
 // dy = s*act'(s*y + t)*da, and + p*y + q where `grad_coef` [rows, groups, C] has four rows (s, t, p, q).
 template <class T, int V, bool kPlanes, class Act>
-__global__ void __launch_bounds__(kThreads, kNormActBlocks)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<Act>)
     norm_act_backward(const T* __restrict__ da, const T* __restrict__ y, const float* __restrict__ grad_coef, int rows,
                       Act act, Pass pass, T* __restrict__ dy) {
   const Place<V, kPlanes> place(pass);
@@ -41,12 +50,20 @@ __global__ void __launch_bounds__(kThreads, kNormActBlocks)
   const PerChannel<V, kPlanes> p(grad_coef, centred ? 2 : 0, place), q(grad_coef, centred ? 3 : 0, place);
   place.template for_each<1>([&](auto, const auto& at) {  // of two tensors
     Vec<T, V> values = gpu::load<V>(y + at(0)), grads = gpu::load<V>(da + at(0));
+    constexpr int N = kAtOnce<Act, V>;
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const float value = gpu::to_float(values[i]);
-      float result = s[i] * (gpu::to_float(grads[i]) * act.derivative(s[i] * value + t[i]));
-      if (centred) result += p[i] * value + q[i];  // without them not even 0*value, which may be NaN
-      values[i] = gpu::from_float<T>(result);
+    for (int first = 0; first < V; first += N) {
+      float z[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) z[i] = s[first + i] * gpu::to_float(values[first + i]) + t[first + i];
+      differentiate(act, z);
+#pragma unroll
+      for (int i = first; i < first + N; ++i) {
+        const float value = gpu::to_float(values[i]);
+        float result = s[i] * (gpu::to_float(grads[i]) * z[i - first]);
+        if (centred) result += p[i] * value + q[i];  // without them not even 0*value, which may be NaN
+        values[i] = gpu::from_float<T>(result);
+      }
     }
     gpu::store(dy + at(0), values);
   });
@@ -63,7 +80,9 @@ void launch_norm_act(const T* x, const float* coef, Act act, const Pass& pass, T
 template <class T, int V, bool kPlanes, class Act>
 void launch_norm_act_backward(
     const T* da, const T* y, const float* grad_coef, int rows, Act act, const Pass& pass, T* dy, gpu::Stream stream) {
-  gpu::launch_early(norm_act_backward<T, V, kPlanes, Act>, {"norm_act_backward", pass.grid, kThreads, 0, stream}, da, y,
+  dim3 grid = pass.grid;
+  grid.y = std::max(grid.y * kBackwardBlocks<Act> / kNormActBlocks, 1u);
+  gpu::launch_early(norm_act_backward<T, V, kPlanes, Act>, {"norm_act_backward", grid, kThreads, 0, stream}, da, y,
                     grad_coef, rows, act, pass, dy);
 }
 

@@ -15,7 +15,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "common/activations.h"
+#include "cuda/device/activation.h"
 #include "cuda/device/vec.h"
 
 namespace fastdcgan::cuda {
@@ -170,26 +170,12 @@ void with_layout(const Pass& pass, F&& f) {
 
 // --- activations -----------------------------------------------------------------------------------------------------
 
-// Any activation, chosen while the kernel runs: for the less usual ones, and where values come one at a time.
-struct AnyActivation {
-  int id;
-  float slope;
-
-  GPU_INLINE float forward(float z) const {
-    with_activation<float>(id, slope, [&](const auto& act) { z = act.forward(z); });
-    return z;
-  }
-  GPU_INLINE float derivative(float z) const {
-    with_activation<float>(id, slope, [&](const auto& act) { z = act.derivative(z); });
-    return z;
-  }
-};
-
 struct Activation {
   int id;
   float slope;
 
-  AnyActivation any() const { return {id, slope}; }
+  // Chosen while the kernel runs: for the less usual ones, and where values come one at a time.
+  RuntimeActivation any() const { return {id, slope}; }
 };
 
 // Calls `f` with the functor of `act`: one of its own for those that GANs are made of. `act` is a known one.

@@ -2,7 +2,7 @@
 // fastdcgan/backends/base.py.
 #pragma once
 
-#include "common/activations.h"
+#include "cuda/device/activation.h"
 #include "cuda/device/pairs.h"
 #include "cuda/device/tensor_core.h"
 
@@ -10,38 +10,6 @@ namespace fastdcgan::cuda {
 
 using gpu::kVec;
 using gpu::Vec;
-
-// An activation whose id is known at run time. Identity, ReLU and leaky ReLU are one formula; the others go through a
-// switch, in loops that are not unrolled: they are rare in the place where this is used, and their code is long.
-struct RuntimeActivation {
-  int id = 0;
-  float slope = 0;
-  float negative = 1;  // the factor of what is not positive
-  bool relu = false;   // which is 0 there, and has the derivative 1 at NaN
-  bool linear = true;  // in two pieces
-
-  RuntimeActivation() = default;
-  RuntimeActivation(int id_, float slope_) : id(id_), slope(slope_) {
-    const auto is = [&](ActId other) { return id == static_cast<int>(other); };
-    relu = is(ActId::relu);
-    linear = relu || is(ActId::identity) || is(ActId::leaky_relu);
-    negative = relu ? 0.f : is(ActId::identity) ? 1.f : slope;
-  }
-
-  GPU_INLINE float linear_forward(float z) const { return z <= 0.f ? (relu ? 0.f : z * negative) : z; }
-  GPU_INLINE float linear_derivative(float z) const {
-    const bool positive = relu ? !(z <= 0.f) : z > 0.f;
-    return positive ? 1.f : negative;
-  }
-  GPU_INLINE float other_forward(float z) const {
-    with_activation<float>(id, slope, [&](const auto& act) { z = act.forward(z); });
-    return z;
-  }
-  GPU_INLINE float other_derivative(float z) const {
-    with_activation<float>(id, slope, [&](const auto& act) { z = act.derivative(z); });
-    return z;
-  }
-};
 
 enum class Prologue : int { none = 0, activate = 1, bn_backward = 2 };
 

@@ -13,14 +13,12 @@ namespace {
 struct OperandTensors {
   Tensor x;
   optional<Tensor> y, coef;
-  int act;
-  float slope;
+  RuntimeActivation act;
 
   OperandTensors(const Tensor& x_, const optional<Tensor>& y_, const optional<Tensor>& coef_, int64_t act_,
                  double slope_, bool channels_last)
       : x(channels_last ? laid_out(dense(x_), true) : dense(x_)),
-        act(static_cast<int>(act_)),
-        slope(static_cast<float>(slope_)) {
+        act(static_cast<int>(act_), static_cast<float>(slope_)) {
     STD_TORCH_CHECK(known_activation(act_), "unknown activation id ", act_);
     for (int64_t i = 0; i < 4; ++i)
       STD_TORCH_CHECK(x.size(i) < (int64_t{1} << 31), "a tensor ", shape_text(x), " is too large");
@@ -42,7 +40,7 @@ struct OperandTensors {
     s.batch = size(0), s.channels = size(1), s.height = size(2), s.width = size(3);
     s.rows = coef.has_value() ? static_cast<int>(coef->size(0)) : 0;
     s.groups = coef.has_value() ? static_cast<int>(coef->size(1)) : 1;
-    s.act = act, s.slope = slope;
+    s.act = act;
     s.vectors = is_channels_last(x) && s.channels % kVec<T> == 0 && gpu::aligned(s.x) && gpu::aligned(s.y) &&
                 gpu::aligned(s.coef);
     return s;
@@ -91,8 +89,8 @@ ImageSideEpilogue epilogue_of(int64_t kind, const optional<Tensor>& coef, int64_
   const int groups = kind == ImageSideEpilogue::activated ? static_cast<int>(coef->size(1)) : 1;
   STD_TORCH_CHECK(groups > 0 && batch % groups == 0, "a batch of ", batch, " can't have ", groups,
                   " statistics groups");
-  return {static_cast<ImageSideEpilogue::Kind>(kind), data_or_null(coef), groups, static_cast<int>(act),
-          static_cast<float>(slope)};
+  return {static_cast<ImageSideEpilogue::Kind>(kind), data_or_null(coef), groups,
+          {static_cast<int>(act), static_cast<float>(slope)}};
 }
 
 void check_weight(const Tensor& weight, const Tensor& x) {

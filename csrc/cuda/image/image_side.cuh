@@ -6,7 +6,7 @@
 // neighbouring tiles share is read or written once.
 #pragma once
 
-#include "common/activations.h"
+#include "cuda/device/activation.h"
 #include "cuda/device/floats.h"
 #include "cuda/device/tensor_core.h"
 
@@ -27,24 +27,6 @@ struct ImageSideGeometry {
   GPU_HOST_INLINE int taps() const { return kernel_y * kernel_x; }
 };
 
-// Several numbers, for one choice.
-template <int N>
-GPU_INLINE void activate(int id, float slope, float (&z)[N]) {
-  with_activation<float>(id, slope, [&](const auto& act) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) z[i] = act.forward(z[i]);
-  });
-}
-
-// The derivatives at z, in its place.
-template <int N>
-GPU_INLINE void differentiate(int id, float slope, float (&z)[N]) {
-  with_activation<float>(id, slope, [&](const auto& act) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) z[i] = act.derivative(z[i]);
-  });
-}
-
 // A tensor [N, C, H, W] with any strides, or what is computed from it on load (`Operand` in
 // fastdcgan/backends/base.py).
 template <class T>
@@ -55,8 +37,7 @@ struct ImageSideOperand {
   int64_t step_n, step_h, step_w, step_c;
   int batch, channels, height, width;
   int rows, groups;  // of coef
-  int act;
-  float slope;
+  RuntimeActivation act;
   bool vectors;  // runs of channels lie together, at multiples of 16 bytes; those of coef too
 
   GPU_INLINE bool inside(int i, int j) const { return i >= 0 && i < height && j >= 0 && j < width; }
@@ -76,13 +57,13 @@ struct ImageSideOperand {
     if (y == nullptr) {
 #pragma unroll
       for (int c = 0; c < N; ++c) values[c] = s[c] * values[c] + t[c];
-      return activate(act, slope, values);
+      return activate(act, values);
     }
     float other[N];
     gpu::read_floats(from_y, other);
 #pragma unroll
     for (int c = 0; c < N; ++c) z[c] = s[c] * other[c] + t[c];
-    differentiate(act, slope, z);
+    differentiate(act, z);
 #pragma unroll
     for (int c = 0; c < N; ++c) values[c] = s[c] * (values[c] * z[c]);
     if (rows != 4) return;
@@ -118,8 +99,7 @@ struct ImageSideEpilogue {
   Kind kind;
   const float* coef;  // bias [C], or [rows, groups, C] of which (s, t) are the first
   int groups;
-  int act;
-  float slope;
+  RuntimeActivation act;
 
   GPU_INLINE float operator()(float sum, int group, int channel, int channels) const {
     if (kind == none) return sum;
@@ -127,19 +107,16 @@ struct ImageSideEpilogue {
     const float s = coef[static_cast<int64_t>(group) * channels + channel];
     const float t = coef[static_cast<int64_t>(groups + group) * channels + channel];
     float one[1] = {s * sum + t};
-    activate(act, slope, one);
+    activate(act, one);
     return one[0];
   }
 
-  // It is the activation of s*sum + t, with these for channels from `first` on.
-  GPU_INLINE void coefficients(int group, int first, int channels, float (&s)[kRun], float (&t)[kRun]) const {
-#pragma unroll
-    for (int c = 0; c < kRun; ++c) {
-      s[c] = 1.f, t[c] = 0.f;
-      if (kind == none || first + c >= channels) continue;
-      if (kind == activated) s[c] = coef[static_cast<int64_t>(group) * channels + first + c];
-      t[c] = coef[(kind == bias ? 0 : static_cast<int64_t>(groups + group) * channels) + first + c];
-    }
+  // It is the activation of s*sum + t with these.
+  GPU_INLINE void coefficients(int group, int channel, int channels, float& s, float& t) const {
+    s = 1.f, t = 0.f;
+    if (kind == none || channel >= channels) return;
+    if (kind == activated) s = coef[static_cast<int64_t>(group) * channels + channel];
+    t = coef[(kind == bias ? 0 : static_cast<int64_t>(groups + group) * channels) + channel];
   }
 };
 

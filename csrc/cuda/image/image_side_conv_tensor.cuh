@@ -98,15 +98,18 @@ __global__ void __launch_bounds__(ImageSideConvTensor::kThreads, ImageSideConvTe
 #pragma unroll
     for (int half = 0; half < C::kBlocksN / 4; ++half) {
       const int mine = first + half * 32 + part * kRun;
-      float s[kRun], t[kRun];
-      epilogue.coefficients(group, mine, channels, s, t);
 #pragma unroll
-      for (int m = 0; m < C::kBlocksM; ++m)
+      for (int c = 0; c < kRun; ++c) {  // one after another: registers are few beside the sums
+        float s, t;
+        epilogue.coefficients(group, mine + c, channels, s, t);
 #pragma unroll
-        for (int e = 0; e < 2 * kRun; ++e) {
-          float& of_pixel = sum[m][half * 4 + e % kRun / 2][e / kRun * 2 + e % 2];
-          of_pixel = s[e % kRun] * of_pixel + t[e % kRun];
-        }
+        for (int m = 0; m < C::kBlocksM; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float& of_pixel = sum[m][half * 4 + c / 2][h * 2 + c % 2];
+            of_pixel = s * of_pixel + t;
+          }
+      }
 #pragma unroll
       for (int m = 0; m < C::kBlocksM; ++m)
 #pragma unroll
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(ImageSideConvTensor::kThreads, ImageSideConvTe
           float run[kRun];
 #pragma unroll
           for (int c = 0; c < kRun; ++c) run[c] = sum[m][half * 4 + c / 2][h * 2 + c % 2];
-          if (epilogue.kind == ImageSideEpilogue::activated) activate(epilogue.act, epilogue.slope, run);
+          if (epilogue.kind == ImageSideEpilogue::activated) activate(epilogue.act, run);
           T* to = out + ((static_cast<int64_t>(place.image) * height + i) * width + k) * channels + mine;
           if (vectors) {
             gpu::write_floats(to, run);
