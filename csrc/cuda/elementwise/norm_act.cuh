@@ -5,15 +5,18 @@
 
 namespace fastdcgan::cuda {
 
-constexpr int kNormActBlocks = 4;  // of a multiprocessor at once: 64 registers a thread
+// Of a multiprocessor at once: 64 registers a thread, and 80 with slopes of eight channels.
+template <class Act>
+constexpr int kNormActBlocks = kLearnsSlope<Act> ? 3 : 4;
 
 // out = act(s*x + t); `coef` is [rows, groups, C], of which s and t are the first two.
 template <class T, int V, bool kPlanes, class Act>
-__global__ void __launch_bounds__(kThreads, kNormActBlocks)
+__global__ void __launch_bounds__(kThreads, kNormActBlocks<Act>)
     norm_act(const T* __restrict__ x, const float* __restrict__ coef, Act act, Pass pass, T* __restrict__ out) {
   const Place<V, kPlanes> place(pass);
   gpu::await_kernels_before();
   const PerChannel<V, kPlanes> s(coef, 0, place), t(coef, 1, place);
+  const PerValue<Act, V, kPlanes> acts(act, coef, place);
   place.template for_each<2>([&](auto n, const auto& at) {
     constexpr int kCount = decltype(n)::value;
     Vec<T, V> values[kCount];
@@ -23,28 +26,29 @@ __global__ void __launch_bounds__(kThreads, kNormActBlocks)
     for (int u = 0; u < kCount; ++u) {
 #pragma unroll
       for (int i = 0; i < V; ++i)
-        values[u][i] = gpu::from_float<T>(act.forward(s[i] * gpu::to_float(values[u][i]) + t[i]));
+        values[u][i] = gpu::from_float<T>(acts[i].forward(s[i] * gpu::to_float(values[u][i]) + t[i]));
       gpu::store(out + at(u), values[u]);
     }
   });
 }
 
-// dy = s*act'(s*y + t)*da, and + p*y + q where `grad_coef` [rows, groups, C] has four rows (s, t, p, q).
+// dy = s*act'(s*y + t)*da, and + p*y + q where `grad_coef` [rows, groups, C] has (s, t, p, q).
 template <class T, int V, bool kPlanes, class Act>
-__global__ void __launch_bounds__(kThreads, kNormActBlocks)
+__global__ void __launch_bounds__(kThreads, kNormActBlocks<Act>)
     norm_act_backward(const T* __restrict__ da, const T* __restrict__ y, const float* __restrict__ grad_coef, int rows,
                       Act act, Pass pass, T* __restrict__ dy) {
   const Place<V, kPlanes> place(pass);
   gpu::await_kernels_before();
-  const bool centred = rows == 4;
+  const bool centred = rows >= 4;
   const PerChannel<V, kPlanes> s(grad_coef, 0, place), t(grad_coef, 1, place);
+  const PerValue<Act, V, kPlanes> acts(act, grad_coef, place);
   const PerChannel<V, kPlanes> p(grad_coef, centred ? 2 : 0, place), q(grad_coef, centred ? 3 : 0, place);
   place.template for_each<1>([&](auto, const auto& at) {  // of two tensors
     Vec<T, V> values = gpu::load<V>(y + at(0)), grads = gpu::load<V>(da + at(0));
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const float value = gpu::to_float(values[i]);
-      float result = s[i] * (gpu::to_float(grads[i]) * act.derivative(s[i] * value + t[i]));
+      float result = s[i] * (gpu::to_float(grads[i]) * acts[i].derivative(s[i] * value + t[i]));
       if (centred) result += p[i] * value + q[i];  // without them not even 0*value, which may be NaN
       values[i] = gpu::from_float<T>(result);
     }
@@ -67,10 +71,10 @@ void launch_norm_act_backward(
                     grad_coef, rows, act, pass, dy);
 }
 
-// `act` is an Activation or a functor.
+// `act` is an Activation, a functor or a LearnedSlope.
 template <class T, class Act>
 void norm_act_pass(const Shape& shape, const T* x, const float* coef, Act act, T* out, gpu::Stream stream) {
-  const Pass pass = make_pass<T>(shape, kNormActBlocks, x, out);
+  const Pass pass = make_pass<T>(shape, kNormActBlocks<Act>, x, out);
   with_layout<T>(pass, [&](auto v, auto planes) {
     with_functor_for(v, act, [&](auto functor) {
       launch_norm_act<T, decltype(v)::value, decltype(planes)::value>(x, coef, functor, pass, out, stream);
@@ -81,7 +85,7 @@ void norm_act_pass(const Shape& shape, const T* x, const float* coef, Act act, T
 template <class T, class Act>
 void norm_act_backward_pass(
     const Shape& shape, const T* da, const T* y, const float* grad_coef, int rows, Act act, T* dy, gpu::Stream stream) {
-  const Pass pass = make_pass<T>(shape, kNormActBlocks, da, y, dy);
+  const Pass pass = make_pass<T>(shape, kNormActBlocks<Act>, da, y, dy);
   with_layout<T>(pass, [&](auto v, auto planes) {
     with_functor_for(v, act, [&](auto functor) {
       launch_norm_act_backward<T, decltype(v)::value, decltype(planes)::value>(

@@ -204,6 +204,32 @@ void with_functor(Activation act, F&& f) {
   }
 }
 
+// LeakyReLU with a slope for each channel (PReLU): a row of the coefficients.
+struct LearnedSlope {
+  int row;
+};
+
+template <class Act>
+constexpr bool kLearnsSlope = std::is_same_v<Act, LearnedSlope>;
+
+// The functor for value `i` of a vector.
+template <class Act, int V, bool kPlanes>
+struct PerValue {
+  const Act& act;
+
+  GPU_INLINE PerValue(const Act& of_all, const float*, const Place<V, kPlanes>&) : act(of_all) {}
+  GPU_INLINE const Act& operator[](int) const { return act; }
+};
+
+template <int V, bool kPlanes>
+struct PerValue<LearnedSlope, V, kPlanes> {
+  PerChannel<V, kPlanes> slope;
+
+  GPU_INLINE PerValue(LearnedSlope act, const float* coef, const Place<V, kPlanes>& place)
+      : slope(coef, act.row, place) {}
+  GPU_INLINE LeakyReLU<float> operator[](int i) const { return LeakyReLU<float>(slope[i]); }
+};
+
 // Calls `f` with the functor of `act` for vectors of V: where values come one at a time, with the one for all
 // activations. An `act` that is a functor already is it.
 template <class V, class Act, class F>
