@@ -94,7 +94,7 @@ def prepared(model: nn.Module, seed: int = 0) -> nn.Module:
             fill(module.weight, g, 1.5 / fan_in**0.5)
             fill(module.bias, g, 0.5)
         elif isinstance(module, nn.PReLU):
-            fill(module.weight, g, 0.5)
+            fill(module.weight, g, 0.2, 0.7)  # whose kink is not so sharp that a rounding across it shows
         elif isinstance(module, nn.BatchNorm2d):
             fill(module.weight, g, 0.3, 1.0)
             fill(module.bias, g, 0.3)
