@@ -114,7 +114,12 @@ DECISIVE = {n for row in ACTIVATIONS.values() for n in (row.slope_name, *row.fix
 
 
 def find(module: type[nn.Module], given: Mapping[str, Any]) -> tuple[str, float] | None:
-    """(name, slope) of what a module of exactly this type and these arguments is, None if the table has none."""
+    """(name, slope) of what a module of exactly this type and these arguments is, None if the table has none.
+
+    nn.PReLU is leaky_relu: its slope is a tensor (`Block.learns_slope`).
+    """
+    if module is nn.PReLU:
+        return "leaky_relu", 0.0
     for name in _NAMES.get(module, ()):
         row = ACTIVATIONS[name]
         if all(given.get(n, value) == value for n, value in row.fixed.items()):

@@ -54,6 +54,8 @@ def _check_tensors(where: str, block: Block, t: BlockTensors, x: Tensor, casts_w
             f"input and weight must have one dtype, got an input of {x.dtype} and a weight of {t.weight.dtype} "
             f"at {where}: cast the input, or run under torch.autocast"
         )
+    if t.slope is not None and t.slope.dtype != x.dtype:
+        raise TypeError(f"PReLU's weight of {where} must have the dtype of the input, {x.dtype}, got {t.slope.dtype}")
     check_values(f"the input of {where}", x)
     for name, tensor in zip(t._fields, t, strict=True):
         if tensor is None:
@@ -89,7 +91,7 @@ def _check_shapes(
         raise ValueError(f"{where} expects {expected} input channels, got {channels} from {source}")
     out_channels = t.weight.shape[1] * groups if block.transposed else t.weight.shape[0]
     for name, vector in zip(t._fields[1:], t[1:], strict=True):
-        if vector is not None and tuple(vector.shape) != (out_channels,):
+        if vector is not None and tuple(vector.shape) not in ((out_channels,), (1,) if name == "slope" else ()):
             raise ValueError(f"{name} of {where} must have shape [{out_channels}], got {list(vector.shape)}")
     out_size = block.output_size(*size)
     if min(out_size) < 1 or min(size) < 1:

@@ -11,6 +11,9 @@ covers the `i`-th of `stat_groups` equal parts of the batch:
     coef        (s, t, mean, rstd)   or (s, t) where nothing is normalised
     grad_coef   (s, t, p, q)         or (s, t) where p = q = 0
     sums        (sum(g), sum(g*xhat)) or (sum(g),) for a coef of two rows
+
+Where the slope of leaky_relu is learned (PReLU), coef and grad_coef have it as one row more, their last, and sums have
+its gradient, sum(da*min(z, 0)): in elementwise passes and reductions alone, no contraction takes such a coef.
 """
 
 from __future__ import annotations
@@ -155,6 +158,7 @@ class Block:
     slope: float
     backend: str
     inplace: bool = field(default=False, repr=False, compare=False)  # the activation's module: it decides strides alone
+    learns_slope: bool = False  # PReLU: leaky_relu with a slope for each channel, or one for all, in `BlockTensors`
 
     @property
     def op(self) -> str:
@@ -173,7 +177,7 @@ class Block:
 
 
 class BlockTensors(NamedTuple):
-    """What a block reads: convolution weight and bias, BN's weight and bias, running mean and variance."""
+    """What a block reads: convolution weight and bias, BN's weight and bias, running mean and variance, PReLU's."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -181,6 +185,7 @@ class BlockTensors(NamedTuple):
     bn_bias: Tensor | None = None
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
+    slope: Tensor | None = None
 
 
 PER_BLOCK = len(BlockTensors._fields)

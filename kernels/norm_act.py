@@ -72,16 +72,18 @@ def _store_partial(partials, row: tl.constexpr, ROWS: tl.constexpr, value, colum
 def norm_act_kernel(
     x, y, coef, out, slope,
     channels, outers, rows, columns, outer_stride, row_stride, column_stride, tiles, steps,
-    ACT: tl.constexpr, BACKWARD: tl.constexpr, CENTRED: tl.constexpr, FOLDED: tl.constexpr,
+    ACT: tl.constexpr, BACKWARD: tl.constexpr, CENTRED: tl.constexpr, SLOPE_ROW: tl.constexpr, FOLDED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = act(s*x + t); BACKWARD: s*act'(s*y + t)*x, CENTRED: + p*y + q."""
+    """out = act(s*x + t); BACKWARD: s*act'(s*y + t)*x, CENTRED: + p*y + q. SLOPE_ROW: of coef, or 0: `slope` then."""
     column, channel, mask = _channels_of_program(columns, channels, FOLDED, BLOCK_C)
     s = _vector(coef, 0, channels, channel, mask)
     t = _vector(coef, 1, channels, channel, mask)
     if CENTRED:
         p = _vector(coef, 2, channels, channel, mask)
         q = _vector(coef, 3, channels, channel, mask)
+    if SLOPE_ROW:
+        slope = _vector(coef, SLOPE_ROW, channels, channel, mask)
     first = tl.program_id(0) * steps
     for step in range(first, tl.minimum(first + steps, outers * tiles)):
         base, offsets, exists = _tile(
@@ -103,18 +105,21 @@ def norm_act_kernel(
 def grad_sums_kernel(
     da, y, coef, g_out, partials, slope,
     channels, outers, rows, columns, outer_stride, row_stride, column_stride, tiles, steps,
-    ACT: tl.constexpr, XHAT: tl.constexpr, STORE: tl.constexpr, FOLDED: tl.constexpr,
+    ACT: tl.constexpr, XHAT: tl.constexpr, STORE: tl.constexpr, SLOPE_ROW: tl.constexpr, FOLDED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of g = da*act'(s*y + t) and, XHAT, of g*xhat; STORE: g as well."""
+    """Partial sums of g = da*act'(s*y + t), XHAT: of g*xhat, SLOPE_ROW: of da*min(z, 0); STORE: g as well."""
     column, channel, mask = _channels_of_program(columns, channels, FOLDED, BLOCK_C)
     s = _vector(coef, 0, channels, channel, mask)
     t = _vector(coef, 1, channels, channel, mask)
     if XHAT:
         mean = _vector(coef, 2, channels, channel, mask)
         rstd = tl.load(coef + (3 * tl.num_programs(2) + tl.program_id(2)) * channels + channel, mask=mask, other=0.0)
+    if SLOPE_ROW:
+        slope = _vector(coef, SLOPE_ROW, channels, channel, mask)
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sum_gx = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    sum_of_slope = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     first = tl.program_id(0) * steps
     for step in range(first, tl.minimum(first + steps, outers * tiles)):
         base, offsets, exists = _tile(
@@ -123,7 +128,10 @@ def grad_sums_kernel(
         inside = exists[:, None] & mask[None, :]
         g = tl.load(da + base + offsets, mask=inside, other=0.0).to(tl.float32)
         wide = tl.load(y + base + offsets, mask=inside, other=0.0).to(tl.float32)
-        g = tl.where(inside, g * activation_derivative(s * wide + t, slope, ACT), 0.0)
+        z = s * wide + t
+        if SLOPE_ROW:
+            sum_of_slope += tl.where(inside & ~(z > 0.0), g * z, 0.0)
+        g = tl.where(inside, g * activation_derivative(z, slope, ACT), 0.0)
         if STORE:  # and sum what is stored: the next pass takes a difference to its mean
             stored = g.to(g_out.dtype.element_ty)
             tl.store(g_out + base + offsets, stored, mask=inside)
@@ -131,10 +139,13 @@ def grad_sums_kernel(
         sum_g += g
         if XHAT:
             sum_gx += g * (wide - mean)
-    ROWS: tl.constexpr = 2 if XHAT else 1
+    ROWS: tl.constexpr = (2 if XHAT else 1) + (1 if SLOPE_ROW else 0)
     _store_partial(partials, 0, ROWS, tl.sum(sum_g, axis=0), columns, channels, column, channel, mask)
     if XHAT:
         _store_partial(partials, 1, ROWS, tl.sum(sum_gx, axis=0) * rstd, columns, channels, column, channel, mask)
+    if SLOPE_ROW:
+        value = tl.sum(sum_of_slope, axis=0)
+        _store_partial(partials, ROWS - 1, ROWS, value, columns, channels, column, channel, mask)
 
 
 @triton.jit
@@ -190,9 +201,15 @@ def norm_act(a: Operand, config: PassConfig | None = None) -> Tensor:
     launch.start(
         norm_act_kernel, matrices.grid(config),
         x, y, a.coef.contiguous(), out, a.slope, *matrices.arguments(config),
-        ACT=ACTIVATIONS[a.act].id, BACKWARD=a.y is not None, CENTRED=a.coef.shape[0] == 4, **matrices.options(config),
+        ACT=ACTIVATIONS[a.act].id, BACKWARD=a.y is not None, CENTRED=a.coef.shape[0] >= 4,
+        SLOPE_ROW=_slope_row(a.coef), **matrices.options(config),
     )  # fmt: skip
     return out
+
+
+def _slope_row(coef: Tensor) -> int:
+    """Of leaky_relu, where it is learned; else 0."""
+    return coef.shape[0] - 1 if coef.shape[0] % 2 else 0
 
 
 def _grad_sums(
@@ -202,15 +219,16 @@ def _grad_sums(
     da = like(y, da)
     g = torch.empty_like(y) if store else y
     if y.numel() == 0:
-        return g, torch.zeros_like(coef[: coef.shape[0] // 2])
+        return g, torch.zeros_like(coef[: (coef.shape[0] + 1) // 2])
     matrices = matrices_of(y, coef.shape[1])
     config = config or reduction_config(matrices, GRAD_SUMS_TILE)
-    rows = coef.shape[0] // 2
+    rows = (coef.shape[0] + 1) // 2
     partials = coef.new_empty((matrices.groups, matrices.slots(config), rows, y.shape[1]))
     launch.start(
         grad_sums_kernel, matrices.grid(config),
         da, y, coef.contiguous(), g, partials, slope, *matrices.arguments(config),
-        ACT=ACTIVATIONS[act].id, XHAT=rows == 2, STORE=store, **matrices.options(config),
+        ACT=ACTIVATIONS[act].id, XHAT=coef.shape[0] >= 4, STORE=store, SLOPE_ROW=_slope_row(coef),
+        **matrices.options(config),
     )  # fmt: skip
     return g, combine_sums(partials)
 
@@ -218,7 +236,7 @@ def _grad_sums(
 def norm_act_reduce(
     da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float, config: PassConfig | None = None
 ) -> Tensor:
-    """`sums` [2 or 1, groups, C] of `g = da*act'(s*y + t)` (and `g*xhat` where the coef has mean and rstd)."""
+    """`sums` [1 to 3, groups, C] of `g = da*act'(s*y + t)` (and `g*xhat` where the coef has mean and rstd)."""
     return _grad_sums(da, y, coef, act, slope, False, config)[1]
 
 

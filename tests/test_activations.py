@@ -99,7 +99,7 @@ def relu4() -> nn.Module:
 
 
 OTHERS = [
-    nn.GELU(approximate="tanh"), Clipped(), nn.Identity(), nn.PReLU(), nn.Softplus(2.0), nn.Softplus(threshold=10.0),
+    nn.GELU(approximate="tanh"), Clipped(), nn.Identity(), nn.Softplus(2.0), nn.Softplus(threshold=10.0),
     nn.Hardtanh(-2.0, 2.0), nn.Hardtanh(0.0, 1.0), relu4(),
 ]  # fmt: skip
 
@@ -110,6 +110,7 @@ def test_modules_that_the_table_does_not_have(module: nn.Module) -> None:
 
 
 def test_other_spellings() -> None:
+    assert from_module(nn.PReLU(3)) == ("leaky_relu", 0.0)
     assert from_module(nn.Hardtanh(0, 6)) == ("relu6", 0.0)
     assert from_module(nn.Softplus(1, 20)) == ("softplus", 0.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.backends.base import Backend
@@ -31,29 +32,37 @@ class ReferenceBackend(Backend):
         rows = [per_sample(row, y) for row in a.coef]
         wide = y.to(stat_dtype(y))
         z = wide * rows[0] + rows[1]
-        activation = ACTIVATIONS[a.act]
         if a.y is None:
-            return activation.forward(z, a.slope).to(y.dtype)
-        dy = activation.derivative(z, a.slope) * rows[0] * a.x  # in this order it gets the strides of y
-        if len(rows) == 4:
+            learned = len(rows) % 2
+            return (F.prelu(z, a.coef[-1, 0]) if learned else ACTIVATIONS[a.act].forward(z, a.slope)).to(y.dtype)
+        dy = self._derivative(z, a.coef, a.act, a.slope) * rows[0] * a.x  # in this order it gets the strides of y
+        if len(rows) >= 4:
             dy = dy + rows[2] * wide + rows[3]
         return dy.to(y.dtype)
 
     def grad_stats(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
-        g = self._g(da, y, coef, act, slope).to(y.dtype)
-        return g, self._sums(g.to(stat_dtype(g)), y, coef)
+        z = self._z(y, coef)
+        g = (da * self._derivative(z, coef, act, slope)).to(y.dtype)
+        return g, self._sums(g.to(stat_dtype(g)), da, y, z, coef)
 
-    def _g(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> Tensor:
-        z = y.to(stat_dtype(y)) * per_sample(coef[0], y) + per_sample(coef[1], y)
-        return da * ACTIVATIONS[act].derivative(z, slope)
+    def _z(self, y: Tensor, coef: Tensor) -> Tensor:
+        return y.to(stat_dtype(y)) * per_sample(coef[0], y) + per_sample(coef[1], y)
+
+    def _derivative(self, z: Tensor, coef: Tensor, act: str, slope: float) -> Tensor:
+        if coef.shape[0] % 2:
+            return torch.where(z > 0, torch.ones_like(z), per_sample(coef[-1], z))
+        return ACTIVATIONS[act].derivative(z, slope)
 
     def norm_act_reduce(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> Tensor:
-        return self._sums(self._g(da, y, coef, act, slope), y, coef)
+        z = self._z(y, coef)
+        return self._sums(da * self._derivative(z, coef, act, slope), da, y, z, coef)
 
-    def _sums(self, g: Tensor, y: Tensor, coef: Tensor) -> Tensor:
+    def _sums(self, g: Tensor, da: Tensor, y: Tensor, z: Tensor, coef: Tensor) -> Tensor:
         terms = [g]
-        if coef.shape[0] == 4:
+        if coef.shape[0] >= 4:
             terms.append(g * (y.to(g.dtype) - per_sample(coef[2], y)) * per_sample(coef[3], y))
+        if coef.shape[0] % 2:
+            terms.append(torch.where(z > 0, torch.zeros_like(z), da * z))
         groups = coef.shape[1]
         return torch.stack([t.reshape(groups, -1, *t.shape[1:]).sum(dim=(1, 3, 4)) for t in terms])
 

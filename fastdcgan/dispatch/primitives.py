@@ -251,8 +251,8 @@ def norm_act(a: Operand, backend: str) -> Tensor:
 
 @_operator()
 def norm_act_reduce(da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float, backend: str) -> Tensor:
-    """`sums` of `g = da*act'(s*y + t)`: the reduction of the BN backward, [2 or 1, stat_groups, C]."""
-    return coef.new_empty((coef.shape[0] // 2, coef.shape[1], coef.shape[2]))
+    """`sums` of `g = da*act'(s*y + t)`: the reduction of the BN backward, [1 to 3, stat_groups, C]."""
+    return coef.new_empty(((coef.shape[0] + 1) // 2, coef.shape[1], coef.shape[2]))
 
 
 @_operator()

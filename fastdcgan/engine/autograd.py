@@ -129,7 +129,9 @@ def forward(
         if step.stats:
             assert norm is not None
             epilogue = Epilogue("stats", stat_groups=norm.groups(plan.stat_groups, x.shape[0]))
-        elif norm is None and (block.act == "identity" or (keep_y and not (from_sign and t.bias is None))):
+        elif norm is None and (
+            block.act == "identity" or block.learns_slope or (keep_y and not (from_sign and t.bias is None))
+        ):
             # The accumulator takes the bias, before it is rounded: so y, which is z, has the right sign.
             if t.bias is not None:
                 epilogue = Epilogue("bias", coef=t.bias)
@@ -137,7 +139,7 @@ def forward(
                 coef = _known_coefficients(program, block, t._replace(bias=None), x)
         else:
             coef = _known_coefficients(program, block, t, x)
-            if not keep_y or from_sign:  # no backward reads y: store a at once
+            if (not keep_y or from_sign) and not block.learns_slope:  # no backward reads y: store a at once
                 epilogue = Epilogue("activate", None, coef, block.act, block.slope)
         call = Call(block.op, a, t.weight, block.geometry, step.out_size, epilogue)
         y, stats = program.contract((i, "forward"), call)
@@ -146,7 +148,7 @@ def forward(
             if norm.process_group is not None:
                 stats, total = sync.combine(stats, _count(y, plan.stat_groups), norm.process_group)
             found.append(stats)
-            if not step.deferred:
+            if not step.deferred and not block.learns_slope:
                 out, coef = runs.normalize(y, stats, t.bn_weight, t.bn_bias, norm.eps, block.act, block.slope)
                 a = Operand(out)
                 states.append(_State(y if keep_y else None, coef, out if step.keep_a else None, total))
@@ -158,6 +160,8 @@ def forward(
             kept = y if epilogue.kind == "activate" and step.reached else None
             states.append(_State(kept, None if kept is None else coef, y if step.keep_a else None, None))
             continue
+        if t.slope is not None:
+            coef = _with_row(coef, t.slope)
         a = Operand(y, None, coef, block.act, block.slope)
         if from_sign or not step.deferred:
             a = Operand((runs.norm_act_ if from_sign or not keep_y else runs.norm_act)(a))
@@ -166,6 +170,11 @@ def forward(
             continue
         states.append(_State(y if keep_y else None, coef, a.x if step.keep_a and not step.deferred else None, total))
     return with_strides(a.x, program.layout(x, tensors).out), found, states
+
+
+def _with_row(coef: Tensor, slope: Tensor) -> Tensor:
+    """A coef or grad_coef with one row more: a learned slope."""
+    return torch.cat([coef, slope.to(coef.dtype).expand(1, *coef.shape[1:])])
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -285,8 +294,8 @@ def backward(
         t = of_block(tensors, i)
         need = of_block(needs[1:], i)
         finish = not plan.boundaries.lazy_grad[i] and (bool(need.weight) or passes_on)
-        dy, grads[first + 1 : first + 4] = _norm_act_backward(
-            program, block, states[i], need, da, sums, finish, i + 1 < len(plan.blocks)
+        dy, grads[first : first + PER_BLOCK] = _norm_act_backward(
+            program, block, states[i], t, need, da, sums, finish, i + 1 < len(plan.blocks)
         )
         lazy = dy.coef is not None
         if need.weight:
@@ -331,33 +340,40 @@ def _norm_act_backward(
     program: Program,
     block: Block,
     state: _State,
+    t: BlockTensors,
     need: BlockTensors,
     da: Tensor,
     sums: Tensor | None,
     finish: bool,
     overwrite: bool,
 ) -> tuple[Operand, list[Tensor | None]]:
-    """dy, computed if `finish`, and the gradients of (bias, bn_weight, bn_bias). With `sums`, `da` is g already.
+    """dy, computed if `finish`, and the gradients of `t`, but its weight's. With `sums`, `da` is g already.
 
     With `overwrite` dy may take the place of `da`: a gradient between two blocks, which nobody but the chain has seen.
     """
     y, coef, norm, runs = state.y, state.coef, block.norm, program.run
     if coef is None:
         d_bias = da.sum((0, 2, 3), dtype=stat_dtype(da)) if need.bias else None
-        return Operand(da), [d_bias, None, None]
+        return Operand(da), _gradients(d_bias)
     if norm is None and sums is not None:  # s = 1
-        return Operand(da), [_over_groups(sums[0]) if need.bias else None, None, None]
+        return Operand(da), _gradients(_over_groups(sums[0]) if need.bias else None)
     assert y is not None
     act = block.act if sums is None else "identity"
     batch_stats = norm is not None and norm.batch_stats
     dy: Operand | None = None
-    if sums is None and norm is not None and batch_stats and norm.process_group is None and finish:
+    fused = finish and not block.learns_slope
+    if sums is None and norm is not None and batch_stats and norm.process_group is None and fused:
         normalize_backward = runs.normalize_backward_ if overwrite else runs.normalize_backward
         out, sums = normalize_backward(da, y, coef, _count(y, coef.shape[1]), act, block.slope)
         dy = Operand(out)
-    elif sums is None and (batch_stats or need.bias or need.bn_weight or need.bn_bias):
+    elif sums is None and (batch_stats or need.bias or need.bn_weight or need.bn_bias or need.slope):
         sums = runs.norm_act_reduce(da, y, coef, act, block.slope)
-    d_bias = d_bn_weight = d_bn_bias = None
+    d_bias = d_bn_weight = d_bn_bias = d_slope = None
+    if block.learns_slope:
+        if need.slope:
+            assert sums is not None and t.slope is not None
+            d_slope = _over_groups(sums[-1]).sum_to_size(t.slope.shape)
+        coef, sums = coef[:-1], None if sums is None else sums[:-1]
     if need.bias and batch_stats:  # the mean takes every constant out
         d_bias = torch.zeros_like(coef[0, 0])
     elif need.bias:
@@ -379,10 +395,19 @@ def _norm_act_backward(
                 assert state.total is not None
                 sums = sync.mean_sums(sums, count, state.total, norm.process_group)
             grad_coef = runs.grad_coefficients(sums, coef, count)
+        if t.slope is not None:
+            grad_coef = _with_row(grad_coef, t.slope)
         dy = Operand(da, y, grad_coef, act, block.slope)
         if finish:
             dy = Operand((runs.norm_act_ if overwrite else runs.norm_act)(dy))
-    return dy, [d_bias, d_bn_weight, d_bn_bias]
+    return dy, _gradients(d_bias, d_bn_weight, d_bn_bias, d_slope)
+
+
+def _gradients(
+    bias: Tensor | None, bn_weight: Tensor | None = None, bn_bias: Tensor | None = None, slope: Tensor | None = None
+) -> list[Tensor | None]:
+    """In the order of `BlockTensors`."""
+    return [None, bias, bn_weight, bn_bias, None, None, slope]
 
 
 def _over_groups(values: Tensor, dim: int = 0) -> Tensor:

@@ -222,7 +222,7 @@ class Chain:
         """The candidate that is known to be the fastest, or is measured now if it may `begin`."""
         plan = rule.plan
         blocks = tuple(replace(b, slope=ACTIVATIONS[b.act].default_slope) for b in plan.blocks)
-        given = [x, *(t for block in tensors for t in block[:4])]
+        given = [x, *(t for block in tensors for t in block)]
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in given]
         formats = [says_channels_last(t) for t in (x if x.dim() == 4 else x[None], *(t.weight for t in tensors))]
         problem = (blocks, plan.stat_groups, tuple(x.shape), x.dtype, autocast_dtype(x), needs, formats)

@@ -125,7 +125,9 @@ def modules(
             ]
             x = normed[0] if len(normed) == 1 else torch.cat(normed)
         act = to_module(block.act, block.slope)
-        if act is not None:
+        if t.slope is not None:
+            x = F.prelu(x, t.slope)
+        elif act is not None:
             if block.inplace:
                 act.inplace = True  # type: ignore[assignment]
             x = act(x)

@@ -231,6 +231,21 @@ def _activated(
     return x
 
 
+def _prelu(function: Callable, mode: Deferring, input: Any, weight: Any) -> Pending | None:
+    compute((weight,))
+    parent = _open(mode, input)
+    if parent is None or parent.block.act != "identity":
+        return None
+    if not isinstance(weight, Tensor) or tuple(weight.shape) not in ((1,), parent.shape[1:2]):
+        return None
+    if weight.device != parent.x.device or not (parent.state[2] or weight.dtype == parent.x.dtype):
+        return None
+    step = Step(mode, parent, parent.x, lambda x: function(x, weight))
+    step.key = key_of(parent.key, ("prelu",), lambda b: (*b[:-1], replace(b[-1], act="leaky_relu", learns_slope=True)))
+    step.tensors = (*parent.tensors[:-1], parent.tensors[-1]._replace(slope=weight))
+    return Pending(step)
+
+
 def _told(function: Callable, tell: Callable[..., Any]) -> None:
     """What can be told of an output without computing it."""
     _HANDLERS[function] = lambda mode, x, *args, **kwargs: tell(x.step, *args, **kwargs) if waits(x) else None
@@ -258,6 +273,8 @@ _HANDLERS[torch.conv2d] = functools.partial(_conv2d, torch.conv2d)
 _HANDLERS[torch.conv_transpose2d] = functools.partial(_conv_transpose2d, torch.conv_transpose2d)
 _HANDLERS[F.batch_norm] = functools.partial(_batch_norm, F.batch_norm)
 _HANDLERS[F.instance_norm] = functools.partial(_instance_norm, F.instance_norm)
+_HANDLERS[F.prelu] = functools.partial(_prelu, F.prelu)
+_HANDLERS[Tensor.prelu] = functools.partial(_prelu, Tensor.prelu)
 _knows(nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 _knows(nn.LeakyReLU, F.leaky_relu, F.leaky_relu_)
 _knows(nn.Tanh, torch.tanh, Tensor.tanh)

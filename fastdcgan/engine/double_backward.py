@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import primitives
@@ -145,7 +146,10 @@ def formula(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None], layout: Lay
                 mean, var = (v.to(z.dtype)[:, None, None] for v in (t.running_mean, t.running_var))
             z = ((z - mean) * torch.rsqrt(var + block.norm.eps)).flatten(0, 1)
             z = z * _vector(t.bn_weight, z, 1.0) + _vector(t.bn_bias, z, 0.0)
-        x = ACTIVATIONS[block.act].forward(z, block.slope).to(y.dtype)
+        if t.slope is not None:
+            x = F.prelu(z, t.slope.to(z.dtype)).to(y.dtype)
+        else:
+            x = ACTIVATIONS[block.act].forward(z, block.slope).to(y.dtype)
     return x
 
 

@@ -2,7 +2,7 @@
 
 PyTorch's convolution decides on one memory format from the strides of its input and its weight
 (`spec.format_of_torch`), for its output and its gradients. Normalisations and activations keep it, and make contiguous
-what is both formats at once, unless an activation works in place.
+what is both formats at once, unless an activation works in place or is PReLU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def layout(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> Layout:
         channels = weight.shape[1] * block.geometry.groups if block.transposed else weight.shape[0]
         shape = (x.shape[0], channels, *block.output_size(shape[2], shape[3]))
         one_choice = channels > 1 and not (shape[2] == 1 and shape[3] == 1)
-        if not one_choice and (block.norm is not None or (block.act != "identity" and not block.inplace)):
+        keeps = block.act == "identity" or block.inplace or block.learns_slope
+        if not one_choice and (block.norm is not None or not keeps):
             format = torch.contiguous_format
         out = strides_in(shape, format)
         said = says_channels_last(torch.empty_strided(shape, out, device="meta"))

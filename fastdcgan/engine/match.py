@@ -171,12 +171,17 @@ def _block_at(modules: list[tuple[str, nn.Module]], i: int) -> tuple[FoundBlock,
         ):
             block.norm = module
             end += 1
-        elif from_module(module) is not None and why_alone(module) is None:
+        elif from_module(module) is not None and why_alone(module) is None and _slopes_fit(module, conv):
             block.act = module
             return block, end + 1
         else:
             break
     return block, end
+
+
+def _slopes_fit(act: nn.Module, conv: nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    """Whether a PReLU has one slope, or one for each channel of the convolution before it."""
+    return not isinstance(act, nn.PReLU) or act.num_parameters in (1, conv.out_channels)
 
 
 def _why_not_in_block(module: nn.Module) -> str | None:
@@ -226,8 +231,8 @@ def block_of(found: FoundBlock, padded: bool, backend: str) -> Block:
         padding = (around[2], around[0])
     geometry = Geometry(pair(conv.kernel_size), pair(conv.stride), pair(padding), pair(conv.dilation), conv.groups)
     transposed = isinstance(conv, nn.ConvTranspose2d)
-    inplace = getattr(found.act, "inplace", False)
-    return Block(transposed, geometry, pair(conv.output_padding), made, act, slope, backend, inplace)
+    inplace, learns_slope = getattr(found.act, "inplace", False), isinstance(found.act, nn.PReLU)
+    return Block(transposed, geometry, pair(conv.output_padding), made, act, slope, backend, inplace, learns_slope)
 
 
 def process_group(norm: nn.Module) -> Any:

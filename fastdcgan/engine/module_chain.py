@@ -122,11 +122,16 @@ def _tensors(found: FoundBlock) -> BlockTensors:
     for hook in conv._forward_pre_hooks.values():  # weight_norm and spectral_norm of the old style set `weight`
         hook(conv, ())
     weight, bias = (_of(conv, conv._parameters, name) for name in ("weight", "bias"))
+    slope = _slope(found)
     if norm is None:
-        return BlockTensors(weight, bias)
+        return BlockTensors(weight, bias, slope=slope)
     bn_weight, bn_bias = (_of(norm, norm._parameters, name) for name in ("weight", "bias"))
     mean, var = (_of(norm, norm._buffers, name) for name in ("running_mean", "running_var"))
-    return BlockTensors(weight, bias, bn_weight, bn_bias, mean, var)
+    return BlockTensors(weight, bias, bn_weight, bn_bias, mean, var, slope)
+
+
+def _slope(found: FoundBlock) -> Tensor | None:
+    return found.act._parameters["weight"] if isinstance(found.act, nn.PReLU) else None
 
 
 def _stored(found: FoundBlock) -> BlockTensors | None:
@@ -138,9 +143,10 @@ def _stored(found: FoundBlock) -> BlockTensors | None:
         return None
     bias = conv._parameters.get("bias")
     if norm is None:
-        return BlockTensors(weight, bias)
+        return BlockTensors(weight, bias, slope=_slope(found))
     vectors = (norm._parameters.get("weight"), norm._parameters.get("bias"))
-    return BlockTensors(weight, bias, *vectors, norm._buffers["running_mean"], norm._buffers["running_var"])
+    buffers = (norm._buffers["running_mean"], norm._buffers["running_var"])
+    return BlockTensors(weight, bias, *vectors, *buffers, _slope(found))
 
 
 def _running(norm: nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d | None, t: BlockTensors) -> Running | None:

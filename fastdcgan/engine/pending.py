@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -368,7 +368,7 @@ def _real_like(t: Any) -> Any:
 
 def _pattern(block: Block) -> str:
     """As modules would be called, which it may well be."""
-    act = ACTIVATIONS[block.act].module
+    act = nn.PReLU if block.learns_slope else ACTIVATIONS[block.act].module
     names = ["ConvTranspose2d" if block.transposed else "Conv2d"]
     if block.norm is not None:
         names.append("InstanceNorm2d" if block.norm.instance else "BatchNorm2d")

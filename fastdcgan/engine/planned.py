@@ -105,6 +105,7 @@ class Planned:
             return x, tensors
         left = self._left
         cast = [t if t.weight.dtype in left else t._replace(weight=t.weight.to(self._dtype)) for t in tensors]
+        cast = [t if t.slope is None else t._replace(slope=t.slope.to(self._dtype)) for t in cast]
         return x.to(self._dtype), cast
 
     def __call__(self, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]) -> Tensor:

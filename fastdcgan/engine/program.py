@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import autotune, primitives, router
 from fastdcgan.engine.layout import Layout, layout
 from fastdcgan.geometry import Pair
-from fastdcgan.spec import PER_BLOCK, Block, BlockTensors, Call, Plan
+from fastdcgan.spec import PER_BLOCK, Block, BlockTensors, Boundaries, Call, Plan
 
 
 class Program:
@@ -23,7 +24,7 @@ class Program:
     """
 
     def __init__(self, plan: Plan, direct: bool) -> None:
-        self.plan, self.direct = plan, direct
+        self.plan, self.direct = _between_contractions(plan), direct
         name = plan.blocks[0].backend
         self.run: Any = backends.get(name) if direct else primitives.Registered(name)
         self._routes: dict[Any, router.Route] = {}
@@ -72,6 +73,17 @@ class Program:
         return self._layout
 
 
+def _between_contractions(plan: Plan) -> Plan:
+    """With a learned slope in elementwise passes alone, whose reduction gives its gradient as well."""
+    if not any(block.learns_slope for block in plan.blocks):
+        return plan
+    kept = [
+        tuple(flag and not block.learns_slope for flag, block in zip(flags, plan.blocks, strict=False))
+        for flags in plan.boundaries
+    ]
+    return replace(plan, boundaries=Boundaries(*kept))
+
+
 class Step(NamedTuple):
     """What the forward of a block does, as far as it follows from the plan and from who needs a gradient."""
 
@@ -97,7 +109,7 @@ def _steps(plan: Plan, size: Sequence[int], saving: Sequence[bool] | None) -> li
         keep_a = saving is not None and not last and bool(saving[1 + (i + 1) * PER_BLOCK])
         # Not where the caller gets a and may write to it, except for ReLU, whose output PyTorch keeps as well.
         from_sign = block.norm is None and ACTIVATIONS[block.act].keeps_sign(block.slope)
-        from_sign = from_sign and (not last or block.act == "relu")
+        from_sign = from_sign and not block.learns_slope and (not last or block.act == "relu")
         out_size = block.output_size(*size)
         found.append(
             Step(
@@ -127,7 +139,7 @@ def _read(steps: Sequence[Step], needs: Sequence[bool]) -> tuple[list[int], list
         convolves = passes_on or any(needs[first : first + 2])
         if i == 0:
             (read if convolves else beside).append(0)
-        saved = BlockTensors(convolves, False, step.reached, False, False, False)  # type: ignore[arg-type]
+        saved = BlockTensors(convolves, False, step.reached, False, False, False, step.reached)  # type: ignore[arg-type]
         for j, name in enumerate(BlockTensors._fields):
             if not (step.stats and name.startswith("running")):  # which this very call goes on to update
                 (read if saved[j] else beside).append(first + j)

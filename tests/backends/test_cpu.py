@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -42,6 +43,18 @@ def test_activations(cpu: Backend, act: str, dtype: torch.dtype) -> None:
             coef = coefficients(rows, 2, 19)
             check_elementwise(cpu, y, da, coef, act, slope)
             check_sums(cpu, y, da, coef, act, slope)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [3, 5])
+def test_slopes_for_each_channel(cpu: Backend, rows: int, dtype: torch.dtype) -> None:
+    for layout, shape in itertools.product(LAYOUTS, SHAPES):
+        y, da = (random((6, *shape), dtype, layout, seed) for seed in (0, 1))
+        coef = coefficients(rows, 2, shape[0])
+        check_elementwise(cpu, y, da, coef, "leaky_relu", 0.0)
+        check_sums(cpu, y, da, coef, "leaky_relu", 0.0)
+    with pytest.raises(ValueError, match=f"unknown activation id 3 for {rows} rows"):
+        cpu.norm_act(Operand(y, None, coef, "tanh"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
@@ -97,6 +110,11 @@ def test_nan_stays_where_it_is(cpu: Backend) -> None:
                 assert torch.equal(cpu.norm_act(a).isnan(), REFERENCE.norm_act(a).isnan()), act
             sums, expected = (b.norm_act_reduce(da, y, coef, act, slope) for b in (cpu, REFERENCE))
             assert torch.equal(sums.isnan(), expected.isnan()), act
+        learned = coefficients(5, 1, 5)
+        for a in (Operand(y, None, learned, "leaky_relu"), Operand(da, y, learned, "leaky_relu")):
+            assert torch.equal(cpu.norm_act(a).isnan(), REFERENCE.norm_act(a).isnan())
+        sums, expected = (b.norm_act_reduce(da, y, learned, "leaky_relu", 0.0) for b in (cpu, REFERENCE))
+        assert torch.equal(sums.isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)

@@ -69,29 +69,35 @@ void compare(const char* name, Values<T>& got, const Case& c, const std::functio
 }
 
 const LeakyReLU<float> kLeaky(0.2f);
-double leaky(double z) { return z > 0 ? z : double(0.2f) * z; }
-double leaky_derivative(double z) { return z > 0 ? 1 : double(0.2f); }
+
+// Calls `f` with LeakyReLU, or with the slopes that are the last of an odd number of rows.
+template <class F>
+void with_slopes(int rows, F&& f) {
+  rows % 2 ? f(LearnedSlope{rows - 1}) : f(kLeaky);
+}
 
 template <class T>
 std::string elementwise(const Case& c) {
   Values<T> y("y", c.shape.size(), c.offset), da("da", c.shape.size(), c.offset);
   Values<T> out("out", c.shape.size(), c.offset), dy("dy", c.shape.size(), c.offset);
-  Buffer<float> coef("coef", 4 * c.vectors());
+  Buffer<float> coef("coef", 5 * c.vectors());
   test::fill(y.all, 1), test::fill(da.all, 2), test::fill(coef, 3);
   const auto row = [&](int r, size_t i) { return double(coef[r * c.vectors() + c.vector_index(i)]); };
   const auto z = [&](size_t i) { return row(0, i) * y[i] + row(1, i); };
   std::string bytes;
 
-  norm_act_pass(c.shape, y.data(), coef.data(), kLeaky, out.data(), nullptr);
-  compare("out", out, c, [&](size_t i) { return leaky(z(i)); });
-  bytes += test::bytes(out.all);
-  for (const int rows : {4, 2}) {
-    norm_act_backward_pass(c.shape, da.data(), y.data(), coef.data(), rows, kLeaky, dy.data(), nullptr);
-    compare("dy", dy, c, [&](size_t i) {
-      const double g = row(0, i) * leaky_derivative(z(i)) * da[i];
-      return rows == 4 ? g + row(2, i) * y[i] + row(3, i) : g;
+  for (const int rows : {4, 2, 5, 3}) {
+    const auto derivative = [&](size_t i) { return z(i) > 0 ? 1 : rows % 2 ? row(rows - 1, i) : double(0.2f); };
+    with_slopes(rows, [&](auto act) { norm_act_pass(c.shape, y.data(), coef.data(), act, out.data(), nullptr); });
+    compare("out", out, c, [&](size_t i) { return derivative(i) * z(i); });
+    with_slopes(rows, [&](auto act) {
+      norm_act_backward_pass(c.shape, da.data(), y.data(), coef.data(), rows, act, dy.data(), nullptr);
     });
-    bytes += test::bytes(dy.all);
+    compare("dy", dy, c, [&](size_t i) {
+      const double g = row(0, i) * derivative(i) * da[i];
+      return rows >= 4 ? g + row(2, i) * y[i] + row(3, i) : g;
+    });
+    bytes += test::bytes(out.all) + test::bytes(dy.all);
   }
   return bytes;
 }
@@ -99,26 +105,34 @@ std::string elementwise(const Case& c) {
 template <class T>
 std::string gradient_sums(const Case& c) {
   Values<T> y("y", c.shape.size(), c.offset), da("da", c.shape.size(), c.offset);
-  Buffer<float> coef("coef", 4 * c.vectors());
+  Buffer<float> coef("coef", 5 * c.vectors());
   test::fill(y.all, 1), test::fill(da.all, 2), test::fill(coef, 3);
   const auto row = [&](int r, size_t i) { return double(coef[r * c.vectors() + c.vector_index(i)]); };
-  const auto g_of = [&](size_t i) { return leaky_derivative(row(0, i) * y[i] + row(1, i)) * da[i]; };
+  const auto z = [&](size_t i) { return row(0, i) * y[i] + row(1, i); };
 
   std::string bytes;
-  for (const int rows : {4, 2})
+  for (const int rows : {4, 2, 5, 3})
     for (const bool stored : {false, true}) {
       Scratch scratch;
-      Buffer<float> sums("sums", rows / 2 * c.vectors());
+      Buffer<float> sums("sums", (rows + 1) / 2 * c.vectors());
+      const auto g_of = [&](size_t i) { return (z(i) > 0 ? 1 : rows % 2 ? row(rows - 1, i) : double(0.2f)) * da[i]; };
       Values<T> g("g", c.shape.size(), c.offset);
-      grad_sums_pass(c.shape, da.data(), y.data(), coef.data(), rows, kLeaky, stored ? g.data() : nullptr,
-                     std::ref(scratch), sums.data(), nullptr);
+      with_slopes(rows, [&](auto act) {
+        grad_sums_pass(c.shape, da.data(), y.data(), coef.data(), rows, act, stored ? g.data() : nullptr,
+                       std::ref(scratch), sums.data(), nullptr);
+      });
       if (stored) compare("g", g, c, g_of);
-      std::vector<double> want(2 * c.vectors()), size(2 * c.vectors(), 1e-30);
+      std::vector<double> want(3 * c.vectors()), size(3 * c.vectors(), 1e-30);
       for (size_t i = 0; i < size_t(c.shape.size()); ++i) {
         const double summed = stored ? double(g[i]) : g_of(i), with_xhat = summed * (y[i] - row(2, i)) * row(3, i);
         const size_t at = c.vector_index(i);
-        want[at] += summed, size[at] += std::abs(summed);
-        want[c.vectors() + at] += with_xhat, size[c.vectors() + at] += std::abs(with_xhat);
+        const auto add = [&](int sum, double term, double rounded) {
+          want[sum * c.vectors() + at] += term, size[sum * c.vectors() + at] += std::abs(rounded);
+        };
+        add(0, summed, summed);
+        if (rows >= 4) add(1, with_xhat, with_xhat);
+        const double terms_of_z = std::abs(row(0, i) * y[i]) + std::abs(row(1, i));
+        if (rows % 2) add(rows / 2, std::min(z(i), 0.) * da[i], terms_of_z * da[i]);
       }
       for (size_t i = 0; i < sums.size(); ++i)
         require(std::abs(sums[i] - want[i]) <= 2e-6 * size[i],

@@ -48,13 +48,15 @@ def cases(draw: st.DrawFn) -> tuple[tuple[int, int, int, int], int, torch.dtype,
 
 
 @settings(max_examples=60)
-@given(case=cases(), act=st.sampled_from(list(ACTIVATIONS)), rows=st.sampled_from([2, 4]), size=st.integers(1, 3))
+@given(case=cases(), act=st.sampled_from(list(ACTIVATIONS)), rows=st.integers(2, 5), size=st.integers(1, 3))
 @example(case=((2, 64, 9, 9), 1, torch.bfloat16, torch.channels_last), act="relu", rows=4, size=1)
+@example(case=((2, 64, 9, 9), 2, torch.bfloat16, torch.channels_last), act="leaky_relu", rows=5, size=2)
+@example(case=((2, 64, 9, 9), 2, torch.float32, torch.contiguous_format), act="leaky_relu", rows=3, size=2)
 def test_passes_are_as_accurate_as_pytorch(cuda: Backend, case: tuple, act: str, rows: int, size: int) -> None:
     shape, groups, dtype, layout = case
     set_multiprocessors(size)
     y, da = (random(shape, dtype, layout, seed) for seed in (0, 1))
-    coef = coefficients(rows, groups, shape[1])
+    coef, act = coefficients(rows, groups, shape[1]), "leaky_relu" if rows % 2 else act
     check_elementwise(cuda, y, da, coef, act, ACTIVATIONS[act].default_slope)
     check_sums(cuda, y, da, coef, act, ACTIVATIONS[act].default_slope)
 
@@ -198,7 +200,8 @@ def test_wrong_arguments_are_refused(cuda: Backend) -> None:
     for message, call in {
         r"expected a tensor \[N, C, H, W\], got \[5, 3, 3\]": lambda: ops.norm_act(y[0], coef, 0, 0.0),
         "expected float32, bfloat16 or float16": lambda: ops.norm_act(y.double(), coef, 0, 0.0),
-        r"expected coefficients \[2 or 4, groups, 5\], got \[3, 1, 5\]": lambda: ops.norm_act(y, coef[:3], 0, 0.0),
+        r"expected coefficients \[2 to 5, groups, 5\], got \[1, 1, 5\]": lambda: ops.norm_act(y, coef[:1], 0, 0.0),
+        "expected leaky_relu with slopes, got id 0": lambda: ops.norm_act(y, coef[:3], 0, 0.0),
         "expected float32 coefficients": lambda: ops.norm_act(y, coef.double(), 0, 0.0),
         "a batch of 4 can't have 3 statistics groups": lambda: ops.batch_stats(y, 3),
         "can't have 0 statistics groups": lambda: ops.batch_stats(y, 0),

@@ -42,7 +42,7 @@ KINDS = [(transposed, norm) for transposed in (False, True) for norm in ("train"
 INPUT = (3, 4, 6, 5)
 
 
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("act", [*ACTIVATIONS, "prelu", "prelu of one"])
 @pytest.mark.parametrize(("transposed", "norm"), KINDS)
 def test_block_is_vanilla_in_float64(transposed: bool, norm: str | None, act: str) -> None:
     x = numbers(*INPUT)
@@ -60,7 +60,7 @@ def test_any_slope(act: str, slope: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("act", ["relu", "leaky_relu", "tanh", "identity", "relu6", "hardswish", "mish"])
+@pytest.mark.parametrize("act", ["relu", "leaky_relu", "tanh", "identity", "relu6", "hardswish", "mish", "prelu"])
 @pytest.mark.parametrize(("transposed", "norm"), KINDS)
 def test_block_is_as_accurate_as_vanilla(
     transposed: bool, norm: str | None, act: str, dtype: torch.dtype, backend: str
@@ -92,7 +92,7 @@ BATCH_AND_CHANNELS = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers
 
 @settings(max_examples=examples(100))
 @given(
-    st.booleans(), st.sampled_from(["train", "eval", None]), st.sampled_from(["relu", "leaky_relu", "tanh"]),
+    st.booleans(), st.sampled_from(["train", "eval", None]), st.sampled_from(["relu", "leaky_relu", "tanh", "prelu"]),
     AXIS, AXIS, BATCH_AND_CHANNELS, st.integers(0, 2), st.integers(0, 2), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_drawn_geometry_is_vanilla_in_float64(
@@ -106,7 +106,7 @@ def test_drawn_geometry_is_vanilla_in_float64(
 
 @settings(max_examples=examples(50))
 @given(
-    st.booleans(), st.sampled_from(["train", "eval", None]), st.sampled_from(["relu", "leaky_relu", "tanh"]),
+    st.booleans(), st.sampled_from(["train", "eval", None]), st.sampled_from(["relu", "leaky_relu", "tanh", "prelu"]),
     AXIS, AXIS, BATCH_AND_CHANNELS, st.integers(0, 2), st.integers(0, 2), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_drawn_geometry_is_as_accurate_as_vanilla(
@@ -378,7 +378,7 @@ def test_a_weight_changed_between_forward_and_backward_is_an_error() -> None:
         out.backward()
 
 
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("act", [*ACTIVATIONS, "prelu"])
 @pytest.mark.parametrize("norm", ["train", "eval", None])
 def test_an_output_may_be_written_to_where_vanilla_lets_it(norm: str | None, act: str) -> None:
     """A module after the block may work in place: the block keeps its own output for no activation but ReLU."""

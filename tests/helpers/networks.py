@@ -129,6 +129,11 @@ def _frozen_norm() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4), nn.ReLU(), *_block(4, 3)).train()
 
 
+def _one_prelu() -> nn.Sequential:
+    act = nn.PReLU()
+    return nn.Sequential(*_block(3, 4, act), *_block(4, 4, act), nn.ConvTranspose2d(4, 3, 4, 2, 1), act)
+
+
 IMAGE = (4, 3, 9, 8)
 VARIANTS: dict[str, tuple[Factory, tuple[int, ...]]] = {
     "two blocks": (_two_blocks, IMAGE),
@@ -145,12 +150,23 @@ VARIANTS: dict[str, tuple[Factory, tuple[int, ...]]] = {
     "identities": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), *_block(4, 3), nn.Identity()), IMAGE),
     "activations beyond the table": (
         lambda: nn.Sequential(
-            *_block(3, 4, nn.PReLU()),
+            *_block(3, 4, nn.Hardsigmoid()),
             *_block(4, 3, nn.GELU(approximate="tanh")),
             *_block(3, 4, nn.Softplus(2.0)),
             nn.Conv2d(4, 3, 1),
             nn.Hardtanh(-2.0, 2.0),
         ),
+        IMAGE,
+    ),
+    "prelu": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.PReLU(4), *_block(4, 3, nn.PReLU()), nn.Conv2d(3, 2, 1), nn.PReLU(2)
+        ),
+        IMAGE,
+    ),
+    "one prelu for all": (_one_prelu, IMAGE),
+    "prelu of other channels": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.PixelShuffle(2), nn.PReLU(2), nn.Conv2d(2, 4, 1), nn.PReLU()),
         IMAGE,
     ),
     "silu, gelu, elu": (

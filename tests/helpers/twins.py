@@ -79,7 +79,8 @@ def block(
     modules: list[nn.Module | None] = [conv]
     if norm is not None:
         modules.append(nn.BatchNorm2d(channels[1], momentum=momentum, affine=affine, track_running_stats=track))
-    modules.append(to_module(act, slope))
+    learned = {"prelu": nn.PReLU(channels[1]), "prelu of one": nn.PReLU()}
+    modules.append(learned[act] if act in learned else to_module(act, slope))
     model = nn.Sequential(*(m for m in modules if m is not None))
     return prepared(model).train(norm != "eval")
 
@@ -92,6 +93,8 @@ def prepared(model: nn.Module, seed: int = 0) -> nn.Module:
             fan_in = module.weight[0].numel() if isinstance(module, nn.Conv2d) else module.weight[:, 0].numel()
             fill(module.weight, g, 1.5 / fan_in**0.5)
             fill(module.bias, g, 0.5)
+        elif isinstance(module, nn.PReLU):
+            fill(module.weight, g, 0.2, 0.7)  # whose kink is not so sharp that a rounding across it shows
         elif isinstance(module, nn.BatchNorm2d):
             fill(module.weight, g, 0.3, 1.0)
             fill(module.bias, g, 0.3)

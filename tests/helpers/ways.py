@@ -348,6 +348,13 @@ def transformed(m: Any, x: Tensor) -> Tensor:
     return m.act(h) + y + g + d
 
 
+def slopes(m: Any, x: Tensor) -> Tensor:
+    """Of one PReLU, by its module, by functions and by a method; some are computed."""
+    h = m.slopes(m.bn(m.conv(x)))
+    k = F.prelu(m.conv2(h), m.slopes.weight[:1])
+    return torch.prelu(m.up(k), weight=m.slopes.weight).add(m.bn2(m.conv(k)).prelu(m.conv.bias.abs())) + h
+
+
 WAYS: dict[str, tuple[Callable, dict[str, nn.Module]]] = {
     way.__name__: (way, {})
     for way in (
@@ -375,6 +382,9 @@ WAYS |= {
     "not affine": (block, {"bn": nn.BatchNorm2d(4, affine=False)}),
     "instance norm": (block, {"bn": nn.InstanceNorm2d(4, affine=True, track_running_stats=True)}),
     "sync norm": (block, {"bn": nn.SyncBatchNorm(4)}),
+    "PReLU": (block, {"act": nn.PReLU(4)}),
+    "PReLU of one": (block_2, {"act": nn.PReLU()}),
+    "slopes": (slopes, {"slopes": nn.PReLU(4)}),
     "act in place": (block, {"act": nn.ELU(inplace=True)}),
     "spectral norm": (block, {"conv": parametrizations.spectral_norm(conv())}),
     "spectral norm, old": (block, {"conv": nn.utils.spectral_norm(conv())}),

@@ -39,8 +39,11 @@ def draw(shape: Shape, dtype: torch.dtype, layout: torch.memory_format, shift: f
 
 
 def draw_coef(shape: Shape, rows: int) -> Tensor:
-    """(s, t, mean, rstd) or (s, t, p, q): any numbers do."""
-    return (torch.rand(rows, shape[1], shape[2]) + 0.5).to(DEVICE)
+    """(s, t, mean, rstd) or (s, t, p, q): any numbers do. An odd number of rows ends with leaky_relu's slopes."""
+    coef = torch.rand(rows, shape[1], shape[2]) + 0.5
+    if rows % 2:
+        coef[-1] = coef[-1, :1] - 1
+    return coef.to(DEVICE)
 
 
 def assert_map(got: Tensor, operand: Operand) -> None:
@@ -57,6 +60,15 @@ def assert_map(got: Tensor, operand: Operand) -> None:
 def test_activate(shape: Shape, dtype: torch.dtype, layout: torch.memory_format, act: str) -> None:
     operand = Operand(draw(shape, dtype, layout), None, draw_coef(shape, 4), act, 0.3)
     assert_map(kernels.norm_act(operand), operand)
+
+
+@settings(max_examples=examples(12))
+@given(shape=SHAPES, dtype=DTYPES, layout=FORMATS, rows=st.sampled_from([3, 5]))
+def test_slopes_for_each_channel(shape: Shape, dtype: torch.dtype, layout: torch.memory_format, rows: int) -> None:
+    da, y, coef = draw(shape, dtype, layout, 0.0), draw(shape, dtype, layout, 0.0), draw_coef(shape, rows)
+    for operand in (Operand(y, None, coef, "leaky_relu"), Operand(da, y, coef, "leaky_relu")):
+        assert_map(kernels.norm_act(operand), operand)
+    assert_sums(kernels.norm_act_reduce(da, y, coef, "leaky_relu", 0.3), da, y, coef, "leaky_relu")
 
 
 @settings(max_examples=examples(12))

@@ -124,10 +124,22 @@ class ESPCN(nn.Module):
         return self.pixel_shuffle(self.conv3(torch.tanh(self.conv2(x))))
 
 
+class FSRCNN(nn.Sequential):
+    """FSRCNN (Dong et al., 2016): PReLU with a slope for each channel, and one transposed convolution at the end."""
+
+    def __init__(self, width: int) -> None:
+        few = width // 4
+        sizes = [(width, few, 1), *[(few, few, 3)] * 4, (few, width, 1)]
+        inner = [m for i, o, k in sizes for m in (nn.Conv2d(i, o, k, padding=k // 2), nn.PReLU(o))]
+        first = (nn.Conv2d(3, width, 5, padding=2), nn.PReLU(width))
+        super().__init__(*first, *inner, nn.ConvTranspose2d(width, 3, 9, 4, 4, output_padding=3))
+
+
 _IMAGE, _SMALL = (3, 24, 24), (4, (3, 8, 8))
 MODELS = {
     "srgan generator": Model(SRGenerator, 64, _IMAGE, _SMALL),
     "esrgan generator": Model(RRDBNet, 64, _IMAGE, _SMALL),
     "edsr": Model(EDSR, 64, _IMAGE, _SMALL),
+    "fsrcnn": Model(FSRCNN, 56, _IMAGE, (8, (3, 8, 8))),
     "espcn": Model(ESPCN, 64, _IMAGE, _SMALL),
 }

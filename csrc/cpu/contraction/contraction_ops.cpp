@@ -95,9 +95,11 @@ std::tuple<Tensor, Tensor> contraction(
   Tensor by_channel;
   if (by_channel_.has_value()) {
     by_channel = by_channel_->contiguous();
+    const int64_t rows = by_channel.size(0);
     TORCH_CHECK_VALUE(
         by_channel.size(-1) == channels &&
-            (by_channel.dim() == 1 || (by_channel.dim() == 3 && by_channel.size(0) >= 2 && by_channel.size(1) == 1)),
+            (by_channel.dim() == 1 ||
+             (by_channel.dim() == 3 && (rows == 2 || rows == 4) && by_channel.size(1) == 1)),
         "expected a bias [", channels, "] or coefficients [2 or 4, 1, ", channels, "], got ", by_channel.sizes());
     TORCH_CHECK_TYPE(
         by_channel.scalar_type() == at::kFloat, "expected float32 coefficients, got ", by_channel.scalar_type());

@@ -43,10 +43,10 @@ Shape shape_of(const Tensor& y, int64_t groups) {
       groups, y.size(0) / groups, y.size(1), y.size(2) * y.size(3), y.is_contiguous(at::MemoryFormat::ChannelsLast)};
 }
 
-Tensor checked_coef(const Tensor& coef, const Tensor& y, bool two_rows_too) {
+Tensor checked_coef(const Tensor& coef, const Tensor& y) {
   TORCH_CHECK_VALUE(
-      coef.dim() == 3 && (coef.size(0) == 4 || (two_rows_too && coef.size(0) == 2)) && coef.size(2) == y.size(1),
-      "expected coefficients [", two_rows_too ? "2 or 4" : "4", ", groups, ", y.size(1), "], got ", coef.sizes());
+      coef.dim() == 3 && coef.size(0) >= 2 && coef.size(0) <= 5 && coef.size(2) == y.size(1),
+      "expected coefficients [2 to 5, groups, ", y.size(1), "], got ", coef.sizes());
   TORCH_CHECK_TYPE(coef.scalar_type() == at::kFloat, "expected float32 coefficients, got ", coef.scalar_type());
   return coef.contiguous();
 }
@@ -58,7 +58,9 @@ void check_grad(const Tensor& da, const Tensor& y) {
       da.scalar_type());
 }
 
-void check_activation(bool known, int64_t id) { TORCH_CHECK_VALUE(known, "unknown activation id ", id); }
+void check_activation(bool known, int64_t id, const Tensor& coef) {
+  TORCH_CHECK_VALUE(known, "unknown activation id ", id, " for ", coef.size(0), " rows of coefficients");
+}
 
 Activation activation(int64_t id, double slope) { return {static_cast<int>(id), static_cast<float>(slope)}; }
 
@@ -71,13 +73,13 @@ void check_place(const Tensor& x, const Tensor& y, const Shape& s) {
 
 // `out` may be `y`.
 void norm_act_into(const Tensor& out, const Tensor& y, const Tensor& coef_, int64_t act, double slope) {
-  const Tensor coef = checked_coef(coef_, y, true);
+  const Tensor coef = checked_coef(coef_, y);
   const Shape s = shape_of(y, coef.size(1));
   check_place(out, y, s);
   check_activation(
       norm_act_pass(s, {y.const_data_ptr(), nullptr, out.data_ptr()}, y.scalar_type(), coef.const_data_ptr<float>(),
-                    activation(act, slope)),
-      act);
+                    coef.size(0), activation(act, slope)),
+      act, coef);
 }
 
 Tensor norm_act(const Tensor& y_, const Tensor& coef, int64_t act, double slope) {
@@ -93,7 +95,7 @@ void norm_act_(const Tensor& y, const Tensor& coef, int64_t act, double slope) {
 // `out` may be `da`.
 void norm_act_backward_into(
     const Tensor& out, const Tensor& da_, const Tensor& y, const Tensor& coef_, int64_t act, double slope) {
-  const Tensor coef = checked_coef(coef_, y, true);
+  const Tensor coef = checked_coef(coef_, y);
   check_grad(da_, y);
   const Shape s = shape_of(y, coef.size(1));
   check_place(out, y, s);
@@ -101,7 +103,7 @@ void norm_act_backward_into(
   check_activation(
       norm_act_backward_pass(s, {y.const_data_ptr(), da.const_data_ptr(), out.data_ptr()}, y.scalar_type(),
                              coef.const_data_ptr<float>(), coef.size(0), activation(act, slope)),
-      act);
+      act, coef);
 }
 
 Tensor norm_act_backward(const Tensor& da, const Tensor& y_, const Tensor& coef, int64_t act, double slope) {
@@ -115,29 +117,29 @@ void norm_act_backward_(const Tensor& da, const Tensor& y, const Tensor& coef, i
 }
 
 Tensor norm_act_reduce(const Tensor& da_, const Tensor& y_, const Tensor& coef_, int64_t act, double slope) {
-  const Tensor y = dense(y_), coef = checked_coef(coef_, y, true);
+  const Tensor y = dense(y_), coef = checked_coef(coef_, y);
   check_grad(da_, y);
   const Shape s = shape_of(y, coef.size(1));
   const Tensor da = da_.contiguous(format_of(s));
-  const Tensor sums = at::empty({coef.size(0) / 2, coef.size(1), coef.size(2)}, coef.options());
+  const Tensor sums = at::empty({(coef.size(0) + 1) / 2, coef.size(1), coef.size(2)}, coef.options());
   check_activation(
       grad_sums_pass(s, {y.const_data_ptr(), da.const_data_ptr(), nullptr}, y.scalar_type(),
                      coef.const_data_ptr<float>(), coef.size(0), activation(act, slope), sums.data_ptr<float>()),
-      act);
+      act, coef);
   return sums;
 }
 
 // Overwrites `da`, which has to lie in memory as `y` does.
 Tensor grad_stats_(Tensor da, const Tensor& y_, const Tensor& coef_, int64_t act, double slope) {
-  const Tensor y = dense(y_), coef = checked_coef(coef_, y, true);
+  const Tensor y = dense(y_), coef = checked_coef(coef_, y);
   check_grad(da, y);
   const Shape s = shape_of(y, coef.size(1));
   check_place(da, y, s);
-  const Tensor sums = at::empty({coef.size(0) / 2, coef.size(1), coef.size(2)}, coef.options());
+  const Tensor sums = at::empty({(coef.size(0) + 1) / 2, coef.size(1), coef.size(2)}, coef.options());
   check_activation(
       grad_sums_pass(s, {y.const_data_ptr(), da.const_data_ptr(), da.data_ptr()}, y.scalar_type(),
                      coef.const_data_ptr<float>(), coef.size(0), activation(act, slope), sums.data_ptr<float>()),
-      act);
+      act, coef);
   return sums;
 }
 

@@ -6,19 +6,20 @@ namespace fastdcgan::cpu {
 namespace {
 
 // g = da*act'(s*y + t); sums of g and of g*(y - mean)*rstd: of g as T stores it where it is stored, since a difference
-// to its own mean is taken of it.
-template <class T, class Act, bool kNormalised>
+// to its own mean is taken of it. An odd number of rows also has the sum of da*min(z, 0), the gradient of the slope.
+template <class T, class Act, int kRows>
 struct GradSums {
-  static constexpr int rows = kNormalised ? 4 : 2, sums = kNormalised ? 2 : 1;
+  static constexpr int rows = kRows, sums = (kRows + 1) / 2;
+  static constexpr bool kNormalised = kRows >= 4;
   static constexpr bool stores = true, reads_grad = true, non_temporal = false;
   struct Coef {
-    V s, t, mean, rstd;
+    V s, t, mean, rstd, slope;
   };
   Act act;
   bool stored;
 
   Coef load(const float* const* row, int64_t column) const {
-    Coef k{V::loadu(row[0] + column), V::loadu(row[1] + column), V(0.f), V(0.f)};
+    Coef k{V::loadu(row[0] + column), V::loadu(row[1] + column), V(0.f), V(0.f), slope_row<kRows>(row, column)};
     if constexpr (kNormalised) {
       k.mean = V::loadu(row[2] + column);
       k.rstd = V::loadu(row[3] + column);
@@ -26,10 +27,12 @@ struct GradSums {
     return k;
   }
   V operator()(const Coef& k, V y, V da, V* total) const {
-    V g = da * act.derivative(at::vec::fmadd(y, k.s, k.t));
+    const V z = at::vec::fmadd(y, k.s, k.t);
+    V g = da * at_columns<kRows>(act, k.slope).derivative(z);
     if (stored) g = rounded<T>(g);
     total[0] = total[0] + g;
     if constexpr (kNormalised) total[1] = at::vec::fmadd(g, (y - k.mean) * k.rstd, total[1]);
+    if constexpr (kRows % 2) total[sums - 1] = total[sums - 1] + Math<V>::if_positive(z, V(0.f), da * z);
     return g;
   }
 };
@@ -74,16 +77,11 @@ void run(const InnerLoop& loop, const Shape& s, Memory m, const float* coef, flo
 
 bool grad_sums_pass(
     const Shape& s, Memory m, c10::ScalarType dtype, const float* coef, int64_t rows, Activation a, float* sums) {
-  return with_activation<V>(a.id, a.slope, [&](auto act) {
+  return with_functor(a, rows, [&](auto act, auto constant) {
     with_type(dtype, [&](auto zero) {
       using T = decltype(zero);
-      const auto run_loop = [&](const auto& op) { run(make_loop<std::decay_t<decltype(op)>, T>(op), s, m, coef, sums); };
-      const bool stored = m.out != nullptr;
-      if (rows == 4) {
-        run_loop(GradSums<T, decltype(act), true>{act, stored});
-      } else {
-        run_loop(GradSums<T, decltype(act), false>{act, stored});
-      }
+      const GradSums<T, decltype(act), decltype(constant)::value> op{act, m.out != nullptr};
+      run(make_loop<std::decay_t<decltype(op)>, T>(op), s, m, coef, sums);
     });
   });
 }

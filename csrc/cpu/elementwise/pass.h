@@ -33,7 +33,7 @@ struct Memory {
   }
 };
 
-constexpr int kMaxRows = 4, kMaxSums = 2, kMaxStep = 32;
+constexpr int kMaxRows = 5, kMaxSums = 3, kMaxStep = 32;
 
 // An inner loop over `rows` rows of `columns` elements, `stride` apart, that share coefficients and sums by column:
 // rows of `columns` floats, rounded up to whole steps. `sums` are added to.

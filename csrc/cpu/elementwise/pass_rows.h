@@ -16,7 +16,7 @@
 
 #include <algorithm>
 
-#include "cpu/elementwise/pass.h"
+#include "cpu/elementwise/passes.h"
 #include "cpu/elementwise/vectors.h"
 
 namespace fastdcgan::cpu {
@@ -41,7 +41,7 @@ inline void pass_rows(
     V total[2][kSums ? kSums : 1];
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int i = 0; i < kSums; ++i) total[h][i] = V(0.f);
     // All rows are read before any is written: rows 4 KiB apart would wait for each other.
     Lanes y[kRows], da[kRows];
@@ -63,7 +63,7 @@ inline void pass_rows(
         }
       }
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int i = 0; i < kSums; ++i) {
       const Lanes before = read(sums[i] + column);
       write(sums[i] + column, Lanes{{before.half[0] + total[0][i], before.half[1] + total[1][i]}});
@@ -143,6 +143,33 @@ void with_type(c10::ScalarType dtype, F&& f) {
 template <class Op, class F>
 void with_loop(const Op& op, c10::ScalarType dtype, F&& f) {
   with_type(dtype, [&](auto zero) { f(make_loop<Op, decltype(zero)>(op)); });
+}
+
+// Calls `f` with the functor of `a` and with `rows` as a constant. False if there is no such activation.
+template <class F>
+bool with_functor(Activation a, int64_t rows, F&& f) {
+  const auto with = [&](const auto& act, auto two, auto four) { rows < 4 ? f(act, two) : f(act, four); };
+  using std::integral_constant;
+  if (rows % 2 == 0)
+    return with_activation<V>(
+        a.id, a.slope, [&](const auto& act) { with(act, integral_constant<int, 2>(), integral_constant<int, 4>()); });
+  if (static_cast<ActId>(a.id) != ActId::leaky_relu) return false;
+  with(LeakyReLU<V>(0.f), integral_constant<int, 3>(), integral_constant<int, 5>());
+  return true;
+}
+
+// The functor for one vector of columns, of which an odd number of rows has the `slope`.
+template <int kRows, class Act>
+Act at_columns(Act act, V slope) {
+  if constexpr (kRows % 2) act.slope = slope;
+  return act;
+}
+
+// The last row of coefficients where that is a slope.
+template <int kRows>
+V slope_row(const float* const* row, int64_t column) {
+  if constexpr (kRows % 2) return V::loadu(row[kRows - 1] + column);
+  return V(0.f);
 }
 
 }  // namespace fastdcgan::cpu

@@ -52,9 +52,9 @@ GPU_INLINE void one_by_one(float (&z)[N], F f) {
   }
 }
 
-// How many of N numbers a kernel has ready for `Act` at a time: for a functor one by one, which takes fewer registers.
+// How many of N numbers a kernel has ready for `Act` at a time: each takes a register.
 template <class Act, int N>
-constexpr int kAtOnce = std::is_same_v<Act, RuntimeActivation> ? N : 1;
+constexpr int kAtOnce = std::is_same_v<Act, RuntimeActivation> && N > 1 ? 4 : 1;
 
 // The activation of several numbers, in their place. `Act` is a functor of common/activations.h or a RuntimeActivation.
 template <class Act, int N>

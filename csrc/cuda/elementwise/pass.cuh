@@ -190,6 +190,42 @@ void with_functor(Activation act, F&& f) {
   }
 }
 
+// LeakyReLU with a slope for each channel (PReLU): a row of the coefficients.
+struct LearnedSlope {
+  int row;
+};
+
+template <class Act>
+constexpr bool kLearnsSlope = std::is_same_v<Act, LearnedSlope>;
+
+// The activation for the channels of a thread: of N values of a vector from `first` on.
+template <class Act, int V, bool kPlanes>
+struct PerValue {
+  const Act& act;
+
+  GPU_INLINE PerValue(const Act& of_all, const float*, const Place<V, kPlanes>&) : act(of_all) {}
+  template <int N>
+  GPU_INLINE void activate(int, float (&z)[N]) const {
+    cuda::activate(act, z);
+  }
+  template <int N>
+  GPU_INLINE void differentiate(int, float (&z)[N]) const {
+    cuda::differentiate(act, z);
+  }
+};
+
+template <int V, bool kPlanes>
+struct PerValue<LearnedSlope, V, kPlanes> {
+  PerChannel<V, kPlanes> slope;
+
+  GPU_INLINE PerValue(LearnedSlope act, const float* coef, const Place<V, kPlanes>& place)
+      : slope(coef, act.row, place) {}
+  GPU_INLINE void activate(int first, float (&z)[1]) const { cuda::activate(LeakyReLU<float>(slope[first]), z); }
+  GPU_INLINE void differentiate(int first, float (&z)[1]) const {
+    cuda::differentiate(LeakyReLU<float>(slope[first]), z);
+  }
+};
+
 // Calls `f` with the functor of `act` for vectors of V: where values come one at a time, with the one for all
 // activations. An `act` that is a functor already is it.
 template <class V, class Act, class F>

@@ -21,12 +21,13 @@ class Partials {
 };
 
 // The sums, and `g` in g_out where that is not null.
-Tensor grad_sums(const Tensor& da_, const Tensor& y, const Tensor& coef_, Activation act, const Tensor* g_out) {
+Tensor grad_sums(
+    const Tensor& da_, const Tensor& y, const Tensor& coef_, int64_t act, double slope, const Tensor* g_out) {
   const OnDevice on(y);
-  const Tensor coef = checked_coef(coef_, y);
+  const Tensor coef = checked_coef(coef_, y, 5);
   check_grad(da_, y);
   const Shape shape = shape_of(y, coef.size(1));
-  const Tensor sums = new_vectors(coef, coef.size(0) / 2, coef.size(1), coef.size(2));
+  const Tensor sums = new_vectors(coef, (coef.size(0) + 1) / 2, coef.size(1), coef.size(2));
   if (shape.size() == 0) {
     Tensor empty = sums;
     return torch::stable::zero_(empty);
@@ -36,8 +37,10 @@ Tensor grad_sums(const Tensor& da_, const Tensor& y, const Tensor& coef_, Activa
   with_dtype(y, [&](auto type) {
     using T = decltype(type);
     T* g = g_out == nullptr ? nullptr : mutable_data<T>(*g_out);
-    grad_sums_pass(shape, data<T>(da), data<T>(y), data<float>(coef), static_cast<int>(coef.size(0)), act, g,
-                   std::ref(partials), mutable_data<float>(sums), on.stream);
+    with_slopes(coef, act, slope, [&](auto functor) {
+      grad_sums_pass(shape, data<T>(da), data<T>(y), data<float>(coef), static_cast<int>(coef.size(0)), functor, g,
+                     std::ref(partials), mutable_data<float>(sums), on.stream);
+    });
   });
   return sums;
 }
@@ -59,14 +62,13 @@ Tensor batch_stats_op(const Tensor& y_, int64_t groups) {
 }
 
 Tensor norm_act_reduce_op(const Tensor& da, const Tensor& y, const Tensor& coef, int64_t act, double slope) {
-  return grad_sums(da, dense(y), coef, activation(act, slope), nullptr);
+  return grad_sums(da, dense(y), coef, act, slope, nullptr);
 }
 
 std::tuple<Tensor, Tensor> grad_stats_op(
     const Tensor& da, const Tensor& y_, const Tensor& coef, int64_t act, double slope) {
-  const Activation functor = activation(act, slope);
   const Tensor y = dense(y_), g = torch::stable::empty_like(y);
-  const Tensor sums = grad_sums(da, y, coef, functor, &g);
+  const Tensor sums = grad_sums(da, y, coef, act, slope, &g);
   return {g, sums};
 }
 

@@ -140,12 +140,23 @@ inline Activation activation(int64_t id, double slope) {
   return {static_cast<int>(id), static_cast<float>(slope)};
 }
 
-inline Tensor checked_coef(const Tensor& coef, const Tensor& y) {
+// Where they may have learned slopes as one row more, `most` is 5.
+inline Tensor checked_coef(const Tensor& coef, const Tensor& y, int64_t most = 4) {
+  const int64_t rows = coef.dim() == 3 ? coef.size(0) : 0;
   STD_TORCH_CHECK(
-      coef.dim() == 3 && (coef.size(0) == 4 || coef.size(0) == 2) && coef.size(2) == y.size(1),
-      "expected coefficients [2 or 4, groups, ", y.size(1), "], got ", shape_text(coef));
+      rows >= 2 && rows <= most && (rows != 3 || most == 5) && coef.size(2) == y.size(1), "expected coefficients [2 ",
+      most == 5 ? "to 5" : "or 4", ", groups, ", y.size(1), "], got ", shape_text(coef));
   STD_TORCH_CHECK(coef.scalar_type() == ScalarType::Float, "expected float32 coefficients");
   return coef.is_contiguous() ? coef : torch::stable::contiguous(coef);
+}
+
+// Calls `f` with the activation; with the slopes of LeakyReLU where `coef` has an odd number of rows.
+template <class F>
+void with_slopes(const Tensor& coef, int64_t act, double slope, F&& f) {
+  const Activation of_all = activation(act, slope);
+  if (coef.size(0) % 2 == 0) return f(of_all);
+  STD_TORCH_CHECK(static_cast<ActId>(act) == ActId::leaky_relu, "expected leaky_relu with slopes, got id ", act);
+  f(LearnedSlope{static_cast<int>(coef.size(0)) - 1});
 }
 
 inline void check_grad(const Tensor& da, const Tensor& y) {

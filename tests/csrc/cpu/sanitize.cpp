@@ -28,20 +28,20 @@ int run(const Shape& s, c10::ScalarType dtype) {
     y[i] = static_cast<T>(std::sin(static_cast<float>(i)));
     da[i] = static_cast<T>(std::cos(static_cast<float>(i)));
   }
-  const auto coef = std::make_unique<float[]>(4 * channels), sums = std::make_unique<float[]>(2 * channels),
+  const auto coef = std::make_unique<float[]>(5 * channels), sums = std::make_unique<float[]>(3 * channels),
              stats = std::make_unique<float[]>(3 * channels);
-  for (int64_t i = 0; i < 4 * channels; ++i) coef[i] = .5f + static_cast<float>(i % 7);
+  for (int64_t i = 0; i < 5 * channels; ++i) coef[i] = .5f + static_cast<float>(i % 7);
   int calls = 0, id = 0;
   for (; fastdcgan::with_activation<float>(id, 0.f, [](const auto&) {}); ++id) {
     const Activation act{id, .2f};
-    calls += norm_act_pass(s, {y.get(), nullptr, out.get()}, dtype, coef.get(), act);
-    for (int64_t rows : {2, 4}) {
+    for (int64_t rows : {2, 3, 4, 5}) {
+      calls += norm_act_pass(s, {y.get(), nullptr, out.get()}, dtype, coef.get(), rows, act);
       calls += norm_act_backward_pass(s, {y.get(), da.get(), out.get()}, dtype, coef.get(), rows, act);
       calls += grad_sums_pass(s, {y.get(), da.get(), nullptr}, dtype, coef.get(), rows, act, sums.get());
       calls += grad_sums_pass(s, {y.get(), da.get(), da.get()}, dtype, coef.get(), rows, act, sums.get());
     }
   }
-  if (norm_act_pass(s, {y.get(), nullptr, out.get()}, dtype, coef.get(), {id, 0.f})) std::abort();
+  if (norm_act_pass(s, {y.get(), nullptr, out.get()}, dtype, coef.get(), 2, {id, 0.f})) std::abort();
   batch_stats_pass(s, {y.get(), nullptr, nullptr}, dtype, stats.get());
   return calls + 1;
 }
