@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fastdcgan import backends
+from fastdcgan.activations import from_module
 from fastdcgan.checks import check_module
 from fastdcgan.dispatch import autotune
 from fastdcgan.engine import chain, match, run
@@ -81,7 +82,11 @@ def explain(model: nn.Module, *inputs: Any, **keywords: Any) -> Explanation:
         fused = isinstance(module, FusedSequential)
         transparent = match.is_plain_sequential if fused else _is_plain_unfused
         seen.update(id(m) for m in _opened(module, transparent))
-        for part in segments(module, transparent):
+        # Of what has no row here, a weight of its own may be that of a block.
+        parts = [part for part in segments(module, transparent) if isinstance(part, FoundChain) or part.why is not None]
+        if all(isinstance(part, Alone) for part in parts):  # the activations may be those of other code's blocks
+            parts = [part for part in parts if isinstance(part, Alone) and from_module(part.module) is None]
+        for part in parts:
             seen.update(id(m) for m in _modules_of(part) if not isinstance(m, nn.Sequential))
             rows.extend(_rows(part, f"{path}." if path else "", fused, ran, observed))
     for path, module in model.named_modules():
@@ -144,7 +149,7 @@ def _observe(
             model(*inputs, **keywords)
         ran = {id(record.conv): record for record in chain.recorder}
         for record in chain.recorder:
-            for origin in _origins(record.conv):
+            for origin in origins(record.conv):
                 ran.setdefault(id(origin), record)
         return ran
     finally:
@@ -176,7 +181,7 @@ def _belongs_to_a_block(module: nn.Module) -> bool:
     return isinstance(module, kinds)
 
 
-def _origins(weight: Any) -> Iterator[Tensor]:
+def origins(weight: Any) -> Iterator[Tensor]:
     """The parameters like weights that a weight, computed with gradients, was computed from."""
     nodes: list[Any] = [weight.grad_fn] if isinstance(weight, Tensor) and weight.grad_fn is not None else []
     seen = set(nodes)
@@ -193,9 +198,7 @@ def _rows(
     part: FoundChain | Alone, prefix: str, fused: bool, ran: dict[int, chain.Record], observed: bool
 ) -> list[Row]:
     if isinstance(part, Alone):
-        if part.why is None:
-            return []
-        return [Row(prefix + part.name, type(part.module).__name__, False, None, part.why)]
+        return [Row(prefix + part.name, type(part.module).__name__, False, None, part.why or "")]
     rows = []
     for block in part.blocks:
         name, record = prefix + block.name, _record_of(block.conv, ran)

@@ -92,10 +92,16 @@ def _calls_convolutions(module: nn.Module) -> bool:
         return False
     lists = [m for m in module.children() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
     children = [*module.children(), *(m for each in lists for m in each.children())]
-    if any(isinstance(m, _CONVS) for m in children) or any(p.dim() == 4 for p in module.parameters(recurse=False)):
+    in_sequentials = [m for each in children if isinstance(each, nn.Sequential) for _, m in leaves(each)]
+    if any(isinstance(m, _CONVS) for m in children) or any(map(_has_weight, [module, *children, *in_sequentials])):
         return True
     between = any(isinstance(m, _NORMS) or from_module(m) is not None for m in children)
-    return between and any(isinstance(m, _CONVS) for m in module.modules())
+    return between and any(isinstance(m, _CONVS) or _has_weight(m) for m in module.modules())
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Whether a module of somebody's own may convolve with a parameter of its own (an equalised learning rate)."""
+    return not isinstance(module, _CONVS) and any(p.dim() == 4 for p in module.parameters(recurse=False))
 
 
 @cache

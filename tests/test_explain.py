@@ -268,6 +268,19 @@ def test_weights_that_are_computed_at_each_call(device: torch.device) -> None:
     assert all(row.fused for row in rows)
 
 
+def test_convolutions_of_somebody_elses_in_a_sequential(device: torch.device) -> None:
+    class Grown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Sequential(Scaled(), nn.LeakyReLU(0.2))])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks[0](x)
+
+    (row, *others) = fastdcgan.explain(fastdcgan.fuse(Grown()).to(device), draw(IMAGE, torch.float32, device))
+    assert (row.name, row.pattern, row.fused, others) == ("blocks.0.0", "Scaled + LeakyReLU", True, [])
+
+
 @pytest.mark.parametrize("x", ["image", 3, [1.0]])
 def test_an_input_is_a_tensor(x) -> None:
     model = fastdcgan.fuse(VARIANTS["two blocks"][0]())
