@@ -65,20 +65,21 @@ class BasicBlock(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """The basic block with norm and activation before each convolution (He et al., 2016b), functional ReLUs."""
+    """The basic block with norm and activation before each convolution (He et al., 2016b)."""
 
     def __init__(self, ci: int, co: int, stride: int) -> None:
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(ci), nn.Conv2d(ci, co, 3, stride, 1, bias=False)
         self.bn2, self.conv2 = nn.BatchNorm2d(co), nn.Conv2d(co, co, 3, 1, 1, bias=False)
+        self.relu = nn.ReLU()
         if stride != 1 or ci != co:
             self.shortcut = nn.Sequential(nn.Conv2d(ci, co, 1, stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x))
+        out = self.relu(self.bn1(x))
         shortcut = self.shortcut(out) if hasattr(self, "shortcut") else x
         out = self.conv1(out)
-        out = self.conv2(F.relu(self.bn2(out)))
+        out = self.conv2(self.relu(self.bn2(out)))
         out += shortcut
         return out
 
