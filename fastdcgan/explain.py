@@ -112,7 +112,9 @@ def _own_rows(path: str, module: nn.Module, fused: bool, ran: dict[int, chain.Re
     """Those of a module that code of its own calls: a convolution that waits has the row of its block."""
     kind = getattr(type(module), "_plain_class", type(module)).__name__.removeprefix("Parametrized")
     record = _record_of(module, ran)
-    if not fused:
+    if isinstance(module, nn.GroupNorm):
+        yield Row(path, kind, False, None, f"{kind} is not fused")
+    elif not fused:
         yield Row(path, kind, False, None, "called by code of its own: call fastdcgan.fuse(model)")
     elif not observed:
         yield Row(path, kind, False, None, "called by code of its own: explain(model, x) says how that runs")
@@ -177,7 +179,7 @@ def _modules_of(part: FoundChain | Alone) -> list[nn.Module]:
 
 
 def _belongs_to_a_block(module: nn.Module) -> bool:
-    kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
+    kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
     return isinstance(module, kinds)
 
 

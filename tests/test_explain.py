@@ -97,6 +97,11 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "hook": (with_hook, "0", "hooks"),
     "1d": (VARIANTS["1d"][0], "0", "blocks are of 2-d convolutions"),
     "3d": (VARIANTS["3d"][0], "1", "BatchNorm3d is not fused"),
+    "group norm": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()),
+        "1",
+        "GroupNorm is not fused",
+    ),
     "norm first": (VARIANTS["norm before conv"][0], "0", "no convolution with its number of channels"),
     "norm of another width": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3), nn.ReLU()),
