@@ -3,6 +3,7 @@
     python -m fastdcgan.benchmarks.census                              all of tests/models on a CPU: hours
     python -m fastdcgan.benchmarks.census --models unet --mode eager --batch 4 --json FILE
     python -m fastdcgan.benchmarks.census ... --against FILE           with the ratios of an earlier run beside
+    python -m fastdcgan.benchmarks.census --blocks                     times nothing: what is fused, in seconds
 
 Each row is a network at its usual size in a dtype, memory format and batch, eager or compiled. Both sides run forward
 and backward from a given gradient of the output in turns; what is shown is plain over fused, above 1 where `fuse()`
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -35,7 +36,8 @@ from fastdcgan.benchmarks.results import Case, Results, environment
 from fastdcgan.benchmarks.runners import BlockRunner
 from fastdcgan.benchmarks.tables import format_ms, format_ratio, reason
 from fastdcgan.dispatch import autotune
-from fastdcgan.explain import explain
+from fastdcgan.engine.match import WHY_BARE
+from fastdcgan.explain import explain, origins
 from fastdcgan.fuse import fuse
 
 if TYPE_CHECKING:
@@ -55,31 +57,69 @@ _ACTS = _KINKED | {"tanh", "sigmoid", "silu", "gelu", "elu", "glu", "softplus", 
 
 
 class Watch(TorchFunctionMode):
-    """While it is entered, counts `blocks`: convolutions whose output goes straight into a norm or an activation,
-    whether by modules or by functions. `kinks` are how many values go into each function with a kink."""
+    """While it is entered, collects `blocks`: the weights of convolutions whose output goes straight into a norm or an
+    activation, whether by modules or by functions. `kinks` are how many values go into each function with a kink."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = 0
+        self.blocks: list[Tensor] = []
         self.kinks: list[int] = []
         self._convolved: Tensor | None = None
+        self._weight: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
+        kwargs = kwargs or {}
+        out, name = func(*args, **kwargs), getattr(func, "__name__", "")
         if name in ("conv2d", "conv_transpose2d"):
-            self._convolved = out
+            self._convolved, self._weight = out, kwargs["weight"] if len(args) < 2 else args[1]
         elif name in _NORMS | _ACTS and args[0] is self._convolved:
-            self.blocks += 1
+            assert self._weight is not None
+            self.blocks.append(self._weight)
+            self._convolved = None
+        elif out is self._convolved:  # written to in place
             self._convolved = None
         if name in _KINKED or name == "max_pool2d":
             self.kinks.append(args[0].numel())
         return out
 
 
-def blocks_fused(module: nn.Module, x: Tensor) -> int:
-    """How many blocks of a norm or an activation `fuse()` finds in a copy of the module, whatever is faster."""
-    with mock.patch.dict(os.environ, FASTDCGAN_AUTOTUNE="off"), torch.no_grad():
-        return sum(row.fused and " + " in row.pattern for row in explain(fuse(copy.deepcopy(module)), x))
+WHY_APART = "its output is still held, or its norm or activation is called by another module"
+
+
+class Blocks(NamedTuple):
+    """How many blocks of a norm or an activation there are in a net, and of those that `fuse()` doesn't find the
+    convolution's name and why."""
+
+    there: int
+    left: list[tuple[str, str]]
+
+    @property
+    def fused(self) -> int:
+        return self.there - len(self.left)
+
+
+def blocks_of(module: nn.Module, x: Tensor) -> Blocks:
+    """In a copy of the module, whatever is faster."""
+    plain = copy.deepcopy(module)
+    with Watch() as watch:
+        plain(x)
+    with mock.patch.dict(os.environ, FASTDCGAN_AUTOTUNE="off"):
+        rows = {row.name: row for row in explain(fuse(copy.deepcopy(module)), x)}
+    modules = {id(p): name for name, m in plain.named_modules() for p in m.parameters(recurse=False)}
+    left = []
+    for weight in watch.blocks:
+        stored = next(id(t) for t in (weight, *origins(weight)) if id(t) in modules)
+        name = modules[stored].split(".parametrizations.")[0]
+        row = rows[name]
+        if not (row.fused and " + " in row.pattern):
+            left.append((name, WHY_APART if row.fused or row.why == WHY_BARE else row.why))
+    return Blocks(len(watch.blocks), left)
+
+
+def total(blocks: Mapping[str, Sequence[int]]) -> str:
+    """The sum over nets, each (how many there are, how many of them are fused)."""
+    there, fused = (sum(each[i] for each in blocks.values()) for i in range(2))
+    return f"blocks: {fused} of {there} fused, {100 * fused / max(there, 1):.1f} %"
 
 
 # --- one row ---------------------------------------------------------------------------------------------------------
@@ -171,7 +211,8 @@ def measure(
     runners = {key: runner for key, runner in contest.runners.items() if isinstance(runner, NetRunner)}
     contest.time({key: (runner,) for key, runner in runners.items()}, timing, timer)
     case = contest.case("census", name, setting.part, setting.batch, reference=FUSED)
-    return case, (watch.blocks, blocks_fused(module, x))
+    blocks = blocks_of(module, x)
+    return case, (blocks.there, blocks.fused)
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------
@@ -236,6 +277,20 @@ def _chosen(models: Mapping[str, Model], parts: Sequence[str] | None) -> dict[st
     return {name: model for name, model in models.items() if parts is None or any(part in name for part in parts)}
 
 
+def print_blocks(models: Mapping[str, Model]) -> None:
+    """Of each network at its small size: how many blocks are fused, and why the others aren't."""
+    counts = {}
+    for name, model in models.items():
+        torch.manual_seed(0)
+        width, shape = model.small
+        blocks = blocks_of(model.make(width), torch.randn(2, *shape))
+        counts[name] = (blocks.there, blocks.fused)
+        print(f"{name:36} {blocks.fused:3} of {blocks.there:3} fused")
+        for module, why in blocks.left:
+            print(f"    {module}: {why}")
+    print(total(counts))
+
+
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fastdcgan.benchmarks.census", description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", metavar="NAME", help="those whose names have one of these in them")
@@ -245,6 +300,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--seconds", type=float, default=4.0, help="per row, at least 5 rounds (default: 4)")
     parser.add_argument("--cpu-time", action="store_true", help="time what the processor spends: for a busy machine")
+    parser.add_argument("--blocks", action="store_true", help="time nothing: print the blocks fused of small networks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as they come, and a plot beside it")
     parser.add_argument("--against", type=Path, metavar="FILE", help="show that run's ratios beside")
     args = parser.parse_args(arguments)
@@ -263,6 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"census: error: {error}", file=sys.stderr)
         return 2
+    if args.blocks:
+        print_blocks(models)
+        return 0
     before = {key_of(case): found for case in earlier if (found := gain(case))} if args.against else None
     timing = Timing(25, args.seconds / 50, args.seconds, least_rounds=5)
     timer = harness.CPUTimer(time.process_time if args.cpu_time else time.perf_counter)
@@ -275,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line(case, blocks, before), flush=True)
         if args.json:
             results.write(args.json)
-    for each in ("", *summary(results.cases)):
+    for each in ("", *summary(results.cases), total(results.extra["blocks"])):
         print(each)
     gains = [(case.name, case.dtype, found.median) for case in results.cases if (found := gain(case))]
     if args.json and gains:

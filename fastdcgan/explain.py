@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fastdcgan import backends
+from fastdcgan.activations import from_module
 from fastdcgan.checks import check_module
 from fastdcgan.dispatch import autotune
 from fastdcgan.engine import chain, match, run
 from fastdcgan.engine.match import Alone, FoundChain, segments
 from fastdcgan.layers import FusedSequential
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+_COLUMNS = 119  # of the table
 
 
 @dataclass(frozen=True)
@@ -32,21 +36,26 @@ class Row:
 
 
 class Explanation(list[Row]):
-    """The rows of `explain`; `str()` is a table."""
+    """The rows of `explain`; `str()` is a table. `absent`: the backends that can't run on this machine, and why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.absent: dict[str, str] = {}
 
     def __str__(self) -> str:
         head = ("module", "pattern", "runs", "why")
         rows = [(r.name, r.pattern, f"fused on {r.backend}" if r.fused else "as it is", r.why) for r in self]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(3)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in [head, *rows]
-        ]
+        lines = ["  ".join([*map(str.ljust, row, widths), row[3]]) for row in [head, *rows]]
         fused = sum(r.fused for r in self)
-        return "\n".join([*lines, f"{fused} of {len(self)} fused"])
+        lines += [f"{fused} of {len(self)} fused", *(f"not {name}: {why}" for name, why in self.absent.items())]
+        # What is too long goes on under the reasons, or as far to the right as leaves them half of the line.
+        indent = " " * min(sum(widths) + 6, _COLUMNS // 2)
+        return "\n".join(textwrap.fill(line, _COLUMNS, subsequent_indent=indent) for line in lines)
 
 
 def explain(model: nn.Module, *inputs: Any, **keywords: Any) -> Explanation:
-    """Per block of `model`: its modules, the backend that runs it, and why; and what is not fused, and why not.
+    """Per block of `model`: its modules, what runs it, and why; and what is not fused, and why not.
 
     With `inputs` the model is called with them, with gradients where they are enabled, and the backends are those that
     did run; buffers are put back afterwards. Without, or with None alone, they are those that its parameters' device
@@ -63,50 +72,72 @@ def explain(model: nn.Module, *inputs: Any, **keywords: Any) -> Explanation:
         )
     ran = _observe(model, inputs, keywords, tensors[0].device) if observed else {}
     rows, seen = Explanation(), set[int]()
+    if backends.requested() == "auto":
+        rows.absent = _absent()
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Sequential) or id(module) in seen:
+        if not isinstance(module, nn.Sequential) or id(module) in seen or "forward" in module.__dict__:
             continue
-        if "forward" in module.__dict__ or type(module).forward not in (nn.Sequential.forward, FusedSequential.forward):
+        if type(module).forward is not nn.Sequential.forward and not match.runs_blocks(module):
             continue
         fused = isinstance(module, FusedSequential)
         transparent = match.is_plain_sequential if fused else _is_plain_unfused
         seen.update(id(m) for m in _opened(module, transparent))
-        for part in segments(module, transparent):
+        # Of what has no row here, a weight of its own may be that of a block.
+        parts = [part for part in segments(module, transparent) if isinstance(part, FoundChain) or part.why is not None]
+        if all(isinstance(part, Alone) for part in parts):  # the activations may be those of other code's blocks
+            parts = [part for part in parts if isinstance(part, Alone) and from_module(part.module) is None]
+        for part in parts:
             seen.update(id(m) for m in _modules_of(part) if not isinstance(m, nn.Sequential))
             rows.extend(_rows(part, f"{path}." if path else "", fused, ran, observed))
     for path, module in model.named_modules():
-        if id(module) not in seen and _belongs_to_a_block(module):
+        if id(module) in seen or isinstance(module, parametrize.ParametrizationList):
+            continue
+        if _belongs_to_a_block(module) or _record_of(module, ran) is not None:
             rows.extend(_own_rows(path or "(model)", module, _is_called_by_fused(model, path), ran, observed))
     return rows
 
 
+def _absent() -> dict[str, str]:
+    return {name: why for name, why in backends.status().items() if why != "available"}
+
+
 def _is_called_by_fused(model: nn.Module, path: str) -> bool:
-    """Whether a module that contains this one has a forward whose convolutions wait."""
+    """Whether this module, or one that contains it, has a forward whose convolutions wait."""
     parts = path.split(".")
-    over = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    over = [model, *(model.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))]
     return any(hasattr(type(m), "_plain_class") and not isinstance(m, nn.Sequential) for m in over)
 
 
 def _own_rows(path: str, module: nn.Module, fused: bool, ran: dict[int, chain.Record], observed: bool) -> Iterator[Row]:
     """Those of a module that code of its own calls: a convolution that waits has the row of its block."""
-    kind = type(module).__name__
-    if not fused:
+    kind = getattr(type(module), "_plain_class", type(module)).__name__.removeprefix("Parametrized")
+    record = _record_of(module, ran)
+    if isinstance(module, nn.GroupNorm):
+        yield Row(path, kind, False, None, f"{kind} is not fused")
+    elif not fused:
         yield Row(path, kind, False, None, "called by code of its own: call fastdcgan.fuse(model)")
     elif not observed:
         yield Row(path, kind, False, None, "called by code of its own: explain(model, x) says how that runs")
+    elif record is not None:
+        pattern = " + ".join([kind, *record.pattern.split(" + ")[1:]])
+        yield _row(path, pattern, record, next(module.parameters()).device.type)
     elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        record = ran.get(id(module._parameters.get("weight")))
-        if record is None:
-            yield Row(path, kind, False, None, "was not reached by this input, or its weight is computed at each call")
-        elif record.backend is None:
-            bare = record.route == match.WHY_BARE
-            why = record.route if bare else f"runs as PyTorch's own functions: {record.route}"
-            yield Row(path, record.pattern, False, None, why)
-        else:
-            why = _why_backend(record.backend, next(module.parameters()).device.type, record.dtype)
-            yield Row(path, record.pattern, True, record.backend, f"input {list(record.shape)}; {why}; {record.route}")
+        stored = next(module.parameters())
+        plain = run.why_plain(stored.device.type, stored.dtype)
+        unseen = "was not reached by this input, or its weight is computed at each call"
+        yield Row(path, kind, False, None, unseen if plain is None else _modules_run(plain))
     elif not isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
         yield Row(path, kind, False, None, f"{kind} is not fused")
+
+
+def _record_of(module: nn.Module, ran: dict[int, chain.Record]) -> chain.Record | None:
+    """That of a convolution by the module itself, its weight, or the parameter that its weight is computed from."""
+    own = [p for child in (module, *_parametrizations(module)) for p in child._parameters.values()]
+    return next((ran[id(of)] for of in (module, *own) if id(of) in ran), None)
+
+
+def _parametrizations(module: nn.Module) -> list[nn.Module]:
+    return list(module.parametrizations.children()) if parametrize.is_parametrized(module) else []  # type: ignore[union-attr]
 
 
 def _observe(
@@ -118,7 +149,11 @@ def _observe(
             model(*inputs, **keywords)  # measures what it has to
             chain.recorder = []
             model(*inputs, **keywords)
-        return {id(record.conv): record for record in chain.recorder}
+        ran = {id(record.conv): record for record in chain.recorder}
+        for record in chain.recorder:
+            for origin in origins(record.conv):
+                ran.setdefault(id(origin), record)
+        return ran
     finally:
         chain.recorder = None
         with torch.no_grad():
@@ -144,56 +179,72 @@ def _modules_of(part: FoundChain | Alone) -> list[nn.Module]:
 
 
 def _belongs_to_a_block(module: nn.Module) -> bool:
-    kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
+    kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
     return isinstance(module, kinds)
+
+
+def origins(weight: Any) -> Iterator[Tensor]:
+    """The parameters like weights that a weight, computed with gradients, was computed from."""
+    nodes: list[Any] = [weight.grad_fn] if isinstance(weight, Tensor) and weight.grad_fn is not None else []
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable") and node.variable.dim() >= 4:
+            yield node.variable
+        before = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= before
+        nodes.extend(before)
 
 
 def _rows(
     part: FoundChain | Alone, prefix: str, fused: bool, ran: dict[int, chain.Record], observed: bool
 ) -> list[Row]:
     if isinstance(part, Alone):
-        if part.why is None:
-            return []
-        return [Row(prefix + part.name, type(part.module).__name__, False, None, part.why)]
+        return [Row(prefix + part.name, type(part.module).__name__, False, None, part.why or "")]
     rows = []
     for block in part.blocks:
-        name = prefix + block.name
+        name, record = prefix + block.name, _record_of(block.conv, ran)
+        stored = next(block.conv.parameters())  # reading `weight` would run a parametrization
+        device, dtype = stored.device.type, stored.dtype
+        plain = run.why_plain(device, dtype)
         if not fused:
             rows.append(Row(name, block.pattern, False, None, "in a plain nn.Sequential: call fastdcgan.fuse(model)"))
-            continue
-        record = ran.get(id(block.conv))
-        stored = next(block.conv.parameters())  # reading `weight` would run a parametrization
-        device, dtype = stored.device.type, stored.dtype if record is None else record.dtype
-        plain = run.why_plain(device, dtype) if record is None or record.backend is not None else record.route
-        if plain is not None:
-            rows.append(Row(name, block.pattern, False, None, f"runs as PyTorch's own modules: {plain}"))
-            continue
-        if part.bare and (record is None or record.route == match.WHY_BARE):
+        elif record is not None:
+            rows.append(_row(name, block.pattern, record, device))
+        elif plain is not None:
+            rows.append(Row(name, block.pattern, False, None, _modules_run(plain)))
+        elif part.bare:
             rows.append(Row(name, block.pattern, False, None, match.WHY_BARE))
-            continue
-        if observed and record is None:
+        elif observed:
             rows.append(Row(name, block.pattern, False, None, "was not reached by this input, or ran module by module"))
-            continue
-        name_of = (
-            record.backend
-            if record is not None and record.backend is not None
-            else backends.select(backends.requested(), device, dtype)
-        )
-        why = _why_backend(name_of, device, dtype)
-        if record:
-            why = f"input {list(record.shape)}; {why}" + (f"; {record.route}" if record.route else "")
-        rows.append(Row(name, block.pattern, True, name_of, why))
+        else:
+            chosen = backends.select(backends.requested(), device, dtype)
+            why = _why_backend(chosen, device, dtype) or ["first choice"]
+            rows.append(Row(name, block.pattern, True, chosen, "; ".join(why)))
     return rows
 
 
-def _why_backend(name: str, device: str, dtype: torch.dtype) -> str:
+def _row(name: str, pattern: str, record: chain.Record, device: str) -> Row:
+    """That of a block that ran."""
+    if record.backend is None:
+        bare = record.route == match.WHY_BARE
+        return Row(name, pattern, False, None, record.route if bare else _modules_run(record.route))
+    why = [record.route, f"input {list(record.shape)}", *_why_backend(record.backend, device, record.dtype)]
+    return Row(name, pattern, True, record.backend, "; ".join(filter(None, why)))
+
+
+def _modules_run(why: str) -> str:
+    """Why PyTorch's own modules or functions run a block; where a backend is absent, the reason is below the table."""
+    absent = next((f"no backend {name!r} here" for name, reason in _absent().items() if reason == why), why)
+    return f"runs as PyTorch's own: {absent}"
+
+
+def _why_backend(name: str, device: str, dtype: torch.dtype) -> list[str]:
+    """Why those that "auto" would rather take don't run a block, but for those that are absent."""
     if backends.requested() != "auto":
-        return "asked for by name"
+        return ["asked for by name"]
     if name == "auto":  # on a GPU
-        return "first choice"
-    before = []
-    for other, reason in backends.reasons(device, dtype).items():
-        if other == name:
-            break
-        before.append(f"not {other}: {reason}")
-    return "; ".join(before) or "first choice"
+        return []
+    absent, reasons = _absent(), backends.reasons(device, dtype)
+    before = itertools.takewhile(lambda other: other != name, reasons)
+    return [f"not {other}: {reasons[other]}" for other in before if other not in absent]

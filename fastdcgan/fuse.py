@@ -16,7 +16,7 @@ from torch import nn
 from fastdcgan.activations import from_module
 from fastdcgan.checks import check_module
 from fastdcgan.engine.deferred import deferring
-from fastdcgan.engine.match import leaves
+from fastdcgan.engine.match import leaves, runs_blocks
 from fastdcgan.layers import FusedSequential
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -60,7 +60,7 @@ def unfuse(model: ModuleT) -> ModuleT:
     for module in list(model.modules()):
         plain: type[nn.Module] | None = getattr(type(module), "_plain_class", None)
         # A class with a forward of its own is no drop-in layer.
-        if plain is None and isinstance(module, FusedSequential) and type(module).forward is FusedSequential.forward:
+        if plain is None and isinstance(module, FusedSequential) and runs_blocks(module):
             plain = nn.Sequential
             if type(module) is not FusedSequential:
                 module.__dict__[_KEY] = type(module)  # so that fuse() gives a drop-in layer its own class back
@@ -87,15 +87,21 @@ def _calls_convolutions(module: nn.Module) -> bool:
     kind = type(module)
     if hasattr(kind, "_plain_class") or isinstance(module, (torch.jit.ScriptModule, *_CONVS)):
         return False
-    inherited = kind.forward in (nn.Module.forward, nn.Sequential.forward, FusedSequential.forward)
-    if inherited or "forward" in module.__dict__ or kind.__module__.startswith("torch."):
+    inherited = kind.forward in (nn.Module.forward, nn.Sequential.forward)
+    if inherited or runs_blocks(module) or "forward" in module.__dict__ or kind.__module__.startswith("torch."):
         return False
     lists = [m for m in module.children() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
     children = [*module.children(), *(m for each in lists for m in each.children())]
-    if any(isinstance(m, _CONVS) for m in children) or any(p.dim() == 4 for p in module.parameters(recurse=False)):
+    in_sequentials = [m for each in children if isinstance(each, nn.Sequential) for _, m in leaves(each)]
+    if any(isinstance(m, _CONVS) for m in children) or any(map(_has_weight, [module, *children, *in_sequentials])):
         return True
     between = any(isinstance(m, _NORMS) or from_module(m) is not None for m in children)
-    return between and any(isinstance(m, _CONVS) for m in module.modules())
+    return between and any(isinstance(m, _CONVS) or _has_weight(m) for m in module.modules())
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Whether a module of somebody's own may convolve with a parameter of its own (an equalised learning rate)."""
+    return not isinstance(module, _CONVS) and any(p.dim() == 4 for p in module.parameters(recurse=False))
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdcgan import checks
 from fastdcgan.activations import to_module
+from fastdcgan.engine.deferred import deferring
 from fastdcgan.engine.run import run_sequential
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -70,6 +72,38 @@ class _Layer(FusedSequential):
         return self.conv.weight
 
 
+class _TransposedLayer(_Layer):
+    """One of a transposed convolution."""
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, output_size: Sequence[int] | None = None, stat_groups: int = 1
+    ) -> Tensor:
+        """As `FusedSequential.forward`; `output_size` is that of `nn.ConvTranspose2d.forward`: [H', W'] or
+        [N, Co, H', W'], in place of `output_padding`.
+
+        Raises ValueError, as PyTorch does, for a size that no output_padding gives.
+        """
+        if output_size is None:
+            return super().forward(input, stat_groups)
+        checks.check_stat_groups(stat_groups)
+        if stat_groups == 1:
+            return _call_one_by_one(self, input, output_size)
+        if input.shape[0] % stat_groups:
+            raise ValueError(f"stat_groups={stat_groups} must divide the batch size, got a batch of {input.shape[0]}")
+        return torch.cat([_call_one_by_one(self, part, output_size) for part in input.chunk(stat_groups)])
+
+    forward.runs_blocks = True  # type: ignore[attr-defined]
+
+
+@deferring
+def _call_one_by_one(layer: nn.Sequential, x: Tensor, output_size: Sequence[int]) -> Tensor:
+    conv, *others = layer
+    x = conv(x, output_size)
+    for module in others:
+        x = module(x)
+    return x
+
+
 class ConvBNAct2d(_Layer):
     """`nn.Conv2d`, `nn.BatchNorm2d` and an activation as one block: [N, Ci, H, W] -> [N, Co, H', W'].
 
@@ -108,10 +142,10 @@ class ConvBNAct2d(_Layer):
         super().__init__(conv, bn, activation, slope)
 
 
-class ConvTransposeBNAct2d(_Layer):
+class ConvTransposeBNAct2d(_TransposedLayer):
     """`nn.ConvTranspose2d`, `nn.BatchNorm2d` and an activation as one block: [N, Ci, H, W] -> [N, Co, H', W'].
 
-    The positional arguments are `nn.ConvTranspose2d`'s; all else as in `ConvBNAct2d`.
+    The positional arguments are `nn.ConvTranspose2d`'s, and a call takes an `output_size`; all else is `ConvBNAct2d`'s.
     """
 
     def __init__(
@@ -151,7 +185,7 @@ class ConvAct2d(_Layer):
         super().__init__(nn.Conv2d(*args, **kwargs), None, activation, slope)
 
 
-class ConvTransposeAct2d(_Layer):
+class ConvTransposeAct2d(_TransposedLayer):
     """`nn.ConvTranspose2d` and an activation as one block; its arguments, `activation` and `slope`."""
 
     def __init__(self, *args: Any, activation: str = "tanh", slope: float | None = None, **kwargs: Any) -> None:

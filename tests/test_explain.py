@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import fastdcgan
+from fastdcgan import backends
 from fastdcgan.explain import Explanation, Row
+from fastdcgan.spec import Unavailable
 from tests.helpers.networks import IMAGE, VARIANTS
 from tests.helpers.twins import build, draw, one_thread
 from tests.models import SMALL
@@ -54,7 +56,7 @@ def test_asking_changes_nothing(name: str, with_input: bool, device: torch.devic
     for row in rows:
         assert row.why
         assert (row.backend is not None) == row.fused
-        kind = type(paths[row.name]).__name__.removeprefix("Parametrized")
+        kind = type(paths[row.name]).__name__.removeprefix("Parametrized").removeprefix("Fused")
         assert row.pattern.split(" + ")[0] == kind
 
 
@@ -95,6 +97,11 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "hook": (with_hook, "0", "hooks"),
     "1d": (VARIANTS["1d"][0], "0", "blocks are of 2-d convolutions"),
     "3d": (VARIANTS["3d"][0], "1", "BatchNorm3d is not fused"),
+    "group norm": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()),
+        "1",
+        "GroupNorm is not fused",
+    ),
     "norm first": (VARIANTS["norm before conv"][0], "0", "no convolution with its number of channels"),
     "norm of another width": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3), nn.ReLU()),
@@ -150,7 +157,8 @@ def test_an_input_shows_what_ran(device: torch.device) -> None:
     model = fastdcgan.fuse(VARIANTS["two blocks"][0]()).to(device)
     x = draw(IMAGE, torch.float32, device)
     rows = fastdcgan.explain(model, x)
-    assert [row.why.split(";")[0] for row in rows] == [f"input {list(IMAGE)}"] * 2
+    routes = [row.why.split(f"; input {list(IMAGE)}")[0] for row in rows]
+    assert all(route and not route.startswith("input ") and "input " not in route for route in routes)
     assert all(row.backend == one_backend(device) for row in rows)
 
     class OneBranch(nn.Module):
@@ -191,19 +199,91 @@ def test_auto_says_what_it_passed_over(device: torch.device) -> None:
         model = fastdcgan.fuse(VARIANTS["two blocks"][0]()).to(device, torch.float64)
         for row in fastdcgan.explain(model):
             assert row.backend == "reference"
-            assert "not triton: " in row.why
-            assert "not cpu: " in row.why
+            passed_over = {name for name in backends.NAMES if f"not {name}: " in row.why}
+            assert passed_over == {"cuda", "triton", "cpu"} - absent().keys()
+
+
+def absent() -> dict[str, str]:
+    return {name: why for name, why in fastdcgan.backends().items() if why != "available"}
+
+
+def test_what_is_absent_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "no such machine " * 9
+    monkeypatch.setitem(backends._loaded, "triton", Unavailable(why))
+    model, x = fastdcgan.fuse(VARIANTS["two blocks"][0]()), torch.randn(IMAGE)
+    for rows in (fastdcgan.explain(model), fastdcgan.explain(model, x)):
+        assert rows.absent == absent() and rows.absent["triton"] == why
+        assert not any(reason in row.why for row in rows for reason in rows.absent.values())
+        table = " ".join(str(rows).split())
+        assert all(table.count(" ".join(reason.split())) == 1 for reason in rows.absent.values())
+    with fastdcgan.backend("reference"):
+        assert not fastdcgan.explain(model).absent
 
 
 def test_the_table() -> None:
     text = str(fastdcgan.explain(fastdcgan.fuse(VARIANTS["norm before conv"][0]())))
     lines = text.splitlines()
     assert lines[0].split() == ["module", "pattern", "runs", "why"]
-    assert [line.split()[0] for line in lines[1:-1]] == ["0", "1", "2"]
+    assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "2"]
     column = lines[0].index("runs")
-    assert all(line[column:].startswith(("fused on ", "as it is")) and line[column - 1] == " " for line in lines[1:-1])
-    assert lines[-1] == "1 of 3 fused"
+    assert all(line[column:].startswith(("fused on ", "as it is")) and line[column - 1] == " " for line in lines[1:4])
+    assert lines[4] == "1 of 3 fused"
     assert str(Explanation()).endswith("0 of 0 fused")
+
+
+@one_thread()
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_table_fits_a_terminal_and_leaves_nothing_out(name: str, device: torch.device) -> None:
+    factory, shape = PAIRS[name]
+    rows = fastdcgan.explain(fastdcgan.fuse(build(factory, torch.float32, device)), draw(shape, torch.float32, device))
+    lines = str(rows).splitlines()
+    assert max(map(len, lines)) < 120
+    table = " ".join(" ".join(lines).split())
+    for row in rows:
+        runs = f"fused on {row.backend}" if row.fused else "as it is"
+        assert f"{row.name} {row.pattern} {runs} {row.why}" in table
+
+
+class Scaled(nn.Module):
+    """A convolution whose weight is computed at each call, as for an equalised learning rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.weight * 0.1)
+
+
+class Computed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 3)), nn.BatchNorm2d(3)
+        self.second, self.third = Scaled(), nn.utils.spectral_norm(nn.Conv2d(4, 2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(self.second(self.norm(self.first(x)).relu()).tanh()).sigmoid()
+
+
+def test_weights_that_are_computed_at_each_call(device: torch.device) -> None:
+    rows = fastdcgan.explain(fastdcgan.fuse(Computed()).to(device), draw(IMAGE, torch.float32, device))
+    assert {row.name: row.pattern for row in rows} == {
+        "first": "Conv2d + BatchNorm2d + ReLU", "second": "Scaled + Tanh", "third": "Conv2d + Sigmoid",
+    }  # fmt: skip
+    assert all(row.fused for row in rows)
+
+
+def test_convolutions_of_somebody_elses_in_a_sequential(device: torch.device) -> None:
+    class Grown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Sequential(Scaled(), nn.LeakyReLU(0.2))])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks[0](x)
+
+    (row, *others) = fastdcgan.explain(fastdcgan.fuse(Grown()).to(device), draw(IMAGE, torch.float32, device))
+    assert (row.name, row.pattern, row.fused, others) == ("blocks.0.0", "Scaled + LeakyReLU", True, [])
 
 
 @pytest.mark.parametrize("x", ["image", 3, [1.0]])

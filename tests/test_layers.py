@@ -148,6 +148,57 @@ def test_round_trips(name: str, device: torch.device) -> None:
     assert type(layer[:1]) is FusedSequential  # a part of a layer is no such layer
 
 
+TRANSPOSED = [name for name in LAYERS if "Transpose" in name]
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("size", [(19, 17), (18, 16), [4, 3, 19, 17]], ids=str)
+@pytest.mark.parametrize("name", ["ConvTransposeBNAct2d", "ConvTransposeAct2d"])
+def test_an_output_size(name: str, size: Any, train: bool, device: torch.device) -> None:
+    kind, parts, found = LAYERS[name][0], 2 if train else 1, []
+    x = draw(IMAGE, torch.float64, device).repeat(parts, 1, 1, 1)
+    for fused in (False, True):
+        model = build(lambda: kind(3, 3, 4, 2, 1), torch.float64, device).train(train)
+        leaf = x.clone().requires_grad_()
+        if fused:
+            out = model(leaf, size, stat_groups=parts) if train else model(leaf, output_size=size)
+        else:
+            conv, *others = fastdcgan.unfuse(model)
+            assert type(model) is nn.Sequential
+            outs = [nn.Sequential(*others)(conv(part, size)) for part in leaf.chunk(parts)]
+            out = torch.cat(outs)
+        out.square().sum().backward()
+        state = dict(model.named_buffers()) | {k: p.grad for k, p in model.named_parameters()}
+        found.append({"output": out.detach(), "input": leaf.grad} | state)
+    assert found[1]["output"].shape[2:] == tuple(size)[-2:]
+    assert_same(found[1], found[0])
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_an_output_size_that_there_is_not(name: str) -> None:
+    kind, args, kwargs, _ = LAYERS[name]
+    layer, x = kind(*args, **kwargs), torch.randn(IMAGE)
+    before = copy.deepcopy(layer.state_dict())
+    for size in ([99, 17], [1, 2, 3]):
+        with pytest.raises(ValueError) as theirs:  # noqa: PT011
+            layer.conv(x, size)
+        with pytest.raises(ValueError) as ours:  # noqa: PT011
+            layer(x, size)
+        assert str(ours.value) == str(theirs.value)
+    with pytest.raises(ValueError, match="stat_groups=3 must divide the batch size, got a batch of 4"):
+        layer(x, layer.conv(x).shape[2:], 3)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+def test_an_output_size_runs_as_one_block(device: torch.device) -> None:
+    layer = fastdcgan.ConvTransposeBNReLU2d(3, 4, 3, 2, 1).to(device)
+    for model in (layer, nn.Sequential(layer)):
+        assert type(fastdcgan.fuse(model)) in (type(layer), FusedSequential)
+        assert type(layer) is fastdcgan.ConvTransposeBNReLU2d
+    (row,) = fastdcgan.explain(layer, draw(IMAGE, torch.float32, device), [18, 16])
+    assert (row.name, row.pattern, row.fused) == ("conv", "ConvTranspose2d + BatchNorm2d + ReLU", True)
+
+
 def test_layers_make_a_chain(device: torch.device) -> None:
     def factory() -> nn.Module:
         up = fastdcgan.ConvTransposeBNReLU2d(5, 8, 4, 1, 0, bias=False), fastdcgan.ConvTransposeTanh2d(8, 3, 4, 2, 1)

@@ -28,6 +28,7 @@ from fastdcgan.engine.pending import (
     Step,
     Waiting,
     compute,
+    compute_before_compiled_code,
     computed,
     hooks_up_to,
     key_of,
@@ -321,6 +322,7 @@ def deferring(forward: Callable) -> Callable:
         try:
             if glance in plain and chain.recorder is None:
                 return forward(self, *args, **kwargs)
+            compute_before_compiled_code()
             with Deferring() as mode:
                 out = forward(self, *args, **kwargs)
         finally:

@@ -8,7 +8,9 @@ chain, but for outputs that somebody still has. Those are computed on their own:
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -277,6 +279,27 @@ def _apply_to_tensors(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 torch.autograd.Function.apply = classmethod(_apply_to_tensors)  # type: ignore[assignment, method-assign]
+
+
+def compute_before_compiled_code() -> None:
+    """Compute what waits before torch.compile's code runs or is traced, which asks no `__torch_function__`: once its
+    compiler is imported, the function that it calls just before."""
+    compiler: Any = sys.modules.get("torch._dynamo.eval_frame")
+    enter = getattr(compiler, "_callback_from_stance", None)
+    if enter is None or hasattr(enter, "computes"):
+        return
+
+    @functools.wraps(enter)
+    def compute_and_enter(callback: Any) -> Any:
+        for i in range(torch._C._len_torch_function_stack()):
+            mode = torch._C._get_function_stack_at(i)
+            if isinstance(mode, Waiting) and not mode.traced:
+                mode.compute_all()
+        return enter(callback)
+
+    compute_and_enter.computes = True  # type: ignore[attr-defined]
+    compiler._callback_from_stance = compute_and_enter
+
 
 # --- how it is computed ----------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastdcgan.benchmarks import census
 from fastdcgan.benchmarks.census import Setting, Watch
@@ -26,6 +27,7 @@ BLOCKS = {
     "dropout discriminator": (4, 4),
     "patchgan, instance norm": (4, 4),
     "pix2pix unet": (8, 7),  # in between the outermost convolution and its LeakyReLU there is a module's border
+    "progan generator": (9, 9),
     "mobilenet-v2": (22, 22),
     "esrgan generator": (11, 11),
     "unet, called one by one": (11, 11),
@@ -36,10 +38,46 @@ BLOCKS = {
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_are_counted_however_they_are_called(name: str) -> None:
     factory, shape = SMALL[name]
-    model = factory()
-    with Watch() as watch:
-        model(torch.randn(shape))
-    assert (watch.blocks, census.blocks_fused(model, torch.randn(shape))) == BLOCKS[name]
+    blocks = census.blocks_of(factory(), torch.randn(shape))
+    assert (blocks.there, blocks.fused) == BLOCKS[name]
+
+
+class Parts(nn.Module):
+    """Blocks with a weight as it is stored, and two that are computed; one is written to before its activation; one
+    isn't fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(5))
+        nn.utils.parametrizations.spectral_norm(self.convs[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convs[0](x).relu()
+        x = self.convs[1](x).tanh()
+        x = F.conv2d(input=x, weight=self.convs[2].weight * 0.5, padding=1).sigmoid()
+        y = self.convs[3](x)
+        y += x
+        z = self.convs[4](y.relu())
+        return F.glu(z.expand(4, 3, 8, 8).repeat(1, 2, 1, 1), 1) + F.layer_norm(z, z.shape[1:])
+
+
+def test_what_is_left_is_named() -> None:
+    blocks = census.blocks_of(Parts(), torch.randn(4, 3, 8, 8))
+    assert (blocks.there, blocks.fused) == (4, 3)
+    assert blocks.left == [("convs.4", census.WHY_APART)]
+
+
+def test_most_blocks_of_what_people_write_are_fused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert census.main(["--blocks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    counts = [re.fullmatch(r"(.{36}) +(\d+) of +(\d+) fused", line) for line in lines]
+    found = {match[1].strip(): (int(match[3]), int(match[2])) for match in counts if match}
+    assert found.keys() == MODELS.keys()
+    left = [line for line in lines if line.startswith("    ")]
+    assert sum(there - fused for there, fused in found.values()) == len(left) == len(lines) - len(MODELS) - 1
+    fused, there, percent = map(float, re.fullmatch(r"blocks: (\d+) of (\d+) fused, ([\d.]+) %", lines[-1]).groups())
+    assert (there, fused) == tuple(map(sum, zip(*found.values(), strict=True)))
+    assert percent == pytest.approx(100 * fused / there, abs=0.05) and percent >= 95
 
 
 def test_kinks_are_counted_in_functions_and_pooling() -> None:
@@ -169,7 +207,7 @@ def test_outside_of_a_checkout_it_says_so(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_names_can_be_given_in_part() -> None:
-    assert list(census._chosen(MODELS, ["resnet", "unet, t"])) == [
-        "unet, transposed", "resnet-18", "resnet-18, called one by one",
+    assert list(census._chosen(MODELS, ["mobile", "unet, t"])) == [
+        "unet, transposed", "mobilenet-v2",
     ]  # fmt: skip
     assert census._chosen(MODELS, None) == MODELS

@@ -233,7 +233,7 @@ def test_explain_says_so(clock: Clock) -> None:
     _, fused, x = pair("conv, BN, LeakyReLU")
     (row,) = fastdcgan.explain(fused, x)
     assert not row.fused
-    assert row.why.startswith(f"runs as PyTorch's own modules: measured: {MODULES} 1.0000 ms, fused")
+    assert row.why.startswith(f"runs as PyTorch's own: measured: {MODULES} 1.0000 ms, fused")
     clock.fastest = "fused in channels_last"
     (row,) = fastdcgan.explain(fused, x[:3])
     assert row.fused and row.backend == "cpu"

@@ -25,7 +25,7 @@ from fastdcgan.engine import pending
 from fastdcgan.engine.choice import MODULES
 from tests.engine.test_choice import Clock
 from tests.helpers.twins import assert_same, channels_last, numbers, one_thread, prepared
-from tests.helpers.ways import SHAPE, WAYS, Net, Pair, block, conv, dense, net, recursion, statistics_of_nothing
+from tests.helpers.ways import SHAPE, WAYS, Net, Pair, block, dense, net, recursion, statistics_of_nothing
 from tests.machine import backends_here
 
 needs_cpu = pytest.mark.skipif("cpu" not in backends_here(), reason="the choice is that of the backend 'cpu'")
@@ -469,24 +469,3 @@ def test_tracers(tracer: str) -> None:
     x = numbers(*SHAPE)
     found = TRACERS[tracer](fastdcgan.fuse(copy.deepcopy(plain)), x)(x)
     torch.testing.assert_close(found, plain(x))
-
-
-@pytest.mark.parametrize("part", ["a submodule", "a function"])
-def test_compiled_inside(part: str) -> None:
-    def way(m: Any, x: Tensor) -> Tensor:
-        h = m.act(m.bn(m.conv(x)))
-        return m.act(inner(m)(h)) + h
-
-    def inner(m: Any) -> Callable:
-        if not compiled:
-            compiled.append(torch.compile(m.tail if part == "a submodule" else (lambda t: F.relu(m.up(t))), **how))
-        return compiled[0]
-
-    how: Any = {"backend": "eager"}
-    plain = net(way, tail=nn.Sequential(conv(), nn.Tanh()))
-    found = []
-    for model in (plain, fastdcgan.fuse(copy.deepcopy(plain))):
-        torch._dynamo.reset()
-        compiled: list[Callable] = []
-        found.append(run(model, numbers(*SHAPE)))
-    assert_same(found[1], found[0])

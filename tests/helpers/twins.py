@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastdcgan
 from fastdcgan.activations import to_module
-from tests.helpers.tolerance import assert_as_accurate, assert_same_float64
+from tests.helpers.tolerance import SLACK, assert_as_accurate, assert_same_float64, rounding
 from tests.machine import DEVICE
 
 Outcome = dict[str, Tensor | None]
@@ -157,7 +157,7 @@ KINKS: dict[type[nn.Module], tuple[int, ...]] = {  # where derivatives jump
 
 
 def without_kinks(model: nn.Module) -> nn.Module:
-    """The model with Tanh in place of activations with a kink.
+    """The model with Tanh in place of activations with a kink, and mean in place of maximum in its pooling.
 
     Where rounding decides on which side of a kink a pre-activation lies, a derivative is simply another, and 16 bits
     decide so for a hundredth of all: then two right gradients of a network differ by more than any bound from rounding.
@@ -166,6 +166,8 @@ def without_kinks(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if type(child) in KINKS:
                 setattr(module, name, nn.Tanh())
+            elif type(child) is nn.MaxPool2d:
+                setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride))
     return model
 
 
@@ -286,19 +288,59 @@ def assert_as_good(
         assert_as_accurate(got, usual, right, name, reduction=reduction, scale=scale)
 
 
+def assert_within_spread(
+    found: Mapping[str, Tensor | None],
+    vanilla: Sequence[Mapping[str, Tensor | None]],
+    truth: Mapping[str, Tensor | None],
+    dtype: torch.dtype,
+) -> None:
+    """Every tensor errs at most twice as much as vanilla's own in `dtype`, of which several are given whose rounding
+    differs: where gradients cancel, a single one may be right by chance. (Of few elements an error is one draw.)"""
+    for name, right in truth.items():
+        got, others = found[name], [v[name] for v in vanilla]
+        assert all((got is None) == (other is None) for other in [*others, right]), name
+        if got is None or right is None or not right.is_floating_point():
+            continue
+        assert got.dtype == others[0].dtype and got.shape == right.shape, name  # type: ignore[union-attr]
+        error, *usual = (rms(t.double() - right) for t in (got, *others) if t is not None)
+        allowed = SLACK * max(usual) * (1 + 2 / max(1, right.numel()) ** 0.5) + rounding(dtype) * rms(right)
+        assert error <= allowed, f"{name} errs by {error:.3e}, vanilla by {usual}, so at most {allowed:.3e}"
+
+
+def nudged(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Every number one rounding of `dtype` up or down."""
+    signs = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).sign().to(x.device)
+    return x * (1 + rounding(dtype) * signs)
+
+
 def assert_fuses_right(
     factory: Callable[[], nn.Module], shape: tuple[int, ...], device: torch.device, train: bool = True
 ) -> None:
-    """Exactly the vanilla results in float64, and as good ones in float32."""
+    """Exactly the vanilla results in float64, and as good ones in float32 and under autocast; the same state_dict."""
     found: list[tuple[Outcome, Outcome]] = []
     settled = settled_input(build(factory, torch.float64, device).train(train), shape, device)
     for dtype in (torch.float64, torch.float32):
         x = settled.to(dtype)
-        vanilla = results(build(factory, dtype, device).train(train), x)
-        found.append((results(fastdcgan.fuse(build(factory, dtype, device)).train(train), x), vanilla))
+        plain, fused = (build(factory, dtype, device).train(train) for _ in range(2))
+        fastdcgan.fuse(fused)
+        found.append((results(fused, x), results(plain, x)))
+        assert list(fused.state_dict()) == list(plain.state_dict())
     (ours64, truth), (ours32, vanilla32) = found
     assert_same(ours64, truth)
     assert_as_good(ours32, vanilla32, truth)
+
+    def smooth(dtype: torch.dtype = torch.float32) -> nn.Module:
+        return build(lambda: without_kinks(factory()), dtype, device).train(train)
+
+    x, low = settled.float(), torch.bfloat16
+    with torch.autocast(device.type, low):
+        ours = results(fastdcgan.fuse(smooth()), x, steps=1)
+        vanilla = [results(smooth(), inputs, steps=1) for inputs in (x, nudged(x, low))]
+    for outcome in (ours, *vanilla):
+        del outcome["input 0"]
+    truth = results(smooth(torch.float64), x.double(), steps=1)
+    del truth["input 0"]
+    assert_within_spread(ours, vanilla, truth, low)
 
 
 def subsets(items: list[str]) -> list[tuple[str, ...]]:
