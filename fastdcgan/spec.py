@@ -16,7 +16,7 @@ covers the `i`-th of `stat_groups` equal parts of the batch:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -155,6 +155,8 @@ class Block:
     slope: float
     backend: str
     inplace: bool = field(default=False, repr=False, compare=False)  # the activation's module: it decides strides alone
+    # It stands for nearest upsampling by 2 and a plain convolution (`Block.upsampling`), whose weight a call has.
+    upsamples: bool = field(default=False, repr=False)
 
     @property
     def op(self) -> str:
@@ -170,6 +172,18 @@ class Block:
         if self.transposed:
             return self.geometry.conv_transpose_size(height, width, self.output_padding)
         return self.geometry.conv_size(height, width)
+
+    def upsampling(self) -> Block:
+        """The block that does what nearest upsampling by 2 and then this one do."""
+        geometry = self.geometry.of_upsampled()
+        assert geometry is not None and not self.transposed
+        return replace(self, transposed=True, geometry=geometry, upsamples=True)
+
+    def after_upsampling(self) -> Block:
+        """The block that `upsampling` was asked of."""
+        (kh, kw), (ph, pw) = self.geometry.kernel, self.geometry.padding
+        geometry = Geometry((kh - 1, kw - 1), padding=(kh - 2 - ph, kw - 2 - pw))
+        return replace(self, transposed=False, geometry=geometry, upsamples=False)
 
 
 class BlockTensors(NamedTuple):
