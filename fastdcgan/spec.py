@@ -155,7 +155,7 @@ class Block:
     slope: float
     backend: str
     inplace: bool = field(default=False, repr=False, compare=False)  # the activation's module: it decides strides alone
-    # It stands for nearest upsampling by 2 and a plain convolution (`Block.upsampling`), whose weight a call has.
+    # It does what nearest upsampling by 2 and a plain convolution do, and a call has that convolution's weight.
     upsamples: bool = field(default=False, repr=False)
 
     @property
@@ -174,7 +174,8 @@ class Block:
         return self.geometry.conv_size(height, width)
 
     def upsampling(self) -> Block:
-        """The block that does what nearest upsampling by 2 and then this one do."""
+        """The block that does what nearest upsampling by 2 and this one do; its weight is that of
+        `engine/upsampling.py`."""
         geometry = self.geometry.of_upsampled()
         assert geometry is not None and not self.transposed
         return replace(self, transposed=True, geometry=geometry, upsamples=True)

@@ -156,11 +156,11 @@ def _computed(steps: list[Step], x: Tensor) -> Tensor:
     if last.upsamples:
         assert last.call is not None
         return last.call(_computed(steps[:-1], x))
-    block = known_blocks[next(step for step in steps if step.convolves).key]
-    first, done = len(block) - 1, block[-1].upsamples and not steps[0].upsamples  # x is upsampled already
-    key = (
-        key_of(0, (last.key, first, done), lambda _: _blocks_from(last.key, first, done)) if first or done else last.key
-    )
+    before = known_blocks[next(step for step in steps if step.convolves).key]
+    first, done = len(before) - 1, before[-1].upsamples and not steps[0].upsamples  # x is upsampled already
+    key = last.key
+    if first or done:
+        key = key_of(0, (last.key, first, done), lambda _: _blocks_from(last.key, first, done))
     return _chain_of(key)(last.mode, x, last.tensors[first:], last.running[first:])
 
 

@@ -34,18 +34,23 @@ class _Weight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, w: Tensor) -> Tensor:
-        return _laid_as(w, _sums(F.pad(w.to(stat_dtype(w)), (1, 1, 1, 1)), w.dtype))
+        return _laid_as(w, _sums(F.pad(_mirrored(w), (1, 1, 1, 1)), w.dtype))
 
     @staticmethod
     def backward(ctx, dw: Tensor) -> Tensor:
-        found = _sums(dw.to(stat_dtype(dw)), dw.dtype)
+        found = _sums(_mirrored(dw), dw.dtype)
         return found if batched(dw) else _laid_as(dw, found)
 
 
+def _mirrored(t: Tensor) -> Tensor:
+    """A plain convolution's taps as a transposed one has them: in reverse order, the channels' dimensions swapped."""
+    return t.flip(2, 3).transpose(0, 1).to(stat_dtype(t))
+
+
 def _sums(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sums over all 2x2 neighbours, in reverse order and with the channels' dimensions swapped."""
+    """The sums over all 2x2 neighbours."""
     rows = t[:, :, 1:] + t[:, :, :-1]
-    return (rows[..., 1:] + rows[..., :-1]).to(dtype).flip(2, 3).transpose(0, 1)
+    return (rows[..., 1:] + rows[..., :-1]).to(dtype)
 
 
 def _laid_as(like: Tensor, t: Tensor) -> Tensor:
