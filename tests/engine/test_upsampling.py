@@ -102,7 +102,7 @@ def generator(wrap: Callable[[nn.Module], nn.Module] = lambda m: m) -> nn.Sequen
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @one_thread()
-def test_as_accurate_as_modules(dtype: torch.dtype, train: bool) -> None:
+def test_as_accurate_as_modules(dtype: torch.dtype, train: bool, backend: str) -> None:
     """Sums of weights, which are rounded in 16 bits, cost no more than the bound leaves."""
     low, x = generator().to(dtype).train(train), numbers(4, 8, 6, 6).to(dtype)
     ours, usual = outcome(twin(low), x), outcome(low, x)
