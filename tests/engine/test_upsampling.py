@@ -111,6 +111,18 @@ def test_as_accurate_as_modules(dtype: torch.dtype, train: bool, backend: str) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @one_thread()
+def test_as_accurate_where_taps_cancel(dtype: torch.dtype, backend: str) -> None:
+    """Differences of neighbours in a smooth image: far less comes out than each tap gives."""
+    model = prepared(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(32, 32, 3, 1, 1, bias=False)))
+    with torch.no_grad():
+        model[1].weight.sub_(model[1].weight.flip(3))  # type: ignore[index, union-attr, operator]
+    low, x = model.to(dtype), 4 + F.interpolate(numbers(2, 32, 3, 3), scale_factor=4, mode="bilinear")
+    ours, usual = (outcome(m, x.to(dtype)) for m in (twin(low), low))
+    assert_as_good(ours, usual, outcome(copy.deepcopy(low).double(), x.to(dtype).double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@one_thread()
 def test_as_accurate_under_autocast(dtype: torch.dtype) -> None:
     """Their sums are of the weights before they are cast."""
     model, x = generator().float(), numbers(4, 8, 6, 6).float()
