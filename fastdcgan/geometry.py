@@ -59,6 +59,15 @@ class Geometry:
                     return False
         return True
 
+    def of_upsampled(self) -> Geometry | None:
+        """The transposed convolution that does what nearest upsampling by 2 and this `conv` do; None where there is
+        none, or none with fewer products."""
+        (kh, kw), (ph, pw) = self.kernel, self.padding
+        plain = self.stride == (1, 1) and self.dilation == (1, 1) and self.groups == 1
+        if not plain or self.kernel == (1, 1) or ph >= kh or pw >= kw:
+            return None
+        return Geometry((kh + 1, kw + 1), (2, 2), (kh - 1 - ph, kw - 1 - pw))
+
     def output_padding(self, height: int, width: int, output_size: Pair) -> Pair:
         """The rows and columns that `conv_transpose` of a `height` x `width` input adds to reach `output_size`."""
         base = self.conv_transpose_size(height, width)

@@ -19,7 +19,7 @@ its gradient, sum(da*min(z, 0)): in elementwise passes and reductions alone, no 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -159,6 +159,8 @@ class Block:
     backend: str
     inplace: bool = field(default=False, repr=False, compare=False)  # the activation's module: it decides strides alone
     learns_slope: bool = False  # PReLU: leaky_relu with a slope for each channel, or one for all, in `BlockTensors`
+    # It does what nearest upsampling by 2 and a plain convolution do, and a call has that convolution's weight.
+    upsamples: bool = field(default=False, repr=False)
 
     @property
     def op(self) -> str:
@@ -174,6 +176,19 @@ class Block:
         if self.transposed:
             return self.geometry.conv_transpose_size(height, width, self.output_padding)
         return self.geometry.conv_size(height, width)
+
+    def upsampling(self) -> Block:
+        """The block that does what nearest upsampling by 2 and this one do; its weight is that of
+        `engine/upsampling.py`."""
+        geometry = self.geometry.of_upsampled()
+        assert geometry is not None and not self.transposed
+        return replace(self, transposed=True, geometry=geometry, upsamples=True)
+
+    def after_upsampling(self) -> Block:
+        """The block that `upsampling` was asked of."""
+        (kh, kw), (ph, pw) = self.geometry.kernel, self.geometry.padding
+        geometry = Geometry((kh - 1, kw - 1), padding=(kh - 2 - ph, kw - 2 - pw))
+        return replace(self, transposed=False, geometry=geometry, upsamples=False)
 
 
 class BlockTensors(NamedTuple):

@@ -32,6 +32,17 @@ def _odd(g: Geometry, image: Pair, linear: Pair) -> bool:
     return not g.reaches(image, linear) or (linear[1] == 1 and g.stride[1] > 1)
 
 
+def _rounds_each_tap(x: Tensor, weight: Tensor, g: Geometry, extra: Pair) -> bool:
+    """Whether PyTorch's own loops would run a transposed convolution, which add up what each tap gives in the dtype of
+    `x`: in 16 bits they err more than a plain convolution of the upsampled `x`."""
+    return (
+        torch._C._select_conv_backend(
+            x, weight.to(x.dtype), None, g.stride, g.padding, g.dilation, True, extra, g.groups, None
+        )
+        == torch._C._ConvBackend.SlowTranspose2d  # type: ignore[attr-defined]
+    )
+
+
 class Composites:
     """Several primitives in one, for a backend whose calls cost more than what they do on small tensors, and results
     that may take the place of an argument, for one that gains by it. Here they are what they are made of."""
@@ -148,9 +159,14 @@ class Backend(Composites):
         g, x = call.geometry, self.finished(call.a)
         other = self.finished(call.b) if call.op == "weight_grad" else call.b
         image, linear = _image_and_linear(call.op, x, other, call.size)
+        transposed = call.op == "conv_transpose"
+        extra = g.output_padding(x.shape[2], x.shape[3], call.size) if transposed else (0, 0)
         # Where PyTorch gets it wrong, 16 bits are multiplied as float32 and rounded then, and a bias is added after it.
         odd = x.device.type == "cpu" and _odd(g, image, linear)
-        dtype = torch.float32 if odd and x.itemsize == 2 else x.dtype
+        wide = x.itemsize == 2 and (
+            odd or (x.device.type == "cpu" and transposed and _rounds_each_tap(x, other, g, extra))
+        )
+        dtype = torch.float32 if wide else x.dtype
         if call.op == "weight_grad":
             # PyTorch reads no more than the shape, dtype and strides of the weight.
             shape = (other.shape[1], x.shape[1] // g.groups, *g.kernel)
@@ -163,8 +179,6 @@ class Backend(Composites):
         if e.kind == "bias":
             assert e.coef is not None
             bias = e.coef.to(x.dtype).to(dtype)
-        transposed = call.op == "conv_transpose"
-        extra = g.output_padding(x.shape[2], x.shape[3], call.size) if transposed else (0, 0)
         acc = torch.ops.aten.convolution(
             x.to(dtype), other.to(x.dtype).to(dtype), None if odd else bias, g.stride, g.padding, g.dilation,
             transposed, extra, g.groups,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.engine import sync
-from fastdcgan.engine.double_backward import gradients, requested
+from fastdcgan.engine.double_backward import batched, gradients, requested
 from fastdcgan.engine.layout import Layout
 from fastdcgan.engine.program import Program
 from fastdcgan.spec import (
@@ -245,8 +245,8 @@ class _Chain(torch.autograd.Function):
         if torch.compiler.is_compiling():
             assert inputs[0] is not None
             ctx.layout, ctx.size = program.layout(inputs[0], inputs[1:]), inputs[0].shape[2:]
-        elif torch.is_grad_enabled() or _batched(da):  # create_graph=True, is_grads_batched=True
-            layout = None if _batched(da) else ctx.layout
+        elif torch.is_grad_enabled() or batched(da):  # create_graph=True, is_grads_batched=True
+            layout = None if batched(da) else ctx.layout
             for i, t, version in ctx.beside:
                 if _version(t) != version:
                     name = BlockTensors._fields[(i - 1) % PER_BLOCK] if i else "input"
@@ -259,11 +259,6 @@ class _Chain(torch.autograd.Function):
         states = [_State(*saved[i : i + 4]) for i in range(len(read), len(saved), 4)]
         with _quiet(da):
             return (None, None, *backward(program, ctx.layout, ctx.size, inputs[0], inputs[1:], states, needs, da))
-
-
-def _batched(da: Tensor) -> bool:
-    """Whether `da` stands for a batch of gradients, which PyTorch's own functions take and no backend does."""
-    return torch._C._functorch.is_legacy_batchedtensor(da) or torch._C._are_functorch_transforms_active()
 
 
 def _version(t: Tensor) -> int | None:

@@ -159,6 +159,8 @@ class _Passes(torch.autograd.Function):
 
 
 def _convolved(block: Block, x: Tensor, t: BlockTensors) -> Tensor:
+    if block.upsamples:
+        x, block = F.interpolate(x, scale_factor=2.0), block.after_upsampling()
     g = block.geometry
     if not block.transposed:
         return F.conv2d(x, t.weight, t.bias, g.stride, g.padding, g.dilation, g.groups)

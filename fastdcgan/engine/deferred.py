@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from fastdcgan import backends
 from fastdcgan.activations import find
 from fastdcgan.dispatch import primitives
-from fastdcgan.engine import chain
+from fastdcgan.engine import chain, upsampling
 from fastdcgan.engine.pending import (
     Pending,
     Step,
@@ -32,7 +32,6 @@ from fastdcgan.engine.pending import (
     computed,
     hooks_up_to,
     key_of,
-    known_blocks,
     local,
     place,
     state_of,
@@ -49,11 +48,11 @@ from fastdcgan.spec import Block, BlockTensors, Norm, Running
 _HANDLERS: dict[Callable, Callable[..., Pending | None]] = {}
 
 
-def _open(mode: Deferring, x: Any) -> Step | None:
-    """What `x` is the output of, if that waits and may be continued."""
+def _open(mode: Deferring, x: Any, upsampled: bool = False) -> Step | None:
+    """What `x` is the output of, if that waits and may be continued: what is `upsampled`, by a convolution alone."""
     if not waits(x) or x.step.mode is not mode or state_of(x.step.x) != x.step.state:
         return None
-    return x.step
+    return x.step if upsampled or not x.step.upsamples else None
 
 
 def _numbers(value: Any, least: int) -> Pair | None:
@@ -82,7 +81,7 @@ def _convolved(
     mode: Deferring, call: Callable[[Tensor], Tensor], transposed: bool, x: Any, weight: Any, bias: Any, stride: Any,
     padding: Any, output_padding: Any, groups: int, dilation: Any,
 ) -> Pending | None:  # fmt: skip
-    parent = _open(mode, x)
+    parent = _open(mode, x, upsampled=True)
     compute((weight, bias) if parent is not None else (x, weight, bias))
     if mode.traced:
         weight, bias, x = computed(weight), computed(bias), x if parent is not None else computed(x)
@@ -95,6 +94,12 @@ def _convolved(
     numbers = (tuple(weight.shape[2:]), stride, _numbers(padding, 0), dilation, _numbers(output_padding, 0))
     if None in numbers or not all(e < s for e, s in zip(numbers[4], stride, strict=True)):  # type: ignore[arg-type]
         return None
+    geometry = Geometry(*numbers[:4], groups)  # type: ignore[arg-type]
+    upsamples = parent is not None and parent.upsamples
+    if upsamples and (transposed or geometry.of_upsampled() is None):
+        compute(x)
+        given = (weight, bias, stride, padding, output_padding, groups, dilation)
+        return _convolved(mode, call, transposed, computed(x), *given)
     shape = root.shape if parent is None else parent.shape
     inputs, outputs = weight.shape[0], weight.shape[1] * groups
     if not transposed:
@@ -103,11 +108,15 @@ def _convolved(
         return None
 
     def blocks(before: tuple[Block, ...]) -> tuple[Block, ...]:
-        geometry = Geometry(*numbers[:4], groups)  # type: ignore[arg-type]
-        return (*before, Block(transposed, geometry, numbers[4], None, "identity", 0.0, ""))  # type: ignore[arg-type]
+        block = Block(transposed, geometry, extra, None, "identity", 0.0, "")
+        return (*before, block.upsampling() if upsamples else block)
 
-    key = key_of(0 if parent is None else parent.key, (transposed, numbers, groups), blocks)
-    size = known_blocks[key][-1].output_size(shape[2], shape[3])
+    extra: Pair = numbers[4]  # type: ignore[assignment]
+    key = key_of(0 if parent is None else parent.key, (transposed, numbers, groups, upsamples), blocks)
+    height, width = shape[2:]
+    size = geometry.conv_size(height, width)
+    if transposed:
+        size = geometry.conv_transpose_size(height, width, extra)
     if min(size) < 1:
         return None
     step = Step(mode, parent, root, call)
@@ -153,6 +162,31 @@ def _conv_transpose2d(
         return function(x, weight, bias, stride, padding, output_padding, groups, dilation)
 
     return _convolved(mode, call, True, input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def _interpolate(
+    waiting: Deferring, input: Any, size: Any = None, scale_factor: Any = None, mode: Any = "nearest",
+    align_corners: Any = None, recompute_scale_factor: Any = None, antialias: Any = False,
+) -> Pending | None:  # fmt: skip
+    def call(x: Tensor) -> Tensor:
+        return F.interpolate(x, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
+
+    parent = _open(waiting, input)
+    root = input if parent is None else parent.x
+    if antialias or waits(root) or not _fits(waiting, root, root, None):
+        return None
+    shape = root.shape if parent is None else parent.shape
+    twice = (2 * shape[2], 2 * shape[3])
+    if size is None:
+        doubles = upsampling.doubles(scale_factor, mode, align_corners)
+    else:
+        given = isinstance(size, (tuple, list)) and tuple(size) == twice and scale_factor is None
+        doubles = given and not recompute_scale_factor and upsampling.doubles(2, mode, align_corners)
+    if not doubles:
+        return None
+    step = Step(waiting, parent, root, call)
+    step.key, step.upsamples, step.shape = 0 if parent is None else parent.key, True, torch.Size((*shape[:2], *twice))
+    return Pending(step)
 
 
 def _batch_norm(
@@ -272,6 +306,7 @@ def _knows(module: type[nn.Module], *functions: Callable) -> None:
 
 _HANDLERS[torch.conv2d] = functools.partial(_conv2d, torch.conv2d)
 _HANDLERS[torch.conv_transpose2d] = functools.partial(_conv_transpose2d, torch.conv_transpose2d)
+_HANDLERS[F.interpolate] = _interpolate
 _HANDLERS[F.batch_norm] = functools.partial(_batch_norm, F.batch_norm)
 _HANDLERS[F.instance_norm] = functools.partial(_instance_norm, F.instance_norm)
 _HANDLERS[F.prelu] = functools.partial(_prelu, F.prelu)

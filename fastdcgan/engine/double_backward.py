@@ -39,6 +39,11 @@ def requested(ctx, needs: Sequence[bool], given: Sequence[bool]) -> list[bool]:
     return wants
 
 
+def batched(da: Tensor) -> bool:
+    """Whether `da` stands for a batch of gradients, which PyTorch's own functions take and no backend does."""
+    return torch._C._functorch.is_legacy_batchedtensor(da) or torch._C._are_functorch_transforms_active()
+
+
 class _Asked(NamedTuple):
     """Strides of a contraction's result and of the gradients of its operands, where they are asked for."""
 

@@ -33,12 +33,17 @@ def layout(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> Layout:
     shape: Sequence[int] = x.shape
     said, input_grad, weight_grads = says_channels_last(x), None, []
     for i, block in enumerate(plan.blocks):
-        weight = of_block(tensors, i).weight
+        weight, entered = of_block(tensors, i).weight, shape
+        weight_shape = weight.shape
+        if block.upsamples:  # two modules, of which the first keeps the format of what it gets, both ways
+            block, shape, weight = _after_upsampling(block, shape, weight)
+            said = _says(shape, torch.channels_last if said else torch.contiguous_format)
         format = format_of_torch(said, weight)
         if input_grad is None:
-            input_grad = strides_in(shape, format)
+            kept = shape is entered or format == torch.contiguous_format or _says(shape, format)
+            input_grad = strides_in(entered, format if kept else torch.contiguous_format)
         alike = format == torch.channels_last and _keeps_contiguous(block, x, shape, weight)
-        weight_grads.append(strides_in(weight.shape, torch.contiguous_format if alike else format))
+        weight_grads.append(strides_in(weight_shape, torch.contiguous_format if alike else format))
         channels = weight.shape[1] * block.geometry.groups if block.transposed else weight.shape[0]
         shape = (x.shape[0], channels, *block.output_size(shape[2], shape[3]))
         one_choice = channels > 1 and not (shape[2] == 1 and shape[3] == 1)
@@ -46,9 +51,23 @@ def layout(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> Layout:
         if not one_choice and (block.norm is not None or not keeps):
             format = torch.contiguous_format
         out = strides_in(shape, format)
-        said = says_channels_last(torch.empty_strided(shape, out, device="meta"))
+        said = _says(shape, format)
     assert input_grad is not None
     return Layout(out, input_grad, tuple(weight_grads))
+
+
+def _says(shape: Sequence[int], format: torch.memory_format) -> bool:
+    """Whether a tensor of this shape, with the strides of a format, says that it is channels_last."""
+    return says_channels_last(torch.empty_strided(shape, strides_in(shape, format), device="meta"))
+
+
+def _after_upsampling(block: Block, shape: Sequence[int], weight: Tensor) -> tuple[Block, Sequence[int], Tensor]:
+    """The convolution, the shape and a weight like that behind the upsampling that a block stands for."""
+    format = torch.channels_last if says_channels_last(weight) else torch.contiguous_format
+    block, (inputs, outputs) = block.after_upsampling(), weight.shape[:2]
+    stored = (outputs, inputs, *block.geometry.kernel)
+    upsampled = (*shape[:2], 2 * shape[2], 2 * shape[3])
+    return block, upsampled, weight.new_empty_strided(stored, strides_in(stored, format))
 
 
 def _keeps_contiguous(block: Block, x: Tensor, shape: Sequence[int], weight: Tensor) -> bool:

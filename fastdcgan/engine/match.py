@@ -20,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fastdcgan.activations import from_module
 from fastdcgan.checks import check_conv
+from fastdcgan.engine import upsampling
 from fastdcgan.geometry import Geometry, pair
 from fastdcgan.spec import Block, Norm
 
@@ -57,6 +58,7 @@ def _own_forward(kind: type[nn.Module]) -> bool:
         (nn.SyncBatchNorm, nn.SyncBatchNorm.forward),
         (nn.BatchNorm2d, _BatchNorm.forward),
         (nn.InstanceNorm2d, _InstanceNorm.forward),
+        (nn.Upsample, nn.Upsample.forward),
     ):
         if issubclass(kind, known):
             return kind.forward is not forward
@@ -83,13 +85,14 @@ class FoundBlock:
     name: str
     norm: nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d | None = None
     act: nn.Module | None = None
+    up: nn.Upsample | None = None  # by 2, nearest
 
     @property
     def pattern(self) -> str:
         return " + ".join(type(m).__name__.removeprefix("Parametrized") for m in self.modules())
 
     def modules(self) -> list[nn.Module]:
-        return [m for m in (self.conv, self.norm, self.act) if m is not None]
+        return [m for m in (self.up, self.conv, self.norm, self.act) if m is not None]
 
 
 @dataclass
@@ -103,7 +106,8 @@ class FoundChain:
     def bare(self) -> bool:
         """Whether it is one convolution with nothing to fuse to it: as fast as it is, unless measured to be slower."""
         first = self.blocks[0]
-        return len(self.blocks) == 1 and self.pad is None and first.norm is None and first.act is None
+        nothing = self.pad is None and first.up is None and first.norm is None and first.act is None
+        return len(self.blocks) == 1 and nothing
 
 
 @dataclass
@@ -135,6 +139,8 @@ def segments(
     found: list[FoundChain | Alone] = []
     i = 0
     while i < len(modules):
+        up = _upsampling_at(modules, i)
+        i += up is not None
         name, module = modules[i]
         if not isinstance(module, _CONVS):
             found.append(Alone(module, name, _why_not_in_block(module)))
@@ -146,12 +152,23 @@ def segments(
             i += 1
             continue
         block, i = _block_at(modules, i)
+        block.up = up
         pad = _pad_of(block.conv)
         if found and isinstance(found[-1], FoundChain) and pad is None:
             found[-1].blocks.append(block)
         else:
             found.append(FoundChain([block], pad))
     return found
+
+
+def _upsampling_at(modules: list[tuple[str, nn.Module]], i: int) -> nn.Upsample | None:
+    """The upsampling at `i`, if one contraction does that and the convolution behind it."""
+    up, conv = modules[i][1], modules[i + 1][1] if i + 1 < len(modules) else None
+    if not isinstance(up, nn.Upsample) or not isinstance(conv, nn.Conv2d) or why_alone(up) or why_alone(conv):
+        return None
+    if up.size is not None or not upsampling.doubles(up.scale_factor, up.mode, up.align_corners):
+        return None
+    return up if _pad_of(conv) is None and _geometry(conv, False).of_upsampled() is not None else None
 
 
 def _block_at(modules: list[tuple[str, nn.Module]], i: int) -> tuple[FoundBlock, int]:
@@ -223,16 +240,20 @@ def block_of(found: FoundBlock, padded: bool, backend: str) -> Block:
         instance = batch_stats and isinstance(norm, nn.InstanceNorm2d)
         made = Norm(norm.eps, batch_stats, process_group(norm) if batch_stats else None, instance)
     act, slope = ("identity", 0.0) if found.act is None else from_module(found.act)  # type: ignore[misc]
+    transposed, inplace = isinstance(conv, nn.ConvTranspose2d), getattr(found.act, "inplace", False)
+    geometry, learns_slope = _geometry(conv, padded), isinstance(found.act, nn.PReLU)
+    block = Block(transposed, geometry, pair(conv.output_padding), made, act, slope, backend, inplace, learns_slope)
+    return block if found.up is None else block.upsampling()
+
+
+def _geometry(conv: nn.Conv2d | nn.ConvTranspose2d, padded: bool) -> Geometry:
     padding: Any = conv.padding
     if padded or padding == "valid":
         padding = (0, 0)
     elif padding == "same":
         around = conv._reversed_padding_repeated_twice
         padding = (around[2], around[0])
-    geometry = Geometry(pair(conv.kernel_size), pair(conv.stride), pair(padding), pair(conv.dilation), conv.groups)
-    transposed = isinstance(conv, nn.ConvTranspose2d)
-    inplace, learns_slope = getattr(found.act, "inplace", False), isinstance(found.act, nn.PReLU)
-    return Block(transposed, geometry, pair(conv.output_padding), made, act, slope, backend, inplace, learns_slope)
+    return Geometry(pair(conv.kernel_size), pair(conv.stride), pair(padding), pair(conv.dilation), conv.groups)
 
 
 def process_group(norm: nn.Module) -> Any:

@@ -37,12 +37,15 @@ class ModuleChain(Chain):
         super().__init__()
         self._found = found
         self._norms = [b.norm for b in found.blocks if isinstance(b.norm, nn.SyncBatchNorm)]
+        self._upsamples = any(b.up is not None for b in found.blocks)
         self.bare = found.bare
         self.ran_modules = False  # at the last call, and will for the like of it
 
     def __call__(self, x: Tensor, stat_groups: int, boundaries: str) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
+        if self._upsamples and x.dim() != 4:  # of [C, H, W] it takes the channels for a batch
+            return self.as_modules(x, stat_groups)
         brief, compiling = self._brief(x, stat_groups, boundaries), torch.compiler.is_compiling()
         self.ran_modules = self.why_plain(x, brief) is not None
         if not self.ran_modules and self.bare and not compiling and not self._bare_may_gain(x, boundaries):
@@ -79,6 +82,8 @@ class ModuleChain(Chain):
 
     def compiled_as_modules(self, x: Tensor, stat_groups: int) -> bool:
         """`compiles_to_modules` for the tensors that the modules have."""
+        if self._upsamples and x.dim() != 4:
+            return True
         tensors = [_stored(b) for b in self._found.blocks]
         found = [t for t in tensors if t is not None]
         norms = [b.norm for b in self._found.blocks if b.norm is not None]

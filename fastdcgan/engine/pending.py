@@ -85,6 +85,7 @@ class Step:
         self.call: Callable[[Tensor], Tensor] | None = call  # makes this of the parent's output, or of x
         self.key = 0  # of `known_blocks`
         self.convolves = False  # this, beside what was done before
+        self.upsamples = False  # which the convolution that goes on from here does itself, if nobody else needs it
         self.shape: torch.Size = torch.Size() if parent is None else parent.shape
         self.tensors: tuple[BlockTensors, ...] = () if parent is None else parent.tensors
         self.running: tuple[Running | None, ...] = () if parent is None else parent.running
@@ -148,15 +149,27 @@ def _computed(steps: list[Step], x: Tensor) -> Tensor:
     owed = last.mode.owed
     for buffer in [buffer for buffer, step in owed.items() if step in steps]:
         del owed[buffer]
-    while steps and not steps[0].convolves:
+    while steps and not steps[0].convolves and (steps[0] is last or not steps[0].upsamples):
         call = steps.pop(0).call
         assert call is not None
         x = call(x)
     if not steps:
         return x
-    first = len(known_blocks[steps[0].key]) - 1
-    key = key_of(0, (last.key, first), lambda _: known_blocks[last.key][first:]) if first else last.key
+    if last.upsamples:
+        assert last.call is not None
+        return last.call(_computed(steps[:-1], x))
+    before = known_blocks[next(step for step in steps if step.convolves).key]
+    first, done = len(before) - 1, before[-1].upsamples and not steps[0].upsamples  # x is upsampled already
+    key = last.key
+    if first or done:
+        key = key_of(0, (last.key, first, done), lambda _: _blocks_from(last.key, first, done))
     return _chain_of(key)(last.mode, x, last.tensors[first:], last.running[first:])
+
+
+def _blocks_from(key: int, first: int, upsampled: bool) -> tuple[Block, ...]:
+    """Those from the `first` on, of an input that is `upsampled` already."""
+    head, *others = known_blocks[key][first:]
+    return (head.after_upsampling() if upsampled else head, *others)
 
 
 class Pending(Tensor):
@@ -332,7 +345,8 @@ class _CallChain(Chain):
     def __init__(self, blocks: tuple[Block, ...]) -> None:
         super().__init__()
         self._blocks = blocks
-        self.bare = len(blocks) == 1 and blocks[0].norm is None and blocks[0].act == "identity"
+        first = blocks[0]
+        self.bare = len(blocks) == 1 and first.norm is None and first.act == "identity" and not first.upsamples
         self._weights: list[Tensor] = []  # of this call, for `explain`
 
     def __call__(
@@ -392,7 +406,7 @@ def _real_like(t: Any) -> Any:
 def _pattern(block: Block) -> str:
     """As modules would be called, which it may well be."""
     act = nn.PReLU if block.learns_slope else ACTIVATIONS[block.act].module
-    names = ["ConvTranspose2d" if block.transposed else "Conv2d"]
+    names = ["Upsample", "Conv2d"] if block.upsamples else ["ConvTranspose2d" if block.transposed else "Conv2d"]
     if block.norm is not None:
         names.append("InstanceNorm2d" if block.norm.instance else "BatchNorm2d")
     return " + ".join(names + ([] if act is None else [act.__name__]))

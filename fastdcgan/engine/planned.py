@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastdcgan import backends, checks
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import primitives
-from fastdcgan.engine import autograd, planner
+from fastdcgan.engine import autograd, planner, upsampling
 from fastdcgan.engine.double_backward import formula
 from fastdcgan.engine.program import Program
 from fastdcgan.spec import Block, BlockTensors, Running, Update
@@ -85,6 +85,7 @@ class Planned:
         channels_last: bool | None = None,
     ) -> None:
         checks.check_boundaries(boundaries)
+        self._upsampling = [i for i, block in enumerate(blocks) if block.upsamples]
         self._dtype = autocast_dtype(x) if isinstance(x, Tensor) else None
         casts_weights = self._dtype is not None and _casts_weights(blocks[0].backend, x, tensors, direct)
         self._left = (torch.float64, torch.float32) if casts_weights else (torch.float64,)
@@ -101,6 +102,10 @@ class Planned:
         self.why_modules: str | None = None  # where PyTorch's modules were measured to be faster
 
     def _cast(self, x: Tensor, tensors: Sequence[BlockTensors]) -> tuple[Tensor, Sequence[BlockTensors]]:
+        if self._upsampling:  # before a cast, so that its sums are rounded once
+            tensors = list(tensors)
+            for i in self._upsampling:
+                tensors[i] = tensors[i]._replace(weight=upsampling.weight(tensors[i].weight))
         if self._dtype is None:
             return x, tensors
         left = self._left

@@ -125,6 +125,7 @@ def runs_plain(x: Any) -> bool:
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "output_padding", "padding_mode")
+_UP = ("size", "scale_factor", "mode", "align_corners")
 _NORM = ("training", "eps", "momentum", "num_features", "track_running_stats")
 
 
@@ -134,6 +135,8 @@ def _watched(module: nn.Module) -> tuple[str, ...]:
         return _HOOKS + _CONV
     if isinstance(module, _BatchNorm):
         return _HOOKS + _NORM
+    if isinstance(module, nn.Upsample):
+        return _HOOKS + _UP
     return (*_HOOKS, *(name for name in (*DECISIVE, "inplace") if name in module.__dict__))
 
 

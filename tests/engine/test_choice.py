@@ -40,6 +40,18 @@ MODELS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
         lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False, track_running_stats=False), nn.ELU()),
         (4, 4, 7, 7),
     ),
+    "upsampling": (
+        lambda: nn.Sequential(
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(4, 6, 3, 1, 1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.UpsamplingNearest2d(scale_factor=2),
+            nn.Conv2d(6, 3, 3, 1, 1),
+            nn.Tanh(),
+        ),
+        (4, 4, 4, 4),
+    ),
     "spectral norm": (
         lambda: nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(3, 6, 4, 2, 1)), nn.LeakyReLU(0.2)),
         (4, 3, 8, 8),

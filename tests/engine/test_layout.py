@@ -56,6 +56,8 @@ def chains(draw: st.DrawFn) -> tuple[nn.Sequential, tuple[int, ...]]:
         transposed, stride = draw(st.booleans()), draw(st.integers(1, 2))
         padding = (kernel - 1) // 2 if transposed else kernel // 2
         conv = nn.ConvTranspose2d if transposed else nn.Conv2d
+        if draw(st.booleans()):
+            modules.append(nn.Upsample(scale_factor=2))
         modules.append(conv(channels, out, kernel, stride, padding, bias=draw(st.booleans())))
         modules.extend([nn.BatchNorm2d(out)] if draw(st.booleans()) else [])
         act = draw(st.sampled_from(ACTS))
@@ -91,7 +93,7 @@ def test_strides_and_values_are_those_of_the_plain_modules(
     except ValueError as error:
         assume("more than 1 value per channel" not in str(error))
         raise
-    smooth = all(isinstance(m, (*CONVS, nn.BatchNorm2d, *SMOOTH)) for m in model)
+    smooth = all(isinstance(m, (*CONVS, nn.Upsample, nn.BatchNorm2d, *SMOOTH)) for m in model)
     close = {torch.float64: 1e-7, torch.float32: 1e-2 if smooth else None}.get(dtype)
     assert_alike(passed(fused, x, backward), plain, close)
 

@@ -48,6 +48,14 @@ def test_a_block_keeps_its_raw_output_and_no_more(
     assert ours <= LIMIT * vanilla, (ours, vanilla)
 
 
+def test_pixels_that_are_upsampled_are_not_kept(backend: str) -> None:
+    conv = nn.Conv2d(8, 16, 3, 1, 1, bias=False)
+    model = nn.Sequential(nn.Upsample(scale_factor=2), conv, nn.BatchNorm2d(16), nn.ReLU()).to(DEVICE)
+    x = numbers(8, 8, 16, 16, dtype=torch.float32)
+    raw, weight = model[:2](x).nbytes, 4 * 4 * 8 * 16 * 4
+    assert raw <= saved_bytes(twin(model), x) <= raw + weight + 16 * 4 * 16
+
+
 def dcgan64(kind: str, inplace: bool) -> tuple[nn.Sequential, Tensor, int]:
     """A network of PyTorch's DCGAN example for 64x64 pixels, two inputs, and the bytes of its raw outputs."""
     model = (Generator(ngf=64) if kind == "generator" else Discriminator(ndf=64, sigmoid=False)).main.to(DEVICE)

@@ -209,6 +209,10 @@ VARIANTS: dict[str, tuple[Factory, tuple[int, ...]]] = {
     "circular": (_with_conv(nn.Conv2d, 3, 6, 3, padding=1, padding_mode="circular"), IMAGE),
     "same, reflect": (_with_conv(nn.Conv2d, 3, 6, 2, padding="same", padding_mode="reflect"), IMAGE),
     "padding inside a chain": (lambda: nn.Sequential(*_block(3, 4), *_block(4, 3, padding_mode="circular")), IMAGE),
+    "upsampling": (
+        lambda: nn.Sequential(*_block(3, 4), nn.Upsample(scale_factor=2), *_block(4, 5), nn.Conv2d(5, 3, 3)),
+        IMAGE,
+    ),
     "momentum none": (_with_norm(momentum=None), IMAGE),
     "momentum 1": (_with_norm(momentum=1.0, eps=1e-2), IMAGE),
     "affine false": (_with_norm(affine=False), IMAGE),

@@ -318,6 +318,37 @@ def modes_half_way(m: Any, x: Tensor) -> Tensor:
         return m.act(k) + a + m.bn(h) + torch.zeros(1)
 
 
+def upsampled(m: Any, x: Tensor) -> Tensor:
+    h = m.act(m.bn2(m.conv2(F.interpolate(block(m, x), scale_factor=2))))
+    return torch.sigmoid(m.conv(F.interpolate(h, size=[24, 24], mode="nearest-exact")))
+
+
+def upsampled_and_used(m: Any, x: Tensor) -> list:
+    h = m.conv(x)
+    u = F.interpolate(h, scale_factor=(2.0, 2.0), recompute_scale_factor=True)
+    y = m.act(m.conv2(u))
+    v = F.interpolate(m.act(m.conv(y)), scale_factor=2)
+    return [y, u.mean(), m.act(m.conv(u)), m.conv2(v), m.conv(v)]
+
+
+def upsampled_for_others(m: Any, x: Tensor) -> list:
+    def u(mode: str = "nearest") -> Tensor:
+        return F.interpolate(m.conv(x), scale_factor=2, mode=mode)
+
+    one = F.conv2d(u(), m.conv.weight[:, :, 1:2, 1:2])
+    return [m.act(u()), m.bn(u()), m.up(u()), m.act(m.bn(one)), m.conv2(u("bicubic")), m.conv2(u()[:, :, 1:]), u()]
+
+
+def upsampled_and_changed(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        before = F.interpolate(x, scale_factor=2)
+        x.mul_(2)
+        u = F.interpolate(m.conv(x), scale_factor=2)
+        y = m.conv2(before)
+        u += 1
+        return m.conv2(u) + y
+
+
 def checkpointed(reentrant: bool) -> Callable:
     def way(m: Any, x: Tensor) -> Tensor:
         h = m.conv(x)
@@ -362,7 +393,8 @@ WAYS: dict[str, tuple[Callable, dict[str, nn.Module]]] = {
         clamped_after, tanh_in_place, view_changed, input_changed, weight_changed, statistics_reset, statistics_read,
         statistics_of_nothing, shared_norm, recursion, train_and_eval, dropouts, own_weights, hyper, control_flow,
         operators, through_functions, containers, closures, inner_gradient, tensor_hooks, frozen_half_way,
-        modes_half_way, saved_by_hooks, transformed,
+        modes_half_way, saved_by_hooks, transformed, upsampled,
+        upsampled_and_used, upsampled_for_others, upsampled_and_changed,
     )
 }  # fmt: skip
 WAYS |= {
@@ -388,5 +420,6 @@ WAYS |= {
     "act in place": (block, {"act": nn.ELU(inplace=True)}),
     "spectral norm": (block, {"conv": parametrizations.spectral_norm(conv())}),
     "spectral norm, old": (block, {"conv": nn.utils.spectral_norm(conv())}),
+    "upsampled, spectral norm": (upsampled, {"conv2": parametrizations.spectral_norm(conv())}),
     "weight norm": (block, {"conv": parametrizations.weight_norm(conv())}),
 }  # fmt: skip
