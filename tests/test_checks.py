@@ -293,3 +293,14 @@ def test_the_choice_of_a_backend_ends_with_the_with() -> None:
     with pytest.raises(ZeroDivisionError), fastdcgan.backend("reference"):
         _ = 1 / 0
     assert backends.requested() == before
+
+
+def test_a_slope_that_does_not_fit(device: torch.device) -> None:
+    model, x = fastdcgan.FusedSequential(nn.Conv2d(3, 4, 3), nn.PReLU(4)).to(device), torch.randn(2, 3, 5, 5).to(device)
+    with fastdcgan.backend("reference"):
+        model[1].double()
+        with pytest.raises(TypeError, match=r"PReLU's weight of the block must .* torch.float32, got torch.float64"):
+            model(x)
+        model[1].weight = nn.Parameter(torch.ones(3, device=device))
+        with pytest.raises(ValueError, match=r"slope of the block must have shape \[4\], got \[3\]"):
+            model(x)

@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from fastdcgan.engine.program import Program
+from fastdcgan.geometry import Geometry
+from fastdcgan.spec import Block, Boundaries, Plan
 from tests.helpers.twins import assert_same, numbers, prepared, twin
 
 
 def model() -> nn.Sequential:
     return prepared(
         nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sigmoid(), nn.Conv2d(4, 5, 3), nn.Tanh(),
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sigmoid(), nn.Conv2d(4, 5, 3), nn.PReLU(5),
             nn.ConvTranspose2d(5, 2, 3), nn.BatchNorm2d(2), nn.Tanh(),
         )
     )  # fmt: skip
@@ -79,3 +82,13 @@ def test_gradients_of_gradients_need_what_was_there() -> None:
         fused[1].running_var.add_(1)
     with pytest.raises(RuntimeError, match=r"need the running_var of a block as it was .* version \d, expected \d"):
         torch.autograd.grad(out, x, create_graph=True)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_learned_slope_stays_out_of_contractions(learns: bool) -> None:
+    one = Geometry((1, 1), (1, 1), (0, 0))
+    first, last = (
+        Block(False, one, (0, 0), None, "leaky_relu", 0.2, "reference", learns_slope=slope) for slope in (learns, False)
+    )
+    plan = Plan((first, last), 1, Boundaries((True,), (True,), (True, True)))
+    assert Program(plan, True).plan.boundaries == Boundaries((not learns,), (not learns,), (not learns, True))

@@ -61,5 +61,8 @@ def check_sums(backend: Backend, y: Tensor, da: Tensor, coef: Tensor, act: str, 
     assert_as_accurate(sums, vanilla, truth, f"sums of {act}", reduction=count, scale=scale)
     g, same = backend.grad_stats(da.clone(), y, coef, act, slope)
     again = backend.norm_act_reduce(g, y, coef[: len(coef) // 2 * 2], "identity", 0.0)
-    assert torch.equal(same[: len(again)], again), "not the sums of what is stored"
+    if len(coef) % 2:  # the sums of what is stored, up to rounding: a pass with slopes may be shared out otherwise
+        torch.testing.assert_close(same[: len(again)], again, rtol=0, atol=4e-6 * scale)
+    else:
+        assert torch.equal(same, again), "not the sums of what is stored"
     assert_as_accurate(g, REFERENCE.grad_stats(da, y, coef, act, slope)[0], g64, f"g of {act}")
