@@ -10,7 +10,7 @@ from typing import Any
 
 from fastdcgan.checks import AMOUNT, SEED, Range
 from fastdcgan.dcgan.files import short_name
-from fastdcgan.dcgan.models import IMAGE_SIZES, PROJECTIONS
+from fastdcgan.dcgan.models import IMAGE_SIZES, KERNELS, PROJECTIONS
 from fastdcgan.train_step import PENALTIES
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -20,7 +20,27 @@ FOLDER_DATA = (64, 3, True)
 
 # What a resumed run can't change: the shapes of its weights, which images they have not seen, what was drawn at its
 # start, and the size of the pictures that make its animation.
-KEPT = ("image_size", "channels", "nz", "ngf", "ndf", "projection", "holdout", "seed", "samples")
+KEPT = ("image_size", "channels", "nz", "ngf", "ndf", "projection", "kernel", "holdout", "seed", "samples")
+
+# Settings that go together: TrainConfig(**{**PRESETS["paper"], "data": "photos"}), or `train photos --preset paper`.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Radford et al. (2015), section 4 and figure 1; widths, kernels, epochs and the linear projection as in their code
+    "paper": {
+        "image_size": 64,
+        "flips": False,
+        "nz": 100,
+        "ngf": 128,
+        "ndf": 128,
+        "projection": "linear",
+        "kernel": 5,
+        "batch_size": 128,
+        "epochs": 25,
+        "lr_g": 2e-4,
+        "lr_d": 2e-4,
+        "beta1": 0.5,
+        "real_label": 1.0,
+    },
+}
 
 _WIDTH = Range(1, 2**14)
 _RATE = Range(None, 1e38, above=0, whole=False)
@@ -49,6 +69,7 @@ class TrainConfig:
     ngf: int = _option(64, "channels of the generator's last feature map", range=_WIDTH)
     ndf: int = _option(64, "channels of the discriminator's first feature map", range=_WIDTH)
     projection: str = _option("conv", "the generator's first block", choices=PROJECTIONS)
+    kernel: int = _option(4, "side of the kernels that halve and double the maps", choices=KERNELS)
 
     batch_size: int = _option(64, "images per step, over all processes", range=Range(1))
     epochs: int = _option(25, "passes over the data", range=Range(1))

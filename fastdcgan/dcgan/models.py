@@ -14,13 +14,16 @@ to 16 times `ngf`:
     64           4x4                8  4  2  1           (the 64-pixel networks of PyTorch's DCGAN example)
     128          4x4                16 8  4  2  1
     256          4x4                16 16 8  4  2  1
+
+The kernels of the steps are 4x4, as in PyTorch's example, or 5x5, as in the paper's own code. With `ngf` 128 and 64
+pixels the maps are those of the paper's figure 1: 4x4x1024, 8x8x512, 16x16x256, 32x32x128, 64x64x3.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +39,7 @@ from fastdcgan.layers import (
 
 IMAGE_SIZES = (28, 32, 64, 128, 256)
 PROJECTIONS = ("conv", "linear")
+KERNELS = (4, 5)
 _MAX_WIDTH = 16
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -49,6 +53,18 @@ def ladder(image_size: int) -> tuple[int, tuple[int, ...]]:
     base = 7 if image_size == 28 else 4
     doublings = (image_size // base).bit_length() - 1
     return base, tuple(min(2**i, _MAX_WIDTH) for i in reversed(range(doublings)))
+
+
+def _halving(kernel: int) -> dict[str, Any]:
+    """What makes a convolution halve the side of a map. Raises ValueError for an unknown kernel."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel is {kernel!r}: expected one of {', '.join(map(str, KERNELS))}")
+    return {"kernel_size": kernel, "stride": 2, "padding": (kernel - 1) // 2, "bias": False}
+
+
+def _doubling(kernel: int) -> dict[str, Any]:
+    """What makes a transposed convolution double it: an odd kernel has to be asked for the last row and column."""
+    return {**_halving(kernel), "output_padding": kernel % 2}
 
 
 class LinearConvTranspose2d(nn.ConvTranspose2d):
@@ -74,27 +90,35 @@ class Generator(nn.Module):
 
     `projection` is the first block: "conv", a transposed convolution of the 1x1 input as in PyTorch's example, or
     "linear", a linear layer as in the paper. They are the same function; `convert.convert_projection` turns the
-    state_dict of one into the other's.
+    state_dict of one into the other's. `kernel` is the side of the other blocks' kernels, 4 or 5.
 
-    Raises ValueError for an unknown `image_size` or `projection`, and from `forward` for a `z` of another size.
+    Raises ValueError for an unknown `image_size`, `projection` or `kernel`, and from `forward` for a `z` of another
+    size.
     """
 
     def __init__(
-        self, image_size: int = 64, channels: int = 3, nz: int = 100, ngf: int = 64, projection: str = "conv"
+        self,
+        image_size: int = 64,
+        channels: int = 3,
+        nz: int = 100,
+        ngf: int = 64,
+        projection: str = "conv",
+        kernel: int = 4,
     ) -> None:
         super().__init__()
         if projection not in PROJECTIONS:
             raise ValueError(f"projection is {projection!r}: expected one of {', '.join(PROJECTIONS)}")
         base, multiples = ladder(image_size)
         self.image_size, self.channels, self.nz, self.ngf, self.projection = image_size, channels, nz, ngf, projection
+        doubling = _doubling(kernel)
         widths = [ngf * m for m in multiples]
         blocks: OrderedDict[str, nn.Module] = OrderedDict()
         blocks["project"] = ConvTransposeBNReLU2d(nz, widths[0], base, 1, 0, bias=False)
         if projection == "linear":
             blocks["project"].conv = LinearConvTranspose2d(nz, widths[0], base)
         for i, (wide, narrow) in enumerate(pairwise(widths), start=1):
-            blocks[f"up{i}"] = ConvTransposeBNReLU2d(wide, narrow, 4, 2, 1, bias=False)
-        blocks["image"] = ConvTransposeTanh2d(widths[-1], channels, 4, 2, 1, bias=False)
+            blocks[f"up{i}"] = ConvTransposeBNReLU2d(wide, narrow, **doubling)
+        blocks["image"] = ConvTransposeTanh2d(widths[-1], channels, **doubling)
         self.blocks: nn.Sequential = FusedSequential(blocks)
         init_weights(self)
 
@@ -112,18 +136,20 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images [N, channels, image_size, image_size] -> logits [N] (the probability of "real" before the sigmoid).
 
-    Raises ValueError for an unknown `image_size`, and from `forward` for images of another shape.
+    `kernel` is the side of all kernels but the logit's, 4 or 5.
+    Raises ValueError for an unknown `image_size` or `kernel`, and from `forward` for images of another shape.
     """
 
-    def __init__(self, image_size: int = 64, channels: int = 3, ndf: int = 64) -> None:
+    def __init__(self, image_size: int = 64, channels: int = 3, ndf: int = 64, kernel: int = 4) -> None:
         super().__init__()
         base, multiples = ladder(image_size)
         self.image_size, self.channels, self.ndf = image_size, channels, ndf
+        halving = _halving(kernel)
         widths = [ndf * m for m in reversed(multiples)]
         blocks: OrderedDict[str, nn.Module] = OrderedDict()
-        blocks["image"] = ConvLeakyReLU2d(channels, widths[0], 4, 2, 1, bias=False)
+        blocks["image"] = ConvLeakyReLU2d(channels, widths[0], **halving)
         for i, (narrow, wide) in enumerate(pairwise(widths), start=1):
-            blocks[f"down{i}"] = ConvBNLeakyReLU2d(narrow, wide, 4, 2, 1, bias=False)
+            blocks[f"down{i}"] = ConvBNLeakyReLU2d(narrow, wide, **halving)
         blocks["logit"] = ConvAct2d(widths[-1], 1, base, 1, 0, bias=False, activation="identity")
         self.blocks: nn.Sequential = FusedSequential(blocks)
         init_weights(self)

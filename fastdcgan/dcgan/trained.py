@@ -115,7 +115,7 @@ def _settings(found: Checkpoint, path: Path) -> TrainConfig:
         _COUNT.check("step", found.state.get("step"))
         # On "meta" a network has shapes and takes no memory.
         with torch.device("meta"):
-            _make(config, "generator"), _make(config, "discriminator")
+            new_generator(config), new_discriminator(config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has settings that can't be: {error}") from error
     return config
@@ -170,15 +170,20 @@ def _dictionary(state: dict[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
-def _make(config: TrainConfig, part: str) -> Generator | Discriminator:
-    if part == "discriminator":
-        return Discriminator(config.image_size, config.channels, config.ndf)
-    return Generator(config.image_size, config.channels, config.nz, config.ngf, config.projection)
+def new_generator(config: TrainConfig) -> Generator:
+    """The generator that training begins with."""
+    c = config
+    return Generator(c.image_size, c.channels, c.nz, c.ngf, c.projection, c.kernel)
+
+
+def new_discriminator(config: TrainConfig) -> Discriminator:
+    """The discriminator that training begins with."""
+    return Discriminator(config.image_size, config.channels, config.ndf, config.kernel)
 
 
 def _empty(saved: Saved, part: str) -> Generator | Discriminator:
     with torch.device("meta"):
-        return _make(saved.config, part)
+        return (new_discriminator if part == "discriminator" else new_generator)(saved.config)
 
 
 def _net(saved: Saved, part: str, device: torch.device | str) -> Any:

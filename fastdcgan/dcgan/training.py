@@ -33,7 +33,7 @@ from fastdcgan.dcgan.console import Bar, say
 from fastdcgan.dcgan.data import Batches, Images, load_images, send
 from fastdcgan.dcgan.files import LOCK, locked, own_folder
 from fastdcgan.dcgan.metrics import ADVICE_NOT_FINITE, Diverged, MetricsLog, Watch
-from fastdcgan.dcgan.models import Discriminator, Generator, placed
+from fastdcgan.dcgan.models import placed
 from fastdcgan.dispatch import autotune
 from fastdcgan.gan_step import GANStep
 from fastdcgan.optim import FusedAdam
@@ -93,8 +93,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self._noise = torch.Generator().manual_seed(config.seed + 1)
         self._fixed_z = torch.randn(config.samples, config.nz, generator=torch.Generator().manual_seed(config.seed + 2))
-        generator = Generator(config.image_size, config.channels, config.nz, config.ngf, config.projection)
-        discriminator = Discriminator(config.image_size, config.channels, config.ndf)
+        generator, discriminator = trained.new_generator(config), trained.new_discriminator(config)
         self.generator, self.discriminator = self._placed(generator), self._placed(discriminator)
         self.optimizer_g = self._adam(self.generator, config.lr_g)
         self.optimizer_d = self._adam(self.discriminator, config.lr_d)

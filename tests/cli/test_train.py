@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from fastdcgan.cli import main
-from fastdcgan.dcgan import checkpoint
+from fastdcgan.dcgan import checkpoint, trained
 from tests.dcgan.conftest import TINY_OPTIONS
 
 SMALL = [*TINY_OPTIONS, "--batch-size", "16", "--samples", "9"]
@@ -72,6 +72,23 @@ def test_train_sample_resume(photos: Path, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == "error: --resume names no run: expected --resume RUN, or --out RUN --resume\n"
     assert main(["train", "--resume", run, "--nz", "9"]) == 2
     assert "nz is 9: the checkpoint's is 8" in capsys.readouterr().err
+
+
+def test_a_preset(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its settings, where no option says otherwise; they stay with the run."""
+    run = tmp_path / "run"
+    arguments = [*SMALL, "--max-steps", "1", "--out", str(run), "--cache", str(tmp_path / "cache")]
+    assert main(["train", str(photos), *arguments, "--preset", "paper", "--lr-d", "1e-4"]) == 0
+    config = trained.load_trained(run).config
+    assert (config.kernel, config.projection, config.flips, config.real_label) == (5, "linear", False, 1.0)
+    assert (config.lr_g, config.lr_d, config.batch_size, config.image_size) == (2e-4, 1e-4, 16, 28)
+    assert main(["train", "--resume", str(run), "--max-steps", "2"]) == 0
+    assert trained.load_trained(run).step == 2
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run), "--preset", "paper"]) == 2
+    assert capsys.readouterr().err.startswith("error: --preset is of a new run: ")
+    assert main(["train", "--resume", str(run), "--kernel", "4"]) == 2
+    assert "kernel is 4: the checkpoint's is 5, and stays" in capsys.readouterr().err
 
 
 def endless(run: Path, code: str = "", *options: str) -> list[str]:
