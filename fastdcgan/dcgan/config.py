@@ -20,7 +20,21 @@ FOLDER_DATA = (64, 3, True)
 
 # What a resumed run can't change: the shapes of its weights, which images they have not seen, what was drawn at its
 # start, and the size of the pictures that make its animation.
-KEPT = ("image_size", "channels", "nz", "ngf", "ndf", "projection", "kernel", "holdout", "seed", "samples")
+KEPT = (
+    *(
+        "image_size",
+        "channels",
+        "nz",
+        "ngf",
+        "ndf",
+        "projection",
+        "kernel",
+        "conditional",
+        "holdout",
+        "seed",
+        "samples",
+    ),
+)
 
 # Settings that go together: TrainConfig(**{**PRESETS["paper"], "data": "photos"}), or `train photos --preset paper`.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -70,6 +84,10 @@ class TrainConfig:
     ndf: int = _option(64, "channels of the discriminator's first feature map", range=_WIDTH)
     projection: str = _option("conv", "the generator's first block", choices=PROJECTIONS)
     kernel: int = _option(4, "side of the kernels that halve and double the maps", choices=KERNELS)
+
+    conditional: bool = _option(
+        False, "learn the classes too, each a sub-folder or a label of a built-in set: `sample --class` asks for one"
+    )
 
     batch_size: int = _option(64, "images per step, over all processes", range=Range(1))
     epochs: int = _option(25, "passes over the data", range=Range(1))

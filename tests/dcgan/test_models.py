@@ -87,6 +87,25 @@ def test_the_other_kernel(size: int) -> None:
 
 
 @pytest.mark.parametrize("projection", ["conv", "linear"])
+def test_networks_of_classes(projection: str) -> None:
+    """Labels change what both networks give, image by image; one chosen label stands for all."""
+    torch.manual_seed(0)
+    nets = Generator(28, 1, 6, 2, projection, classes=4).eval(), Discriminator(28, 1, 2, classes=4).eval()
+    images = torch.rand(3, 1, 28, 28).contiguous(memory_format=torch.channels_last)
+    for net, x in zip(nets, (torch.randn(3, 6), images), strict=True):
+        first, second = (net(x, torch.tensor(labels)) for labels in ([0, 1, 3], [0, 2, 3]))
+        assert (first[1] - second[1]).abs().max() > 1e-6
+        torch.testing.assert_close(first[[0, 2]], second[[0, 2]], rtol=1e-5, atol=1e-6)
+        net.label = 2
+        torch.testing.assert_close(net(x), net(x, torch.tensor([2, 2, 2])), rtol=0, atol=0)
+        shared = copy.deepcopy(net)
+        assert shared.label == 2
+        torch.testing.assert_close(fastdcgan.fold_batchnorm(shared)(x), net(x), rtol=1e-4, atol=1e-5)
+    assert nets[1]._with_class(images, torch.tensor([0, 1, 2])).is_contiguous(memory_format=torch.channels_last)
+    assert nets[0](torch.randn(3, 6)).shape == images.shape
+
+
+@pytest.mark.parametrize("projection", ["conv", "linear"])
 def test_noise_of_either_shape(projection: str) -> None:
     generator = Generator(28, 1, nz=5, ngf=2, projection=projection).eval()
     z = torch.randn(3, 5)
