@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import signal
 import sys
 import threading
@@ -41,7 +40,6 @@ from fastdcgan.gan_step import GANStep
 from fastdcgan.optim import FusedAdam
 from fastdcgan.train_step import GradientPenalty, StepMetrics, unwrapped
 
-_SAMPLE = re.compile(r"step-(\d{8,12})\.png")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -282,7 +280,10 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        log, pictures = self.out / "metrics.csv", [path for step, path in self._samples() if step <= self.step]
+        log, pictures = (
+            self.out / "metrics.csv",
+            [path for step, path in images.sample_grids(self.out) if step <= self.step],
+        )
         if self.processes.main and log.exists():
             plots.plot_losses(log, self.out / "losses.png")
         if self.processes.main and pictures:
@@ -316,15 +317,10 @@ class Trainer:
                 path = self.out / "samples" / f"step-{self.step:08}.png"
                 images.save_image(picture, path)
                 if self._resumed:  # it may have gone another way from here before
-                    for step, later in self._samples():
+                    for step, later in images.sample_grids(self.out):
                         if step > self.step:
                             later.unlink()
                 self._log.add_picture("samples", np.asarray(picture), self.step)
-
-    def _samples(self) -> list[tuple[int, Path]]:
-        """The grids that are there, with their steps."""
-        found = ((_SAMPLE.fullmatch(path.name), path) for path in (self.out / "samples").glob("step-*.png"))
-        return sorted((int(match[1]), path) for match, path in found if match)
 
     def save_checkpoint(self) -> Path:
         """Write everything that the run needs to go on; delete later checkpoints (of a run that went another way from
