@@ -49,12 +49,17 @@ Row = dict[str, float]
 
 
 def write_report(
-    place: str | Path, path: Path | None = None, data: str | None = None, device: torch.device | str = "cpu"
+    place: str | Path,
+    path: Path | None = None,
+    data: str | None = None,
+    device: torch.device | str = "cpu",
+    speed: str = "",
 ) -> Path:
     """Write the page of a run, `place` being its folder, to `path` (default: report.html there), and return that.
 
-    `data` are the run's images, where they are not where they were. Raises CheckpointError for what is no run's
-    folder, OSError for one without metrics.csv, and what `load_images` raises for `data`.
+    `data` are the run's images, where they are not where they were; `speed` is what else is known of that. Raises
+    CheckpointError for what is no run's folder, OSError for one without metrics.csv, and what `load_images` raises for
+    `data`.
     """
     run = load_trained(place, device)
     home = checkpoint.run_of(run.path)
@@ -71,7 +76,7 @@ def write_report(
         ("Samples over the run, on the same inputs", _slider(frames)),
         ("Walks from one input to the next", _walks(run)),
         ("Nearest real images", _neighbours(run, data)),
-        ("Speed", _speed(rows, run.config)),
+        ("Speed", f"{_speed(rows, run.config)}<p>{escape(speed)}</p>"),
         ("Settings", _settings(run.config)),
     ]
     c = run.config

@@ -135,6 +135,7 @@ def test_a_run_of_classes_with_a_name_of_markup(config: TrainConfig, images: Ima
         ("run --out page.png", "--out is page.png: expected the name of a file .html"),
         ("run --out run", "--out is run: expected the name of a file .html"),
         ("run --out run/metrics.csv/page.html", "metrics.csv is no folder"),
+        ("run --speed 0", "--speed is 0.0: expected at least 1"),
         ("run --device tpu", "device is 'tpu'"),
         ("unlogged", "metrics.csv"),
         ("empty", "metrics.csv has no lines yet: expected a run of some steps"),
@@ -157,7 +158,11 @@ def test_bad_input(
 
 
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(run), "--device", "cpu"]) == 0
+    assert main(["report", str(run), "--device", "cpu", "--speed", "1"]) == 0
+    found = re.search(
+        r"([\d.]+) ms fused and ([\d.]+) ms in plain PyTorch: ([\d.]+) times", (run / "report.html").read_text()
+    )
+    assert found and all(float(number) > 0 for number in found.groups())
     assert capsys.readouterr().out.endswith(f"{run / 'report.html'}\n")
     assert main(["report", str(checkpoint.find(run)), "--out", str(tmp_path / "new" / "page.html")]) == 0
     assert Page(tmp_path / "new" / "page.html").frames == Page(run / "report.html").frames
