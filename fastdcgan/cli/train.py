@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         help="settings that go together, and that options given beside it override: paper, those of Radford et al. "
-        "(2015) and of their code",
+        "(2015) and of their code; emoji64, to begin with on emoji",
     )
     types = typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):

@@ -105,7 +105,9 @@ class TrainConfig:
 
     image_size: int = _option(0, "side of the images [default: 32 for mnist and digits, else 64]", choices=IMAGE_SIZES)
     channels: int = _option(0, "1 (grey) or 3 (colour) [default: 1 for mnist and digits, else 3]", choices=(1, 3))
-    flips: bool | None = _option(None, "mirror half of the images, chosen at random [default: not of mnist and digits]")
+    flips: bool | None = _option(
+        None, "mirror half of the images, chosen at random [default: not of mnist, digits and emoji]"
+    )
     holdout: int = _option(0, "leave every Nth image out of training, to judge by [default: none]", range=Range(0))
     workers: int = _option(0, "threads that decode images [default: one per core]", range=Range(0, 1024))
 
