@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from fastdcgan.dcgan.config import TrainConfig
 from fastdcgan.dcgan.console import say
 from fastdcgan.dcgan.files import replacing
 from fastdcgan.dcgan.models import Discriminator, Generator, placed
+from fastdcgan.dcgan.trained import new_discriminator, new_generator
 from fastdcgan.dcgan.training import DTYPES, Outcome
 from fastdcgan.dispatch import autotune
 from fastdcgan.fuse import unfuse
@@ -48,7 +49,11 @@ def run(settings: demo.DemoSettings) -> Outcome:
     images = demo.load_digits()
 
     say(f"Timing the training step on {describe(device)}: fused and plain PyTorch in turn ...")
-    timed = compare(device, _COMPARE_SHARE * seconds, settings.seed)
+    config = TrainConfig(
+        image_size=demo.IMAGE_SIZE, channels=demo.CHANNELS, ngf=demo.WIDTH, ndf=demo.WIDTH, batch_size=demo.BATCH,
+        lr_g=demo.LR_G, lr_d=demo.LR_D, seed=settings.seed,
+    )  # fmt: skip
+    timed = compare(config, ("fp32", "bf16"), device, _COMPARE_SHARE * seconds)
     table = to_markdown(timed, device)
     say(table)
     write_results(timed, table, device, settings)
@@ -60,16 +65,18 @@ def run(settings: demo.DemoSettings) -> Outcome:
     return outcome
 
 
-def compare(device: torch.device, seconds: float, seed: int = 0) -> list[Timed]:
-    """Time a training step of ours and of plain PyTorch with the same weights, in the same rounds, at fp32 and bf16."""
-    torch.manual_seed(seed)
-    nets = _networks(device)
-    real = torch.rand(demo.BATCH, demo.CHANNELS, demo.IMAGE_SIZE, demo.IMAGE_SIZE, device=device).mul_(2).sub_(1)
+def compare(config: TrainConfig, precisions: Sequence[str], device: torch.device, seconds: float) -> list[Timed]:
+    """Time a training step of ours and of plain PyTorch with the same weights, in the same rounds, at each of the
+    precisions. `config` is of networks without classes, and says their shapes, the batch and the rates."""
+    c = config
+    torch.manual_seed(c.seed)
+    nets = placed(new_generator(c), device), placed(new_discriminator(c), device)
+    real = torch.rand(c.batch_size, c.channels, c.image_size, c.image_size, device=device).mul_(2).sub_(1)
     real = real.contiguous(memory_format=torch.channels_last)
-    z = torch.randn(demo.BATCH, nets[0].nz, device=device)
+    z = torch.randn(c.batch_size, c.nz, device=device)
     candidates = {
-        (name, precision): [stepper(copy.deepcopy(nets), real, z, DTYPES[precision])]
-        for precision in ("fp32", "bf16")
+        (name, precision): [stepper(copy.deepcopy(nets), c, real, z, DTYPES[precision])]
+        for precision in precisions
         for name, stepper in (("vanilla", _vanilla), ("fused", _fused))
     }
     with autotune.at_once():
@@ -79,20 +86,14 @@ def compare(device: torch.device, seconds: float, seed: int = 0) -> list[Timed]:
             Timing(rounds=200, seconds_per_round=0.05, budget_s=seconds),
         )
     result = []
-    for precision in ("fp32", "bf16"):
+    for precision in precisions:
         vanilla, fused = times[f"vanilla/{precision}"][0], times[f"fused/{precision}"][0]
         result.append(Timed(precision, summarise(vanilla), summarise(fused), ratio(vanilla, fused)))
     return result
 
 
-def _networks(device: torch.device) -> tuple[Generator, Discriminator]:
-    generator = Generator(demo.IMAGE_SIZE, demo.CHANNELS, ngf=demo.WIDTH)
-    discriminator = Discriminator(demo.IMAGE_SIZE, demo.CHANNELS, ndf=demo.WIDTH)
-    return placed(generator, device), placed(discriminator, device)
-
-
 def _vanilla(
-    nets: tuple[Generator, Discriminator], real: Tensor, z: Tensor, dtype: torch.dtype | None
+    nets: tuple[Generator, Discriminator], config: TrainConfig, real: Tensor, z: Tensor, dtype: torch.dtype | None
 ) -> Callable[[], object]:
     """What anyone would write: a plain nn.Sequential of PyTorch's own modules, the textbook loop, PyTorch's Adam."""
     generator, discriminator = unfuse(nets[0]), unfuse(nets[1]).blocks
@@ -101,13 +102,13 @@ def _vanilla(
 
 
 def _fused(
-    nets: tuple[Generator, Discriminator], real: Tensor, z: Tensor, dtype: torch.dtype | None
+    nets: tuple[Generator, Discriminator], config: TrainConfig, real: Tensor, z: Tensor, dtype: torch.dtype | None
 ) -> Callable[[], object]:
     """What a training run does."""
-    betas, capturable = (TrainConfig.beta1, TrainConfig.beta2), real.device.type == "cuda"
+    betas, capturable = (config.beta1, config.beta2), real.device.type == "cuda"
     optimizers = [
         FusedAdam(net.parameters(), rate, betas, capturable=capturable)
-        for net, rate in zip(nets, (demo.LR_G, demo.LR_D), strict=True)
+        for net, rate in zip(nets, (config.lr_g, config.lr_d), strict=True)
     ]
     step = GANStep(*nets, *optimizers, dtype=dtype)
     return lambda: step(real, z)

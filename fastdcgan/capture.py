@@ -35,14 +35,13 @@ class Captured:
 
     graph: torch.cuda.CUDAGraph
     metrics: Tensor  # [6]
-    real: Tensor
-    z: Tensor | None
+    inputs: tuple[Tensor | None, ...]  # real images, z, labels
 
-    def __call__(self, real: Tensor, z: Tensor | None) -> StepMetrics:
-        self.real.copy_(real, non_blocking=True)
-        if self.z is not None:
-            assert z is not None
-            self.z.copy_(z, non_blocking=True)
+    def __call__(self, *inputs: Tensor | None) -> StepMetrics:
+        for memory, new in zip(self.inputs, inputs, strict=True):
+            if memory is not None:
+                assert new is not None
+                memory.copy_(new, non_blocking=True)
         self.graph.replay()
         return StepMetrics(*self.metrics.clone().unbind())  # the next replay writes over it
 

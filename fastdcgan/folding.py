@@ -25,11 +25,10 @@ def fold_batchnorm(model: ModuleT) -> ModuleT:
     It is a copy: what is trained, loaded or written into `model` later doesn't reach it. Fold again then.
 
     The BatchNorm2d is replaced by `nn.Identity`, so other modules keep their names. Weight norm, spectral norm and
-    parametrizations of a folded convolution are made permanent. Left as they are: BatchNorms without running
-    statistics, convolutions that are used in more than one place, and modules with hooks. The output equals that of
-    `model.eval()` up to rounding.
-    Raises TypeError if `model` is no `nn.Module` or what would be folded is not of real numbers, ValueError if a module
-    contains itself.
+    parametrizations of a folded convolution are made permanent, and so is a weight that its class computes. Left as
+    they are: BatchNorms without running statistics, convolutions that are used in more than one place, and modules with
+    hooks. The output equals that of `model.eval()` up to rounding. Raises TypeError if `model` is no `nn.Module` or
+    what would be folded is not of real numbers, ValueError if a module contains itself.
     """
     check_module(model)
     memo = {}  # the old weight_norm and spectral_norm leave a computed `weight`, which deepcopy refuses
@@ -90,7 +89,8 @@ def _fold(model: nn.Module, block: FoundBlock) -> None:
 
 
 def _bake(conv: nn.Module) -> None:
-    """Make weight norm, spectral norm and parametrizations permanent, so that `weight` is an ordinary parameter."""
+    """Make weight norm, spectral norm, parametrizations and a weight that the class computes permanent, so that
+    `weight` is an ordinary parameter."""
     if parametrize.is_parametrized(conv):
         # Not remove_parametrizations: it changes the class, which a copied module shares with the original.
         found = {name: getattr(conv, name).detach().clone() for name in conv.parametrizations}  # type: ignore[union-attr]
@@ -104,3 +104,9 @@ def _bake(conv: nn.Module) -> None:
             remove_weight_norm(conv, hook.name)
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(conv, hook.name)
+    if "weight" not in conv._parameters:
+        weight = conv.weight
+        assert isinstance(weight, torch.Tensor)
+        conv.__class__ = nn.ConvTranspose2d if isinstance(conv, nn.ConvTranspose2d) else nn.Conv2d
+        conv._modules.clear()  # what the class computed it from
+        conv.register_parameter("weight", nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))

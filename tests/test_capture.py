@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdcgan
-from fastdcgan.capture import Granted
+from fastdcgan.capture import Captured, Granted
 from fastdcgan.optim import FusedAdam
 from fastdcgan.train_step import GradientPenalty
 from tests.machine import DEVICE, backends_here
@@ -85,6 +85,34 @@ def test_a_step_asks_nothing_of_the_host(
             step(real, z)
     assert watched.calls > 50
     assert not watched.found, "\n".join(watched.found)
+
+
+def test_a_step_with_labels_asks_nothing_of_the_host() -> None:
+    nets = [fastdcgan.Generator(32, nz=8, ngf=4, classes=3), fastdcgan.Discriminator(32, ndf=4, classes=3)]
+    optimizers = [FusedAdam(net.to(DEVICE).parameters(), capturable=True) for net in nets]
+    step = fastdcgan.GANStep(*nets, *optimizers, noise=(8,), graph=False)
+    real, labels = torch.rand(4, 3, 32, 32, device=DEVICE), torch.tensor([0, 2, 1, 2], device=DEVICE)
+    step.warm_up(real, None, labels)
+    step._settle_rates()
+    with Watched() as watched:
+        step(real, labels=labels)
+    assert watched.calls > 50
+    assert not watched.found, "\n".join(watched.found)
+
+
+def test_a_replay_reads_the_inputs_that_it_is_given() -> None:
+    """All of them, into the memory that was captured; one that is not there is left out."""
+    real, labels = torch.zeros(2), torch.zeros(2, dtype=torch.long)
+    seen = []
+
+    class Graph:
+        def replay(self) -> None:
+            seen.append((real.clone(), labels.clone()))
+
+    captured = Captured(Graph(), torch.arange(6.0), (real, None, labels))  # type: ignore[arg-type]
+    metrics = captured(torch.tensor([1.0, 2.0]), None, torch.tensor([3, 4]))
+    assert [t.tolist() for t in seen[0]] == [[1.0, 2.0], [3, 4]]
+    assert metrics.penalty == 5
 
 
 def test_what_is_unchanged_is_seen_at_a_glance(monkeypatch: pytest.MonkeyPatch) -> None:

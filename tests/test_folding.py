@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,27 @@ def test_16_bit_weights_are_folded_in_float32(dtype: torch.dtype, device: torch.
     # One rounding to the dtype, of a value computed in float32.
     half_ulp = torch.finfo(dtype).eps / 2 * 1.001
     assert bool(((folded[0].weight.double() - exact).abs() <= half_ulp * exact.abs() + torch.finfo(dtype).tiny).all())
+
+
+def test_weights_that_a_class_computes_are_baked(device: torch.device) -> None:
+    class Standardised(nn.Conv2d):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            del self._parameters["weight"]
+            self.raw = nn.Conv2d(*args)
+
+        @property
+        def weight(self) -> Tensor:  # type: ignore[override]
+            return self.raw.weight - self.raw.weight.mean((1, 2, 3), keepdim=True)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Standardised(3, 5, 3, 1, 0, 1, 1, False), nn.BatchNorm2d(5), nn.ReLU()).to(device)
+    x = torch.randn(4, 3, 8, 8, device=device)
+    model(x)
+    folded = fastdcgan.fold_batchnorm(model)
+    torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-5, atol=1e-5)
+    assert [name for name, _ in folded.named_parameters()] == ["0.bias", "0.weight"]
+    assert "0.raw.weight" in dict(model.named_parameters())
 
 
 def test_channels_last_and_requires_grad_stay(device: torch.device) -> None:

@@ -253,3 +253,59 @@ def test_any_two_modules() -> None:
     b = train_step(g2, fastdcgan.unfuse(plain).blocks, *adams(g2, plain), real, z)
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [None, "wgan-gp"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_labels_go_to_both_networks(kind: str | None, accumulate: int) -> None:
+    """A step of conditional networks is that of networks that have the labels built in, and one of other labels is
+    another one."""
+    torch.manual_seed(1)
+    nets = Generator(28, 1, nz=8, ngf=4, classes=3).double(), Discriminator(28, 1, ndf=4, classes=3).double()
+    labels = torch.arange(8) % 3
+    penalty = None if kind is None else GradientPenalty(1.0, kind)
+
+    class Given(nn.Module):
+        """`net` with the labels of the batch, or of its part, for real and for generated images alike."""
+
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net, self.calls = net, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            part = len(x) * (self.calls % (8 // len(x)))
+            return self.net(x, labels[part : part + len(x)])
+
+    def step(*nets: nn.Module, **given: Tensor) -> StepMetrics:
+        torch.manual_seed(3)  # of the mixtures
+        ((real, z),) = batches(1, torch.float64)
+        return train_step(*nets, *adams(*nets), real, z, penalty=penalty, accumulate=accumulate, **given)
+
+    theirs, other = copy.deepcopy(nets), copy.deepcopy(nets)
+    if accumulate == 1:
+        built_in = step(*map(Given, theirs))
+        ours = step(*nets, labels=labels)
+        for a, b in zip(ours, built_in, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(parameters(*nets), parameters(*theirs), rtol=1e-7, atol=1e-9)
+    else:  # BatchNorm's statistics are of a part: the halves one by one give the same metrics on the average
+        ours = step(*nets, labels=labels)
+    assert (step(*other, labels=(labels + 1) % 3).loss_d - ours.loss_d).abs() > 1e-6
+    assert all((net.embed.weight.grad != 0).any() for net in nets)
+
+
+def test_labels_are_checked() -> None:
+    nets = Generator(28, 1, nz=8, ngf=4, classes=3), Discriminator(28, 1, ndf=4, classes=3)
+    start = parameters(*nets)
+    ((real, z),) = batches(1)
+    for labels, message in (
+        (torch.zeros(7, dtype=torch.long), r"one for each of the 8 images, got \[7\]"),
+        ([0] * 8, "one for each of the 8 images, got <class 'list'>"),
+        (torch.zeros(8), r"labels are torch.float32 \[8\]: expected torch.int64 \[8\]"),
+        (None, "the generator is of 3 classes: expected one to be chosen"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_step(*nets, *adams(*nets), real, z, labels=labels)
+    with pytest.raises(ValueError, match="a network that takes none"):
+        train_step(*networks(), *adams(*networks()), real, z, labels=torch.zeros(8, dtype=torch.long))
+    assert torch.equal(parameters(*nets), start)

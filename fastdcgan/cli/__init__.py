@@ -31,6 +31,7 @@ COMMANDS = {
     "inpaint": ("fastdcgan.cli.inpaint", "Fill in what is missing of images: semantic inpainting."),
     "features": ("fastdcgan.cli.features", "Features of a trained network, classifiers on them, a comparison."),
     "evaluate": ("fastdcgan.cli.evaluate", "Fréchet distance, precision and recall of a run's checkpoints."),
+    "report": ("fastdcgan.cli.report", "Write a page about a run: curves, samples over the steps, settings."),
     "style": ("fastdcgan.cli.style", "Show one picture in the manner of another."),
     "bench": ("fastdcgan.cli.bench", "Time blocks and the training step against PyTorch."),
     "doctor": ("fastdcgan.cli.doctor", "Show what was built, what can run here, and why the rest can't."),

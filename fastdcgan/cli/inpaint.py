@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.checks import AMOUNT, Range
-from fastdcgan.cli.options import add_checkpoint, add_number, add_out, add_seed
+from fastdcgan.cli.options import add_checkpoint, add_class, add_number, add_out, add_seed
 from fastdcgan.dcgan import distributed, inpainting, masks, trained
 from fastdcgan.dcgan.console import Bar, say, wrote
 from fastdcgan.dcgan.data import held_out, load_images
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--restarts", Range(1), default=4, help="searches for each image; the best one is kept")
     add_number(parser, "--prior", AMOUNT, default=0.003, help="weight of the prior loss")
     add_seed(parser, "of random masks, and of where the searches begin")
+    add_class(parser)
     parser.add_argument("--ema", action="store_true", help="with the run's moving average of the generator")
     parser.add_argument("--cache", type=Path, help="folder of decoded images [default: as train has it]")
     parser.add_argument(
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_suffix(args.out, ".png", name="--out")
-    run = trained.load_trained(args.checkpoint, distributed.choose_device(args.device), args.ema)
+    run = trained.load_trained(args.checkpoint, distributed.choose_device(args.device), args.ema, args.label)
     size = run.config.image_size
     known = masks.make(args.mask, size, args.count, share=args.share, seed=args.seed)
     images, mean = _images(run, args)

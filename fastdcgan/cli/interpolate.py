@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastdcgan.checks import AMOUNT, Range
-from fastdcgan.cli.options import add_checkpoint, add_number
+from fastdcgan.cli.options import add_checkpoint, add_class, add_number
 from fastdcgan.dcgan import distributed, interpolation, trained
 from fastdcgan.dcgan.console import wrote
 from fastdcgan.dcgan.files import check_suffix
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser, "--steps", Range(1, 10_000), metavar="N", help="images of each part of the walk [default: 8; GIF: 16]"
     )
     add_number(parser, "--noise", AMOUNT, metavar="X", help="how far around the result: +-X [default: 0.25]")
+    add_class(parser)
     parser.add_argument("--ema", action="store_true", help="with the run's moving average of the generator")
     parser.add_argument(
         "--out",
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--noise is around a result: expected --arithmetic with it")
     device = distributed.choose_device(args.device)
     terms = None if args.arithmetic is None else interpolation.parse(args.arithmetic)
-    generator = trained.load_generator(args.checkpoint, device, args.ema)
+    generator = trained.load_generator(args.checkpoint, device, args.ema, args.label)
     if terms is not None:
         around = {} if args.noise is None else {"scale": args.noise}
         save_image(interpolation.arithmetic_sheet(generator, terms, **around), out)

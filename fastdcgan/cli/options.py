@@ -18,6 +18,16 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
+def add_class(parser: argparse.ArgumentParser, otherwise: str = "") -> None:
+    """--class, one of those that the networks of a run with `train --conditional` know."""
+    parser.add_argument(
+        "--class",
+        dest="label",
+        metavar="NAME|INDEX",
+        help=f"of a run that learned classes, this one, by its name or its number{otherwise}",
+    )
+
+
 def add_data(parser: argparse.ArgumentParser, what: str) -> None:
     """DATA, the images to work with."""
     parser.add_argument("data", metavar="DATA", nargs="?", help=f"{what} [default: what the run was trained on]")

@@ -14,6 +14,7 @@ PACKAGES: dict[str, tuple[str, str | None]] = {
     "mlxtend": ("mlxtend", "demo"),
     "sklearn": ("scikit-learn", "features"),
     "scikit-learn": ("scikit-learn", "features"),  # as importlib.metadata reports it
+    "emoji": ("emoji", "emoji"),
     "tensorboard": ("tensorboard", None),
     "torch_fidelity": ("torch-fidelity", None),
 }

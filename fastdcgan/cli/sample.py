@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastdcgan.checks import Range, printable
-from fastdcgan.cli.options import add_device, add_number, add_seed
+from fastdcgan.cli.options import add_class, add_device, add_number, add_seed
 from fastdcgan.dcgan import distributed, sampling, trained
 from fastdcgan.dcgan.console import wrote
 from fastdcgan.dcgan.files import check_suffix
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="redraw noise beyond +-T: fewer odd images",
     )
+    add_class(parser, " [default: all in turn]")
     parser.add_argument("--ema", action="store_true", help="with the run's moving average of the generator")
     parser.add_argument(
         "--out",
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--per-class has a folder for each class: expected neither --separate nor --as-folder with it")
     in_folder = args.per_class or args.separate or args.as_folder
     out = args.out or Path("samples" if in_folder else "samples.png")
+    if args.per_class and args.label is not None:
+        raise ValueError("--class is of one checkpoint: expected none with --per-class")
     if args.per_class:
         places = _places(args.per_class)
         generators = {name: trained.load_generator(place, device, args.ema) for name, place in places.items()}
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not in_folder:
         check_suffix(out, ".png", ".npy", ".npz", name="--out")
-    run = trained.load_trained(args.checkpoint, device, args.ema)
+    run = trained.load_trained(args.checkpoint, device, args.ema, args.label)
     if args.as_folder:
         out /= _name(run)
     if in_folder:

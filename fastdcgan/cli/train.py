@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fastdcgan.checks import printable
 from fastdcgan.cli.options import INTERRUPTED
 from fastdcgan.dcgan import distributed
-from fastdcgan.dcgan.config import TrainConfig
+from fastdcgan.dcgan.config import PRESETS, TrainConfig
 from fastdcgan.dcgan.training import Trainer
 
 
@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         help="go on with this run's newest checkpoint, or with this file; without RUN with the run in --out",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="settings that go together, and that options given beside it override: paper, those of Radford et al. "
+        "(2015) and of their code; emoji64, to begin with on emoji",
     )
     types = typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
@@ -50,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
     place = given.get("out", "") if args.resume == "" else args.resume
     if place == "":
         raise ValueError("--resume names no run: expected --resume RUN, or --out RUN --resume")
+    if args.preset and place is not None:
+        raise ValueError("--preset is of a new run: a resumed one keeps its settings, but for options given one by one")
+    given = {**PRESETS.get(args.preset, {}), **given}
     try:
         trainer = Trainer(TrainConfig(**given)) if place is None else Trainer.resume(place, **given)
         outcome = trainer.run()

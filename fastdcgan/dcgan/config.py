@@ -10,21 +10,81 @@ from typing import Any
 
 from fastdcgan.checks import AMOUNT, SEED, Range
 from fastdcgan.dcgan.files import short_name
-from fastdcgan.dcgan.models import IMAGE_SIZES, PROJECTIONS
+from fastdcgan.dcgan.models import IMAGE_SIZES, KERNELS, PROJECTIONS
 from fastdcgan.train_step import PENALTIES
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Image size, channels and flips of the sets that installed packages ship, and of a folder, unless given.
-BUILTIN_DATA = {"mnist": (32, 1, False), "digits": (32, 1, False), "photo-crops": (64, 3, True)}
+BUILTIN_DATA = {
+    "mnist": (32, 1, False),
+    "digits": (32, 1, False),
+    "photo-crops": (64, 3, True),
+    "emoji": (64, 3, False),  # flags, letters and clocks have a side
+    "emoji-people": (64, 3, True),
+}
+WITH_FILE = ("emoji", "emoji-people")  # sets that are made of a file, which may be named: "emoji:FONT.ttf"
 FOLDER_DATA = (64, 3, True)
 
 # What a resumed run can't change: the shapes of its weights, which images they have not seen, what was drawn at its
 # start, and the size of the pictures that make its animation.
-KEPT = ("image_size", "channels", "nz", "ngf", "ndf", "projection", "holdout", "seed", "samples")
+KEPT = (
+    *(
+        "image_size",
+        "channels",
+        "nz",
+        "ngf",
+        "ndf",
+        "projection",
+        "kernel",
+        "conditional",
+        "holdout",
+        "seed",
+        "samples",
+    ),
+)
+
+# Settings that go together: TrainConfig(**{**PRESETS["paper"], "data": "photos"}), or `train photos --preset paper`.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Radford et al. (2015), section 4 and figure 1; widths, kernels, epochs and the linear projection as in their code
+    "paper": {
+        "image_size": 64,
+        "flips": False,
+        "nz": 100,
+        "ngf": 128,
+        "ndf": 128,
+        "projection": "linear",
+        "kernel": 5,
+        "batch_size": 128,
+        "epochs": 25,
+        "lr_g": 2e-4,
+        "lr_d": 2e-4,
+        "beta1": 0.5,
+        "real_label": 1.0,
+    },
+    # For `emoji` and `emoji-people`. It is where a search begins: no long run has shown yet what these settings give.
+    "emoji64": {
+        "image_size": 64,
+        "channels": 3,
+        "ngf": 64,
+        "ndf": 64,
+        "batch_size": 64,
+        "epochs": 1000,
+        "lr_g": 2e-4,
+        "lr_d": 2e-4,
+        "ema": 0.999,
+    },
+}
 
 _WIDTH = Range(1, 2**14)
 _RATE = Range(None, 1e38, above=0, whole=False)
 _DECAY = Range(0, None, below=1, whole=False)
+
+
+def builtin_set(data: str) -> tuple[str, str]:
+    """The built-in set that `data` names, and the file to make it of if one is named; "", "" for a folder."""
+    name, colon, file = data.partition(":")
+    known = name in (WITH_FILE if colon else BUILTIN_DATA)
+    return (name, file) if known else ("", "")
 
 
 def _option(default: Any, help: str, **extra: Any) -> Any:
@@ -35,13 +95,19 @@ def _option(default: Any, help: str, **extra: Any) -> Any:
 class TrainConfig:
     """Everything that decides what a run does. `help` texts are the documentation of the fields."""
 
-    data: str = _option("", f"a folder of images (searched recursively), or a built-in set: {', '.join(BUILTIN_DATA)}")
+    data: str = _option(
+        "",
+        f"a folder of images (searched recursively), or a built-in set: {', '.join(BUILTIN_DATA)}; "
+        "of emoji as emoji:FONT too, to draw them from that file",
+    )
     out: str = _option("", "folder of the run [default: runs/DATA-SIZE, with a number where that exists]")
     cache: str = _option("", "folder of decoded images [default: fastdcgan in the user's cache folder]")
 
     image_size: int = _option(0, "side of the images [default: 32 for mnist and digits, else 64]", choices=IMAGE_SIZES)
     channels: int = _option(0, "1 (grey) or 3 (colour) [default: 1 for mnist and digits, else 3]", choices=(1, 3))
-    flips: bool | None = _option(None, "mirror half of the images, chosen at random [default: not of mnist and digits]")
+    flips: bool | None = _option(
+        None, "mirror half of the images, chosen at random [default: not of mnist, digits and emoji]"
+    )
     holdout: int = _option(0, "leave every Nth image out of training, to judge by [default: none]", range=Range(0))
     workers: int = _option(0, "threads that decode images [default: one per core]", range=Range(0, 1024))
 
@@ -49,6 +115,11 @@ class TrainConfig:
     ngf: int = _option(64, "channels of the generator's last feature map", range=_WIDTH)
     ndf: int = _option(64, "channels of the discriminator's first feature map", range=_WIDTH)
     projection: str = _option("conv", "the generator's first block", choices=PROJECTIONS)
+    kernel: int = _option(4, "side of the kernels that halve and double the maps", choices=KERNELS)
+
+    conditional: bool = _option(
+        False, "learn the classes too, each a sub-folder or a label of a built-in set: `sample --class` asks for one"
+    )
 
     batch_size: int = _option(64, "images per step, over all processes", range=Range(1))
     epochs: int = _option(25, "passes over the data", range=Range(1))
@@ -111,13 +182,18 @@ class TrainConfig:
         """The settings with every value that depends on the data filled in. Raises ValueError without `data`."""
         if not self.data:
             raise ValueError(f"no data given: expected a folder of images, or one of {', '.join(BUILTIN_DATA)}")
-        builtin = self.data in BUILTIN_DATA
-        size, channels, flips = BUILTIN_DATA.get(self.data, FOLDER_DATA)
+        name, file = builtin_set(self.data)
+        size, channels, flips = BUILTIN_DATA.get(name, FOLDER_DATA)
         size = self.image_size or size
-        name = self.data if builtin else short_name(Path(self.data).resolve())
+        # A run may go on from another folder.
+        if file:
+            data = f"{name}:{Path(file).resolve()}"
+        else:
+            data = name or str(Path(self.data).resolve())
+        name = name or short_name(Path(data))
         return dataclasses.replace(
             self,
-            data=self.data if builtin else str(Path(self.data).resolve()),  # a run may go on from another folder
+            data=data,
             image_size=size,
             channels=self.channels or channels,
             flips=flips if self.flips is None else self.flips,

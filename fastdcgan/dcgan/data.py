@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import deque
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.dcgan import cache
-from fastdcgan.dcgan.config import BUILTIN_DATA
+from fastdcgan.dcgan.config import BUILTIN_DATA, builtin_set
 from fastdcgan.dcgan.console import say, track
 from fastdcgan.dcgan.files import replacing, short_name
 from fastdcgan.dcgan.sources import Source, open_source
@@ -107,6 +108,9 @@ def _load(
 def _cache_name(data: str) -> str:
     if data in BUILTIN_DATA:
         return data
+    name, file = builtin_set(data)
+    if file:
+        return f"{name}-{hashlib.sha256(os.fsencode(Path(file).resolve())).hexdigest()[:12]}"
     path = Path(data).resolve()
     return f"{short_name(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
 
@@ -169,8 +173,9 @@ class Batches:
 
     A batch is float32 [B, C, H, W] in [-1, 1], channels_last, on `device`. The order and the flips of an epoch are
     drawn at its start, from a generator of this object's own; images that don't fill a last batch sit that epoch out.
-    Every `holdout`th image is left out (`held_out`). With `world` processes each gets its own slice `rank` of every
-    batch of `batch_size` images, so that together they see what one process would.
+    With `labels`, int64 [N], a batch of them comes beside that of the images: int64 [B]. Every `holdout`th image is
+    left out (`held_out`). With `world` processes each gets its own slice `rank` of every batch of `batch_size` images,
+    so that together they see what one process would.
 
     Raises ValueError if fewer images than `batch_size` are left, or if it can't be split over the processes.
     """
@@ -180,6 +185,7 @@ class Batches:
         images: Images,
         batch_size: int,
         *,
+        labels: np.ndarray | None = None,
         flips: bool = False,
         holdout: int = 0,
         seed: int = 0,
@@ -196,6 +202,7 @@ class Batches:
         share = batch_size // world
         self._slice = slice(rank * share, (rank + 1) * share)
         self._array = images.array
+        self._labels = None if labels is None else torch.from_numpy(labels)
         self._resident = self._on_device()
         self._random = torch.Generator().manual_seed(seed)
         self.epoch = self.position = 0
@@ -212,14 +219,21 @@ class Batches:
         return len(self._kept) // self.batch_size
 
     def stream(self) -> Generator[Tensor]:
-        """Batches from where the stream stands; `epoch` and `position` already count the batch that is handed out."""
+        """`batches`, of which only the images."""
+        with contextlib.closing(self.batches()) as batches:
+            for images, *_ in batches:
+                yield images
+
+    def batches(self) -> Generator[tuple[Tensor, ...]]:
+        """Images, and the labels where there are any, from where the stream stands; `epoch` and `position` already
+        count the batch that is handed out."""
         with ThreadPoolExecutor(1) as pool:
             coming = self._submit(pool)
             while True:
-                pixels, flip = coming.result()
+                pixels, flip, *labels = coming.result()
                 self._advance(self.batch_size)
                 coming = self._submit(pool)
-                yield self._normalised(pixels, flip)
+                yield self._normalised(pixels, flip), *(send(part, self.device) for part in labels)
 
     def _submit(self, pool: ThreadPoolExecutor) -> Future:
         return pool.submit(self._gather, *self._chosen())
@@ -268,10 +282,11 @@ class Batches:
             return None
         return torch.from_numpy(np.array(self._array)).to(self.device)
 
-    def _gather(self, indices: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
+    def _gather(self, indices: Tensor, flip: Tensor) -> tuple[Tensor, ...]:
+        labels = () if self._labels is None else (self._labels[indices],)
         if self._resident is not None:
-            return self._resident[send(indices, self.device)], flip
-        return torch.from_numpy(self._array[indices.numpy()]), flip
+            return self._resident[send(indices, self.device)], flip, *labels
+        return torch.from_numpy(self._array[indices.numpy()]), flip, *labels
 
     def _normalised(self, pixels: Tensor, flip: Tensor) -> Tensor:
         return normalize_images(send(pixels, self.device), send(flip, self.device) if self.flips else None)

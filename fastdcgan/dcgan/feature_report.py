@@ -22,7 +22,7 @@ from fastdcgan.dcgan.models import Discriminator, placed
 from fastdcgan.dcgan.patches import PatchKMeans
 from fastdcgan.dcgan.projection import InverseProjection
 from fastdcgan.dcgan.sources import NoClasses
-from fastdcgan.dcgan.trained import Trained
+from fastdcgan.dcgan.trained import Trained, new_discriminator
 from fastdcgan.images import normalize_images
 
 _TEST_EVERY = 5  # images, where the run held none out
@@ -112,7 +112,7 @@ def random_discriminator(config: TrainConfig, pixels: np.ndarray, device: torch.
     """A discriminator as a run begins with it, but that its BatchNorm knows the statistics of some of `pixels`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = placed(Discriminator(config.image_size, config.channels, config.ndf), device)
+        net = placed(new_discriminator(config), device)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0

@@ -37,14 +37,19 @@ class FeatureExtractor(nn.Module):
         layers: names of `net.stages()`, in any order; default: all but the last, which is the logit or the image.
         pool: the side of the grid that each map larger than it is max-pooled to; None leaves all maps as they are.
 
-    Raises ValueError for a name that is no layer, none or one twice, and for `pool` below 1; from `forward` for input
-    of another number of dimensions or channels.
+    Raises ValueError for a network of classes, a name that is no layer, none or one twice, and for `pool` below 1; from
+    `forward` for input of another number of dimensions or channels.
     """
 
     def __init__(
         self, net: Discriminator | Generator, layers: Sequence[str] | None = None, pool: int | None = GRID
     ) -> None:
         super().__init__()
+        if net.classes:
+            raise ValueError(
+                f"the {type(net).__name__.lower()} takes a class beside its input, which features have none of: "
+                "expected a network that was trained without --conditional"
+            )
         names = [name for name, _ in net.stages()]
         layers = names[:-1] if layers is None else list(layers)
         for name in layers:

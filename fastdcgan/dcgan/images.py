@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fastdcgan.dcgan.decoding import open_image
 from fastdcgan.dcgan.files import check_suffix, write
 
 _GIF_FRAMES = 100
+_SAMPLES = re.compile(r"step-(\d{8,12})\.png")
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -80,6 +82,12 @@ def save_numbered(parts: Iterable[np.ndarray], count: int, folder: Path) -> None
     digits = len(str(count - 1))
     for number, pixels in enumerate(picture for part in parts for picture in part):
         (folder / f"{number:0{digits}}.png").write_bytes(encoded(to_image(pixels)))
+
+
+def sample_grids(run: Path) -> list[tuple[int, Path]]:
+    """The sample grids in a run's folder, with their steps, in the order of these."""
+    found = ((_SAMPLES.fullmatch(path.name), path) for path in (run / "samples").glob("step-*.png"))
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def save_gif(frames: Sequence[Path], path: Path, seconds: float = 8.0) -> None:

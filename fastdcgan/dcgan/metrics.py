@@ -124,14 +124,19 @@ class MetricsLog:
         self._since = now
 
 
+def has_won(values: Mapping[str, float], real_label: float) -> bool:
+    """Whether D is sure of real images and of generated ones. With smoothed labels its best answer for a real one is
+    the label, not 1."""
+    return values["d_real"] > 0.99 * real_label and values["d_fake"] < 0.01
+
+
 class Watch:
     """Looks at every step's values for a run that has gone wrong."""
 
     PATIENCE = 300  # steps
 
     def __init__(self, real_label: float) -> None:
-        # With smoothed labels D's best answer for a real image is the label, not 1.
-        self._sure_of_real = 0.99 * real_label
+        self._real_label = real_label
         self._streak = 0
         self._said = False
 
@@ -140,8 +145,7 @@ class Watch:
         for name in ("loss_d", "loss_g"):
             if not math.isfinite(values[name]):
                 raise Diverged(f"{name} is {values[name]} at step {step}. {ADVICE_NOT_FINITE}")
-        won = values["d_real"] > self._sure_of_real and values["d_fake"] < 0.01
-        self._streak = self._streak + 1 if won else 0
+        self._streak = self._streak + 1 if has_won(values, self._real_label) else 0
         if self._streak < self.PATIENCE or self._said:
             return None
         self._said = True

@@ -57,13 +57,23 @@ def _row(nz: int, random: torch.Generator, truncation: float | None) -> Tensor:
     return torch.where(z.abs() <= truncation, z, drawn.clamp(-truncation, truncation))
 
 
+def mixed_labels(generator: Generator, count: int) -> Tensor | None:
+    """For a generator of classes of which none is chosen all of them in turn, int64 [count]; else None."""
+    if not generator.classes or generator.label is not None:
+        return None
+    return torch.arange(count) % generator.classes
+
+
 @torch.inference_mode()
 def batches(generator: Generator, count: int, seed: int = 0, truncation: float | None = None) -> Iterator[Tensor]:
     """`sample` in parts: images [at most 64, C, H, W]. Raises ValueError for values that are not finite, which would be
     black."""
     device = next(generator.parameters()).device
+    done = 0
     for z in _noise(generator.nz, count, seed, truncation):
-        images = generator(z.to(device)).float().cpu()
+        labels = mixed_labels(generator, done + len(z))
+        done += len(z)
+        images = generator(z.to(device), None if labels is None else labels[-len(z) :].to(device)).float().cpu()
         if not images.isfinite().all():
             raise ValueError("the generator's images have values that are not finite: its weights are out of range")
         yield images

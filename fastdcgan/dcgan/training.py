@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import signal
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,16 +30,16 @@ from fastdcgan.dcgan import checkpoint, console, distributed, files, images, plo
 from fastdcgan.dcgan.checkpoint import Checkpoint, CheckpointError, Record
 from fastdcgan.dcgan.config import KEPT, TrainConfig
 from fastdcgan.dcgan.console import Bar, say
-from fastdcgan.dcgan.data import Batches, Images, load_images, send
+from fastdcgan.dcgan.data import Batches, Images, Labelled, load_images, load_labelled, send
 from fastdcgan.dcgan.files import LOCK, locked, own_folder
 from fastdcgan.dcgan.metrics import ADVICE_NOT_FINITE, Diverged, MetricsLog, Watch
-from fastdcgan.dcgan.models import Discriminator, Generator, placed
+from fastdcgan.dcgan.models import placed
+from fastdcgan.dcgan.sampling import mixed_labels
 from fastdcgan.dispatch import autotune
 from fastdcgan.gan_step import GANStep
 from fastdcgan.optim import FusedAdam
 from fastdcgan.train_step import GradientPenalty, StepMetrics, unwrapped
 
-_SAMPLE = re.compile(r"step-(\d{8,12})\.png")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,12 +55,12 @@ class Outcome:
 class Trainer:
     """A training run: networks, optimisers, data and everything that a run writes into its folder.
 
-    `images` replaces the data that `config` names. Attributes of use from outside: `generator`, `discriminator`,
-    `optimizer_g`, `optimizer_d`, `batches`, `step`, `out`. Seeds torch's global generators with `config.seed`.
-    Raises ValueError for settings that don't fit, and what `load_images` raises.
+    `images` replaces the data that `config` names, with labels if it is to be conditional. Attributes of use from
+    outside: `generator`, `discriminator`, `optimizer_g`, `optimizer_d`, `batches`, `step`, `out`. Seeds torch's global
+    generators with `config.seed`. Raises ValueError for settings that don't fit, and what `load_images` raises.
     """
 
-    def __init__(self, config: TrainConfig, images: Images | None = None, *, _resumed: bool = False) -> None:
+    def __init__(self, config: TrainConfig, images: Images | Labelled | None = None, *, _resumed: bool = False) -> None:
         if images is not None and not config.data:
             config = dataclasses.replace(config, data="images in memory")
         config = config.resolved()
@@ -90,11 +90,21 @@ class Trainer:
         if config.gradient_penalty:
             self.penalty = GradientPenalty(config.gradient_penalty, config.penalty_kind)
 
+        found = self._load_images() if images is None else images
+        labels: np.ndarray | None = None
+        self.images = found.images if isinstance(found, Labelled) else found
+        self.classes: list[str] = []
+        if config.conditional:
+            if not isinstance(found, Labelled):
+                raise ValueError("conditional needs images with classes: expected Labelled images")
+            labels, self.classes = found.labels, found.classes
+
         torch.manual_seed(config.seed)
         self._noise = torch.Generator().manual_seed(config.seed + 1)
         self._fixed_z = torch.randn(config.samples, config.nz, generator=torch.Generator().manual_seed(config.seed + 2))
-        generator = Generator(config.image_size, config.channels, config.nz, config.ngf, config.projection)
-        discriminator = Discriminator(config.image_size, config.channels, config.ndf)
+        generator, discriminator = (
+            new(config, len(self.classes)) for new in (trained.new_generator, trained.new_discriminator)
+        )
         self.generator, self.discriminator = self._placed(generator), self._placed(discriminator)
         self.optimizer_g = self._adam(self.generator, config.lr_g)
         self.optimizer_d = self._adam(self.discriminator, config.lr_d)
@@ -112,10 +122,10 @@ class Trainer:
             ema=config.ema,
         )
 
-        self.images = self._load_images() if images is None else images
         self.batches = Batches(
             self.images,
             config.batch_size,
+            labels=labels,
             flips=bool(config.flips),
             holdout=config.holdout,
             seed=config.seed,
@@ -125,7 +135,7 @@ class Trainer:
         )
 
     @classmethod
-    def resume(cls, place: str | Path, images: Images | None = None, **changes: Any) -> Trainer:
+    def resume(cls, place: str | Path, images: Images | Labelled | None = None, **changes: Any) -> Trainer:
         """The run whose folder or checkpoint file `place` is, as it was then, with some settings changed.
 
         On one CPU, with one autotune cache, it goes on to the same bits as if it had never stopped, unless the changes
@@ -184,10 +194,10 @@ class Trainer:
         steps = self.step + self.batches.left(self.config.epochs)
         return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
-    def train_step(self, real: Tensor) -> StepMetrics:
-        """One step on this process's part of a batch."""
+    def train_step(self, real: Tensor, labels: Tensor | None = None) -> StepMetrics:
+        """One step on this process's part of a batch, with labels if the run is conditional."""
         with autotune.at_once():  # steps by what a resumed run finds measured, from the first on
-            metrics = self._gan_step(real, self._z(len(real)))
+            metrics = self._gan_step(real, self._z(len(real)), labels)
         self.step += 1
         return metrics
 
@@ -227,11 +237,11 @@ class Trainer:
             self.save_checkpoint()  # from the first moment on there is one to go on with
         self._log.start(self.step)
         try:
-            with Bar("training", total, self.step) as bar, contextlib.closing(self.batches.stream()) as stream:
+            with Bar("training", total, self.step) as bar, contextlib.closing(self.batches.batches()) as stream:
                 if self.step == 0:
                     self.save_samples()
                 while self.step < total:
-                    self._log.add(self.train_step(next(stream)))
+                    self._log.add(self.train_step(*next(stream)))
                     asked = stop.asked or console.closed()
                     stopping = self.processes.any(asked or time.monotonic() >= deadline)
                     last = stopping or self.step == total
@@ -270,7 +280,10 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        log, pictures = self.out / "metrics.csv", [path for step, path in self._samples() if step <= self.step]
+        log, pictures = (
+            self.out / "metrics.csv",
+            [path for step, path in images.sample_grids(self.out) if step <= self.step],
+        )
         if self.processes.main and log.exists():
             plots.plot_losses(log, self.out / "losses.png")
         if self.processes.main and pictures:
@@ -285,12 +298,14 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, z: Tensor) -> Tensor:
-        """Images [N, C, H, W] in [-1, 1] for `z` [N, nz], with running statistics; the networks stay as they are."""
-        net = unwrapped(self.generator)
+        """Images [N, C, H, W] in [-1, 1] for `z` [N, nz], with running statistics, of all classes in turn; the networks
+        stay as they are."""
+        net: Any = unwrapped(self.generator)
         was_training = net.training
         net.eval()
         with torch.autocast(self.device.type, DTYPES[self.config.precision], enabled=self.config.precision != "fp32"):
-            out = net(z.to(self.device))
+            labels = mixed_labels(net, len(z))
+            out = net(z.to(self.device), None if labels is None else labels.to(self.device))
         net.train(was_training)
         return out.float()
 
@@ -302,15 +317,10 @@ class Trainer:
                 path = self.out / "samples" / f"step-{self.step:08}.png"
                 images.save_image(picture, path)
                 if self._resumed:  # it may have gone another way from here before
-                    for step, later in self._samples():
+                    for step, later in images.sample_grids(self.out):
                         if step > self.step:
                             later.unlink()
                 self._log.add_picture("samples", np.asarray(picture), self.step)
-
-    def _samples(self) -> list[tuple[int, Path]]:
-        """The grids that are there, with their steps."""
-        found = ((_SAMPLE.fullmatch(path.name), path) for path in (self.out / "samples").glob("step-*.png"))
-        return sorted((int(match[1]), path) for match, path in found if match)
 
     def save_checkpoint(self) -> Path:
         """Write everything that the run needs to go on; delete later checkpoints (of a run that went another way from
@@ -353,6 +363,7 @@ class Trainer:
             "step": self.step,
             "data": stream,
             "images": len(self.images),
+            "classes": self.classes,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "config": dataclasses.asdict(self.config),
         }
@@ -362,6 +373,8 @@ class Trainer:
         if saved.state["images"] != len(self.images):
             was = saved.state["images"]
             raise CheckpointError(f"{path} was trained on {was} images: {self.config.data} has {len(self.images)} now")
+        if saved.state.get("classes", []) != self.classes:
+            raise CheckpointError(f"{path} was trained on other classes than those that {self.config.data} has now")
         checkpoint.load_weights(unwrapped(self.generator), saved.part("generator"), path)
         checkpoint.load_weights(unwrapped(self.discriminator), saved.part("discriminator"), path)
         if self._gan_step.ema is not None:  # a run that had none begins its average with the weights
@@ -399,12 +412,13 @@ class Trainer:
         betas = (self.config.beta1, self.config.beta2)
         return FusedAdam(net.parameters(), lr, betas, capturable=self.device.type == "cuda")
 
-    def _load_images(self) -> Images:
+    def _load_images(self) -> Images | Labelled:
         """Process 0 decodes, the others read its cache."""
         c = self.config
+        load: Callable[..., Images | Labelled] = load_labelled if c.conditional else load_images
         for turn in (True, False):
             if self.processes.main is turn:
-                result = load_images(c.data, c.image_size, c.channels, cache_folder=c.cache or None, workers=c.workers)
+                result = load(c.data, c.image_size, c.channels, cache_folder=c.cache or None, workers=c.workers)
             self.processes.wait()
         return result
 

@@ -214,8 +214,9 @@ def _cpu_milliseconds(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, fl
 def _something_else() -> None:
     """What comes between two calls of a layer in a net: other layers, and other Python code. A call that is repeated at
     once finds its code in the caches; a short one is then up to twice as fast as in a net."""
-    x, w, ones, written = _other_tensors()
-    with torch.enable_grad():
+    # Also where images are only generated: tensors that are made in inference mode know no gradients ever after.
+    with torch.inference_mode(False), torch.enable_grad():
+        x, w, ones, written = _other_tensors()
         y = F.max_pool2d(F.batch_norm(F.conv2d(x, w, None, 1, 1), None, None, ones, ones, True), 2)
         y = F.interpolate(torch.cat([torch.sigmoid(y), y]), scale_factor=2.0)
         torch.autograd.grad(y.flatten(1).mean(), (x, w))

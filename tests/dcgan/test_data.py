@@ -336,3 +336,16 @@ def test_classes_of_mnist_and_digits() -> None:
     digits = load_labelled("digits", 32, 1)
     assert len(digits.labels) == len(digits.images) == 1797
     assert sorted(set(digits.labels.tolist())) == list(range(10))
+
+
+def test_labels_stay_with_their_images() -> None:
+    """Shuffled, held out, and in the slices of several processes."""
+    labels = np.arange(21) + 100
+    for rank in range(2):
+        stream = Batches(numbered(21), 4, labels=labels, holdout=5, rank=rank, world=2).batches()
+        for _ in range(9):
+            images, found = next(stream)
+            assert [number + 100 for number in numbers(images)] == found.tolist()
+            assert len(found) == 2
+    (images,) = next(Batches(numbered(21), 4).batches())
+    assert len(images) == 4

@@ -13,7 +13,10 @@ from fastdcgan.dcgan import (
     IMAGE_SIZES,
     Discriminator,
     Generator,
+    TrainConfig,
 )
+from fastdcgan.dcgan.config import PRESETS
+from fastdcgan.dcgan.trained import new_discriminator, new_generator
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -47,6 +50,61 @@ def test_ladder(size: int, widths: list[int]) -> None:
     assert [conv.out_channels for conv in convs] == [3 * m for m in reversed(multiples)] + [1]
 
 
+def test_the_maps_of_the_papers_first_figure() -> None:
+    """Radford et al. (2015): 100 numbers, and the maps that they are projected and convolved to, with the kernels 5x5
+    of the figure's strided convolutions."""
+    config = TrainConfig(**PRESETS["paper"], channels=3)
+    maps: list[tuple[int, ...]] = []
+    with torch.device("meta"):
+        nets = new_generator(config), new_discriminator(config)
+        for net in nets:
+            for _, block in net.stages():
+                block.register_forward_hook(lambda block, inputs, output: maps.append(tuple(output.shape[1:])))
+        image = nets[0](torch.empty(2, 100))
+        sizes = [(1024, 4, 4), (512, 8, 8), (256, 16, 16), (128, 32, 32), (3, 64, 64)]
+        assert maps == sizes
+        nets[1](image)
+        assert maps[len(sizes) :] == [*reversed(sizes[:-1]), (1, 1, 1)]
+    kernels = [[block.conv.kernel_size[0] for _, block in net.stages()] for net in nets]
+    assert kernels == [[4, 5, 5, 5, 5], [5, 5, 5, 5, 4]]
+    assert (config.batch_size, config.lr_g, config.lr_d, config.beta1, config.real_label) == (128, 2e-4, 2e-4, 0.5, 1)
+
+
+@pytest.mark.parametrize("size", IMAGE_SIZES)
+def test_the_other_kernel(size: int) -> None:
+    """The same maps, and in a fused block the same numbers as by PyTorch's modules: a step forward and backward."""
+    torch.manual_seed(0)
+    nets = [Generator(size, 1, 6, 2, kernel=5).double(), Discriminator(size, 1, 2, kernel=5).double()]
+    plain = [fastdcgan.unfuse(copy.deepcopy(net)) for net in nets]
+    z = torch.randn(3, 6, dtype=torch.float64)
+    fused_logits, logits = nets[1](nets[0](z)), plain[1](plain[0](z))
+    torch.testing.assert_close(fused_logits, logits, rtol=1e-9, atol=1e-9)
+    assert nets[0](z).shape == (3, 1, size, size)
+    fused_logits.sum().backward(), logits.sum().backward()
+    for net, other in zip(nets, plain, strict=True):
+        for (key, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("projection", ["conv", "linear"])
+def test_networks_of_classes(projection: str) -> None:
+    """Labels change what both networks give, image by image; one chosen label stands for all."""
+    torch.manual_seed(0)
+    nets = Generator(28, 1, 6, 2, projection, classes=4).eval(), Discriminator(28, 1, 2, classes=4).eval()
+    images = torch.rand(3, 1, 28, 28).contiguous(memory_format=torch.channels_last)
+    for net, x in zip(nets, (torch.randn(3, 6), images), strict=True):
+        first, second = (net(x, torch.tensor(labels)) for labels in ([0, 1, 3], [0, 2, 3]))
+        assert (first[1] - second[1]).abs().max() > 1e-6
+        torch.testing.assert_close(first[[0, 2]], second[[0, 2]], rtol=1e-5, atol=1e-6)
+        net.label = 2
+        torch.testing.assert_close(net(x), net(x, torch.tensor([2, 2, 2])), rtol=0, atol=0)
+        shared = copy.deepcopy(net)
+        assert shared.label == 2
+        torch.testing.assert_close(fastdcgan.fold_batchnorm(shared)(x), net(x), rtol=1e-4, atol=1e-5)
+    assert nets[1]._with_class(images, torch.tensor([0, 1, 2])).is_contiguous(memory_format=torch.channels_last)
+    assert nets[0](torch.randn(3, 6)).shape == images.shape
+
+
 @pytest.mark.parametrize("projection", ["conv", "linear"])
 def test_noise_of_either_shape(projection: str) -> None:
     generator = Generator(28, 1, nz=5, ngf=2, projection=projection).eval()
@@ -71,6 +129,9 @@ def test_unknown_settings() -> None:
         Generator(48)
     with pytest.raises(ValueError, match="projection is 'dense': expected one of conv, linear"):
         Generator(projection="dense")
+    for net in (Generator, Discriminator):
+        with pytest.raises(ValueError, match="kernel is 3: expected one of 4, 5"):
+            net(kernel=3)
 
 
 @pytest.mark.parametrize("projection", ["conv", "linear"])

@@ -12,7 +12,8 @@ from PIL import Image
 from fastdcgan.dcgan import load_images
 from fastdcgan.dcgan.data import load_labelled
 from fastdcgan.dcgan.sources import FolderSource, open_source
-from tests.machine import needs_mnist
+from tests.dcgan.conftest import emoji_font
+from tests.machine import needs_emoji, needs_mnist
 
 
 def decoded(folder: Path, name: str, size: int = 16, channels: int = 3) -> np.ndarray:
@@ -85,3 +86,68 @@ def test_photo_crops() -> None:
     assert np.array_equal(source.decode(40, 128, 3), np.asarray(photograph.crop(box)))
     assert source.decode(40, 32, 1).shape == (32, 32, 1)
     assert source.decode(40, 32, 1).std() > 30
+
+
+# --- emoji -----------------------------------------------------------------------------------------------------------
+
+
+@needs_emoji
+def test_emoji_are_drawn_in_colour_on_white(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that the font has, of several code points too; the others are named and left out."""
+    data = f"emoji:{emoji_font(tmp_path / 'squares.ttf')}"
+    source = open_source(data)
+    found = load_labelled(data, 16, 3, cache_folder=tmp_path / "cache")
+    names = [source.name_of(i) for i in range(len(source)) if i not in found.images.left_out]
+    assert names == ["thumbs_up", "thumbs_up_light_skin_tone", "grinning_face"]
+    assert len(source) > 3600
+    assert found.images.array[:, 8, 8].tolist() == [[0, 0, 255], [0, 255, 0], [255, 0, 0]]
+    assert (found.images.array[:, 0, 0] == 255).all()
+    assert [found.classes[label] for label in found.labels] == ["people", "people", "faces"]
+    assert found.classes == ["faces", "flags", "other", "people"]
+    assert "the font doesn't have it" in capsys.readouterr().out
+    again = load_labelled(data, 16, 3, cache_folder=tmp_path / "cache")
+    assert np.array_equal(again.images.array, found.images.array)
+    grey = load_images(data, 16, 1, cache_folder=tmp_path / "cache").array[:, 8, 8, 0]
+    assert grey.tolist() == [29, 150, 76]  # ITU-R 601-2 luma
+
+
+@needs_emoji
+def test_classes_of_emoji(tmp_path: Path) -> None:
+    font = emoji_font(tmp_path / "squares.ttf")
+    source, people = (open_source(f"{name}:{font}") for name in ("emoji", "emoji-people"))
+    names, labels = source.classes()
+    kinds = {source.name_of(i): names[label] for i, label in enumerate(labels)}
+    for name, kind in (
+        ("woman_astronaut_dark_skin_tone", "people"),
+        ("family_man_woman_girl", "people"),
+        ("waving_hand", "people"),
+        ("face_with_tears_of_joy", "faces"),
+        ("dog_face", "faces"),
+        ("France", "flags"),
+        ("Scotland", "flags"),
+        ("pirate_flag", "flags"),
+        ("hot_beverage", "other"),
+        ("keycap_3", "other"),
+    ):
+        assert kinds[name] == kind, name
+    assert people.classes()[0] == ["faces", "people"]
+    assert len(people) == sum(kind in ("people", "faces") for kind in kinds.values())
+
+
+@needs_emoji
+@pytest.mark.parametrize("name", ["emoji", "emoji-people"])
+def test_no_font_with_emoji(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"NotoColorEmoji\.ttf is no font .*: expected Noto Color Emoji, as of Debian's"
+    ):
+        open_source(name)
+    (tmp_path / "fonts").mkdir()
+    emoji_font(tmp_path / "fonts" / "NotoColorEmoji.ttf")
+    assert "of Squares" in open_source(name).title
+    (tmp_path / "no.ttf").write_text("no font")
+    with pytest.raises(ValueError, match=r"no\.ttf is no font"):
+        open_source(f"{name}:{tmp_path / 'no.ttf'}")
+    with pytest.raises(ValueError, match="is no folder, and no built-in set"):
+        open_source(f"mnist:{tmp_path / 'no.ttf'}")

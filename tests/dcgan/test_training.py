@@ -8,12 +8,25 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdcgan.dcgan import CheckpointError, Diverged, Images, StepMetrics, TrainConfig, Trainer, checkpoint
+from fastdcgan.dcgan import (
+    CheckpointError,
+    Diverged,
+    Images,
+    Labelled,
+    StepMetrics,
+    TrainConfig,
+    Trainer,
+    checkpoint,
+    load_generator,
+    load_trained,
+    sample,
+)
 from fastdcgan.dcgan.metrics import Watch, read_metrics
 
 
@@ -411,3 +424,35 @@ def test_a_batch_in_parts(config: TrainConfig, images: Images, tmp_path: Path) -
         dataclasses.replace(config, accumulate=3)
     trainer = Trainer(with_out(config, tmp_path / "run", accumulate=2, max_steps=2), images)
     assert trainer.run().reason == "finished"
+
+
+# --- classes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_conditional_run(config: TrainConfig, images: Images, tmp_path: Path) -> None:
+    """It goes on to the same bits, on the same classes alone, and its checkpoints have their names."""
+    labelled = Labelled(images, np.arange(45) % 3, ["cat", "dog", "1"])
+    config = dataclasses.replace(config, conditional=True, max_steps=5)
+    Trainer(with_out(config, tmp_path / "whole"), labelled).run()
+    Trainer(with_out(config, tmp_path / "parts", max_steps=3), labelled).run()
+    Trainer.resume(tmp_path / "parts", labelled, max_steps=5).run()
+    assert_same(checkpoint.find(tmp_path / "whole"), checkpoint.find(tmp_path / "parts"))
+    assert load_trained(tmp_path / "whole").classes == ("cat", "dog", "1")
+
+    other = dataclasses.replace(labelled, classes=["cat", "dog", "cow"])
+    with pytest.raises(CheckpointError, match=r"was trained on other classes than those that .* has now"):
+        Trainer.resume(tmp_path / "whole", other, max_steps=6)
+    with pytest.raises(ValueError, match="conditional is False: the checkpoint's is True, and stays"):
+        Trainer.resume(tmp_path / "whole", labelled, conditional=False)
+    with pytest.raises(ValueError, match="conditional needs images with classes"):
+        Trainer(with_out(config, tmp_path / "none"), images)
+
+
+def test_a_class_is_learned(config: TrainConfig, tmp_path: Path) -> None:
+    """Of white and black images the generator soon makes one when asked for one, and the other when asked for that."""
+    array = np.repeat(np.array([0, 255], np.uint8), 16)[:, None, None, None] * np.ones((1, 28, 28, 1), np.uint8)
+    labelled = Labelled(Images(array), np.repeat([0, 1], 16), ["black", "white"])
+    config = with_out(config, tmp_path / "run", nz=2, conditional=True, max_steps=60, epochs=60, lr_g=2e-3, lr_d=2e-3)
+    Trainer(config, labelled).run()
+    black, white = (sample(load_generator(tmp_path / "run", label=name), 8).mean() for name in labelled.classes)
+    assert white - black > 0.5

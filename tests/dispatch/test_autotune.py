@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -174,3 +175,11 @@ def test_milliseconds_tell_a_large_copy_from_a_small_one() -> None:
     small, large = (torch.empty(n, dtype=torch.uint8, device="cuda") for n in (2**20, 2**28))
     times = autotune.milliseconds({"small": small.clone, "large": large.clone}, CUDA)
     assert 0 < times["small"] < times["large"]
+
+
+def test_measuring_where_images_are_only_generated() -> None:
+    """In inference mode, and afterwards in training again."""
+    autotune._other_tensors.cache_clear()
+    for mode in (torch.inference_mode(), torch.no_grad(), contextlib.nullcontext()):
+        with mode:
+            assert autotune._cpu_milliseconds({"a": lambda: torch.ones(3).sum()})["a"] > 0
