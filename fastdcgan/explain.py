@@ -88,14 +88,14 @@ def _is_called_by_fused(model: nn.Module, path: str) -> bool:
 
 
 def _own_rows(path: str, module: nn.Module, fused: bool, ran: dict[int, chain.Record], observed: bool) -> Iterator[Row]:
-    """Those of a module that code of its own calls: a convolution that waits has the row of its block."""
-    kind = type(module).__name__
+    """Those of a module that code of its own calls: one that begins a block has the row of that."""
+    kind, weight = type(module).__name__, module._parameters.get("weight")
+    record = None if weight is None else ran.get(id(weight))
     if not fused:
         yield Row(path, kind, False, None, "called by code of its own: call fastdcgan.fuse(model)")
     elif not observed:
         yield Row(path, kind, False, None, "called by code of its own: explain(model, x) says how that runs")
-    elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        record = ran.get(id(module._parameters.get("weight")))
+    elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) or record is not None:
         if record is None:
             yield Row(path, kind, False, None, "was not reached by this input, or its weight is computed at each call")
         elif record.backend is None:
@@ -161,8 +161,10 @@ def _rows(
         if not fused:
             rows.append(Row(name, block.pattern, False, None, "in a plain nn.Sequential: call fastdcgan.fuse(model)"))
             continue
-        record = ran.get(id(block.conv))
-        stored = next(block.conv.parameters())  # reading `weight` would run a parametrization
+        record = ran.get(id(block.first))
+        # Reading `weight` would run a parametrization.
+        owners = (m for of in (block, *part.blocks) for m in of.modules())
+        stored = next((p for m in owners for p in m.parameters()), torch.empty(0))
         device, dtype = stored.device.type, stored.dtype if record is None else record.dtype
         plain = run.why_plain(device, dtype) if record is None or record.backend is not None else record.route
         if plain is not None:

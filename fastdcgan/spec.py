@@ -145,7 +145,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """convolution [+ BatchNorm] [+ activation], and the backend that runs it."""
+    """convolution [+ norm] [+ activation], and the backend that runs it. Without `convolves`, norm [+ activation] of
+    what comes in, where they stand in front of a convolution or behind an activation: its `geometry` is `IDENTITY`."""
 
     transposed: bool
     geometry: Geometry
@@ -155,6 +156,7 @@ class Block:
     slope: float
     backend: str
     inplace: bool = field(default=False, repr=False, compare=False)  # the activation's module: it decides strides alone
+    convolves: bool = True
 
     @property
     def op(self) -> str:
@@ -173,9 +175,10 @@ class Block:
 
 
 class BlockTensors(NamedTuple):
-    """What a block reads: convolution weight and bias, BN's weight and bias, running mean and variance."""
+    """What a block reads: convolution weight (None without one) and bias, BN's weight and bias, running mean and
+    variance."""
 
-    weight: Tensor
+    weight: Tensor | None = None
     bias: Tensor | None = None
     bn_weight: Tensor | None = None
     bn_bias: Tensor | None = None

@@ -14,6 +14,7 @@ from fastdcgan.explain import Explanation, Row
 from tests.helpers.networks import IMAGE, VARIANTS
 from tests.helpers.twins import build, draw, one_thread
 from tests.models import SMALL
+from tests.models.classifiers import PreactivatedBlock
 from tests.models.dcgan import Generator
 from tests.models.image_to_image import UNet, resnet_generator
 
@@ -76,6 +77,20 @@ def test_what_is_fused(device: torch.device) -> None:
     assert all(row.fused for row in rows.values())
 
 
+def test_blocks_without_a_convolution(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found among modules and in a forward; what ran says that there was nothing to contract."""
+    rows = rows_of(fastdcgan.fuse(VARIANTS["norm before conv"][0]()).to(device))
+    assert {name: (row.pattern, row.fused) for name, row in rows.items()} == {
+        "0": ("BatchNorm2d + ReLU", True),
+        "2": ("Conv2d + ReLU", True),
+    }
+    model, x = fastdcgan.fuse(PreactivatedBlock(3, 4, 1)).to(device), draw(IMAGE, torch.float32, device)
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "off")
+    rows = rows_of(model, x)
+    assert rows["bn1"].pattern == "BatchNorm2d + ReLU" and rows["bn1"].why.endswith("no contraction")
+    assert rows["conv1"].pattern == "Conv2d + BatchNorm2d + ReLU" and rows["conv1"].fused
+
+
 def with_hook() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     model[0].register_forward_hook(lambda *args: None)
@@ -95,11 +110,10 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "hook": (with_hook, "0", "hooks"),
     "1d": (VARIANTS["1d"][0], "0", "blocks are of 2-d convolutions"),
     "3d": (VARIANTS["3d"][0], "1", "BatchNorm3d is not fused"),
-    "norm first": (VARIANTS["norm before conv"][0], "0", "no convolution with its number of channels"),
-    "norm of another width": (
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3), nn.ReLU()),
-        "1",
-        "no convolution with its number of channels",
+    "norm alone": (
+        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.Conv2d(3, 4, 3), nn.ReLU()),
+        "0",
+        "no norm, activation or other block next to it",
     ),
     "activation first": (
         lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU()),

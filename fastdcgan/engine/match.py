@@ -1,8 +1,9 @@
 """Finding blocks among the modules of an `nn.Sequential`.
 
-A block is a 2-d convolution, plain or transposed, then optionally a BatchNorm2d or InstanceNorm2d and an activation. A
-module counts only if calling it would do just what PyTorch's own class does: with hooks, a forward of its own or
-parameters that are not initialised yet it is called as it is, outside any chain.
+A block is a 2-d convolution, plain or transposed, then optionally a BatchNorm2d or InstanceNorm2d and an activation; or
+such a norm and an activation, where no convolution is right before the norm. A module counts only if calling it would
+do just what PyTorch's own class does: with hooks, a forward of its own or parameters that are not initialised yet it is
+called as it is, outside any chain.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fastdcgan.activations import from_module
+from fastdcgan.activations import ACTIVATIONS, from_module
 from fastdcgan.checks import check_conv
-from fastdcgan.geometry import Geometry, pair
+from fastdcgan.geometry import IDENTITY, Geometry, pair
 from fastdcgan.spec import Block, Norm
 
 _CONVS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -77,9 +78,9 @@ def runs_blocks(module: nn.Module) -> bool:
 
 @dataclass
 class FoundBlock:
-    """The modules of one block and their names below the Sequential."""
+    """The modules of one block and the first one's name below the Sequential."""
 
-    conv: nn.Conv2d | nn.ConvTranspose2d
+    conv: nn.Conv2d | nn.ConvTranspose2d | None
     name: str
     norm: nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d | None = None
     act: nn.Module | None = None
@@ -87,6 +88,10 @@ class FoundBlock:
     @property
     def pattern(self) -> str:
         return " + ".join(type(m).__name__.removeprefix("Parametrized") for m in self.modules())
+
+    @property
+    def first(self) -> nn.Module:
+        return self.modules()[0]
 
     def modules(self) -> list[nn.Module]:
         return [m for m in (self.conv, self.norm, self.act) if m is not None]
@@ -102,8 +107,7 @@ class FoundChain:
     @property
     def bare(self) -> bool:
         """Whether it is one convolution with nothing to fuse to it: as fast as it is, unless measured to be slower."""
-        first = self.blocks[0]
-        return len(self.blocks) == 1 and self.pad is None and first.norm is None and first.act is None
+        return self.pad is None and sum(len(block.modules()) for block in self.blocks) == 1
 
 
 @dataclass
@@ -136,29 +140,36 @@ def segments(
     i = 0
     while i < len(modules):
         name, module = modules[i]
-        if not isinstance(module, _CONVS):
-            found.append(Alone(module, name, _why_not_in_block(module)))
-            i += 1
-            continue
-        why = why_alone(module)
-        if why is not None:
+        begins = isinstance(module, (*_CONVS, *_NORMS))
+        why = why_alone(module) if begins else _why_not_in_block(module)
+        if not begins or why is not None:
             found.append(Alone(module, name, why))
             i += 1
             continue
         block, i = _block_at(modules, i)
-        pad = _pad_of(block.conv)
-        if found and isinstance(found[-1], FoundChain) and pad is None:
-            found[-1].blocks.append(block)
+        before, pad = found[-1] if found else None, _pad_of(block.conv)
+        if isinstance(before, FoundChain) and pad is None and not (block.conv is None and _widens(before.blocks[-1])):
+            before.blocks.append(block)
         else:
             found.append(FoundChain([block], pad))
-    return found
+    return [
+        Alone(part.blocks[0].first, part.blocks[0].name, WHY_BARE)
+        if isinstance(part, FoundChain) and part.bare and part.blocks[0].conv is None
+        else part
+        for part in found
+    ]
+
+
+def _widens(block: FoundBlock) -> bool:
+    """Whether autocast may make its output another dtype than the rest of its chain has."""
+    act = None if block.act is None else from_module(block.act)
+    return act is not None and bool(ACTIVATIONS[act[0]].float32_under_autocast)
 
 
 def _block_at(modules: list[tuple[str, nn.Module]], i: int) -> tuple[FoundBlock, int]:
-    """The block that starts with the convolution at `i`, and the index behind it."""
-    name, conv = modules[i]
-    assert isinstance(conv, _CONVS)
-    block, end = FoundBlock(conv, name), i + 1
+    """The block that starts with the convolution or norm at `i`, and the index behind it."""
+    (name, first), end = modules[i], i + 1
+    block = FoundBlock(first, name) if isinstance(first, _CONVS) else FoundBlock(None, name, first)  # type: ignore[arg-type]
     while end < len(modules):
         module = modules[end][1]
         if type(module) is nn.Identity and why_alone(module) is None:
@@ -166,7 +177,8 @@ def _block_at(modules: list[tuple[str, nn.Module]], i: int) -> tuple[FoundBlock,
         elif (
             isinstance(module, _NORMS)
             and block.norm is None
-            and module.num_features == conv.out_channels
+            and block.conv is not None
+            and module.num_features == block.conv.out_channels
             and why_alone(module) is None
         ):
             block.norm = module
@@ -186,16 +198,16 @@ def _why_not_in_block(module: nn.Module) -> str | None:
         why = why_alone(module)
         if why is not None:
             return why
-        if isinstance(module, _NORMS):
-            return "no convolution with its number of channels that it can be fused to comes before it"
         if isinstance(module, nn.Module) and from_module(module) is not None:
             return "no convolution or norm that it can be fused to comes before it"
         return f"{type(module).__name__} is not fused: {', '.join(kind.__name__ for kind in _NORMS)} are"
     return None
 
 
-def _pad_of(conv: nn.Conv2d | nn.ConvTranspose2d) -> tuple[list[int], str] | None:
+def _pad_of(conv: nn.Conv2d | nn.ConvTranspose2d | None) -> tuple[list[int], str] | None:
     """`F.pad` arguments for a padding that the contractions don't have: not of zeros, or not symmetric."""
+    if conv is None:
+        return None
     if conv.padding_mode != "zeros":
         return list(conv._reversed_padding_repeated_twice), conv.padding_mode
     if conv.padding == "same":
@@ -211,13 +223,16 @@ def _pad_of(conv: nn.Conv2d | nn.ConvTranspose2d) -> tuple[list[int], str] | Non
 def block_of(found: FoundBlock, padded: bool, backend: str) -> Block:
     """The block as a chain takes it; `padded`: its padding is applied before the chain."""
     conv, norm = found.conv, found.norm
-    check_conv(conv)
     made = None
     if norm is not None:
         batch_stats = norm.training or (norm.running_mean is None and norm.running_var is None)
         instance = batch_stats and isinstance(norm, nn.InstanceNorm2d)
         made = Norm(norm.eps, batch_stats, process_group(norm) if batch_stats else None, instance)
     act, slope = ("identity", 0.0) if found.act is None else from_module(found.act)  # type: ignore[misc]
+    inplace = getattr(found.act, "inplace", False)
+    if conv is None:
+        return Block(False, IDENTITY, (0, 0), made, act, slope, backend, inplace, convolves=False)
+    check_conv(conv)
     padding: Any = conv.padding
     if padded or padding == "valid":
         padding = (0, 0)
@@ -226,7 +241,6 @@ def block_of(found: FoundBlock, padded: bool, backend: str) -> Block:
         padding = (around[2], around[0])
     geometry = Geometry(pair(conv.kernel_size), pair(conv.stride), pair(padding), pair(conv.dilation), conv.groups)
     transposed = isinstance(conv, nn.ConvTranspose2d)
-    inplace = getattr(found.act, "inplace", False)
     return Block(transposed, geometry, pair(conv.output_padding), made, act, slope, backend, inplace)
 
 

@@ -88,6 +88,70 @@ def resnet18_called(width: int) -> nn.Module:
     return ResNet(BasicBlock, width)
 
 
+class PreactivatedBlock(nn.Module):
+    """The block with its norms and activations before its convolutions (He et al., 2016, Identity mappings)."""
+
+    def __init__(self, ci: int, co: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(ci), nn.Conv2d(ci, co, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(co), nn.Conv2d(co, co, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(ci, co, 1, stride, bias=False) if stride != 1 or ci != co else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shortcut is None:
+            return self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x)))))) + x
+        out = F.relu(self.bn1(x))
+        shortcut = self.shortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+
+
+class PreactivatedResNet(nn.Module):
+    """ResNet-18 of those for 32x32 pixels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        stages = [PreactivatedBlock(width, width, 1), PreactivatedBlock(width, width, 1)]
+        for i in range(3):
+            wide = width << (i + 1)
+            stages += [PreactivatedBlock(width << i, wide, 2), PreactivatedBlock(wide, wide, 1)]
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Sequential(nn.BatchNorm2d(width * 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(width * 8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.head(self.stages(self.stem(x))))
+
+
+class DenseLayer(nn.Module):
+    """1x1, then 3x3 to `growth` channels, each behind a norm and an activation, and beside what comes in."""
+
+    def __init__(self, channels: int, growth: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, growth * 4, 1, bias=False),
+            nn.BatchNorm2d(growth * 4), nn.ReLU(inplace=True), nn.Conv2d(growth * 4, growth, 3, 1, 1, bias=False),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.layers(x)], 1)
+
+
+def dense_net(growth: int) -> nn.Sequential:
+    """A DenseNet-BC (Huang et al., 2017) for 32x32 pixels: three stages of four layers."""
+    channels = growth * 2
+    modules: list[nn.Module] = [nn.Conv2d(3, channels, 3, 1, 1, bias=False)]
+    for stage in range(3):
+        for _ in range(4):
+            modules.append(DenseLayer(channels, growth))
+            channels += growth
+        modules += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        if stage < 2:
+            modules += [nn.Conv2d(channels, channels // 2, 1, bias=False), nn.AvgPool2d(2)]
+            channels //= 2
+    return nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
 class InvertedResidual(nn.Module):
     """MobileNetV2's: 1x1 to more channels, 3x3 per channel, 1x1 back, and a sum where sizes agree."""
 
@@ -140,6 +204,8 @@ MODELS = {
     "vgg-11": Model(VGG, 64, _IMAGE, (2, _IMAGE)),
     "resnet-18": Model(resnet18, 64, _IMAGE, (4, (3, 16, 16))),
     "resnet-18, called one by one": Model(resnet18_called, 64, _IMAGE, (4, (3, 16, 16))),
+    "resnet-18, pre-activated": Model(PreactivatedResNet, 64, _IMAGE, (4, (3, 16, 16))),
+    "densenet": Model(dense_net, 16, _IMAGE, (2, (3, 16, 16))),
     "mobilenet-v2": Model(MobileNet, 32, _IMAGE, (4, (3, 16, 16))),
     "digit classifier": Model(digit_classifier, 32, (1, 28, 28), (4, (1, 28, 28))),
 }
