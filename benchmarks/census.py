@@ -55,22 +55,25 @@ _ACTS = _KINKED | {"tanh", "sigmoid", "silu", "gelu", "elu", "glu", "softplus", 
 
 
 class Watch(TorchFunctionMode):
-    """While it is entered, counts `blocks`: convolutions whose output goes straight into a norm or an activation,
-    whether by modules or by functions. `kinks` are how many values go into each function with a kink."""
+    """While it is entered, counts `blocks`: convolutions whose output goes straight into a norm or an activation, and
+    other norms of images whose output goes into an activation, whether by modules or by functions. `kinks` are how many
+    values go into each function with a kink."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = 0
         self.kinks: list[int] = []
-        self._convolved: Tensor | None = None
+        self._begun: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
         if name in ("conv2d", "conv_transpose2d"):
-            self._convolved = out
-        elif name in _NORMS | _ACTS and args[0] is self._convolved:
+            self._begun = out
+        elif name in _NORMS | _ACTS and args[0] is self._begun:
             self.blocks += 1
-            self._convolved = None
+            self._begun = None
+        elif name in _NORMS and out.dim() == 4:
+            self._begun = out
         if name in _KINKED or name == "max_pool2d":
             self.kinks.append(args[0].numel())
         return out

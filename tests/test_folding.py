@@ -37,6 +37,8 @@ NORMS_LEFT = {
     "biggan generator": 7,  # depends on the class, or comes before any convolution
     "unet, called one by one": 10,  # called by code of its own, as those of the next
     "resnet-18, called one by one": 16,
+    "resnet-18, pre-activated": 17,
+    "densenet": 15,  # come before a convolution
 }
 
 
