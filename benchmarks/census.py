@@ -58,26 +58,29 @@ _ACTS = _KINKED | {"tanh", "sigmoid", "silu", "gelu", "elu", "glu", "softplus", 
 
 class Watch(TorchFunctionMode):
     """While it is entered, collects `blocks`: the weights of convolutions whose output goes straight into a norm or an
-    activation, whether by modules or by functions. `kinks` are how many values go into each function with a kink."""
+    activation, and those of other norms of images whose output goes into an activation, whether by modules or by
+    functions. `kinks` are how many values go into each function with a kink."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks: list[Tensor] = []
         self.kinks: list[int] = []
-        self._convolved: Tensor | None = None
+        self._begun: Tensor | None = None
         self._weight: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out, name = func(*args, **kwargs), getattr(func, "__name__", "")
         if name in ("conv2d", "conv_transpose2d"):
-            self._convolved, self._weight = out, kwargs["weight"] if len(args) < 2 else args[1]
-        elif name in _NORMS | _ACTS and args[0] is self._convolved:
+            self._begun, self._weight = out, kwargs["weight"] if len(args) < 2 else args[1]
+        elif name in _NORMS | _ACTS and args[0] is self._begun:
             assert self._weight is not None
             self.blocks.append(self._weight)
-            self._convolved = None
-        elif out is self._convolved:  # written to in place
-            self._convolved = None
+            self._begun = None
+        elif name in _NORMS and out.dim() == 4 and kwargs.get("weight") is not None:
+            self._begun, self._weight = out, kwargs["weight"]
+        elif out is self._begun:  # written to in place
+            self._begun = None
         if name in _KINKED or name == "max_pool2d":
             self.kinks.append(args[0].numel())
         return out
@@ -110,9 +113,10 @@ def blocks_of(module: nn.Module, x: Tensor) -> Blocks:
     for weight in watch.blocks:
         stored = next(id(t) for t in (weight, *origins(weight)) if id(t) in modules)
         name = modules[stored].split(".parametrizations.")[0]
-        row = rows[name]
-        if not (row.fused and " + " in row.pattern):
-            left.append((name, WHY_APART if row.fused or row.why == WHY_BARE else row.why))
+        row = rows.get(name)
+        if row is None or not (row.fused and " + " in row.pattern):
+            apart = row is None or row.fused or row.why == WHY_BARE
+            left.append((name, WHY_APART if row is None or apart else row.why))
     return Blocks(len(watch.blocks), left)
 
 

@@ -49,9 +49,10 @@ def check_chain(
 
 
 def _check_tensors(where: str, block: Block, t: BlockTensors, x: Tensor, casts_weights: bool) -> None:
-    if t.weight.dtype != x.dtype and not (casts_weights and t.weight.dtype == torch.float32):
+    dtype = x.dtype if t.weight is None else t.weight.dtype
+    if dtype != x.dtype and not (casts_weights and dtype == torch.float32):
         raise TypeError(
-            f"input and weight must have one dtype, got an input of {x.dtype} and a weight of {t.weight.dtype} "
+            f"input and weight must have one dtype, got an input of {x.dtype} and a weight of {dtype} "
             f"at {where}: cast the input, or run under torch.autocast"
         )
     if t.slope is not None and t.slope.dtype != x.dtype:
@@ -84,15 +85,16 @@ def check_values(name: str, tensor: Tensor) -> None:
 def _check_shapes(
     where: str, block: Block, t: BlockTensors, channels: int, size: tuple[int, int], x: Tensor
 ) -> tuple[int, tuple[int, int]]:
-    groups = block.geometry.groups
-    expected = t.weight.shape[0] if block.transposed else t.weight.shape[1] * groups
+    shape = (channels, channels) if t.weight is None else t.weight.shape
+    outputs, expected = shape[0], shape[1] * block.geometry.groups
+    if block.transposed:
+        outputs, expected = expected, outputs
     if channels != expected:
         source = f"the input of shape {list(x.shape)}" if where in ("the block", "block 0") else "the block before"
         raise ValueError(f"{where} expects {expected} input channels, got {channels} from {source}")
-    out_channels = t.weight.shape[1] * groups if block.transposed else t.weight.shape[0]
     for name, vector in zip(t._fields[1:], t[1:], strict=True):
-        if vector is not None and tuple(vector.shape) not in ((out_channels,), (1,) if name == "slope" else ()):
-            raise ValueError(f"{name} of {where} must have shape [{out_channels}], got {list(vector.shape)}")
+        if vector is not None and tuple(vector.shape) not in ((outputs,), (1,) if name == "slope" else ()):
+            raise ValueError(f"{name} of {where} must have shape [{outputs}], got {list(vector.shape)}")
     out_size = block.output_size(*size)
     if min(out_size) < 1 or min(size) < 1:
         raise ValueError(
@@ -100,7 +102,7 @@ def _check_shapes(
             f"padding {block.geometry.padding}, dilation {block.geometry.dilation}: output would be "
             f"{out_size[0]}x{out_size[1]}"
         )
-    return out_channels, out_size
+    return outputs, out_size
 
 
 def check_activation(name: str) -> None:

@@ -203,8 +203,10 @@ def _rows(
         return [Row(prefix + part.name, type(part.module).__name__, False, None, part.why or "")]
     rows = []
     for block in part.blocks:
-        name, record = prefix + block.name, _record_of(block.conv, ran)
-        stored = next(block.conv.parameters())  # reading `weight` would run a parametrization
+        name, record = prefix + block.name, _record_of(block.first, ran)
+        # Reading `weight` would run a parametrization.
+        owners = (m for of in (block, *part.blocks) for m in of.modules())
+        stored = next((p for m in owners for p in m.parameters()), torch.empty(0))
         device, dtype = stored.device.type, stored.dtype
         plain = run.why_plain(device, dtype)
         if not fused:

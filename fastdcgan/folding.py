@@ -45,7 +45,8 @@ def fold_batchnorm(model: ModuleT) -> ModuleT:
         for part in segments(module):
             for block in part.blocks if isinstance(part, FoundChain) else ():
                 if (
-                    isinstance(block.norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
+                    block.conv is not None
+                    and isinstance(block.norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
                     and uses[id(block.conv)] == 1
                     and uses[id(block.norm)] == 1
                 ):
@@ -57,7 +58,7 @@ def fold_batchnorm(model: ModuleT) -> ModuleT:
 @torch.no_grad()
 def _fold(model: nn.Module, block: FoundBlock) -> None:
     conv, norm = block.conv, block.norm
-    assert norm is not None
+    assert conv is not None and norm is not None
     if norm.running_mean is None or norm.running_var is None:
         return
     for owner in (conv, norm):

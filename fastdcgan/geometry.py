@@ -101,3 +101,6 @@ def phases(kernel: int, stride: int, padding: int, dilation: int = 1) -> Phases:
         count.append(len(range(k, kernel, step)) if own else 0)
         offset.append((f + padding - k * dilation) // stride if own else 0)
     return Phases(tuple(first), tuple(count), tuple(offset), step, dilation // common)
+
+
+IDENTITY = Geometry((1, 1))  # of a block without a convolution

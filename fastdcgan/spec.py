@@ -148,7 +148,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """convolution [+ BatchNorm] [+ activation], and the backend that runs it."""
+    """convolution [+ norm] [+ activation], and the backend that runs it. Without `convolves`, norm [+ activation] of
+    what comes in, where they stand in front of a convolution or behind an activation: its `geometry` is `IDENTITY`."""
 
     transposed: bool
     geometry: Geometry
@@ -161,6 +162,7 @@ class Block:
     learns_slope: bool = False  # PReLU: leaky_relu with a slope for each channel, or one for all, in `BlockTensors`
     # It does what nearest upsampling by 2 and a plain convolution do, and a call has that convolution's weight.
     upsamples: bool = field(default=False, repr=False)
+    convolves: bool = True
 
     @property
     def op(self) -> str:
@@ -192,9 +194,10 @@ class Block:
 
 
 class BlockTensors(NamedTuple):
-    """What a block reads: convolution weight and bias, BN's weight and bias, running mean and variance, PReLU's."""
+    """What a block reads: convolution weight (None without one) and bias, BN's weight and bias, running mean and
+    variance, PReLU's."""
 
-    weight: Tensor
+    weight: Tensor | None = None
     bias: Tensor | None = None
     bn_weight: Tensor | None = None
     bn_bias: Tensor | None = None

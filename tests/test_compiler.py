@@ -43,7 +43,7 @@ def chains(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @one_thread()
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("name", [*OWN, "pix2pix unet", "dcgan discriminator"])
+@pytest.mark.parametrize("name", [*OWN, "pix2pix unet", "dcgan discriminator", "resnet-18, pre-activated"])
 def test_the_same_results(name: str, train: bool, device: torch.device, chains: list[int]) -> None:
     factory, shape = SMALL[name]
     x = draw(shape, torch.float64, device)

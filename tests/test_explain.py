@@ -16,6 +16,7 @@ from fastdcgan.spec import Unavailable
 from tests.helpers.networks import IMAGE, VARIANTS
 from tests.helpers.twins import build, draw, one_thread
 from tests.models import SMALL
+from tests.models.classifiers import PreactivatedBlock
 from tests.models.dcgan import Generator
 from tests.models.image_to_image import UNet, resnet_generator
 
@@ -78,6 +79,20 @@ def test_what_is_fused(device: torch.device) -> None:
     assert all(row.fused for row in rows.values())
 
 
+def test_blocks_without_a_convolution(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found among modules and in a forward; what ran says that there was nothing to contract."""
+    rows = rows_of(fastdcgan.fuse(VARIANTS["norm before conv"][0]()).to(device))
+    assert {name: (row.pattern, row.fused) for name, row in rows.items()} == {
+        "0": ("BatchNorm2d + ReLU", True),
+        "2": ("Conv2d + ReLU", True),
+    }
+    model, x = fastdcgan.fuse(PreactivatedBlock(3, 4, 1)).to(device), draw(IMAGE, torch.float32, device)
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "off")
+    rows = rows_of(model, x)
+    assert rows["bn1"].pattern == "BatchNorm2d + ReLU" and rows["bn1"].why.endswith("no contraction")
+    assert rows["conv1"].pattern == "Conv2d + BatchNorm2d + ReLU" and rows["conv1"].fused
+
+
 def with_hook() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     model[0].register_forward_hook(lambda *args: None)
@@ -102,11 +117,10 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "1",
         "GroupNorm is not fused",
     ),
-    "norm first": (VARIANTS["norm before conv"][0], "0", "no convolution with its number of channels"),
-    "norm of another width": (
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3), nn.ReLU()),
-        "1",
-        "no convolution with its number of channels",
+    "norm alone": (
+        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.Conv2d(3, 4, 3), nn.ReLU()),
+        "0",
+        "no norm, activation or other block next to it",
     ),
     "activation first": (
         lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU()),
@@ -221,7 +235,7 @@ def test_what_is_absent_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table() -> None:
-    text = str(fastdcgan.explain(fastdcgan.fuse(VARIANTS["norm before conv"][0]())))
+    text = str(fastdcgan.explain(fastdcgan.fuse(REASONS["norm alone"][0]())))
     lines = text.splitlines()
     assert lines[0].split() == ["module", "pattern", "runs", "why"]
     assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "2"]

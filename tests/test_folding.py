@@ -33,13 +33,13 @@ NORMS_LEFT = {
     "subclass with a forward": 1,  # what it does with its modules is its own
     "indexing": 0,
     "dropout discriminator": 3,  # dropout is in between
-    "resnet-18, pre-activation": 16,  # all but the first come before convolutions, in code of its own
-    "densenet": 15,
     "upsampling generator": 1,  # comes before any convolution
     "residual generator": 4,  # comes before any convolution of its Sequential
     "biggan generator": 7,  # depends on the class, or comes before any convolution
     "unet, called one by one": 10,  # called by code of its own, as those of the next
     "resnet-18, called one by one": 16,
+    "resnet-18, pre-activated": 17,
+    "densenet": 15,  # come before a convolution
 }
 
 

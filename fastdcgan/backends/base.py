@@ -131,9 +131,10 @@ class Backend(Composites):
         return ()
 
     def boundaries(
-        self, blocks: Sequence[Block], weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]
+        self, blocks: Sequence[Block], weights: Sequence[Tensor | None], size: Pair, needs: Sequence[bool]
     ) -> Boundaries:
-        """What a chain does where nothing was measured: `blocks` on an input image of `size`, with these weights.
+        """What a chain does where nothing was measured: `blocks` on an input image of `size`, with these weights (None
+        of a block without a convolution).
 
         `needs`: whether the input, and then each of the weights, needs a gradient.
         """

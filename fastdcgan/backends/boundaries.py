@@ -46,7 +46,9 @@ def loads(op: str, operand: str, geometry: Geometry, size: Pair, channels: int, 
     return taps_each * -(-channels // _TILE)
 
 
-def boundaries(blocks: Sequence[Block], weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Boundaries:
+def boundaries(
+    blocks: Sequence[Block], weights: Sequence[Tensor | None], size: Pair, needs: Sequence[bool]
+) -> Boundaries:
     """`Backend.boundaries` by the rule above."""
     sizes = [size]
     for block in blocks:
@@ -55,6 +57,10 @@ def boundaries(blocks: Sequence[Block], weights: Sequence[Tensor], size: Pair, n
     needs = needs[1:]
     deferred, lazy = [], []
     for i, (block, w) in enumerate(zip(blocks, weights, strict=True)):
+        if w is None:  # it reads and writes tensors: there is nothing to choose
+            deferred += [False] * (i > 0)
+            lazy.append(False)
+            continue
         c_in, c_out = (w.shape[0], w.shape[1]) if block.transposed else (w.shape[1], w.shape[0])
         geometry, value = block.geometry, _PER_BYTE * w.element_size()
         image = sizes[i + 1] if block.transposed else sizes[i]  # the gathered side

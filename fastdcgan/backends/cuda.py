@@ -93,7 +93,9 @@ class CUDABackend(Backend):
                     )
         return None
 
-    def boundaries(self, blocks: Sequence, weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Boundaries:
+    def boundaries(
+        self, blocks: Sequence, weights: Sequence[Tensor | None], size: Pair, needs: Sequence[bool]
+    ) -> Boundaries:
         return boundaries_by_rule(blocks, weights, size, needs)
 
     # --- contractions ---

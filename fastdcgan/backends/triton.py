@@ -85,7 +85,9 @@ class TritonBackend(Backend):
                 return f"it needs compute capability 8.0 or later, not {capability[0]}.{capability[1]}"
         return None
 
-    def boundaries(self, blocks: Sequence, weights: Sequence[Tensor], size: Pair, needs: Sequence[bool]) -> Boundaries:
+    def boundaries(
+        self, blocks: Sequence, weights: Sequence[Tensor | None], size: Pair, needs: Sequence[bool]
+    ) -> Boundaries:
         return boundaries_by_rule(blocks, weights, size, needs)
 
     def algorithms(self, op: str) -> Sequence[Algorithm]:

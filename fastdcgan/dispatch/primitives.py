@@ -250,6 +250,12 @@ def norm_act(a: Operand, backend: str) -> Tensor:
 
 
 @_operator()
+def batch_stats(y: Tensor, stat_groups: int, backend: str) -> Tensor:
+    """`stats` [3, stat_groups, C] of a raw output [N, C, H, W] that no contraction gave."""
+    return y.new_empty((3, stat_groups, y.shape[1]), dtype=stat_dtype(y))
+
+
+@_operator()
 def norm_act_reduce(da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float, backend: str) -> Tensor:
     """`sums` of `g = da*act'(s*y + t)`: the reduction of the BN backward, [1 to 3, stat_groups, C]."""
     return coef.new_empty(((coef.shape[0] + 1) // 2, coef.shape[1], coef.shape[2]))
@@ -313,6 +319,9 @@ class Registered(Composites):
 
     def norm_act(self, a: Operand) -> Tensor:
         return norm_act(a, self.backend)
+
+    def batch_stats(self, y: Tensor, stat_groups: int) -> Tensor:
+        return batch_stats(y, stat_groups, self.backend)
 
     def norm_act_reduce(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> Tensor:
         return norm_act_reduce(da, y, coef, act, slope, self.backend)

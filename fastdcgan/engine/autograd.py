@@ -105,6 +105,7 @@ def _known_coefficients(program: Program, block: Block, t: BlockTensors, x: Tens
         assert t.running_mean is not None and t.running_var is not None
         mean, var = t.running_mean[None], t.running_var[None]
         return program.run.coefficients(mean, var, t.bn_weight, t.bn_bias, t.bias, block.norm.eps)
+    assert t.weight is not None
     channels = t.weight.shape[1] * block.geometry.groups if block.transposed else t.weight.shape[0]
     if t.bias is not None or not program.direct or x.is_cuda:  # what a graph captures belongs to its memory
         return program.run.bias_coefficients(x, t.bias, channels)
@@ -120,11 +121,11 @@ def forward(
     """`saving`: which of (x, *tensors) need gradients, or None if nothing does. Returns output, stats, states."""
     plan, runs = program.plan, program.run
     convert = plan.channels_last and memory_format(x) != torch.channels_last
-    a, found, states = Operand(_channels_last(x) if convert else _entry(x, tensors)), [], []
+    a, found, states = Operand(_channels_last(x) if convert else _entry(plan, x, tensors)), [], []
     for i, step in enumerate(program.steps(x.shape[2:], saving)):
         block, keep_y = step.block, step.keep_y
         norm, from_sign = block.norm, step.from_sign
-        t = BlockTensors(*tensors[step.first : step.first + PER_BLOCK])  # type: ignore[arg-type]
+        t = BlockTensors(*tensors[step.first : step.first + PER_BLOCK])
         epilogue, coef, total = STORE, None, None
         if step.stats:
             assert norm is not None
@@ -139,10 +140,14 @@ def forward(
                 coef = _known_coefficients(program, block, t._replace(bias=None), x)
         else:
             coef = _known_coefficients(program, block, t, x)
-            if (not keep_y or from_sign) and not block.learns_slope:  # no backward reads y: store a at once
+            # Where no backward reads y, a is stored at once.
+            if block.convolves and not block.learns_slope and (not keep_y or from_sign):
                 epilogue = Epilogue("activate", None, coef, block.act, block.slope)
-        call = Call(block.op, a, t.weight, block.geometry, step.out_size, epilogue)
-        y, stats = program.contract((i, "forward"), call)
+        if block.convolves:
+            call = Call(block.op, a, t.weight, block.geometry, step.out_size, epilogue)
+            y, stats = program.contract((i, "forward"), call)
+        else:
+            y, stats = a.x, _batch_stats(program, a.x, epilogue) if step.stats else None
         if step.stats:
             assert norm is not None
             if norm.process_group is not None:
@@ -164,7 +169,8 @@ def forward(
             coef = _with_row(coef, t.slope)
         a = Operand(y, None, coef, block.act, block.slope)
         if from_sign or not step.deferred:
-            a = Operand((runs.norm_act_ if from_sign or not keep_y else runs.norm_act)(a))
+            mine = block.convolves or i > 0  # else y is the caller's
+            a = Operand((runs.norm_act_ if mine and (from_sign or not keep_y) else runs.norm_act)(a))
         if from_sign:
             states.append(_State(a.x if keep_y else None, coef, a.x if step.keep_a else None, None))
             continue
@@ -183,17 +189,26 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, strides_in(x.shape, torch.channels_last))
 
 
-def _entry(x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
-    """`x`, said to be channels_last where it has one channel and the second block's weight is channels_last.
+def _batch_stats(program: Program, y: Tensor, epilogue: Epilogue) -> Tensor:
+    """`stats` where no contraction has them for an epilogue."""
+    if y.shape[0] == 0:  # one process's share of a synchronised batch
+        return y.new_zeros((3, epilogue.stat_groups, y.shape[1]), dtype=stat_dtype(y))
+    return program.run.batch_stats(y, epilogue.stat_groups)
+
+
+def _entry(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+    """`x`, said to be channels_last where it has one channel and the second block's weight is channels_last; without
+    gaps where it is a raw output.
 
     One channel is both formats at once. PyTorch would call it contiguous, the first output too, and the second
     convolution would have to convert that.
     """
+    if not plan.blocks[0].convolves:
+        return x.contiguous(memory_format=memory_format(x))
     if len(tensors) == PER_BLOCK or x.shape[1] != 1 or not x.is_contiguous():
         return x
     weight = tensors[PER_BLOCK]
-    assert weight is not None
-    if memory_format(weight) != torch.channels_last:
+    if weight is None or memory_format(weight) != torch.channels_last:
         return x
     return _channels_last(x)
 
@@ -288,7 +303,7 @@ def backward(
         passes_on = steps[i - 1].reached if i else needs[0]
         t = of_block(tensors, i)
         need = of_block(needs[1:], i)
-        finish = not plan.boundaries.lazy_grad[i] and (bool(need.weight) or passes_on)
+        finish = not (block.convolves and plan.boundaries.lazy_grad[i]) and (bool(need.weight) or passes_on)
         dy, grads[first : first + PER_BLOCK] = _norm_act_backward(
             program, block, states[i], t, need, da, sums, finish, i + 1 < len(plan.blocks)
         )
@@ -303,7 +318,9 @@ def backward(
             call = Call("weight_grad", gathered, linear, block.geometry, block.geometry.kernel)
             dw = program.contract((i, "weight_grad", given, lazy), call)
             grads[first] = with_strides(dw, layout.weight_grads[i])
-        if passes_on:
+        if passes_on and not block.convolves:
+            da, sums = dy.x, None
+        elif passes_on:
             epilogue = _boundary_epilogue(plan, i, states)
             call = Call(block.adjoint, dy, t.weight, block.geometry, steps[i].in_size, epilogue)
             da, found = program.contract((i, "input_grad", given, lazy, epilogue.kind), call)

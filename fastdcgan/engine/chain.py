@@ -30,7 +30,7 @@ _PLANS = 64  # of a chain, for as many signatures
 class Record:
     """What `explain` saw of one block that ran."""
 
-    conv: Any  # its module, or its weight
+    conv: Any  # its first module, or the weight of that
     pattern: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -47,6 +47,7 @@ class Chain:
     """A chain, with its plans."""
 
     bare = False  # it is one convolution with nothing to fuse to it
+    convolves = True  # at all: autocast then casts what comes in
 
     def __init__(self) -> None:
         self._plans: dict[tuple, Planned] = {}
@@ -67,8 +68,8 @@ class Chain:
         """For each norm that may share its statistics with other processes: with which, or None."""
         return ()
 
-    def records(self) -> list[tuple[Any, str]]:
-        """`Record.conv` and `Record.pattern` of each block."""
+    def records(self) -> list[tuple[Any, str, bool]]:
+        """`Record.conv` and `Record.pattern` of each block, and whether it convolves."""
         raise NotImplementedError
 
     # --- for all of them ---
@@ -89,7 +90,7 @@ class Chain:
         if not direct and not torch.compiler.is_compiling() and any(map(_knows_only_torch, given)):
             return None
         given[0] = entered = self.entered(x)
-        autocast = autocast_dtype(x)
+        autocast = autocast_dtype(x) if self.convolves else None
         backend = backends.select(backends.requested(), x.device.type, autocast or x.dtype)
         planned = None
         if direct:
@@ -129,8 +130,10 @@ class Chain:
     def _record(self, x: Tensor, backend: str | None, routes: Sequence[str]) -> None:
         if recorder is None or torch.compiler.is_compiling():
             return
-        for i, (conv, pattern) in enumerate(self.records()):
-            route = routes[min(i, len(routes) - 1)]
+        contracted = 0
+        for conv, pattern, convolves in self.records():
+            route = routes[min(contracted, len(routes) - 1)] if convolves or backend is None else "no contraction"
+            contracted += convolves
             recorder.append(Record(conv, pattern, tuple(x.shape), compute_dtype(x), backend, route))
 
     def _key(
@@ -147,7 +150,7 @@ class Chain:
         return (
             x.stride(), stat_groups, boundaries, backends.requested(), backend, torch.is_grad_enabled(), autocast,
             router.settings(backend), *self.shared(),
-            *(None if t is None else _METADATA(t) for t in given), *(t.weight.stride() for t in tensors),
+            *(None if t is None else _METADATA(t) for t in given), *(w.stride() for w in _weights(tensors)),
         )  # fmt: skip
 
     def _planned(
@@ -183,7 +186,7 @@ class Chain:
         if rule.calls > 1 and not begin:
             return rule
         plans, entered = {"fused": rule}, self.entered(x)
-        if not any(map(says_channels_last, (entered, *(t.weight for t in tensors)))):
+        if self.convolves and not any(map(says_channels_last, (entered, *_weights(tensors)))):
             for format, last in (("contiguous", False), ("channels_last", True)):
                 other = self._planned(entered, tensors, stat_groups, "auto", backend, True, last)
                 plans[f"fused in {format}"] = rule if last == rule.plan.channels_last else other
@@ -224,9 +227,9 @@ class Chain:
         blocks = tuple(replace(b, slope=ACTIVATIONS[b.act].default_slope) for b in plan.blocks)
         given = [x, *(t for block in tensors for t in block)]
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in given]
-        formats = [says_channels_last(t) for t in (x if x.dim() == 4 else x[None], *(t.weight for t in tensors))]
+        formats = [says_channels_last(t) for t in (x if x.dim() == 4 else x[None], *_weights(tensors))]
         problem = (blocks, plan.stat_groups, tuple(x.shape), x.dtype, autocast_dtype(x), needs, formats)
-        name = repr((*problem, [tuple(t.weight.shape) for t in tensors], list(runs)))
+        name = repr((*problem, [tuple(w.shape) for w in _weights(tensors)], list(runs)))
         found = choice.known(name, runs, x.device)
         return choice.measure(name, runs, x, tensors, running) if found is None and begin else found
 
@@ -247,6 +250,10 @@ class Chain:
         with primitives.watched():
             fastest = self._fastest(rule, runs, x, tensors, running, begin=True)
         return fastest is not None and fastest.name == choice.COMPILED
+
+
+def _weights(tensors: Sequence[BlockTensors]) -> list[Tensor]:
+    return [t.weight for t in tensors if t.weight is not None]
 
 
 def _is_computed_again() -> bool:

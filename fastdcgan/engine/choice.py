@@ -80,7 +80,7 @@ def _work(
     buffers = [_copied(r) for r in running]
     own = []
     for block, r in zip(tensors, buffers, strict=True):
-        block = BlockTensors(*(None if t is None else spare(t) for t in block))  # type: ignore[arg-type]
+        block = BlockTensors(*(None if t is None else spare(t) for t in block))
         own.append(block if r is None else block._replace(running_mean=r.mean, running_var=r.var))
     leaves = [t for t in (spare(x), *(t for block in own for t in block)) if t is not None]
     da: Tensor | None = None
@@ -162,6 +162,8 @@ def _convolved(block: Block, x: Tensor, t: BlockTensors) -> Tensor:
     if block.upsamples:
         x, block = F.interpolate(x, scale_factor=2.0), block.after_upsampling()
     g = block.geometry
+    if t.weight is None:
+        return x
     if not block.transposed:
         return F.conv2d(x, t.weight, t.bias, g.stride, g.padding, g.dilation, g.groups)
     return F.conv_transpose2d(x, t.weight, t.bias, g.stride, g.padding, block.output_padding, g.groups, g.dilation)

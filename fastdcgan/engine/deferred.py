@@ -2,8 +2,10 @@
 
 While `Deferring` is entered, a convolution computes nothing. It gives a `Pending`, which a batch normalisation, an
 activation or another convolution continues; whatever else touches it makes it a tensor: the chain runs, by the plan
-and the choice that a Sequential's chain has. All else, control flow included, runs as it always does. So nothing is
-traced and nothing has to be guarded; what is in a ModuleList, or calls `torch.nn.functional`, is found as well.
+and the choice that a Sequential's chain has. A normalisation of a tensor that is there waits too, but none without a
+weight: as a rule that is followed by a modulation, and by no activation. All else, control flow included, runs as it
+always does. So nothing is traced and nothing has to be guarded; what is in a ModuleList, or calls
+`torch.nn.functional`, is found as well.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdcgan import backends
-from fastdcgan.activations import find
+from fastdcgan.activations import ACTIVATIONS, find
 from fastdcgan.dispatch import primitives
 from fastdcgan.engine import chain, upsampling
 from fastdcgan.engine.pending import (
@@ -39,7 +41,7 @@ from fastdcgan.engine.pending import (
 )
 from fastdcgan.engine.planned import autocast_dtype, followed
 from fastdcgan.engine.run import runs_plain
-from fastdcgan.geometry import Geometry, Pair
+from fastdcgan.geometry import IDENTITY, Geometry, Pair
 from fastdcgan.spec import Block, BlockTensors, Norm, Running
 
 # --- the functions that it knows -------------------------------------------------------------------------------------
@@ -86,7 +88,14 @@ def _convolved(
     if mode.traced:
         weight, bias, x = computed(weight), computed(bias), x if parent is not None else computed(x)
     root, groups = x if parent is None else parent.x, _known(groups)
-    if not _fits(mode, root, weight, bias) or type(groups) is not int or groups < 1 or weight.shape[0] % groups:
+    if (
+        not _fits(mode, root, weight, bias)
+        or weight.dim() != 4
+        or not weight.numel()
+        or type(groups) is not int
+        or groups < 1
+        or weight.shape[0] % groups
+    ):
         return None
     stride, dilation = _numbers(stride, 1), _numbers(dilation, 1)
     if isinstance(padding, str):
@@ -120,22 +129,22 @@ def _convolved(
     if min(size) < 1:
         return None
     step = Step(mode, parent, root, call)
-    step.key, step.convolves, step.shape = key, True, torch.Size((shape[0], outputs, *size))
+    step.key, step.begins, step.shape = key, True, torch.Size((shape[0], outputs, *size))
     step.tensors += (BlockTensors(weight, bias),)
     step.running += (None,)
     return Pending(step)
 
 
-def _fits(mode: Deferring, x: Any, weight: Any, bias: Any) -> bool:
+def _fits(mode: Deferring, x: Any, *others: Any) -> bool:
     """Whether a block can be of these; else PyTorch's function runs, and says what is wrong."""
-    given = [t for t in (x, weight, bias) if t is not None]
+    given = [t for t in (x, *others) if t is not None]
     if (
         not all(isinstance(t, Tensor) for t in given)
         or not (mode.traced or primitives.unwatched(*given))
         or followed(x)
     ):
         return False
-    if x.dim() != 4 or weight.dim() != 4 or not x.numel() or not weight.numel() or runs_plain(x):
+    if x.dim() != 4 or not x.numel() or runs_plain(x):
         return False
     casts = autocast_dtype(x) is not None and x.dtype != torch.float64
     return all(
@@ -222,31 +231,53 @@ def _normalised(
         mode.compute_what_reads(mean)
         mode.compute_what_reads(var)
     parent = _open(mode, x)
-    if parent is None or parent.block.norm is not None or parent.block.act != "identity":
-        return None
-    wrong = any(t is not None and not _goes_with(t, parent) for t in vectors)
+    begins = parent is None or parent.block.norm is not None or parent.block.act != "identity"
+    if parent is None:
+        compute((x,))
+        x = computed(x) if mode.traced else x
+        if vectors[0] is None or not _fits(mode, x) or autocast_dtype(x) not in (None, x.dtype):
+            return None
+        root, shape, state = x, x.shape, state_of(x)
+    else:
+        root, shape, state = parent.x, parent.shape, parent.state
+        if begins and ACTIVATIONS[parent.block.act].float32_under_autocast:
+            return None
+    wrong = any(t is not None and not _goes_with(t, root, shape, state) for t in vectors)
     if wrong or len({t.dtype for t in vectors if t is not None}) > 1 or (mean is None) != (var is None):
         return None
-    values = parent.shape[2] * parent.shape[3] * (1 if instance else parent.shape[0])
+    values = shape[2] * shape[3] * (1 if instance else shape[0])
     if values == 1 if own else mean is None:
         return None
     if type(momentum) not in (int, float) or type(eps) not in (int, float) or eps <= 0:
         return None
     norm = Norm(eps, bool(own), instance=bool(instance))
-    step = Step(mode, parent, parent.x, call)
-    step.key = key_of(parent.key, (norm,), lambda b: (*b[:-1], replace(b[-1], norm=norm)))
-    step.tensors = (*parent.tensors[:-1], BlockTensors(*parent.tensors[-1][:2], *vectors))
+
+    def blocks(before: tuple[Block, ...]) -> tuple[Block, ...]:
+        if begins:
+            return (*before, Block(False, IDENTITY, (0, 0), norm, "identity", 0.0, "", convolves=False))
+        return (*before[:-1], replace(before[-1], norm=norm))
+
+    step = Step(mode, parent, root, call)
+    step.key, step.begins, step.shape = (
+        key_of(0 if parent is None else parent.key, (norm, begins), blocks),
+        begins,
+        shape,
+    )
+    if begins:
+        step.tensors += (BlockTensors(),)
+        step.running += (None,)
+    step.tensors = (*step.tensors[:-1], BlockTensors(*step.tensors[-1][:2], *vectors))
     if own and mean is not None:
-        step.running = (*parent.running[:-1], Running(mean, var, momentum))
+        step.running = (*step.running[:-1], Running(mean, var, momentum))
         mode.owed[id(mean)] = mode.owed[id(var)] = step
     return Pending(step)
 
 
-def _goes_with(t: Any, step: Step) -> bool:
-    """Whether a norm's vector is one for the output of a convolution."""
-    if not isinstance(t, Tensor) or t.shape != step.shape[1:2] or t.device != step.x.device:
+def _goes_with(t: Any, root: Tensor, shape: torch.Size, state: tuple) -> bool:
+    """Whether a norm's vector is one for its input: of a `shape`, and made of `root` in a `state`."""
+    if not isinstance(t, Tensor) or t.shape != shape[1:2] or t.device != root.device:
         return False
-    dtype = step.state[3] if step.state[2] and step.x.dtype != torch.float64 else step.x.dtype
+    dtype = state[3] if state[2] and root.dtype != torch.float64 else root.dtype
     return t.dtype == dtype or (t.dtype == torch.float32 and dtype.itemsize == 2)
 
 

@@ -126,7 +126,9 @@ def formula(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None], layout: Lay
     for i, block in enumerate(plan.blocks):
         t, g = of_block(tensors, i), block.geometry
         asked = _NOTHING if layout is None else _Asked(None, None if i else layout.input_grad, layout.weight_grads[i])
-        if layout is None:
+        if t.weight is None:
+            y = x
+        elif layout is None:
             extra = block.output_padding if block.transposed else (0, 0)
             y = torch.convolution(x, t.weight, None, g.stride, g.padding, g.dilation, block.transposed, extra, g.groups)
         elif block.transposed:

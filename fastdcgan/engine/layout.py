@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdcgan.spec import Block, Plan, format_of_torch, of_block, says_channels_last, strides_in
+from fastdcgan.spec import Block, Plan, format_of_torch, memory_format, of_block, says_channels_last, strides_in
 
 Strides = tuple[int, ...]
 _Backend = torch._C._ConvBackend  # type: ignore[attr-defined]
@@ -25,33 +25,39 @@ class Layout(NamedTuple):
 
     out: Strides
     input_grad: Strides
-    weight_grads: tuple[Strides, ...]
+    weight_grads: tuple[Strides, ...]  # () where a block has none
 
 
 def layout(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> Layout:
     """The layout for `x` [N, C, H, W] and the blocks' tensors, one after another."""
     shape: Sequence[int] = x.shape
-    said, input_grad, weight_grads = says_channels_last(x), None, []
+    entered, input_grad = x, None
+    weight_grads: list[Strides] = []
     for i, block in enumerate(plan.blocks):
-        weight, entered = of_block(tensors, i).weight, shape
-        weight_shape = weight.shape
-        if block.upsamples:  # two modules, of which the first keeps the format of what it gets, both ways
-            block, shape, weight = _after_upsampling(block, shape, weight)
-            said = _says(shape, torch.channels_last if said else torch.contiguous_format)
-        format = format_of_torch(said, weight)
-        if input_grad is None:
-            kept = shape is entered or format == torch.contiguous_format or _says(shape, format)
-            input_grad = strides_in(entered, format if kept else torch.contiguous_format)
-        alike = format == torch.channels_last and _keeps_contiguous(block, x, shape, weight)
-        weight_grads.append(strides_in(weight_shape, torch.contiguous_format if alike else format))
-        channels = weight.shape[1] * block.geometry.groups if block.transposed else weight.shape[0]
+        weight, said, channels, came = of_block(tensors, i).weight, says_channels_last(entered), shape[1], shape
+        if weight is None:
+            format = memory_format(entered)
+            grad = strides_in(shape, torch.channels_last if said else torch.contiguous_format)
+            weight_grads.append(())
+        else:
+            weight_shape = weight.shape
+            if block.upsamples:  # two modules, of which the first keeps the format of what it gets, both ways
+                block, shape, weight = _after_upsampling(block, shape, weight)
+                said = _says(shape, torch.channels_last if said else torch.contiguous_format)
+            format = format_of_torch(said, weight)
+            kept = shape is came or format == torch.contiguous_format or _says(shape, format)
+            grad = strides_in(came, format if kept else torch.contiguous_format)
+            alike = format == torch.channels_last and _keeps_contiguous(block, x, shape, weight)
+            weight_grads.append(strides_in(weight_shape, torch.contiguous_format if alike else format))
+            channels = weight.shape[1] * block.geometry.groups if block.transposed else weight.shape[0]
+        input_grad = grad if input_grad is None else input_grad
         shape = (x.shape[0], channels, *block.output_size(shape[2], shape[3]))
         one_choice = channels > 1 and not (shape[2] == 1 and shape[3] == 1)
         keeps = block.act == "identity" or block.inplace or block.learns_slope
         if not one_choice and (block.norm is not None or not keeps):
             format = torch.contiguous_format
         out = strides_in(shape, format)
-        said = _says(shape, format)
+        entered = torch.empty_strided(shape, out, device="meta")
     assert input_grad is not None
     return Layout(out, input_grad, tuple(weight_grads))
 

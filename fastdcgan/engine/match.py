@@ -1,8 +1,9 @@
 """Finding blocks among the modules of an `nn.Sequential`.
 
-A block is a 2-d convolution, plain or transposed, then optionally a BatchNorm2d or InstanceNorm2d and an activation. A
-module counts only if calling it would do just what PyTorch's own class does: with hooks, a forward of its own or
-parameters that are not initialised yet it is called as it is, outside any chain.
+A block is a 2-d convolution, plain or transposed, then optionally a BatchNorm2d or InstanceNorm2d and an activation; or
+such a norm and an activation, where no convolution is right before the norm. A module counts only if calling it would
+do just what PyTorch's own class does: with hooks, a forward of its own or parameters that are not initialised yet it is
+called as it is, outside any chain.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fastdcgan.activations import from_module
+from fastdcgan.activations import ACTIVATIONS, from_module
 from fastdcgan.checks import check_conv
 from fastdcgan.engine import upsampling
-from fastdcgan.geometry import Geometry, pair
+from fastdcgan.geometry import IDENTITY, Geometry, pair
 from fastdcgan.spec import Block, Norm
 
 _CONVS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -79,9 +80,9 @@ def runs_blocks(module: nn.Module) -> bool:
 
 @dataclass
 class FoundBlock:
-    """The modules of one block and their names below the Sequential."""
+    """The modules of one block and the first one's name below the Sequential."""
 
-    conv: nn.Conv2d | nn.ConvTranspose2d
+    conv: nn.Conv2d | nn.ConvTranspose2d | None
     name: str
     norm: nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d | None = None
     act: nn.Module | None = None
@@ -90,6 +91,11 @@ class FoundBlock:
     @property
     def pattern(self) -> str:
         return " + ".join(type(m).__name__.removeprefix("Parametrized") for m in self.modules())
+
+    @property
+    def first(self) -> nn.Module:
+        """The one that tells it apart: its convolution, else its norm."""
+        return self.norm if self.conv is None else self.conv  # type: ignore[return-value]
 
     def modules(self) -> list[nn.Module]:
         return [m for m in (self.up, self.conv, self.norm, self.act) if m is not None]
@@ -105,9 +111,7 @@ class FoundChain:
     @property
     def bare(self) -> bool:
         """Whether it is one convolution with nothing to fuse to it: as fast as it is, unless measured to be slower."""
-        first = self.blocks[0]
-        nothing = self.pad is None and first.up is None and first.norm is None and first.act is None
-        return len(self.blocks) == 1 and nothing
+        return self.pad is None and sum(len(block.modules()) for block in self.blocks) == 1
 
 
 @dataclass
@@ -142,23 +146,31 @@ def segments(
         up = _upsampling_at(modules, i)
         i += up is not None
         name, module = modules[i]
-        if not isinstance(module, _CONVS):
-            found.append(Alone(module, name, _why_not_in_block(module)))
-            i += 1
-            continue
-        why = why_alone(module)
-        if why is not None:
+        begins = isinstance(module, (*_CONVS, *_NORMS))
+        why = why_alone(module) if begins else _why_not_in_block(module)
+        if not begins or why is not None:
             found.append(Alone(module, name, why))
             i += 1
             continue
         block, i = _block_at(modules, i)
         block.up = up
-        pad = _pad_of(block.conv)
-        if found and isinstance(found[-1], FoundChain) and pad is None:
-            found[-1].blocks.append(block)
+        before, pad = found[-1] if found else None, _pad_of(block.conv)
+        if isinstance(before, FoundChain) and pad is None and not (block.conv is None and _widens(before.blocks[-1])):
+            before.blocks.append(block)
         else:
             found.append(FoundChain([block], pad))
-    return found
+    return [
+        Alone(part.blocks[0].first, part.blocks[0].name, WHY_BARE)
+        if isinstance(part, FoundChain) and part.bare and part.blocks[0].conv is None
+        else part
+        for part in found
+    ]
+
+
+def _widens(block: FoundBlock) -> bool:
+    """Whether autocast may make its output another dtype than the rest of its chain has."""
+    act = None if block.act is None else from_module(block.act)
+    return act is not None and bool(ACTIVATIONS[act[0]].float32_under_autocast)
 
 
 def _upsampling_at(modules: list[tuple[str, nn.Module]], i: int) -> nn.Upsample | None:
@@ -172,10 +184,9 @@ def _upsampling_at(modules: list[tuple[str, nn.Module]], i: int) -> nn.Upsample 
 
 
 def _block_at(modules: list[tuple[str, nn.Module]], i: int) -> tuple[FoundBlock, int]:
-    """The block that starts with the convolution at `i`, and the index behind it."""
-    name, conv = modules[i]
-    assert isinstance(conv, _CONVS)
-    block, end = FoundBlock(conv, name), i + 1
+    """The block that starts with the convolution or norm at `i`, and the index behind it."""
+    (name, first), end = modules[i], i + 1
+    block = FoundBlock(first, name) if isinstance(first, _CONVS) else FoundBlock(None, name, first)  # type: ignore[arg-type]
     while end < len(modules):
         module = modules[end][1]
         if type(module) is nn.Identity and why_alone(module) is None:
@@ -183,12 +194,13 @@ def _block_at(modules: list[tuple[str, nn.Module]], i: int) -> tuple[FoundBlock,
         elif (
             isinstance(module, _NORMS)
             and block.norm is None
-            and module.num_features == conv.out_channels
+            and block.conv is not None
+            and module.num_features == block.conv.out_channels
             and why_alone(module) is None
         ):
             block.norm = module
             end += 1
-        elif from_module(module) is not None and why_alone(module) is None and _slopes_fit(module, conv):
+        elif from_module(module) is not None and why_alone(module) is None and _slopes_fit(module, block):
             block.act = module
             return block, end + 1
         else:
@@ -196,9 +208,12 @@ def _block_at(modules: list[tuple[str, nn.Module]], i: int) -> tuple[FoundBlock,
     return block, end
 
 
-def _slopes_fit(act: nn.Module, conv: nn.Conv2d | nn.ConvTranspose2d) -> bool:
-    """Whether a PReLU has one slope, or one for each channel of the convolution before it."""
-    return not isinstance(act, nn.PReLU) or act.num_parameters in (1, conv.out_channels)
+def _slopes_fit(act: nn.Module, block: FoundBlock) -> bool:
+    """Whether a PReLU has one slope, or one for each channel of what comes before it."""
+    if not isinstance(act, nn.PReLU):
+        return True
+    before = block.conv.out_channels if block.conv is not None else block.norm.num_features  # type: ignore[union-attr]
+    return act.num_parameters in (1, before)
 
 
 def _why_not_in_block(module: nn.Module) -> str | None:
@@ -208,16 +223,16 @@ def _why_not_in_block(module: nn.Module) -> str | None:
         why = why_alone(module)
         if why is not None:
             return why
-        if isinstance(module, _NORMS):
-            return "no convolution with its number of channels that it can be fused to comes before it"
         if isinstance(module, nn.Module) and from_module(module) is not None:
             return "no convolution or norm that it can be fused to comes before it"
         return f"{type(module).__name__} is not fused: {', '.join(kind.__name__ for kind in _NORMS)} are"
     return None
 
 
-def _pad_of(conv: nn.Conv2d | nn.ConvTranspose2d) -> tuple[list[int], str] | None:
+def _pad_of(conv: nn.Conv2d | nn.ConvTranspose2d | None) -> tuple[list[int], str] | None:
     """`F.pad` arguments for a padding that the contractions don't have: not of zeros, or not symmetric."""
+    if conv is None:
+        return None
     if conv.padding_mode != "zeros":
         return list(conv._reversed_padding_repeated_twice), conv.padding_mode
     if conv.padding == "same":
@@ -233,15 +248,17 @@ def _pad_of(conv: nn.Conv2d | nn.ConvTranspose2d) -> tuple[list[int], str] | Non
 def block_of(found: FoundBlock, padded: bool, backend: str) -> Block:
     """The block as a chain takes it; `padded`: its padding is applied before the chain."""
     conv, norm = found.conv, found.norm
-    check_conv(conv)
     made = None
     if norm is not None:
         batch_stats = norm.training or (norm.running_mean is None and norm.running_var is None)
         instance = batch_stats and isinstance(norm, nn.InstanceNorm2d)
         made = Norm(norm.eps, batch_stats, process_group(norm) if batch_stats else None, instance)
     act, slope = ("identity", 0.0) if found.act is None else from_module(found.act)  # type: ignore[misc]
-    transposed, inplace = isinstance(conv, nn.ConvTranspose2d), getattr(found.act, "inplace", False)
-    geometry, learns_slope = _geometry(conv, padded), isinstance(found.act, nn.PReLU)
+    inplace, learns_slope = getattr(found.act, "inplace", False), isinstance(found.act, nn.PReLU)
+    if conv is None:
+        return Block(False, IDENTITY, (0, 0), made, act, slope, backend, inplace, learns_slope, convolves=False)
+    check_conv(conv)
+    transposed, geometry = isinstance(conv, nn.ConvTranspose2d), _geometry(conv, padded)
     block = Block(transposed, geometry, pair(conv.output_padding), made, act, slope, backend, inplace, learns_slope)
     return block if found.up is None else block.upsampling()
 

@@ -14,7 +14,7 @@ from fastdcgan import backends
 from fastdcgan.dispatch import primitives
 from fastdcgan.engine.chain import Chain
 from fastdcgan.engine.match import WHY_BARE, FoundBlock, FoundChain, block_of, process_group, runs_blocks
-from fastdcgan.engine.planned import block_backend
+from fastdcgan.engine.planned import autocast_dtype, block_backend
 from fastdcgan.spec import Block, BlockTensors, Running
 
 
@@ -39,13 +39,18 @@ class ModuleChain(Chain):
         self._norms = [b.norm for b in found.blocks if isinstance(b.norm, nn.SyncBatchNorm)]
         self._upsamples = any(b.up is not None for b in found.blocks)
         self.bare = found.bare
+        self.convolves = any(b.conv is not None for b in found.blocks)
+        self._parts: list[ModuleChain] = []  # where they have to run one after the other
         self.ran_modules = False  # at the last call, and will for the like of it
 
     def __call__(self, x: Tensor, stat_groups: int, boundaries: str) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
-        if self._upsamples and x.dim() != 4:  # of [C, H, W] it takes the channels for a batch
+        starts_with_norm = self._found.blocks[0].conv is None
+        if (self._upsamples or starts_with_norm) and x.dim() != 4:  # upsampling takes channels for a batch
             return self.as_modules(x, stat_groups)
+        if starts_with_norm and self.convolves and autocast_dtype(x) not in (None, x.dtype):
+            return self._normalised_before_it_is_cast(x, stat_groups, boundaries)
         brief, compiling = self._brief(x, stat_groups, boundaries), torch.compiler.is_compiling()
         self.ran_modules = self.why_plain(x, brief) is not None
         if not self.ran_modules and self.bare and not compiling and not self._bare_may_gain(x, boundaries):
@@ -56,6 +61,17 @@ class ModuleChain(Chain):
         tensors = [_tensors(b) for b in self._found.blocks]
         out = self.run(x, tensors, self._running(tensors), stat_groups, boundaries, brief)
         return self.as_modules(x, stat_groups) if out is None else out
+
+    def _normalised_before_it_is_cast(self, x: Tensor, stat_groups: int, boundaries: str) -> Tensor:
+        """Autocast casts what a convolution gets, and no norm's input."""
+        blocks = self._found.blocks
+        first = next(i for i, block in enumerate(blocks) if block.conv is not None)
+        if not self._parts:
+            self._parts = [ModuleChain(FoundChain(part)) for part in (blocks[:first], blocks[first:])]
+        for part in self._parts:
+            x = part(x, stat_groups, boundaries)
+        self.ran_modules = all(part.ran_modules for part in self._parts)
+        return x
 
     def as_modules(self, x: Tensor, stat_groups: int) -> Tensor:
         """What the modules make of an input."""
@@ -77,8 +93,8 @@ class ModuleChain(Chain):
     def shared(self) -> tuple[Hashable, ...]:
         return tuple(map(process_group, self._norms)) if self._norms else ()
 
-    def records(self) -> list[tuple[Any, str]]:
-        return [(b.conv, b.pattern) for b in self._found.blocks]
+    def records(self) -> list[tuple[Any, str, bool]]:
+        return [(b.first, b.pattern, b.conv is not None) for b in self._found.blocks]
 
     def compiled_as_modules(self, x: Tensor, stat_groups: int) -> bool:
         """`compiles_to_modules` for the tensors that the modules have."""
@@ -98,7 +114,7 @@ class ModuleChain(Chain):
     def _bare_may_gain(self, x: Tensor, boundaries: str) -> bool:
         """Whether it can be measured. Not where a hook or a parametrization makes the weight: until it is measured its
         module runs, which would do so again."""
-        conv = self._found.blocks[0].conv
+        conv = self._found.blocks[0].first
         weight = conv._parameters.get("weight")
         if weight is None or conv._forward_pre_hooks or not primitives.unwatched(x, weight):
             return False
@@ -106,7 +122,7 @@ class ModuleChain(Chain):
 
     def _brief(self, x: Tensor, stat_groups: int, boundaries: str) -> tuple:
         """The little that may change which way is the fastest: PyTorch's modules are right whatever else changes."""
-        first = self._found.blocks[0].conv
+        first = self._found.blocks[0].first
         weight = first._parameters.get("weight")
         return (
             x.shape, x.stride(), x.dtype, x.requires_grad, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),
@@ -123,10 +139,11 @@ def _of(module: nn.Module, stored: dict[str, Any], name: str) -> Any:
 
 
 def _tensors(found: FoundBlock) -> BlockTensors:
-    conv, norm = found.conv, found.norm
-    for hook in conv._forward_pre_hooks.values():  # weight_norm and spectral_norm of the old style set `weight`
-        hook(conv, ())
-    weight, bias = (_of(conv, conv._parameters, name) for name in ("weight", "bias"))
+    conv, norm, weight, bias = found.conv, found.norm, None, None
+    if conv is not None:
+        for hook in conv._forward_pre_hooks.values():  # weight_norm and spectral_norm of the old style set `weight`
+            hook(conv, ())
+        weight, bias = (_of(conv, conv._parameters, name) for name in ("weight", "bias"))
     slope = _slope(found)
     if norm is None:
         return BlockTensors(weight, bias, slope=slope)
@@ -142,11 +159,12 @@ def _slope(found: FoundBlock) -> Tensor | None:
 def _stored(found: FoundBlock) -> BlockTensors | None:
     """Tensors like those of `_tensors`, as they are stored: nothing is computed or updated. None where no stored one is
     like the weight."""
-    conv, norm = found.conv, found.norm
-    weight = next((p for p in conv.parameters() if p.dim() == 4), None)  # or what the weight is computed from
-    if weight is None:
-        return None
-    bias = conv._parameters.get("bias")
+    conv, norm, weight, bias = found.conv, found.norm, None, None
+    if conv is not None:
+        weight = next((p for p in conv.parameters() if p.dim() == 4), None)  # or what the weight is computed from
+        if weight is None:
+            return None
+        bias = conv._parameters.get("bias")
     if norm is None:
         return BlockTensors(weight, bias, slope=_slope(found))
     vectors = (norm._parameters.get("weight"), norm._parameters.get("bias"))

@@ -1,4 +1,4 @@
-"""What waits for what comes after it: convolutions and their norms and activations, in code of a model's own.
+"""What waits for what comes after it: convolutions, norms and activations, in code of a model's own.
 
 `deferred.py` says when and why. A `Step` is a call that waits; a `Pending` is its output, as the code that called it
 has it. What is computed is a line of steps, from the last one whose output there is to the one that is needed: as one
@@ -84,7 +84,7 @@ class Step:
         self.mode, self.parent, self.x = mode, parent, x  # x: what the first block gets
         self.call: Callable[[Tensor], Tensor] | None = call  # makes this of the parent's output, or of x
         self.key = 0  # of `known_blocks`
-        self.convolves = False  # this, beside what was done before
+        self.begins = False  # a block
         self.upsamples = False  # which the convolution that goes on from here does itself, if nobody else needs it
         self.shape: torch.Size = torch.Size() if parent is None else parent.shape
         self.tensors: tuple[BlockTensors, ...] = () if parent is None else parent.tensors
@@ -149,7 +149,7 @@ def _computed(steps: list[Step], x: Tensor) -> Tensor:
     owed = last.mode.owed
     for buffer in [buffer for buffer, step in owed.items() if step in steps]:
         del owed[buffer]
-    while steps and not steps[0].convolves and (steps[0] is last or not steps[0].upsamples):
+    while steps and not _begins_chain(steps):
         call = steps.pop(0).call
         assert call is not None
         x = call(x)
@@ -158,12 +158,20 @@ def _computed(steps: list[Step], x: Tensor) -> Tensor:
     if last.upsamples:
         assert last.call is not None
         return last.call(_computed(steps[:-1], x))
-    before = known_blocks[next(step for step in steps if step.convolves).key]
+    before = known_blocks[next(step for step in steps if step.begins).key]
     first, done = len(before) - 1, before[-1].upsamples and not steps[0].upsamples  # x is upsampled already
     key = last.key
     if first or done:
         key = key_of(0, (last.key, first, done), lambda _: _blocks_from(last.key, first, done))
     return _chain_of(key)(last.mode, x, last.tensors[first:], last.running[first:])
+
+
+def _begins_chain(steps: list[Step]) -> bool:
+    """Whether a chain begins with the first of the steps. A norm on its own gains nothing by being one."""
+    first = steps[0]
+    if first.upsamples:  # by the convolution behind it
+        return len(steps) > 1
+    return first.begins and (len(steps) > 1 or first.block.convolves)
 
 
 def _blocks_from(key: int, first: int, upsampled: bool) -> tuple[Block, ...]:
@@ -347,18 +355,19 @@ class _CallChain(Chain):
         self._blocks = blocks
         first = blocks[0]
         self.bare = len(blocks) == 1 and first.norm is None and first.act == "identity" and not first.upsamples
-        self._weights: list[Tensor] = []  # of this call, for `explain`
+        self.convolves = any(block.convolves for block in blocks)
+        self._owners: list[Tensor | None] = []  # of this call, for `explain`
 
     def __call__(
         self, mode: Waiting, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]
     ) -> Tensor:
-        weight, out = tensors[0].weight, None
+        owner, out = _owner(tensors[0]), None
         brief = (
             x.shape, x.stride(), x.dtype, x.requires_grad, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),
-            weight.shape, weight.requires_grad, backends.requested(),
+            owner is None or (owner.shape, owner.requires_grad), backends.requested(),
         )  # fmt: skip
         if chain.recorder is not None:
-            self._weights = [t.weight for t in tensors]
+            self._owners = list(map(_owner, tensors))
         if mode.traced:
             if not self._compiles_to_functions(x, tensors, running):
                 out = self.run(x, tensors, running, 1, "auto", brief)
@@ -368,7 +377,7 @@ class _CallChain(Chain):
             else:
                 mode.all_plain = False
                 out = self.run(x, tensors, running, 1, "auto", brief)
-        self._weights = []
+        self._owners = []
         return choice.modules(self._blocks, self.entered, 1, x, tensors, running) if out is None else out
 
     def _compiles_to_functions(
@@ -390,8 +399,15 @@ class _CallChain(Chain):
     def blocks(self, backend: str) -> list[Block]:
         return [replace(block, backend=backend) for block in self._blocks]
 
-    def records(self) -> list[tuple[Any, str]]:
-        return [(weight, _pattern(block)) for block, weight in zip(self._blocks, self._weights, strict=True)]
+    def records(self) -> list[tuple[Any, str, bool]]:
+        return [
+            (owner, _pattern(block), block.convolves) for block, owner in zip(self._blocks, self._owners, strict=True)
+        ]
+
+
+def _owner(t: BlockTensors) -> Tensor | None:
+    """The first tensor of a block: its weight, or that of its norm."""
+    return next((v for v in t if v is not None), None)
 
 
 def _real_like(t: Any) -> Any:
@@ -406,7 +422,9 @@ def _real_like(t: Any) -> Any:
 def _pattern(block: Block) -> str:
     """As modules would be called, which it may well be."""
     act = nn.PReLU if block.learns_slope else ACTIVATIONS[block.act].module
-    names = ["Upsample", "Conv2d"] if block.upsamples else ["ConvTranspose2d" if block.transposed else "Conv2d"]
+    names = ["ConvTranspose2d" if block.transposed else "Conv2d"] if block.convolves else []
+    if block.upsamples:
+        names = ["Upsample", "Conv2d"]
     if block.norm is not None:
         names.append("InstanceNorm2d" if block.norm.instance else "BatchNorm2d")
     return " + ".join(names + ([] if act is None else [act.__name__]))

@@ -86,13 +86,14 @@ class Planned:
     ) -> None:
         checks.check_boundaries(boundaries)
         self._upsampling = [i for i, block in enumerate(blocks) if block.upsamples]
-        self._dtype = autocast_dtype(x) if isinstance(x, Tensor) else None
+        autocast = autocast_dtype(x) if isinstance(x, Tensor) else None
+        self._dtype = autocast if any(b.convolves for b in blocks) else None
         casts_weights = self._dtype is not None and _casts_weights(blocks[0].backend, x, tensors, direct)
         self._left = (torch.float64, torch.float32) if casts_weights else (torch.float64,)
         x, tensors = self._cast(x, tensors)
         checks.check_chain(blocks, stat_groups, x, [v for t in tensors for v in t], casts_weights)
         casts = x.device.type in ACTIVATIONS[blocks[-1].act].float32_under_autocast
-        self._widens = casts and self._dtype not in (None, torch.float64)
+        self._widens = casts and autocast not in (None, torch.float64)
         alone = all(b.norm is None or b.norm.process_group is None for b in blocks)
         self._empty = alone and x.shape[0] == 0
         self._program = Program(planner.plan(blocks, x, tensors, stat_groups, boundaries, channels_last), direct)
@@ -105,11 +106,14 @@ class Planned:
         if self._upsampling:  # before a cast, so that its sums are rounded once
             tensors = list(tensors)
             for i in self._upsampling:
-                tensors[i] = tensors[i]._replace(weight=upsampling.weight(tensors[i].weight))
+                tensors[i] = tensors[i]._replace(weight=upsampling.weight(tensors[i].weight))  # type: ignore[arg-type]
         if self._dtype is None:
             return x, tensors
         left = self._left
-        cast = [t if t.weight.dtype in left else t._replace(weight=t.weight.to(self._dtype)) for t in tensors]
+        cast = [
+            t if t.weight is None or t.weight.dtype in left else t._replace(weight=t.weight.to(self._dtype))
+            for t in tensors
+        ]
         cast = [t if t.slope is None else t._replace(slope=t.slope.to(self._dtype)) for t in cast]
         return x.to(self._dtype), cast
 

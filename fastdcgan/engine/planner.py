@@ -35,8 +35,9 @@ def plan(
     backend, n = backends.get(blocks[0].backend), len(blocks)
     weights, grad = [t.weight for t in tensors], torch.is_grad_enabled()
     if channels_last is None:
-        channels_last = n > 1 and backend.prefers_channels_last(blocks, weights, x)
-    needs = [grad and t.requires_grad for t in (x, *weights)]
+        convolve, present = [b for b in blocks if b.convolves], [w for w in weights if w is not None]
+        channels_last = len(convolve) > 1 and backend.prefers_channels_last(convolve, present, x)
+    needs = [grad and t is not None and t.requires_grad for t in (x, *weights)]
     rule = backend.boundaries(blocks, weights, (x.shape[2], x.shape[3]), needs)
     if boundaries != "auto":
         wanted = (boundaries == "deferred",) * (n - 1)
@@ -56,7 +57,14 @@ def _measured(rule: Plan, x: Tensor, tensors: Sequence[BlockTensors]) -> Plan:
     needs = [t is not None and t.requires_grad for t in (x, *flat)] if torch.is_grad_enabled() else []
     # A slope changes no time; and it may change all through a training.
     blocks = tuple(replace(b, slope=ACTIVATIONS[b.act].default_slope) for b in rule.blocks)
-    problem = (blocks, rule.stat_groups, x.shape, x.dtype, tuple(needs), tuple(t.weight.shape for t in tensors))
+    problem = (
+        blocks,
+        rule.stat_groups,
+        x.shape,
+        x.dtype,
+        tuple(needs),
+        tuple(t.weight.shape for t in tensors if t.weight is not None),
+    )
     searching, key = autotune.may_search(x.device), (x.device, problem)
     if key not in _known or (searching and _known[key] is None):
         name, machine = repr(problem), autotune.machine(x.device)

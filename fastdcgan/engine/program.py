@@ -105,7 +105,7 @@ def _steps(plan: Plan, size: Sequence[int], saving: Sequence[bool] | None) -> li
     found = []
     for i, block in enumerate(plan.blocks):
         last = i + 1 == n
-        deferred = not last and plan.boundaries.deferred[i]
+        deferred = not last and plan.boundaries.deferred[i] and plan.blocks[i + 1].convolves
         keep_a = saving is not None and not last and bool(saving[1 + (i + 1) * PER_BLOCK])
         # Not where the caller gets a and may write to it, except for ReLU, whose output PyTorch keeps as well.
         from_sign = block.norm is None and ACTIVATIONS[block.act].keeps_sign(block.slope)
@@ -136,8 +136,8 @@ def _read(steps: Sequence[Step], needs: Sequence[bool]) -> tuple[list[int], list
         first = 1 + step.first
         # PyTorch's convolution saves both of its operands for the gradient of any.
         passes_on = steps[i - 1].reached if i else needs[0]
-        convolves = passes_on or any(needs[first : first + 2])
-        if i == 0:
+        convolves = step.block.convolves and (passes_on or any(needs[first : first + 2]))
+        if i == 0:  # without a convolution it is a raw output, and saved as one
             (read if convolves else beside).append(0)
         saved = BlockTensors(convolves, False, step.reached, False, False, False, step.reached)  # type: ignore[arg-type]
         for j, name in enumerate(BlockTensors._fields):

@@ -43,8 +43,8 @@ def chosen(net: nn.Sequential, shape: tuple[int, ...], needs_input: bool, traine
     (chain,) = match.segments(net)
     assert isinstance(chain, match.FoundChain)
     made = [match.block_of(found, False, "reference") for found in chain.blocks]
-    weights = [found.conv.weight for found in chain.blocks]
-    return boundaries(made, weights, shape[2:], [needs_input, *[trained] * len(made)])
+    weights = [None if found.conv is None else found.conv.weight for found in chain.blocks]
+    return boundaries(made, weights, shape[2:], [needs_input, *(trained and w is not None for w in weights)])
 
 
 def test_what_dcgan_gets() -> None:
@@ -55,6 +55,15 @@ def test_what_dcgan_gets() -> None:
     assert g.deferred == (False, False, False, True)
     assert g.lazy_grad[1:4] == (False, False, False)
     assert all(g.epilogue_sums) and all(d.epilogue_sums)
+
+
+def test_a_norm_defers_to_a_convolution_as_a_block_of_one_does() -> None:
+    """It costs the convolution behind it the same; it can't itself read anything but a tensor."""
+    last = [nn.ReLU(), nn.Conv2d(64, 16, 1), nn.ReLU(), nn.BatchNorm2d(16)]
+    behind = chosen(nn.Sequential(nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64), *last), (8, 64, 32, 32), True)
+    alone = chosen(nn.Sequential(nn.BatchNorm2d(64), *last), (8, 64, 32, 32), True)
+    assert behind.deferred == alone.deferred == (True, False)
+    assert not alone.lazy_grad[0] and not alone.lazy_grad[2] and behind.lazy_grad[1] == alone.lazy_grad[1]
 
 
 def test_a_deferred_boundary_costs_nothing_more_where_no_weight_learns() -> None:

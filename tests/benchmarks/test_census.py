@@ -21,7 +21,8 @@ from tests.models.model import Model
 
 TIMING = Timing(2, 1e-4)
 
-# How many convolutions of a small one stand before a norm or an activation, and how many of those fuse() finds.
+# How many convolutions of a small one stand before a norm or an activation, and how many other norms before an
+# activation; and how many of those fuse() finds.
 BLOCKS = {
     "dcgan generator": (5, 5),
     "dropout discriminator": (4, 4),
@@ -29,6 +30,9 @@ BLOCKS = {
     "pix2pix unet": (8, 7),  # in between the outermost convolution and its LeakyReLU there is a module's border
     "progan generator": (9, 9),
     "mobilenet-v2": (22, 22),
+    "residual generator": (8, 8),
+    "densenet": (27, 27),
+    "resnet-18, pre-activated": (17, 16),  # its head has no convolution
     "esrgan generator": (11, 11),
     "unet, called one by one": (11, 11),
     "style transfer network": (15, 15),
@@ -207,7 +211,7 @@ def test_outside_of_a_checkout_it_says_so(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_names_can_be_given_in_part() -> None:
-    assert list(census._chosen(MODELS, ["mobile", "unet, t"])) == [
-        "unet, transposed", "mobilenet-v2",
+    assert list(census._chosen(MODELS, ["resnet", "unet, t"])) == [
+        "unet, transposed", "resnet-18", "resnet-18, called one by one", "resnet-18, pre-activated",
     ]  # fmt: skip
     assert census._chosen(MODELS, None) == MODELS

@@ -385,6 +385,7 @@ def test_opcheck_of_the_others(backend: str, monkeypatch: pytest.MonkeyPatch) ->
         ("norm_act", lambda: primitives.norm_act(Operand(y, None, coef, ACT, SLOPE), backend)),
         ("norm_act", lambda: primitives.norm_act(Operand(da, channels_last(y), coef, ACT, SLOPE), backend)),
         ("norm_act", lambda: primitives.norm_act(Operand(da, y, two, ACT, SLOPE), backend)),
+        ("batch_stats", lambda: primitives.batch_stats(channels_last(y), N, backend)),
         ("norm_act_reduce", lambda: primitives.norm_act_reduce(da, y, coef, ACT, SLOPE, backend)),
         ("norm_act_reduce", lambda: primitives.norm_act_reduce(da, y, two, ACT, SLOPE, backend)),
         ("coefficients", lambda: primitives.coefficients(stats[0], stats[1].abs(), mean, var, None, 1e-5, backend)),
@@ -445,7 +446,8 @@ def test_an_unknown_backend_is_named_in_the_error() -> None:
 
 
 def test_a_backend_takes_what_an_operator_declares() -> None:
-    for name in ("norm_act", "norm_act_reduce", "coefficients", "grad_coefficients", "update_running"):
+    names = ("norm_act", "batch_stats", "norm_act_reduce", "coefficients", "grad_coefficients", "update_running")
+    for name in names:
         declared = [
             p.replace(annotation=None) for p in inspect.signature(getattr(primitives, name)).parameters.values()
         ]

@@ -36,6 +36,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
         ),
         (4, 5, 6, 6),
     ),
+    "norms first and last": (
+        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(True), nn.Conv2d(3, 6, 3), nn.ELU(), nn.BatchNorm2d(6)),
+        (4, 3, 7, 7),
+    ),
     "no statistics kept": (
         lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False, track_running_stats=False), nn.ELU()),
         (4, 4, 7, 7),

@@ -58,10 +58,16 @@ def chains(draw: st.DrawFn) -> tuple[nn.Sequential, tuple[int, ...]]:
         conv = nn.ConvTranspose2d if transposed else nn.Conv2d
         if draw(st.booleans()):
             modules.append(nn.Upsample(scale_factor=2))
-        modules.append(conv(channels, out, kernel, stride, padding, bias=draw(st.booleans())))
-        modules.extend([nn.BatchNorm2d(out)] if draw(st.booleans()) else [])
+        order = draw(st.sampled_from(("conv, norm, act", "conv, norm, act", "conv, act, norm", "norm, act, conv")))
         act = draw(st.sampled_from(ACTS))
-        modules.extend([] if act is None else [act()])
+        of = {
+            "conv": [conv(channels, out, kernel, stride, padding, bias=draw(st.booleans()))],
+            "norm": [nn.BatchNorm2d(out)] if draw(st.booleans()) else [],
+            "act": [] if act is None else [act()],
+        }
+        if order.startswith("norm"):  # an activation in place needs one
+            of["norm"] = [nn.BatchNorm2d(channels)]
+        modules.extend(module for name in order.split(", ") for module in of[name])
         channels = out
     model = nn.Sequential(*modules)
     if draw(st.booleans()):

@@ -386,6 +386,53 @@ def slopes(m: Any, x: Tensor) -> Tensor:
     return torch.prelu(m.up(k), weight=m.slopes.weight).add(m.bn2(m.conv(k)).prelu(m.conv.bias.abs())) + h
 
 
+def preactivated(m: Any, x: Tensor) -> Tensor:
+    return m.conv2(F.silu(m.bn2(m.conv(m.act(m.bn(x)))), inplace=True)) + x
+
+
+def preactivated_twice_used(m: Any, x: Tensor) -> Tensor:
+    out = m.act(m.bn(x))
+    shortcut = m.up(out)
+    return torch.cat([shortcut, m.conv2(m.act(m.bn2(m.conv(out)))), x], 1)
+
+
+def activated_before_norms(m: Any, x: Tensor) -> Tensor:
+    return m.bn2(m.act(m.conv2(m.drop(m.bn(m.act(m.conv(x)))))))
+
+
+def norms_in_vain(m: Any, x: Tensor) -> tuple:
+    a = m.bn(x)
+    b = m.act(a)
+    c = m.bn2(b)
+    return a.mean(), b, m.conv(c), F.instance_norm(x)
+
+
+def norms_input_changed(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = m.bn(x)
+        x.mul_(2)
+        g = m.act(m.bn2(x))
+        x.add_(1)
+    h = F.elu_(m.bn2(x)) + m.act(h)
+    return m.conv(h) + m.conv2(g)
+
+
+def norms_half_way(m: Any, x: Tensor) -> Tensor:
+    training = m.bn.training
+    h = m.bn.eval()(x)
+    m.bn.train(training)
+    with torch.no_grad():
+        k = m.act(m.bn2(x))
+        k = m.conv(k)
+    return m.conv2(m.act(h)) + k
+
+
+def norms_of_a_checkpoint(m: Any, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return preactivated(m, x)
+    return m.act(m.up(checkpoint(lambda t: preactivated(m, t), m.bn(x), use_reentrant=False)))
+
+
 WAYS: dict[str, tuple[Callable, dict[str, nn.Module]]] = {
     way.__name__: (way, {})
     for way in (
@@ -395,6 +442,8 @@ WAYS: dict[str, tuple[Callable, dict[str, nn.Module]]] = {
         operators, through_functions, containers, closures, inner_gradient, tensor_hooks, frozen_half_way,
         modes_half_way, saved_by_hooks, transformed, upsampled,
         upsampled_and_used, upsampled_for_others, upsampled_and_changed,
+        preactivated, preactivated_twice_used, activated_before_norms,
+        norms_in_vain, norms_input_changed, norms_half_way, norms_of_a_checkpoint,
     )
 }  # fmt: skip
 WAYS |= {
@@ -413,6 +462,10 @@ WAYS |= {
     "not tracked": (block, {"bn": nn.BatchNorm2d(4, track_running_stats=False)}),
     "not affine": (block, {"bn": nn.BatchNorm2d(4, affine=False)}),
     "instance norm": (block, {"bn": nn.InstanceNorm2d(4, affine=True, track_running_stats=True)}),
+    "pre-activated, momentum None": (preactivated, {"bn": nn.BatchNorm2d(4, momentum=None)}),
+    "pre-activated, not affine": (preactivated, {"bn": nn.BatchNorm2d(4, affine=False)}),
+    "pre-activated, instance norm": (preactivated, {"bn": nn.InstanceNorm2d(4, affine=True)}),
+    "pre-activated, padding reflect": (preactivated, {"conv": conv(padding_mode="reflect")}),
     "sync norm": (block, {"bn": nn.SyncBatchNorm(4)}),
     "PReLU": (block, {"act": nn.PReLU(4)}),
     "PReLU of one": (block_2, {"act": nn.PReLU()}),

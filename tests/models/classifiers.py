@@ -64,30 +64,10 @@ class BasicBlock(nn.Module):
         return self.relu(self.bn2(self.conv2(out)) + identity)
 
 
-class PreActBlock(nn.Module):
-    """The basic block with norm and activation before each convolution (He et al., 2016b)."""
-
-    def __init__(self, ci: int, co: int, stride: int) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(ci), nn.Conv2d(ci, co, 3, stride, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(co), nn.Conv2d(co, co, 3, 1, 1, bias=False)
-        self.relu = nn.ReLU()
-        if stride != 1 or ci != co:
-            self.shortcut = nn.Sequential(nn.Conv2d(ci, co, 1, stride, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(x))
-        shortcut = self.shortcut(out) if hasattr(self, "shortcut") else x
-        out = self.conv1(out)
-        out = self.conv2(self.relu(self.bn2(out)))
-        out += shortcut
-        return out
-
-
 class ResNet(nn.Module):
     """ResNet-18 for 32x32 pixels: a 3x3 convolution, four stages of two blocks."""
 
-    def __init__(self, block: type[SequentialBlock] | type[BasicBlock] | type[PreActBlock], width: int) -> None:
+    def __init__(self, block: type[SequentialBlock] | type[BasicBlock], width: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True))
         stages: list[nn.Module] = [block(width, width, 1), block(width, width, 1)]
@@ -108,47 +88,68 @@ def resnet18_called(width: int) -> nn.Module:
     return ResNet(BasicBlock, width)
 
 
-def resnet18_preactivated(width: int) -> nn.Module:
-    """Without the norm and ReLU that come after its last block."""
-    return ResNet(PreActBlock, width)
+class PreactivatedBlock(nn.Module):
+    """The block with its norms and activations before its convolutions (He et al., 2016, Identity mappings)."""
 
-
-class DenseLayer(nn.Module):
-    """DenseNet's bottleneck: BatchNorm, ReLU, 1x1, BatchNorm, ReLU, 3x3, and the input beside the result."""
-
-    def __init__(self, ci: int, growth: int) -> None:
+    def __init__(self, ci: int, co: int, stride: int) -> None:
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(ci), nn.Conv2d(ci, 4 * growth, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(4 * growth), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+        self.bn1, self.conv1 = nn.BatchNorm2d(ci), nn.Conv2d(ci, co, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(co), nn.Conv2d(co, co, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(ci, co, 1, stride, bias=False) if stride != 1 or ci != co else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.relu(self.bn1(x)))
-        out = self.conv2(F.relu(self.bn2(out)))
-        return torch.cat([out, x], 1)
+        if self.shortcut is None:
+            return self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x)))))) + x
+        out = F.relu(self.bn1(x))
+        shortcut = self.shortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
-class DenseNet(nn.Module):
-    """DenseNet (Huang et al., 2017) for 32x32 pixels: three dense blocks of two layers, transitions between them."""
+class PreactivatedResNet(nn.Module):
+    """ResNet-18 of those for 32x32 pixels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 2 * width, 3, padding=1, bias=False)
-        modules: list[nn.Module] = []
-        before = 2 * width
+        self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        stages = [PreactivatedBlock(width, width, 1), PreactivatedBlock(width, width, 1)]
         for i in range(3):
-            for _ in range(2):
-                modules.append(DenseLayer(before, width))
-                before += width
-            if i < 2:
-                modules += [nn.BatchNorm2d(before), nn.ReLU(), nn.Conv2d(before, before // 2, 1, bias=False)]
-                modules.append(nn.AvgPool2d(2))
-                before //= 2
-        self.features, self.bn = nn.Sequential(*modules), nn.BatchNorm2d(before)
-        self.linear = nn.Linear(before, 10)
+            wide = width << (i + 1)
+            stages += [PreactivatedBlock(width << i, wide, 2), PreactivatedBlock(wide, wide, 1)]
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Sequential(nn.BatchNorm2d(width * 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(width * 8, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn(self.features(self.conv1(x))))
-        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        return self.fc(self.head(self.stages(self.stem(x))))
+
+
+class DenseLayer(nn.Module):
+    """1x1, then 3x3 to `growth` channels, each behind a norm and an activation, and beside what comes in."""
+
+    def __init__(self, channels: int, growth: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, growth * 4, 1, bias=False),
+            nn.BatchNorm2d(growth * 4), nn.ReLU(inplace=True), nn.Conv2d(growth * 4, growth, 3, 1, 1, bias=False),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.layers(x)], 1)
+
+
+def dense_net(growth: int) -> nn.Sequential:
+    """A DenseNet-BC (Huang et al., 2017) for 32x32 pixels: three stages of four layers."""
+    channels = growth * 2
+    modules: list[nn.Module] = [nn.Conv2d(3, channels, 3, 1, 1, bias=False)]
+    for stage in range(3):
+        for _ in range(4):
+            modules.append(DenseLayer(channels, growth))
+            channels += growth
+        modules += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        if stage < 2:
+            modules += [nn.Conv2d(channels, channels // 2, 1, bias=False), nn.AvgPool2d(2)]
+            channels //= 2
+    return nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
 class InvertedResidual(nn.Module):
@@ -203,8 +204,8 @@ MODELS = {
     "vgg-11": Model(VGG, 64, _IMAGE, (2, _IMAGE)),
     "resnet-18": Model(resnet18, 64, _IMAGE, (4, (3, 16, 16))),
     "resnet-18, called one by one": Model(resnet18_called, 64, _IMAGE, (4, (3, 16, 16))),
-    "resnet-18, pre-activation": Model(resnet18_preactivated, 64, _IMAGE, (4, (3, 16, 16))),
-    "densenet": Model(DenseNet, 12, _IMAGE, (4, (3, 16, 16))),
+    "resnet-18, pre-activated": Model(PreactivatedResNet, 64, _IMAGE, (4, (3, 16, 16))),
+    "densenet": Model(dense_net, 16, _IMAGE, (2, (3, 16, 16))),
     "mobilenet-v2": Model(MobileNet, 32, _IMAGE, (4, (3, 16, 16))),
     "digit classifier": Model(digit_classifier, 32, (1, 28, 28), (4, (1, 28, 28))),
 }
