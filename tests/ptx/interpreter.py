@@ -69,12 +69,16 @@ class Machine:
         """The address of `x`, whose storage is global memory from now on; not written: nobody may use what is in it."""
         assert x.device.type == "cpu"
         storage = x.untyped_storage()
-        begin, size = storage.data_ptr(), storage.nbytes()
-        if size and begin not in self._kept:
-            shape = "x".join(map(str, x.shape))
-            _check(self._lib.ptx_memory_add(self._handle, f"{name} ({shape})".encode(), begin, size, written))
-            self._kept[begin] = (size, x)
+        begin = storage.data_ptr()
+        if storage.nbytes() and begin not in self._kept:
+            self.add_memory(begin, storage.nbytes(), f"{name} ({'x'.join(map(str, x.shape))})", written)
+            self._kept[begin] = x
         return x.data_ptr()
+
+    def add_memory(self, begin: int, size: int, name: str = "memory", written: bool = True) -> None:
+        """Memory that stays where it is as long as the machine."""
+        _check(self._lib.ptx_memory_add(self._handle, name.encode(), begin, size, written))
+        self._kept.setdefault(begin, None)
 
     def written(self, x: Tensor) -> bool:
         """Whether every byte of a contiguous tensor's memory was written."""
