@@ -19,6 +19,11 @@ pytestmark = needs_compiler
 HERE = Path(__file__).parent
 
 
+def of_nvcc(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test of what nvcc makes of plain.cu."""
+    return needs_nvcc(pytest.mark.compiles(test))
+
+
 # --- plain CUDA ------------------------------------------------------------------------------------------------------
 
 
@@ -74,7 +79,7 @@ def of_integers(x: int, y: int) -> list[int]:
     ]  # fmt: skip
 
 
-@needs_nvcc
+@of_nvcc
 def test_integers(plain: str) -> None:
     a, b = some_integers(200), some_integers(200)[::-1].copy()
     a[3], b[b == 0] = 12345, 3
@@ -85,7 +90,7 @@ def test_integers(plain: str) -> None:
         assert found.all(), f"value {name}: {out[~found, name][:3]} for {a[~found][:3]}, {b[~found][:3]}"
 
 
-@needs_nvcc
+@of_nvcc
 def test_floats(plain: str) -> None:
     random = np.random.default_rng(0)
     a = (random.standard_normal(96) * np.exp(random.standard_normal(96) * 4)).astype(np.float32)
@@ -114,7 +119,7 @@ def test_floats(plain: str) -> None:
         assert (error <= ulps * np.spacing(abs(nearest))).all(), f"value {k}: {found[k]}, not {nearest}"
 
 
-@needs_nvcc
+@of_nvcc
 def test_halves(plain: str) -> None:
     """One rounding of the exact result: that of float64, in which these are exact."""
     torch.manual_seed(0)
@@ -129,7 +134,7 @@ def test_halves(plain: str) -> None:
             assert torch.equal(found[:, k], expected.to(a.dtype)), k
 
 
-@needs_nvcc
+@of_nvcc
 def test_lanes_that_part(plain: str) -> None:
     out = torch.zeros(192, dtype=torch.int32)
     run(plain, "collatz", (3,), (64,), out)
@@ -144,7 +149,7 @@ def test_lanes_that_part(plain: str) -> None:
     assert out.tolist() == [steps(n + 1) for n in range(192)]
 
 
-@needs_nvcc
+@of_nvcc
 def test_shuffles_and_votes(plain: str) -> None:
     x = some_integers(32) >> 20
     out = torch.zeros(32, 10, dtype=torch.int32)
@@ -161,7 +166,7 @@ def test_shuffles_and_votes(plain: str) -> None:
         assert (bits(out[:, i].numpy()) == bits(np.asarray(values))).all(), i
 
 
-@needs_nvcc
+@of_nvcc
 def test_halves_of_a_warp_shuffle_apart(plain: str) -> None:
     x = torch.arange(32, dtype=torch.int32) ** 2
     out = torch.zeros(32, dtype=torch.int32)
@@ -169,7 +174,7 @@ def test_halves_of_a_warp_shuffle_apart(plain: str) -> None:
     assert out[::2].eq(36).all() and out[1::2].eq(x[1::2].sum()).all()
 
 
-@needs_nvcc
+@of_nvcc
 def test_shared_memory(plain: str) -> None:
     x, out = torch.randn(45, 70), torch.zeros(70, 45)
     run(plain, "transpose", (3, 2), (32, 8), x, out, 45, 70)
@@ -179,7 +184,7 @@ def test_shared_memory(plain: str) -> None:
     assert sums.sum() == many.sum()
 
 
-@needs_nvcc
+@of_nvcc
 def test_local_memory_tables_and_generic_addresses(plain: str) -> None:
     x = torch.from_numpy(some_integers(64 * 13)).view(64, 13)
     out = torch.zeros_like(x)
@@ -207,21 +212,21 @@ def chosen(k: int, x: int) -> tuple[int, int]:
     return tuple((y + 2**31) % 2**32 - 2**31 for y in table.get(x & 15, (0, -1)))  # type: ignore[return-value]
 
 
-@needs_nvcc
+@of_nvcc
 def test_places_in_a_grid(plain: str) -> None:
     out = torch.zeros(12, 30, dtype=torch.int32)
     run(plain, "places", (2, 3, 2), (5, 3, 2), out)
     assert torch.equal(out, (torch.arange(12)[:, None] * 1000 + torch.arange(30)).int())
 
 
-@needs_nvcc
+@of_nvcc
 def test_asynchronous_copies(plain: str) -> None:
     x, out = torch.randn(5, 64, 4), torch.zeros(5, 64, 4)
     run(plain, "pipeline", (1,), (64,), x, out, 5)
     assert torch.equal(out, x.flip(1) * torch.tensor([2.0, 1, 1, 1]) + torch.tensor([0.0, 0, 0, 1]))
 
 
-@needs_nvcc
+@of_nvcc
 @pytest.mark.parametrize(
     ("kernel", "old", "new", "fault"),
     [
@@ -293,6 +298,18 @@ APART = """setp.eq.u32 %p1, %r0, 3; @%p1 bra E; shfl.sync.idx.b32 %r1, %r0, 0, 3
     E: shfl.sync.idx.b32 %r2, %r0, 0, 31, -1; ret;"""
 FIRST_WRITES = """mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0;
     @!%p1 ld.global.u32 %r2, [%rd1]; @%p1 st.global.u32 [%rd1], 7;"""
+
+
+def test_a_half_that_nothing_writes_may_be_masked_out_but_not_used() -> None:
+    """LLVM makes such pairs, with an undefined half that it knows to be of no account."""
+    body = "mov.b32 {%r7, %r8}, %r0; mov.b32 %r1, {%r2, %r7}; {ADD} st.global.u32 [%rd1], %r1;"
+    out = torch.zeros(32, dtype=torch.int32)
+    run(by_hand(body.replace("{ADD}", "shr.u32 %r1, %r1, 16;")), "k", (1,), (32,), out)
+    assert out.tolist() == list(range(32))
+    run(by_hand(body.replace("{ADD}", "")), "k", (1,), (32,), out)
+    assert (out & 0xFFFF).ne(0).all()
+
+
 BAR_0 = "setp.lt.u32 %p1, %r0, 32;\n @%p1 bar.sync 0;\n @!%p1 ret;"
 
 

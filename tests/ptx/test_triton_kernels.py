@@ -3,9 +3,9 @@ in the machine; and the package's own, through its own launch code."""
 
 from __future__ import annotations
 
-import math
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,15 +19,21 @@ from torch import Tensor
 
 from fastdcgan.backends.triton import interpreted
 from fastdcgan.geometry import Geometry
-from fastdcgan.kernels import norm_act
+from fastdcgan.kernels import image_side, image_side_transpose, norm_act
 from fastdcgan.kernels.conv import conv
 from fastdcgan.kernels.tiles import TileConfig
-from fastdcgan.spec import Operand
+from fastdcgan.spec import Call, Operand
 from tests.cuda_on_cpu.host_programs import needs_compiler
-from tests.helpers.contractions import REFERENCE, reference, wide
-from tests.helpers.tolerance import assert_as_accurate
-from tests.kernels.test_contraction import RUN, Case, check_output, check_weight_grad, vectors
+from tests.helpers.contractions import reference, wide
+from tests.kernels.compiled.compiling import compiled
+from tests.kernels.compiled.compiling import vectors as meta_vectors
+from tests.kernels.compiled.test_contraction import CASES, compile_case
+from tests.kernels.compiled.test_elementwise import PASSES as COMPILED_PASSES
+from tests.kernels.compiled.test_elementwise import TENSORS
+from tests.kernels.compiled.test_image_side import LAYERS
+from tests.kernels.test_contraction import RUN, Case, check_output, check_weight_grad
 from tests.ptx.interpreter import ORDERS, Fault, Machine
+from tests.ptx.passes import PASSES, check_image_side, check_pass
 from tests.ptx.triton_kernels import triton_on
 
 pytestmark = [needs_compiler, pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: nothing is compiled")]
@@ -219,15 +225,34 @@ def test_the_same_bits_in_any_order(order: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+# --- all of them: what the machine knows is what occurs --------------------------------------------------------------
+
+
+@compiles
+@pytest.mark.slow
+def test_every_instruction_of_sm_80_is_known() -> None:
+    calls: list[Callable[[], object]] = []
+    for y in TENSORS.values():
+        calls += [lambda f=f, y=y: f(y, meta_vectors(4, y.shape[1])) for f in COMPILED_PASSES.values()]
+    for layers in LAYERS.values():
+        calls += layers.values()
+    machine, names = Machine(), set()
+    for call in calls:
+        for kernel in compiled(call, 80):
+            names |= set(machine.load(kernel.ptx).instructions)
+    for case in CASES:
+        if case.arch == 80:
+            names.update(*(machine.load(kernel.ptx).instructions for kernel in compile_case(case)))
+    assert {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "cp.async.wait_group", "bar.sync"} <= names
+
+
 # --- the elementwise passes ------------------------------------------------------------------------------------------
 
-# On the Triton kernels or on the reference, whose functions have the same arguments
-PASSES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
-    "activate": lambda on, y, da, coef: on.norm_act(Operand(y, None, coef, "relu")),
-    "bn_backward": lambda on, y, da, coef: on.norm_act(Operand(da, y, coef, "leaky_relu", 0.2)),
-    "norm_act_reduce": lambda on, y, da, coef: on.norm_act_reduce(da, y, coef, "leaky_relu", 0.2),
-    "batch_stats": lambda on, y, da, coef: on.batch_stats(y, 2),
-}
+
+@contextlib.contextmanager
+def passes_on(machine: Machine) -> Iterator[Any]:
+    with triton_on(machine, 80):
+        yield norm_act
 
 
 @compiles
@@ -235,16 +260,23 @@ PASSES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("name", PASSES)
 def test_passes(name: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    torch.manual_seed(0)
-    y, da = (torch.randn(6, 24, 5, 7).to(dtype).contiguous(memory_format=layout) for _ in range(2))
-    coef = vectors(4, 2, 24)
     machine = Machine("random")
-    with triton_on(machine, 80):
-        found = PASSES[name](norm_act, y, da, coef)
-    vanilla = PASSES[name](REFERENCE, y, da, coef)
-    truth = PASSES[name](REFERENCE, y.double(), da.double(), coef.double())
-    assert machine.written(found)
-    terms = 3 * 35
-    scale = math.sqrt(terms) if name == "norm_act_reduce" else 1
-    for got, usual, true in zip(found, vanilla, truth, strict=True):
-        assert_as_accurate(got, usual, true, name, reduction=terms, scale=scale)
+    assert machine.written(check_pass(name, dtype, layout, passes_on(machine)))
+
+
+IMAGE_SIDE: dict[str, Callable[[Call], object]] = {
+    "conv": image_side.conv,
+    "conv_transpose": image_side_transpose.conv_transpose,
+    "weight_grad": image_side.weight_grad,
+}
+
+
+@compiles
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("name", IMAGE_SIDE)
+def test_image_side(name: str, dtype: torch.dtype) -> None:
+    def run(call: Call) -> object:
+        with triton_on(Machine("random"), 80, tf32=False):
+            return IMAGE_SIDE[name](call)
+
+    check_image_side(name, dtype, run)

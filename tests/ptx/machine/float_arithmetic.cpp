@@ -86,7 +86,8 @@ Run as_is(int operands) {
   }
 }
 
-// `quick`: the same in the processor's own float32, which is the common case.
+// `quick`: the same in the processor's own float32, which is the common case. Only what has it is exact enough in double
+// for .rz, .rm and .rp.
 template <auto F>
 Make of_floats(int operands, Run quick = nullptr) {
   return [=](Written& n, Instruction& i) -> Run {
@@ -108,7 +109,7 @@ Make of_floats(int operands, Run quick = nullptr) {
         })) {
       return run;
     }
-    if (type == "f64" && i.rounding != Rounding::nearest) return nullptr;
+    if ((type == "f64" || !quick) && i.rounding != Rounding::nearest) return nullptr;
     return for_float(type, [&]<class T>(Type<T>) -> Run { return as_is<F, T>(operands); });
   };
 }

@@ -57,7 +57,7 @@ Run make_mov(Written& n, Instruction& i) {
   return n.results > 1 ? unpack : pack;
 }
 
-// --- cvt: by way of double, in which all but 64-bit integers are exact
+// --- cvt: by way of double, in which all but 64-bit integers are exact; of those only the nearest float is known here
 
 template <class D, class S>
 D converted(const Instruction& i, S x) {
@@ -114,6 +114,9 @@ Run make_cvt(Written& n, Instruction& i) {
                          : lanewise_as<convert_two<BFloat>, Pair<BFloat>, float, float>;
   }
   n.expect(2);
+  if (size_of(from) == 8 && !is_float(from) && is_float(to) && (to == "f16" || to == "bf16" || i.rounding != Rounding::nearest)) {
+    return nullptr;
+  }
   if (to == "tf32" && from == "f32") return lanewise_as<to_tf32, uint32_t, float>;
   return for_type(from, [&]<class S>(Type<S>) {
     return for_type(to, [&]<class D>(Type<D>) -> Run { return lanewise_as<convert<D, S>, D, S>; });

@@ -95,6 +95,8 @@ class Parser {
   std::vector<std::pair<int, std::string>> jumps_;  // instruction, label
   std::vector<size_t> firsts_;                      // of each instruction's operands
   std::map<uint64_t, uint32_t> constants_;
+  std::set<uint32_t> results_;  // registers that some instruction writes
+  std::vector<size_t> packs_;   // the instructions that are mov c, {a, b}
 
   bool at(const std::string& text) const { return tokens_[next_].text == text; }
   bool take(const std::string& text) { return at(text) ? (++next_, true) : false; }
@@ -208,7 +210,7 @@ class Parser {
     function_->name = word();
     scopes_.assign(1, {});
     locals_.clear(), labels_.clear(), table_names_.clear(), tables_.clear(), jumps_.clear(), firsts_.clear();
-    constants_.clear();
+    constants_.clear(), results_.clear(), packs_.clear();
     std::vector<std::pair<std::string, Symbol>> parameters;
     uint64_t end = 0;
     if (take("(") && !take(")")) {
@@ -276,6 +278,13 @@ class Parser {
         error_line_ = tokens_[next_].line;
         instruction();
         error_line_ = 0;
+      }
+    }
+    // LLVM joins a half with one that nothing in the kernel writes where only the first is used: any value will do.
+    for (const size_t index : packs_) {
+      for (int k = 1; k <= function_->code[index].count; ++k) {
+        uint32_t& from = function_->operands[firsts_[index] + k];
+        if (!results_.count(from) && !is_given(from)) from = constant(0xcbcbcbcbcbcbcbcb);
       }
     }
     // A kernel whose last instruction is a branch or ret needs none here; one that runs off its end returns.
@@ -348,6 +357,12 @@ class Parser {
     const auto [found, is_new] = constants_.try_emplace(value, function_->registers);
     if (is_new) function_->constants.emplace_back(function_->registers++, value);
     return found->second;
+  }
+
+  bool is_given(uint32_t at) const {  // a number, an address, or a register such as %tid.x
+    const auto is = [&](const auto& each) { return each.at == at; };
+    return std::any_of(constants_.begin(), constants_.end(), [&](const auto& each) { return each.second == at; }) ||
+           std::any_of(function_->specials.begin(), function_->specials.end(), is);
   }
 
   uint32_t special(const std::string& name) {
@@ -430,6 +445,10 @@ class Parser {
     if (!written.parts.empty()) throw Fault("." + written.parts[0] + " of " + name + " isn't known");
     if (!made.run && made.control == Control::none) throw Fault(name + " isn't known for this type");
     firsts_.push_back(function_->operands.size());
+    for (size_t k = 0; k < written.results; ++k) {
+      if (!written.operands[k].is_address) results_.insert(written.operands[k].at);
+    }
+    if (written.base == "mov" && written.results == 1 && written.operands.size() > 2) packs_.push_back(function_->code.size());
     int addresses = 0;
     for (const Operand& each : written.operands) {
       function_->operands.push_back(each.at);
