@@ -1,5 +1,5 @@
-"""CUDA kernels of `csrc/cuda` on the machine: the package's own operators and launchers as nvcc
-compiles them, on CPU tensors, with a CUDA runtime (`runtime.cpp`) that hands each launch to the machine."""
+"""CUDA kernels of `csrc/cuda` on the machine: the package's own operators and launchers as nvcc compiles them, on CPU
+tensors, with a CUDA runtime (`runtime.cpp`) that hands each launch to the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from tests.csrc.cuda.compiling import NVCC
 from tests.cuda_on_cpu.host_programs import ROOT
 from tests.ptx.interpreter import BUILD, HERE, Machine
 
-ROOMS = {"elementwise": "elementwise", "image": "image_side"}  # of csrc/cuda, and what registers their operators
+ROOMS = ("elementwise", "gemm", "gemm_sm90", "image")  # of csrc/cuda
+BINDINGS = ("elementwise", "contraction", "image_side")  # what registers their operators
 NAMESPACE = "fastdcgan_cuda_ptx"  # in the place of the shim's
 NVCC_FLAGS = [
     *("-std=c++17", "-O2", "-w", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", "-no-compress"),
@@ -48,8 +49,8 @@ def _built() -> Path:
     assert NVCC is not None
     folder, torch_folder = BUILD / "cuda", Path(torch.__file__).parent
     flags = [*NVCC_FLAGS, f"-I{ROOT / 'csrc'}", f"-isystem {torch_folder / 'include'}"]
-    sources = [source for room in ROOMS for source in sorted((ROOT / "csrc/cuda" / room).glob("*.cu"))]
-    sources += [*(ROOT / f"csrc/cuda/ops/{name}_bindings.cpp" for name in ROOMS.values()), HERE / "runtime.cpp"]
+    sources = [source for room in ROOMS for source in sorted((ROOT / "csrc/cuda" / room).rglob("*.cu"))]
+    sources += [*(ROOT / f"csrc/cuda/ops/{name}_bindings.cpp" for name in BINDINGS), HERE / "runtime.cpp"]
     lines = [f"nvcc = {NVCC}", f"libraries = -L{torch_folder / 'lib'} -ltorch_cpu -lc10", RULES]
     for source in sources:
         more = [] if source.suffix == ".cu" else RENAMED

@@ -75,6 +75,9 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
                                                                                                          : cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** at, size_t bytes, unsigned) { return *at = std::malloc(bytes), cudaSuccess; }
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long, cudaDriverEntryPointQueryResult*) {
+  return cudaErrorNotSupported;  // of tensor maps, which this GPU has not
+}
 const char* cudaGetErrorString(cudaError_t) { return "refused"; }
 
 // What nvcc generates registers each source's PTX, which lies uncompressed behind a header with its length.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from fastdcgan.backends.cuda_tiles import OF_SIZE, Choice
+from fastdcgan.geometry import Geometry
 from fastdcgan.spec import Call
 from tests.csrc.cuda.compiling import needs_nvcc
 from tests.cuda_on_cpu.host_programs import needs_compiler
@@ -40,6 +43,43 @@ def test_image_side(name: str, dtype: torch.dtype) -> None:
             return run(backend, call, "cuda image-side")
 
     check_image_side(name, dtype, image_side)
+
+
+NUMBERS = {dtype: OF_SIZE[dtype.itemsize] for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+TILES = [(dtype, number) for dtype, numbers in NUMBERS.items() for number in numbers]
+
+
+@pytest.fixture
+def contract(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, torch.dtype, Choice], None]:
+    """Checks a contraction of a DCGAN's geometry, with prologue and epilogue, as those of Triton are checked."""
+    checks = pytest.importorskip("tests.kernels.test_contraction", reason="what is checked there, is so in Triton")
+
+    def run_on_machine(call: Call, tile: Choice) -> object:
+        with cuda_on(Machine("random")) as backend:
+            return run(backend, call, "cuda", tile)
+
+    def check(op: str, dtype: torch.dtype, choice: Choice) -> None:
+        monkeypatch.setitem(checks.RUN, op, run_on_machine)
+        monkeypatch.setattr(checks, "weight_grad", run_on_machine)
+        size = (4, 4) if op == "conv_transpose" else (8, 8)
+        geometry = Geometry((4, 4), (2, 2), (1, 1))
+        case = checks.Case(op, geometry, size, images=4, groups=2, channels=(32, 64), dtype=dtype)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            if op == "weight_grad":
+                checks.check_weight_grad(case, ("bn_backward", "activate"), "leaky_relu", choice)
+            else:
+                checks.check_output(case, "activate", "stats", "relu", choice)
+                checks.check_output(case, "bn_backward", "grad_stats", "leaky_relu", choice)
+
+    return check
+
+
+@pytest.mark.parametrize(("dtype", "number"), TILES, ids=str)
+@pytest.mark.parametrize("op", ["conv", "conv_transpose", "weight_grad"])
+def test_contractions(op: str, dtype: torch.dtype, number: int, contract: Callable) -> None:
+    """Every tile, in one part and in two."""
+    for parts in (1, 2):
+        contract(op, dtype, Choice(number, parts))
 
 
 @pytest.mark.parametrize("name", ["batch_stats", "norm_act_reduce"])
