@@ -54,11 +54,11 @@ def contract(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, torch.dtype, Cho
     """Checks a contraction of a DCGAN's geometry, with prologue and epilogue, as those of Triton are checked."""
     checks = pytest.importorskip("tests.kernels.test_contraction", reason="what is checked there, is so in Triton")
 
-    def run_on_machine(call: Call, tile: Choice) -> object:
-        with cuda_on(Machine("random")) as backend:
-            return run(backend, call, "cuda", tile)
+    def check(op: str, dtype: torch.dtype, choice: Choice, change: Callable[[str], str] = lambda ptx: ptx) -> None:
+        def run_on_machine(call: Call, tile: Choice) -> object:
+            with cuda_on(Machine("random"), change) as backend:
+                return run(backend, call, "cuda", tile)
 
-    def check(op: str, dtype: torch.dtype, choice: Choice) -> None:
         monkeypatch.setitem(checks.RUN, op, run_on_machine)
         monkeypatch.setattr(checks, "weight_grad", run_on_machine)
         size = (4, 4) if op == "conv_transpose" else (8, 8)
@@ -80,6 +80,25 @@ def test_contractions(op: str, dtype: torch.dtype, number: int, contract: Callab
     """Every tile, in one part and in two."""
     for parts in (1, 2):
         contract(op, dtype, Choice(number, parts))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        (r"bar\.sync\s+0;", "", r"race|nobody wrote"),
+        (r"cp\.async\.wait_group (\d+);", r"cp.async.wait_group 1\1;", r"cp.async may not have brought"),
+        (r"cp\.async\.commit_group;", "", r"cp.async may not have brought"),
+    ],
+)
+def test_a_planted_fault_of_a_contraction_is_named(contract: Callable, old: str, new: str, fault: str) -> None:
+    with pytest.raises(Fault, match=fault):
+        contract("conv", torch.bfloat16, Choice(3, 1), lambda ptx: re.sub(old, new, ptx))
+
+
+def test_a_planted_row_of_a_contraction_is_wrong(contract: Callable) -> None:
+    row = r"(ldmatrix[^;]*\[%r\d+)(\+\d+)?\]"
+    with pytest.raises((AssertionError, Fault)):
+        contract("conv", torch.bfloat16, Choice(3, 1), lambda ptx: re.sub(row, r"\1+512]", ptx, count=1))
 
 
 @pytest.mark.parametrize("name", ["batch_stats", "norm_act_reduce"])
