@@ -1,0 +1,151 @@
+"""Runs PTX on the CPU: `machine/` in C++, built when it is first asked for."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tests.cuda_on_cpu.host_programs import ROOT, compiled
+
+HERE = Path(__file__).parent
+BUILD = ROOT / "build" / "ptx"
+# Products and sums stay apart, as PTX has them; integers wrap.
+FLAGS = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-fwrapv", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+ORDERS = {"forward": 0, "reverse": 1, "random": 2}
+Dim = tuple[int, int, int]
+
+
+class Fault(Exception):
+    """What the machine, or the parser, found wrong: the line, the thread, the reason."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    sources = sorted((HERE / "machine").glob("*.cpp"))
+    objects = [compiled(BUILD / f"{source.stem}.o", ["-c", str(source)], FLAGS) for source in sources]
+    found = ctypes.CDLL(str(compiled(BUILD / "machine.so", list(map(str, objects)), ["-shared"])))
+    pointer, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "machine": (pointer, []),
+        "machine_free": (None, [pointer]),
+        "memory_add": (text, [pointer, text, pointer, size, ctypes.c_int]),
+        "memory_written": (text, [pointer, pointer, size, pointer]),
+        "load": (text, [pointer, text, pointer]),
+        "names": (text, [pointer, ctypes.c_int]),
+        "launch": (text, [pointer, text, pointer, pointer, size, text, size, ctypes.c_int, ctypes.c_uint32]),
+        "parameters": (ctypes.c_int, [pointer, text, pointer, ctypes.c_int]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(found, f"ptx_{name}")
+        function.restype, function.argtypes = result, arguments
+    return found
+
+
+def _check(error: bytes | None) -> None:
+    if error is not None:
+        raise Fault(error.decode())
+
+
+class Machine:
+    """A GPU's memory and clock. Tensors keep their memory, which kernels may touch once it was added."""
+
+    def __init__(self, order: str = "forward", seed: int = 1) -> None:
+        """`order`: in which blocks and warps run, "forward", "reverse" or "random"."""
+        self.order, self.seed = order, seed
+        self._lib = library()
+        self._handle = self._lib.ptx_machine()
+        self._kept: dict[
+            int, tuple[int, Tensor]
+        ] = {}  # the first byte of a storage: its bytes, and what keeps it alive
+        self._loaded: dict[str, ctypes.c_void_p] = {}
+
+    def add(self, x: Tensor, name: str = "a tensor", written: bool = True) -> int:
+        """The address of `x`, whose storage is global memory from now on; not written: nobody may use what is in it."""
+        assert x.device.type == "cpu"
+        storage = x.untyped_storage()
+        begin = storage.data_ptr()
+        if storage.nbytes() and begin not in self._kept:
+            self.add_memory(begin, storage.nbytes(), f"{name} ({'x'.join(map(str, x.shape))})", written)
+            self._kept[begin] = x
+        return x.data_ptr()
+
+    def add_memory(self, begin: int, size: int, name: str = "memory", written: bool = True) -> None:
+        """Memory that stays where it is as long as the machine."""
+        _check(self._lib.ptx_memory_add(self._handle, name.encode(), begin, size, written))
+        self._kept.setdefault(begin, None)
+
+    def written(self, x: Tensor) -> bool:
+        """Whether every byte of a contiguous tensor's memory was written."""
+        found = ctypes.c_int()
+        _check(
+            self._lib.ptx_memory_written(self._handle, x.data_ptr(), x.numel() * x.element_size(), ctypes.byref(found))
+        )
+        return bool(found.value)
+
+    def load(self, ptx: str) -> Module:
+        """The kernels of a text of PTX."""
+        if ptx not in self._loaded:
+            handle = ctypes.c_void_p()
+            _check(self._lib.ptx_load(self._handle, ptx.encode(), ctypes.byref(handle)))
+            self._loaded[ptx] = handle
+        return Module(self, self._loaded[ptx])
+
+    def __del__(self) -> None:
+        self._lib.ptx_machine_free(self._handle)
+
+
+class Module:
+    """PTX, read, as a machine has it."""
+
+    def __init__(self, machine: Machine, handle: ctypes.c_void_p) -> None:
+        self._machine, self._lib, self._handle = machine, machine._lib, handle
+
+    @property
+    def kernels(self) -> list[str]:
+        return self._lib.ptx_names(self._handle, 0).decode().split()
+
+    @property
+    def instructions(self) -> list[str]:
+        """The names of the instructions that occur."""
+        return self._lib.ptx_names(self._handle, 1).decode().split()
+
+    def fields(self, kernel: str) -> list[tuple[int, int]]:
+        """(offset, bytes) of each parameter of a kernel."""
+        pairs = (ctypes.c_uint64 * 2048)()
+        count = self._lib.ptx_parameters(self._handle, kernel.encode(), pairs, 1024)
+        assert 0 <= count <= 1024, kernel
+        return [(pairs[2 * k], pairs[2 * k + 1]) for k in range(count)]
+
+    def launch(
+        self, kernel: str, grid: Sequence[int], block: Sequence[int], parameters: bytes, shared: int = 0
+    ) -> None:
+        """Run a kernel. `parameters`: its memory of parameters; `shared`: bytes of dynamic shared memory."""
+        dims = [(ctypes.c_uint32 * 3)(*[*sizes, 1, 1][:3]) for sizes in (grid, block)]
+        name, size, order = kernel.encode(), len(parameters), ORDERS[self._machine.order]
+        _check(self._lib.ptx_launch(self._handle, name, *dims, shared, parameters, size, order, self._machine.seed))
+
+    def __call__(
+        self, kernel: str, grid: Sequence[int], block: Sequence[int], *arguments: Any, shared: int = 0
+    ) -> None:
+        """Run a kernel with numbers, and tensors that the machine has: integers and floats as wide as the parameter."""
+        fields = self.fields(kernel)
+        assert len(fields) == len(arguments), f"{kernel} has {len(fields)} parameters"
+        memory = bytearray(fields[-1][0] + fields[-1][1] if fields else 0)
+        for (offset, size), argument in zip(fields, arguments, strict=True):
+            memory[offset : offset + size] = packed(argument, size)
+        self.launch(kernel, grid, block, bytes(memory), shared)
+
+
+def packed(argument: Any, size: int) -> bytes:
+    """The bytes of a parameter."""
+    if isinstance(argument, Tensor):
+        argument = argument.data_ptr()
+    if isinstance(argument, float):
+        return struct.pack({2: "e", 4: "f", 8: "d"}[size], argument)
+    return (0 if argument is None else int(argument)).to_bytes(size, "little", signed=int(argument or 0) < 0)

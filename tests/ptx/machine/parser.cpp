@@ -1,0 +1,475 @@
+// From the text to a Program. What isn't known is an error with its line.
+#include <algorithm>
+#include <cctype>
+#include <optional>
+#include <set>
+#include <sstream>
+#include <string_view>
+
+#include "program.h"
+
+namespace ptx {
+namespace {
+
+struct Token {
+  std::string text;
+  int line;
+};
+
+bool in_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.'; }
+
+std::vector<Token> tokens_of(std::string_view text) {
+  std::vector<Token> found;
+  int line = 1;
+  for (size_t i = 0; i < text.size();) {
+    const char c = text[i];
+    size_t end = i + 1;
+    if (c == '\n') ++line;
+    if (std::isspace(static_cast<unsigned char>(c))) {
+      i = end;
+      continue;
+    }
+    if (text.substr(i, 2) == "//") {
+      i = std::min(text.find('\n', i), text.size());
+      continue;
+    }
+    if (text.substr(i, 2) == "/*") {
+      end = std::min(text.find("*/", i), text.size() - 2) + 2;
+      line += static_cast<int>(std::count(text.begin() + i, text.begin() + end, '\n'));
+      i = end;
+      continue;
+    }
+    if (c == '"') {
+      end = std::min(text.find('"', i + 1), text.size() - 1) + 1;
+    } else if (in_word(c)) {
+      while (end < text.size() && (in_word(text[end]) || text.substr(end, 2) == "::" || text.substr(end - 1, 2) == "::")) {
+        ++end;
+      }
+    }
+    found.push_back({std::string(text.substr(i, end - i)), line});
+    i = end;
+  }
+  return found;
+}
+
+uint64_t bytes_of(const std::string& type) {  // .b32: 4
+  const uint64_t bits = std::strtoull(type.c_str() + type.find_first_of("0123456789"), nullptr, 10);
+  return bits / 8;
+}
+
+class Parser {
+ public:
+  explicit Parser(const std::string& text) : tokens_(tokens_of(text)), program_(std::make_unique<Program>()) {
+    std::istringstream stream(text);
+    for (std::string line; std::getline(stream, line);) program_->lines.push_back(line);
+    tokens_.push_back({"", tokens_.empty() ? 1 : tokens_.back().line});
+  }
+
+  std::unique_ptr<Program> run() {
+    try {
+      while (!at("")) top();
+    } catch (const Fault& fault) {
+      const int line = error_line_ ? error_line_ : tokens_[std::min(next_, tokens_.size() - 1)].line;
+      throw Fault("line " + std::to_string(line) + ": " + fault.what() + "\n    " + program_->lines[line - 1]);
+    }
+    return std::move(program_);
+  }
+
+ private:
+  struct Scope {
+    std::map<std::string, uint32_t> names;
+    std::map<std::string, std::pair<uint32_t, uint32_t>> families;  // %r<9>: first register and how many
+  };
+
+  std::vector<Token> tokens_;
+  size_t next_ = 0;
+  int error_line_ = 0;
+  std::unique_ptr<Program> program_;
+  std::map<std::string, Symbol> symbols_;  // of the module
+  // Of the function that is being read:
+  Function* function_ = nullptr;
+  std::vector<Scope> scopes_;
+  std::map<std::string, Symbol> locals_;
+  std::map<std::string, int> labels_, table_names_;
+  std::vector<std::vector<std::string>> tables_;
+  std::vector<std::pair<int, std::string>> jumps_;  // instruction, label
+  std::vector<size_t> firsts_;                      // of each instruction's operands
+  std::map<uint64_t, uint32_t> constants_;
+  std::set<uint32_t> results_;  // registers that some instruction writes
+  std::vector<size_t> packs_;   // the instructions that are mov c, {a, b}
+
+  bool at(const std::string& text) const { return tokens_[next_].text == text; }
+  bool take(const std::string& text) { return at(text) ? (++next_, true) : false; }
+  std::string word() { return tokens_[next_++].text; }
+  void expect(const std::string& text) {
+    if (!take(text)) throw Fault("'" + text + "' expected, not '" + tokens_[next_].text + "'");
+  }
+  int64_t integer() {
+    const bool minus = take("-");
+    const std::string text = word();
+    char* end;
+    const uint64_t value = std::strtoull(text.c_str(), &end, 0);
+    if (text.empty() || (*end && std::string(end) != "U")) throw Fault("a number expected, not '" + text + "'");
+    return static_cast<int64_t>(minus ? -value : value);
+  }
+
+  bool skipped() {  // what says nothing about what is computed
+    static const std::set<std::string> of_a_line{".loc", ".file", ".version", ".target", ".address_size"};
+    const int line = tokens_[next_].line;
+    if (of_a_line.count(tokens_[next_].text)) {
+      while (!at("") && tokens_[next_].line == line) ++next_;
+    } else if (take(".pragma")) {
+      while (!take(";")) ++next_;
+    } else if (take(".section")) {
+      while (!take("}")) ++next_;
+    } else {
+      return false;
+    }
+    return true;
+  }
+
+  void top() {
+    if (skipped()) return;
+    while (at(".visible") || at(".weak") || at(".extern")) ++next_;
+    if (take(".entry")) return entry();
+    if (take(".func")) {  // declared; a call of one would be an unknown instruction
+      while (!take(";")) {
+        if (at("{") || at("")) throw Fault("functions besides kernels aren't known");
+        ++next_;
+      }
+      return;
+    }
+    if (!variable(symbols_)) throw Fault("'" + tokens_[next_].text + "' isn't known here");
+  }
+
+  // .shared .align 16 .b8 name[64];
+  bool variable(std::map<std::string, Symbol>& symbols) {
+    static const std::map<std::string, Space> spaces{
+        {".shared", Space::shared}, {".global", Space::global}, {".const", Space::constant}, {".local", Space::local}};
+    const auto found = spaces.find(tokens_[next_].text);
+    if (found == spaces.end()) return false;
+    ++next_;
+    uint64_t align = 0;
+    if (take(".align")) align = integer();
+    const uint64_t size = bytes_of(word());
+    align = std::max(align, size);
+    const std::string name = word();
+    uint64_t count = 1;
+    bool dynamic = false;
+    while (take("[")) {
+      if ((dynamic = at("]"))) count = 0;
+      else count *= integer();
+      expect("]");
+    }
+    std::vector<uint8_t> bytes(size * count);
+    if (take("=")) initial(bytes, size);
+    expect(";");
+    Symbol symbol{found->second, 0, bytes.size()};
+    const auto placed = [&](uint64_t& end) {
+      symbol.begin = (end + align - 1) / align * align;
+      end = symbol.begin + symbol.bytes;
+    };
+    if (symbol.space == Space::shared && dynamic) {
+      symbol.bytes = kDynamic;
+    } else if (symbol.space == Space::shared) {
+      placed(program_->shared_bytes);
+    } else if (symbol.space == Space::local) {
+      placed(function_->local_bytes);
+    } else {
+      auto variable = std::make_unique<Variable>(Variable{name, std::move(bytes), symbol.space == Space::constant});
+      symbol.begin = reinterpret_cast<uint64_t>(variable->bytes.data());
+      program_->variables.push_back(std::move(variable));
+    }
+    symbols[name] = symbol;
+    return true;
+  }
+  static constexpr uint64_t kDynamic = ~uint64_t{0};
+
+  void initial(std::vector<uint8_t>& bytes, uint64_t size) {
+    const bool braces = take("{");
+    for (size_t i = 0; i == 0 || take(","); ++i) {
+      const uint64_t value = number();
+      if ((i + 1) * size > bytes.size()) throw Fault("more values than the variable has");
+      for (uint64_t b = 0; b < size; ++b) bytes[i * size + b] = static_cast<uint8_t>(value >> 8 * b);
+    }
+    if (braces) expect("}");
+  }
+
+  // The bits of 12, -0x1, 0f3F800000 or 0d3FF0000000000000
+  uint64_t number() {
+    const std::string& text = tokens_[next_].text;
+    if (text.size() > 2 && text[0] == '0' && std::string("fFdD").find(text[1]) != std::string::npos) {
+      return std::strtoull(word().c_str() + 2, nullptr, 16);
+    }
+    return static_cast<uint64_t>(integer());
+  }
+
+  void entry() {
+    auto owned = std::make_unique<Function>();
+    function_ = owned.get();
+    function_->name = word();
+    scopes_.assign(1, {});
+    locals_.clear(), labels_.clear(), table_names_.clear(), tables_.clear(), jumps_.clear(), firsts_.clear();
+    constants_.clear(), results_.clear(), packs_.clear();
+    std::vector<std::pair<std::string, Symbol>> parameters;
+    uint64_t end = 0;
+    if (take("(") && !take(")")) {
+      do {
+        parameters.push_back(parameter(end));
+      } while (take(","));
+      expect(")");
+    }
+    function_->parameters.resize(std::max<uint64_t>(end, 1));
+    function_->parameter_bytes = end;
+    for (auto& [name, symbol] : parameters) {
+      function_->fields.emplace_back(symbol.begin, symbol.bytes);
+      symbol.begin += reinterpret_cast<uint64_t>(function_->parameters.data());
+      locals_[name] = symbol;
+    }
+    while (!take("{")) {
+      const std::string directive = word();
+      if (directive != ".reqntid" && directive != ".maxntid" && directive != ".minnctapersm" && directive != ".maxnreg") {
+        throw Fault("'" + directive + "' isn't known here");
+      }
+      int values[3] = {1, 1, 1};
+      for (int i = 0; i == 0 || take(","); ++i) values[std::min(i, 2)] = static_cast<int>(integer());
+      int* kept = directive == ".reqntid" ? function_->required : directive == ".maxntid" ? function_->most : nullptr;
+      if (kept) std::copy(values, values + 3, kept);
+    }
+    body();
+    program_->functions[owned->name] = std::move(owned);
+  }
+
+  // .param .u64 .ptr .global .align 1 name    or    .param .align 8 .b8 name[272]
+  std::pair<std::string, Symbol> parameter(uint64_t& end) {
+    expect(".param");
+    uint64_t align = 1, size = 0, count = 1;
+    while (tokens_[next_].text[0] == '.') {
+      const std::string part = word();
+      if (part == ".align") {
+        const uint64_t given = integer();
+        align = size ? align : given;  // after the type it is what a pointer points to
+      } else if (part != ".ptr" && part != ".global") {
+        size = bytes_of(part);
+        align = std::max(align, size);
+      }
+    }
+    const std::string name = word();
+    if (take("[")) count = integer(), expect("]");
+    const uint64_t begin = (end + align - 1) / align * align;
+    end = begin + size * count;
+    return {name, {Space::param, begin, size * count}};
+  }
+
+  void body() {
+    for (size_t depth = 1; depth;) {
+      if (at("")) throw Fault("the text ends within a kernel");
+      if (skipped() || variable(locals_)) continue;
+      if (take("{")) {
+        scopes_.emplace_back(), ++depth;
+      } else if (take("}")) {
+        --depth;
+        if (depth) scopes_.pop_back();
+      } else if (take(".reg")) {
+        declare();
+      } else if (tokens_[next_ + 1].text == ":") {
+        label();
+      } else {
+        error_line_ = tokens_[next_].line;
+        instruction();
+        error_line_ = 0;
+      }
+    }
+    // LLVM joins a half with one that nothing in the kernel writes where only the first is used: any value will do.
+    for (const size_t index : packs_) {
+      for (int k = 1; k <= function_->code[index].count; ++k) {
+        uint32_t& from = function_->operands[firsts_[index] + k];
+        if (!results_.count(from) && !is_given(from)) from = constant(0xcbcbcbcbcbcbcbcb);
+      }
+    }
+    // A kernel whose last instruction is a branch or ret needs none here; one that runs off its end returns.
+    function_->code.emplace_back().control = Control::exit;
+    firsts_.push_back(function_->operands.size());
+    for (size_t i = 0; i < function_->code.size(); ++i) function_->code[i].at = function_->operands.data() + firsts_[i];
+    for (const auto& [index, name] : jumps_) {
+      Instruction& jump = function_->code[index];
+      error_line_ = jump.line;
+      jump.target = find(jump.control == Control::table ? table_names_ : labels_, name);
+    }
+    for (const auto& names : tables_) {
+      auto& table = function_->tables.emplace_back();
+      for (const auto& name : names) table.push_back(find(labels_, name));
+    }
+    error_line_ = 0;
+  }
+
+  static int find(const std::map<std::string, int>& names, const std::string& name) {
+    const auto found = names.find(name);
+    if (found == names.end()) throw Fault("there is no label " + name);
+    return found->second;
+  }
+
+  void declare() {  // .reg .b32 %r<9>;    or    .reg .pred p, q;
+    word();         // the type: a register has 64 bits here
+    do {
+      const std::string name = word();
+      uint32_t count = 1;
+      if (take("<")) {
+        count = static_cast<uint32_t>(integer());
+        expect(">");
+        scopes_.back().families[name] = {function_->registers, count};
+      } else {
+        scopes_.back().names[name] = function_->registers;
+      }
+      function_->registers += count;
+    } while (take(","));
+    expect(";");
+  }
+
+  void label() {
+    const std::string name = word();
+    expect(":");
+    if (take(".branchtargets")) {
+      table_names_[name] = static_cast<int>(tables_.size());
+      auto& targets = tables_.emplace_back();
+      do {
+        targets.push_back(word());
+      } while (take(","));
+      expect(";");
+    } else {
+      labels_[name] = static_cast<int>(function_->code.size());
+    }
+  }
+
+  std::optional<uint32_t> register_of(const std::string& name) const {
+    const size_t digits = name.find_last_not_of("0123456789") + 1;
+    for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope) {
+      if (const auto found = scope->names.find(name); found != scope->names.end()) return found->second;
+      const auto family = scope->families.find(name.substr(0, digits));
+      if (family == scope->families.end() || digits == name.size()) continue;
+      const unsigned long index = std::stoul(name.substr(digits));
+      if (index < family->second.second) return family->second.first + static_cast<uint32_t>(index);
+    }
+    return std::nullopt;
+  }
+
+  uint32_t constant(uint64_t value) {
+    const auto [found, is_new] = constants_.try_emplace(value, function_->registers);
+    if (is_new) function_->constants.emplace_back(function_->registers++, value);
+    return found->second;
+  }
+
+  bool is_given(uint32_t at) const {  // a number, an address, or a register such as %tid.x
+    const auto is = [&](const auto& each) { return each.at == at; };
+    return std::any_of(constants_.begin(), constants_.end(), [&](const auto& each) { return each.second == at; }) ||
+           std::any_of(function_->specials.begin(), function_->specials.end(), is);
+  }
+
+  uint32_t special(const std::string& name) {
+    for (const Special& known : function_->specials) {
+      if (known.name == name) return known.at;
+    }
+    function_->specials.push_back({name, function_->registers});
+    return function_->registers++;
+  }
+
+  uint32_t value() {  // a register, a symbol's address, a number
+    const std::string text = tokens_[next_].text;
+    if (text == "_") return ++next_, function_->registers++;
+    if (const auto found = register_of(text)) return ++next_, *found;
+    for (const auto* symbols : {&locals_, &symbols_}) {
+      const auto found = symbols->find(text);
+      if (found == symbols->end()) continue;
+      ++next_;
+      if (found->second.bytes == kDynamic) return special("dynamic shared memory");
+      return constant(found->second.begin);
+    }
+    if (text[0] == '%') return ++next_, special(text);
+    return constant(number());
+  }
+
+  Operand plain() {
+    const bool number = std::isdigit(static_cast<unsigned char>(tokens_[next_].text[0])) || at("-");
+    return {value(), 0, false, number};
+  }
+
+  void operand(std::vector<Operand>& found) {
+    if (take("{")) {
+      do {
+        found.push_back(plain());
+      } while (take(","));
+      expect("}");
+    } else if (take("[")) {
+      Operand address{value(), 0, true};
+      if (take("+")) address.offset = integer();
+      expect("]");
+      found.push_back(address);
+    } else {
+      do {
+        found.push_back(plain());
+      } while (take("|"));
+    }
+  }
+
+  void instruction() {
+    Instruction made;
+    made.line = tokens_[next_].line;
+    if (take("@")) {
+      made.negated = take("!");
+      const auto guard = register_of(word());
+      if (!guard) throw Fault("the guard isn't a register");
+      made.guard = static_cast<int>(*guard);
+    }
+    const std::string name = word();
+    ++program_->names[name];
+    Written written;
+    std::istringstream parts(name);
+    std::getline(parts, written.base, '.');
+    for (std::string part; std::getline(parts, part, '.');) written.parts.push_back(part);
+    auto make = makers().end();
+    if (!written.parts.empty() && is_float(written.parts.back())) make = makers().find(written.base + ":float");
+    if (make == makers().end()) make = makers().find(written.base);
+    if (make == makers().end()) throw Fault("the instruction " + name + " isn't known");
+    const bool branch = written.base == "bra", table = written.base == "brx";
+    if (!branch && !at(";")) {
+      operand(written.operands);
+      written.results = written.operands.size();
+      while (take(",")) {
+        if (table) break;
+        operand(written.operands);
+      }
+    }
+    if (branch || table) jumps_.emplace_back(function_->code.size(), word());
+    expect(";");
+    made.run = make->second(written, made);
+    if (!written.parts.empty()) throw Fault("." + written.parts[0] + " of " + name + " isn't known");
+    if (!made.run && made.control == Control::none) throw Fault(name + " isn't known for this type");
+    firsts_.push_back(function_->operands.size());
+    for (size_t k = 0; k < written.results; ++k) {
+      if (!written.operands[k].is_address) results_.insert(written.operands[k].at);
+    }
+    if (written.base == "mov" && written.results == 1 && written.operands.size() > 2) packs_.push_back(function_->code.size());
+    int addresses = 0;
+    for (const Operand& each : written.operands) {
+      function_->operands.push_back(each.at);
+      if (each.is_address && addresses < 2) made.offset[addresses++] = each.offset;
+    }
+    function_->code.push_back(made);
+  }
+};
+
+}  // namespace
+
+const Makers& makers() {
+  static const Makers all = [] {
+    Makers found;
+    make_integers(found), make_floats(found), make_moves(found);
+    make_accesses(found), make_collectives(found), make_controls(found);
+    return found;
+  }();
+  return all;
+}
+
+std::unique_ptr<Program> parse(const std::string& text) { return Parser(text).run(); }
+
+}  // namespace ptx
