@@ -119,8 +119,8 @@ def _own_rows(path: str, module: nn.Module, fused: bool, ran: dict[int, chain.Re
     elif not observed:
         yield Row(path, kind, False, None, "called by code of its own: explain(model, x) says how that runs")
     elif record is not None:
-        pattern = " + ".join([kind, *record.pattern.split(" + ")[1:]])
-        yield _row(path, pattern, record, next(module.parameters()).device.type)
+        parts = [kind if part.startswith("Conv") else part for part in record.pattern.split(" + ")]
+        yield _row(path, " + ".join(parts), record, next(module.parameters()).device.type)
     elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         stored = next(module.parameters())
         plain = run.why_plain(stored.device.type, stored.dtype)

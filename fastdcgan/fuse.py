@@ -29,17 +29,17 @@ _KEY = "_fastdcgan_class"  # in an unfused module: the class it had
 def fuse(model: ModuleT) -> ModuleT:
     """Run every block of `model` fused: in place, and `model` is returned.
 
-    Each `nn.Sequential` (nested, shared, or the model itself) that has a 2-d convolution becomes a `FusedSequential`
-    with the very same modules in it. A module of another class that has one gets a subclass of its class, in whose
-    forward convolutions wait for the normalisation and activation that come after them. Same parameter objects,
-    state_dict keys, buffers, hooks, device, train/eval state; results differ by rounding only. Fusing twice is fusing
-    once.
+    Each `nn.Sequential` (nested, shared, or the model itself) that has a 2-d convolution or norm becomes a
+    `FusedSequential` with the very same modules in it. A module of another class that has a convolution gets a subclass
+    of its class, in whose forward convolutions wait for the normalisation and activation that come after them. Same
+    parameter objects, state_dict keys, buffers, hooks, device, train/eval state; results differ by rounding only.
+    Fusing twice is fusing once.
     Raises TypeError if `model` is no `nn.Module`, ValueError if a module contains itself.
     """
     check_module(model)
     modules = list(model.modules())
     for module in modules:
-        if _holds_convolution(module) or _calls_convolutions(module):
+        if _holds_block(module) or _calls_convolutions(module):
             module.__class__ = module.__dict__.pop(_KEY, None) or _fused_class(type(module))  # type: ignore[arg-type]
     if any(isinstance(m, _CONVS) for m in modules) and not any(map(_is_fused, modules)):
         warnings.warn("fuse() found nothing to fuse in this model: explain(model) says why", stacklevel=2)
@@ -71,14 +71,14 @@ def unfuse(model: ModuleT) -> ModuleT:
     return model
 
 
-def _holds_convolution(module: nn.Module) -> bool:
-    """A Sequential, not fused yet, that calls its children in order and among them a convolution (by type: hooks
-    that keep it from running fused now may go, and lazy modules get their parameters later)."""
+def _holds_block(module: nn.Module) -> bool:
+    """A Sequential, not fused yet, that calls its children in order and among them one that begins a block (by type:
+    hooks that keep it from running fused now may go, and lazy modules get their parameters later)."""
     if not isinstance(module, nn.Sequential) or isinstance(module, (FusedSequential, torch.jit.ScriptModule)):
         return False
     if type(module).forward is not nn.Sequential.forward or "forward" in module.__dict__:
         return False
-    return any(isinstance(m, _CONVS) for _, m in leaves(module))
+    return any(isinstance(m, (*_CONVS, *_NORMS)) for _, m in leaves(module))
 
 
 def _calls_convolutions(module: nn.Module) -> bool:

@@ -31,8 +31,8 @@ BLOCKS = {
     "progan generator": (9, 9),
     "mobilenet-v2": (22, 22),
     "residual generator": (8, 8),
-    "densenet": (27, 27),
-    "resnet-18, pre-activated": (17, 16),  # its head has no convolution
+    "densenet": (27, 26),  # its first convolution goes into a norm and into a skip, and so that of the next
+    "resnet-18, pre-activated": (17, 16),
     "esrgan generator": (11, 11),
     "unet, called one by one": (11, 11),
     "style transfer network": (15, 15),

@@ -92,8 +92,7 @@ def test_a_block_runs_unfused_while_it_has_a_hook() -> None:
     rows = fastdcgan.explain(model)
     assert {row.name: row.fused for row in rows} == {
         "0": False,
-        "1": False,
-        "2": False,
+        "1": True,
         "3.0": True,
         "4": False,
         "5": False,
