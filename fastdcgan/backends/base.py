@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,6 +31,15 @@ def _odd(g: Geometry, image: Pair, linear: Pair) -> bool:
     padding alone, and for a single column of outputs with a stride (found by trying thousands of geometries on
     processors with AMX and with AVX512_BF16)."""
     return not g.reaches(image, linear) or (linear[1] == 1 and g.stride[1] > 1)
+
+
+def _strided_pixels(x: Tensor, g: Geometry) -> tuple[Tensor, Geometry]:
+    """What a 1x1 kernel reads of an image, and the geometry that is left: with a stride that leaves pixels over at the
+    end, PyTorch 2.13's weight gradient in float32 and channels_last writes outside its buffers (found on AVX2)."""
+    if g.stride == (1, 1):
+        return x, g
+    read = x[:, :, :: g.stride[0], :: g.stride[1]].contiguous(memory_format=memory_format(x))
+    return read, replace(g, stride=(1, 1))
 
 
 def _rounds_each_tap(x: Tensor, weight: Tensor, g: Geometry, extra: Pair) -> bool:
@@ -159,6 +169,8 @@ class Backend(Composites):
         """The contraction as PyTorch's convolution between this backend's passes."""
         g, x = call.geometry, self.finished(call.a)
         other = self.finished(call.b) if call.op == "weight_grad" else call.b
+        if call.op == "weight_grad" and x.device.type == "cpu" and g.kernel == (1, 1) and g.padding == (0, 0):
+            x, g = _strided_pixels(x, g)
         image, linear = _image_and_linear(call.op, x, other, call.size)
         transposed = call.op == "conv_transpose"
         extra = g.output_padding(x.shape[2], x.shape[3], call.size) if transposed else (0, 0)

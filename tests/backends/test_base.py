@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
@@ -30,6 +34,7 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 @example((2, 6), (1, 4), (0, 4), (3, 1), (6, 3), (8, 16), 1, torch.contiguous_format, torch.bfloat16)
 @example((3, 5), (1, 2), (1, 2), (1, 1), (7, 1), (3, 50), 1, torch.channels_last, torch.float16)
 @example((5, 2), (2, 2), (5, 5), (1, 2), (2, 1), (2, 17), 1, torch.channels_last, torch.float32)
+@example((1, 1), (2, 3), (0, 0), (1, 1), (8, 9), (3, 3), 1, torch.channels_last, torch.float32)
 def test_taps_that_reach_no_data(
     kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, size: Pair, channels: Pair, groups: int,
     layout: torch.memory_format, dtype: torch.dtype,
@@ -67,3 +72,25 @@ def test_taps_that_reach_no_data(
             terms = 3 * out[0] * out[1]
         assert got.dtype == dtype
         assert_as_accurate(got, vanilla.to(dtype), exact, call.op, reduction=terms, scale=1.0)
+
+
+WEIGHT_GRADS = """
+import torch
+from fastdcgan import backends
+from fastdcgan.geometry import Geometry
+from fastdcgan.spec import Call, Operand
+for layout in (torch.contiguous_format, torch.channels_last):
+    for stride in ((2, 2), (1, 2), (2, 3)):
+        for channels in ((2, 2), (3, 3), (4, 8), (8, 8)):
+            g = Geometry((1, 1), stride)
+            x = torch.randn(2, channels[0], 8, 9).contiguous(memory_format=layout)
+            dy = torch.randn(2, channels[1], *g.conv_size(8, 9)).contiguous(memory_format=layout)
+            backends.get("reference").pytorch(Call("weight_grad", Operand(x), Operand(dy), g, (1, 1)))
+"""
+
+
+def test_nothing_is_written_outside_of_a_buffer() -> None:
+    """By weight gradients of 1x1 kernels with a stride, where an allocator that checks says so."""
+    checking = os.environ | {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", WEIGHT_GRADS], capture_output=True, text=True, env=checking)
+    assert done.returncode == 0, done.stderr
