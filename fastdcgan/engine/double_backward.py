@@ -17,7 +17,7 @@ from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import primitives
 from fastdcgan.engine.layout import Layout, Strides
 from fastdcgan.geometry import Geometry, Pair
-from fastdcgan.spec import STORE, Operand, Plan, of_block, stat_dtype, with_strides
+from fastdcgan.spec import STORE, Operand, Plan, of_block, stat_dtype, strides_in, with_strides
 
 
 def requested(ctx, needs: Sequence[bool], given: Sequence[bool]) -> list[bool]:
@@ -118,6 +118,23 @@ class _WeightGrad(torch.autograd.Function):
         return d_gathered, d_linear, None, None, None
 
 
+class _Entered(torch.autograd.Function):
+    """x as it is, its gradient with the strides that are asked for."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, stride: Strides):
+        ctx.stride = stride
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor):
+        if dx.stride() != ctx.stride:
+            channels_last = ctx.stride == strides_in(dx.shape, torch.channels_last)
+            format = torch.channels_last if channels_last else torch.contiguous_format
+            dx = dx.contiguous(memory_format=format).as_strided(dx.shape, ctx.stride)
+        return dx, None
+
+
 def formula(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None], layout: Layout | None) -> Tensor:
     """The chain's output as a differentiable function, to any order, of `x` and `tensors`.
 
@@ -127,7 +144,7 @@ def formula(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None], layout: Lay
         t, g = of_block(tensors, i), block.geometry
         asked = _NOTHING if layout is None else _Asked(None, None if i else layout.input_grad, layout.weight_grads[i])
         if t.weight is None:
-            y = x
+            y = x if i or layout is None else _Entered.apply(x, layout.input_grad)
         elif layout is None:
             extra = block.output_padding if block.transposed else (0, 0)
             y = torch.convolution(x, t.weight, None, g.stride, g.padding, g.dilation, block.transposed, extra, g.groups)

@@ -229,8 +229,12 @@ std::string activations() {
     for (const float z : {-2.f, -0.5f, 0.f, 0.25f, 3.f}) {
       const auto same = [&](const auto& functor) {
         require(static_cast<int>(functor.id) == id, "the functor of " + std::to_string(id));
-        require(act.any().forward(z) == functor.forward(z), "forward of " + std::to_string(id));
-        require(act.any().derivative(z) == functor.derivative(z), "derivative of " + std::to_string(id));
+        float any[2] = {z, -z}, own[2] = {z, -z};
+        activate(act.any(), any), activate(functor, own);
+        require(any[0] == own[0] && any[1] == own[1], "forward of " + std::to_string(id));
+        any[0] = own[0] = z, any[1] = own[1] = -z;
+        differentiate(act.any(), any), differentiate(functor, own);
+        require(any[0] == own[0] && any[1] == own[1], "derivative of " + std::to_string(id));
       };
       require(with_activation<float>(id, 0.3f, same), "an activation");
       with_functor(act, same);

@@ -114,6 +114,16 @@ GPU_INLINE void await_kernels_before() {
 #endif
 }
 
+// `p`, through which nothing is loaded before this: what is const and __restrict__ may otherwise be loaded before
+// await_kernels_before().
+template <class T>
+GPU_INLINE const T* from_here_on(const T* p) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+l"(p));
+#endif
+  return p;
+}
+
 // The block's shared memory as a T. Launch with shared_bytes = sizeof(T).
 template <class T>
 GPU_INLINE T& shared_memory() {

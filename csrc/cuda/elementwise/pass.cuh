@@ -149,7 +149,8 @@ struct PerChannel {
   float value[kOwn<V, kPlanes>];
 
   GPU_INLINE PerChannel(const float* vectors, int row, const Place<V, kPlanes>& place) {
-    const float* from = vectors + (static_cast<int64_t>(row) * gridDim.z + blockIdx.z) * place.w.channels;
+    const int64_t begin = (static_cast<int64_t>(row) * gridDim.z + blockIdx.z) * place.w.channels;
+    const float* from = gpu::from_here_on(vectors + begin);
 #pragma unroll
     for (int i = 0; i < kOwn<V, kPlanes>; ++i) value[i] = place.items > 0 ? from[place.channel(i)] : 0.f;
   }
