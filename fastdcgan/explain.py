@@ -84,8 +84,8 @@ def explain(model: nn.Module, *inputs: Any, **keywords: Any) -> Explanation:
         seen.update(id(m) for m in _opened(module, transparent))
         # Of what has no row here, a weight of its own may be that of a block.
         parts = [part for part in segments(module, transparent) if isinstance(part, FoundChain) or part.why is not None]
-        if all(isinstance(part, Alone) for part in parts):  # the activations may be those of other code's blocks
-            parts = [part for part in parts if isinstance(part, Alone) and from_module(part.module) is None]
+        if all(isinstance(part, Alone) and from_module(part.module) is not None for part in parts):
+            parts = []  # activations alone may be those of other code's blocks
         for part in parts:
             seen.update(id(m) for m in _modules_of(part) if not isinstance(m, nn.Sequential))
             rows.extend(_rows(part, f"{path}." if path else "", fused, ran, observed))
