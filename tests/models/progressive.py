@@ -77,13 +77,13 @@ class ModulatedConv(nn.Module):
 
     def __init__(self, ci: int, co: int, kernel: int, demodulate: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(1, co, ci, kernel, kernel))
+        self.weight = nn.Parameter(torch.randn(co, ci, kernel, kernel))
         self.modulation = nn.Linear(64, ci)
         self.scale, self.demodulate = (ci * kernel**2) ** -0.5, demodulate
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        weight = self.scale * self.weight * (1 + self.modulation(style)).view(batch, 1, channels, 1, 1)
+        weight = self.scale * self.weight[None] * (1 + self.modulation(style)).view(batch, 1, channels, 1, 1)
         if self.demodulate:
             weight = weight * torch.rsqrt(weight.square().sum([2, 3, 4], keepdim=True) + 1e-8)
         weight = weight.flatten(0, 1)
