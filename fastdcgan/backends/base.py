@@ -33,10 +33,10 @@ def _odd(g: Geometry, image: Pair, linear: Pair) -> bool:
     return not g.reaches(image, linear) or (linear[1] == 1 and g.stride[1] > 1)
 
 
-def _strided_pixels(x: Tensor, g: Geometry) -> tuple[Tensor, Geometry]:
-    """What a 1x1 kernel reads of an image, and the geometry that is left: with a stride that leaves pixels over at the
-    end, PyTorch 2.13's weight gradient in float32 and channels_last writes outside its buffers (found on AVX2)."""
-    if g.stride == (1, 1):
+def _pixels_read(x: Tensor, g: Geometry) -> tuple[Tensor, Geometry]:
+    """What a 1x1 kernel with a stride reads of an image, and the geometry that is left: where pixels are left over at
+    the end, PyTorch 2.13's weight gradient in float32 and channels_last writes outside its buffers (found on AVX2)."""
+    if g.kernel != (1, 1) or g.padding != (0, 0) or g.stride == (1, 1):
         return x, g
     read = x[:, :, :: g.stride[0], :: g.stride[1]].contiguous(memory_format=memory_format(x))
     return read, replace(g, stride=(1, 1))
@@ -169,8 +169,8 @@ class Backend(Composites):
         """The contraction as PyTorch's convolution between this backend's passes."""
         g, x = call.geometry, self.finished(call.a)
         other = self.finished(call.b) if call.op == "weight_grad" else call.b
-        if call.op == "weight_grad" and x.device.type == "cpu" and g.kernel == (1, 1) and g.padding == (0, 0):
-            x, g = _strided_pixels(x, g)
+        if call.op == "weight_grad" and x.device.type == "cpu":
+            x, g = _pixels_read(x, g)
         image, linear = _image_and_linear(call.op, x, other, call.size)
         transposed = call.op == "conv_transpose"
         extra = g.output_padding(x.shape[2], x.shape[3], call.size) if transposed else (0, 0)

@@ -28,20 +28,8 @@ FOLDER_DATA = (64, 3, True)
 # What a resumed run can't change: the shapes of its weights, which images they have not seen, what was drawn at its
 # start, and the size of the pictures that make its animation.
 KEPT = (
-    *(
-        "image_size",
-        "channels",
-        "nz",
-        "ngf",
-        "ndf",
-        "projection",
-        "kernel",
-        "conditional",
-        "holdout",
-        "seed",
-        "samples",
-    ),
-)
+    "image_size", "channels", "nz", "ngf", "ndf", "projection", "kernel", "conditional", "holdout", "seed", "samples",
+)  # fmt: skip
 
 # Settings that go together: TrainConfig(**{**PRESETS["paper"], "data": "photos"}), or `train photos --preset paper`.
 PRESETS: dict[str, dict[str, Any]] = {
