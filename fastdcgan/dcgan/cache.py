@@ -15,7 +15,7 @@ import numpy as np
 
 from fastdcgan.dcgan.files import read_text, replacing
 
-Shape = tuple[int, ...]  # [N, H, W, C]
+Shape = tuple[int, ...]  # of one image: [H, W, C]
 
 FORMAT = "fastdcgan-images"
 VERSION = 2
@@ -32,10 +32,10 @@ def default_folder() -> Path:
 
 def read(array_path: Path, fingerprint: str, shape: Shape) -> tuple[np.ndarray, list[str], list[int]]:
     """The cached array (memory-mapped, read-only), and of the files that were skipped when it was made the names and
-    the numbers in the source, which without them would have this `shape`.
+    the numbers in the source.
 
     Raises Untrusted unless header and array are whole, of this version, made from the source that `fingerprint` stands
-    for, and the array has the checksum that was written with it.
+    for, the array has images of this `shape`, and the checksum that was written with it.
     """
     try:
         header = json.loads(read_text(header_path(array_path)))
@@ -55,7 +55,7 @@ def read(array_path: Path, fingerprint: str, shape: Shape) -> tuple[np.ndarray, 
             raise Untrusted("is damaged: its checksum is another than the one written with it")
         array = np.load(array_path, mmap_mode="r", allow_pickle=False)
         skipped, left_out = header["skipped"], header["left_out"]
-        expected = [len(np.delete(np.arange(shape[0]), left_out)), *shape[1:]]
+        expected = [len(np.delete(np.arange(len(array) + len(left_out)), left_out)), *shape]
         if len(skipped) != len(left_out) or not all(isinstance(name, str) for name in skipped):
             raise Untrusted("has a header that contradicts itself")
     except Untrusted:
@@ -67,19 +67,27 @@ def read(array_path: Path, fingerprint: str, shape: Shape) -> tuple[np.ndarray, 
     return array, skipped, left_out
 
 
-def write_array(path: Path, shape: Shape, images: Iterable[np.ndarray]) -> None:
-    """Write at most `shape[0]` images, each uint8 `shape[1:]`, one after the other. Raises OSError, before the first
-    one, where there is no space for all of them."""
-    with path.open("wb") as file:
-        _reserve(file.fileno(), math.prod(shape), path.parent)
-        file.write(_npy_header(shape))
-        count = 0
-        for image in images:
+def write_array(path: Path, count: int, shape: Shape, images: Iterable[tuple[int, np.ndarray]]) -> None:
+    """Write images, uint8 `shape`, in the order of their numbers below `count`, whatever order they come in; where
+    numbers never come, the images behind them move up. Raises OSError, before the first one, where there is no space
+    for all of them."""
+    size, header = math.prod(shape), _npy_header((count, *shape))
+    there = np.zeros(count, bool)
+    with path.open("w+b") as file:
+        _reserve(file.fileno(), count * size, path.parent)
+        for number, image in images:
+            file.seek(len(header) + number * size)
             file.write(image.tobytes())
-            count += 1
-        file.truncate()
+            there[number] = True
+        kept = np.flatnonzero(there)
+        for place in np.flatnonzero(kept != np.arange(len(kept))).tolist():
+            file.seek(len(header) + int(kept[place]) * size)
+            image_there = file.read(size)
+            file.seek(len(header) + place * size)
+            file.write(image_there)
+        file.truncate(len(header) + len(kept) * size)
         file.seek(0)
-        file.write(_npy_header((count, *shape[1:])))  # as long as the first one: numpy pads it
+        file.write(_npy_header((len(kept), *shape)))  # as long as the first one: numpy pads it
 
 
 def describe(array_path: Path) -> dict:

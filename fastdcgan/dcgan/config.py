@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,11 @@ def builtin_set(data: str) -> tuple[str, str]:
     return (name, file) if known else ("", "")
 
 
+def is_shards(data: str) -> bool:
+    """Whether `data` names WebDataset shards, by a pattern such as "shards-{000..099}.tar", and no folder."""
+    return data.endswith(".tar") and not Path(data).is_dir()
+
+
 def _option(default: Any, help: str, **extra: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **extra})
 
@@ -85,8 +91,8 @@ class TrainConfig:
 
     data: str = _option(
         "",
-        f"a folder of images (searched recursively), or a built-in set: {', '.join(BUILTIN_DATA)}; "
-        "of emoji as emoji:FONT too, to draw them from that file",
+        "a folder of images (searched recursively), WebDataset shards ('shards-{000..099}.tar'), or a built-in set: "
+        f"{', '.join(BUILTIN_DATA)}; of emoji as emoji:FONT too, to draw them from that file",
     )
     out: str = _option("", "folder of the run [default: runs/DATA-SIZE, with a number where that exists]")
     cache: str = _option("", "folder of decoded images [default: fastdcgan in the user's cache folder]")
@@ -97,7 +103,9 @@ class TrainConfig:
         None, "mirror half of the images, chosen at random [default: not of mnist, digits and emoji]"
     )
     holdout: int = _option(0, "leave every Nth image out of training, to judge by [default: none]", range=Range(0))
-    workers: int = _option(0, "threads that decode images [default: one per core]", range=Range(0, 1024))
+    workers: int = _option(
+        0, "threads that decode images, for shards processes [default: one per core]", range=Range(0, 1024)
+    )
 
     nz: int = _option(100, "size of the generator's input", range=_WIDTH)
     ngf: int = _option(64, "channels of the generator's last feature map", range=_WIDTH)
@@ -178,7 +186,7 @@ class TrainConfig:
             data = f"{name}:{Path(file).resolve()}"
         else:
             data = name or str(Path(self.data).resolve())
-        name = name or short_name(Path(data))
+        name = name or short_name(Path(re.split(r"[{*?\[]", data)[0].rstrip("-_.") if is_shards(data) else data))
         return dataclasses.replace(
             self,
             data=data,

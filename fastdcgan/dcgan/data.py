@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +22,7 @@ from fastdcgan.dcgan.files import replacing, short_name
 from fastdcgan.dcgan.sources import Source, open_source
 from fastdcgan.images import normalize_images
 
-T = TypeVar("T")
-
 _NAMED_IN_FULL = 10
-_AHEAD = 4  # decoded images that wait to be written, for each thread
 _RESIDENT_SHARE = 0.25  # part of a GPU's free memory that images may take
 
 
@@ -90,7 +86,7 @@ def _open(data: str) -> Source:
 def _load(
     source: Source, data: str, image_size: int, channels: int, cache_folder: str | Path | None, workers: int
 ) -> Images:
-    shape = (len(source), image_size, image_size, channels)
+    shape = (image_size, image_size, channels)
     fingerprint = source.fingerprint(image_size, channels)
     folder = Path(cache_folder) if cache_folder else cache.default_folder()
     path = folder / f"{_cache_name(data)}-{image_size}x{channels}.npy"
@@ -100,7 +96,7 @@ def _load(
         except cache.Untrusted as error:
             say(f"Decoding again: the cache {path} {error}")
         else:
-            _report_skipped(images.skipped, len(source))
+            _report_skipped(images.skipped, len(images) + len(images.skipped))
             return images
     return _decode_all(source, path, fingerprint, shape, workers or os.cpu_count() or 1)
 
@@ -115,42 +111,28 @@ def _cache_name(data: str) -> str:
     return f"{short_name(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
 
 
-def _decode_all(source: Source, path: Path, fingerprint: str, shape: tuple[int, ...], threads: int) -> Images:
-    """Decode in parallel (Pillow decodes and resizes without holding Python's lock), and write in order."""
-    failed: dict[int, str] = {}
+def _decode_all(source: Source, path: Path, fingerprint: str, shape: cache.Shape, workers: int) -> Images:
+    count, failed = len(source), dict[int, str]()
 
-    def decode(index: int) -> np.ndarray | None:
-        try:
-            return source.decode(index, shape[1], shape[3])
-        except Exception as error:  # whatever a broken file makes Pillow raise; it is reported by name
-            failed[index] = f"{type(error).__name__}: {error}"
-            return None
+    def images() -> Iterator[tuple[int, np.ndarray]]:
+        with contextlib.closing(source.decoded(shape[0], shape[2], workers)) as decoded:
+            for number, result in track(decoded, f"decoding {source.title}", count):
+                if isinstance(result, str):
+                    failed[number] = result
+                else:
+                    yield number, result
 
     with replacing(path) as temporary:
-        with ThreadPoolExecutor(threads) as pool:
-            decoded = _in_order(pool, decode, len(source), _AHEAD * threads)
-            images = track(decoded, f"decoding {source.title}", len(source))
-            cache.write_array(temporary, shape, (image for image in images if image is not None))
+        cache.write_array(temporary, count, shape, images())
         left_out = sorted(failed)
         skipped = [f"{source.name_of(i)} ({failed[i]})" for i in left_out]
-        _report_skipped(skipped, len(source))
-        if len(failed) == len(source):
+        _report_skipped(skipped, count)
+        if len(failed) == count:
             raise ValueError(f"none of the {source.title} could be read")
         described = cache.describe(temporary)
         array = np.load(temporary, mmap_mode="r", allow_pickle=False)
     cache.write_header(path, fingerprint, described, skipped, left_out)
     return Images(array, skipped, left_out)
-
-
-def _in_order(pool: Executor, function: Callable[[int], T], count: int, ahead: int) -> Iterator[T]:
-    """`function` of 0, 1, ... `count` - 1, with at most `ahead` results that wait to be taken."""
-    coming: deque[Future[T]] = deque()
-    for number in range(count):
-        coming.append(pool.submit(function, number))
-        if len(coming) == ahead:
-            yield coming.popleft().result()
-    while coming:
-        yield coming.popleft().result()
 
 
 def _report_skipped(skipped: list[str], total: int) -> None:

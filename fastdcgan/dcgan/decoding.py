@@ -27,8 +27,8 @@ class _TimedFile(io.BufferedReader):
     """A file that can be read for `MOST_SECONDS` from its opening, or its `restart`: decoders ask for a piece at a
     time."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
+    def __init__(self, file: Path | bytes) -> None:
+        super().__init__(io.BytesIO(file) if isinstance(file, bytes) else io.FileIO(file))
         self.restart()
 
     def restart(self) -> None:
@@ -64,16 +64,16 @@ _in_flight = _Budget(MOST_PIXELS)
 
 
 @contextmanager
-def open_image(path: Path, side: int | None = None) -> Iterator[Image.Image]:
-    """The image in a file, not yet decoded; with `side` a JPEG is decoded at a fraction of its size where that is no
-    smaller. While it is open its pixels count among those in flight.
+def open_image(file: Path | bytes, side: int | None = None) -> Iterator[Image.Image]:
+    """The image in a file, or in the bytes of one, not yet decoded; with `side` a JPEG is decoded at a fraction of its
+    size where that is no smaller. While it is open its pixels count among those in flight.
 
     Raises ValueError for another format, and for more than `MOST_PIXELS`; decoding raises anything for a broken file.
     """
     Image.init()  # some formats are not registered before
-    with _TimedFile(path) as file:
+    with _TimedFile(file) as timed:
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(timed, formats=FORMATS)
         except UnidentifiedImageError:
             raise ValueError(f"it is no image in one of the formats {', '.join(FORMATS)}") from None
         with image:
@@ -85,7 +85,7 @@ def open_image(path: Path, side: int | None = None) -> Iterator[Image.Image]:
             if held > MOST_PIXELS:
                 raise ValueError(f"it has {held} pixels: expected at most {MOST_PIXELS}")
             with _in_flight.take(held):
-                file.restart()  # to have waited for others is not the file's fault
+                timed.restart()  # to have waited for others is not the file's fault
                 yield image
 
 

@@ -78,7 +78,7 @@ class _Walk:
 
     def _look(self, name: str, prefix: str, written: set[str]) -> None:
         path, suffix = prefix + name, os.path.splitext(name)[1].lower()
-        hidden = name == "__MACOSX" or name.startswith(".")
+        hidden = is_hidden(name)
         try:
             status = os.stat(os.path.join(self.folder, path))
         except OSError as error:  # a link to nowhere, or a folder whose names can be read and no more
@@ -115,6 +115,11 @@ class _Walk:
             notes += [f"  {name}" for name in self.unread[:_NAMED_IN_FULL]]
             notes += [f"  ... and {more} more"] if more > 0 else []
         return notes
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or a folder is none of the user's: `.DS_Store`, and what macOS puts into archives."""
+    return name == "__MACOSX" or name.startswith(".")
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -1,24 +1,30 @@
-"""Where images come from: a folder, or a set that an installed package ships. Each is decoded to uint8 [H, W, C]."""
+"""Where images come from: a folder, shards, or a set that a package ships. Each is decoded to uint8 [H, W, C]."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence, Set
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import cached_property, partial
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
-from fastdcgan.dcgan.config import BUILTIN_DATA, builtin_set
+from fastdcgan.dcgan.config import BUILTIN_DATA, builtin_set, is_shards
 from fastdcgan.dcgan.decoding import FORMATS, as_rgb_or_grey, open_image, upright
 from fastdcgan.dcgan.folders import list_images
+from fastdcgan.dcgan.shards import Decoded, attempt, decode_shards, find_shards, list_members
 
 T = TypeVar("T")
 
+_AHEAD = 4  # decoded images that wait to be taken, for each thread
 # Pixels, and the least standard deviation of the grey levels
 _CROP_SIDES, _CROP_STEP, _CROP_CONTRAST = (128, 160, 192), 12, 40
 # The one size in pixels that Noto Color Emoji has its pictures in, and how much white is around them
@@ -51,8 +57,9 @@ class Source(ABC):
     def name_of(self, index: int) -> str: ...
 
     @abstractmethod
-    def decode(self, index: int, image_size: int, channels: int) -> np.ndarray:
-        """uint8 [image_size, image_size, channels]. Raises an Exception of any kind for what can't be decoded."""
+    def decoded(self, image_size: int, channels: int, workers: int) -> Generator[Decoded]:
+        """All images with their numbers, each once, in any order: uint8 [image_size, image_size, channels], or why it
+        can't be decoded. `workers` threads or processes decode them."""
 
     @abstractmethod
     def classes(self) -> tuple[list[str], np.ndarray]:
@@ -60,7 +67,35 @@ class Source(ABC):
         the images have none."""
 
 
-class FolderSource(Source):
+class IndexedSource(Source):
+    """Images that can be had one by one."""
+
+    @abstractmethod
+    def decode(self, index: int, image_size: int, channels: int) -> np.ndarray:
+        """uint8 [image_size, image_size, channels]. Raises an Exception of any kind for what can't be decoded."""
+
+    def decoded(self, image_size: int, channels: int, workers: int) -> Generator[Decoded]:
+        """In order. Pillow decodes and resizes without holding Python's lock."""
+
+        def decode(index: int) -> Decoded:
+            return index, attempt(partial(self.decode, index, image_size, channels))
+
+        with ThreadPoolExecutor(workers) as pool:
+            yield from _in_order(pool, decode, len(self), _AHEAD * workers)
+
+
+def _in_order(pool: Executor, function: Callable[[int], T], count: int, ahead: int) -> Iterator[T]:
+    """`function` of 0, 1, ... `count` - 1, with at most `ahead` results that wait to be taken."""
+    coming: deque[Future[T]] = deque()
+    for number in range(count):
+        coming.append(pool.submit(function, number))
+        if len(coming) == ahead:
+            yield coming.popleft().result()
+    while coming:
+        yield coming.popleft().result()
+
+
+class FolderSource(IndexedSource):
     """All images below a folder, whatever their formats, sizes and modes, in the order of their paths; what of it is
     data, `folders.list_images` says.
 
@@ -86,23 +121,70 @@ class FolderSource(Source):
         return self.files[index]
 
     def decode(self, index: int, image_size: int, channels: int) -> np.ndarray:
-        with open_image(self.folder / self.files[index], image_size) as image:
-            # Centre crop to a square, then an antialiased resize.
-            size = (image_size, image_size)
-            return _pixels(ImageOps.fit(upright(image, channels), size, Image.Resampling.LANCZOS))
+        return _fitted(self.folder / self.files[index], image_size, channels)
 
     def classes(self) -> tuple[list[str], np.ndarray]:
-        """A class is a folder right below this one, with everything in it."""
-        loose = sum("/" not in path for path in self.files)
-        names = sorted({path.partition("/")[0] for path in self.files if "/" in path})
-        if loose or len(names) < 2:
-            found = f"{len(names)} and {loose} images outside of any"
-            raise NoClasses(f"{self.folder} has no classes: expected a folder for each of two or more, found {found}")
-        number = {name: i for i, name in enumerate(names)}
-        return names, np.fromiter((number[path.partition("/")[0]] for path in self.files), np.int64, len(self))
+        return _classes_of(self.files, self.folder)
 
 
-class ArraySource(Source):
+class ShardSource(Source):
+    """The images in WebDataset shards, one shard after the other.
+
+    Raises what `shards.find_shards` raises, and ValueError, once somebody asks what is in them, if that is no image.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern, self.shards = pattern, find_shards(pattern)
+        self.title = f"images in {len(self.shards)} shards {pattern}"
+        status = [(path.name, path.stat()) for path in self.shards]
+        self.identity = ["shards", [(name, s.st_size, s.st_mtime_ns) for name, s in status]]
+
+    @cached_property
+    def members(self) -> list[list[str]]:
+        """The names of each shard's images. They are looked up late: shards are large, and may lie far away."""
+        found = [list_members(path) for path in self.shards]
+        if not any(found):
+            why = f"no member has a suffix of {', '.join(FORMATS)} (.jpg, .png, ...)"
+            raise ValueError(f"{self.pattern} has no images: {why}")
+        return found
+
+    def __len__(self) -> int:
+        return sum(map(len, self.members))
+
+    def name_of(self, index: int) -> str:
+        for path, names in zip(self.shards, self.members, strict=True):
+            if index < len(names):
+                return f"{path.name}: {names[index]}"
+            index -= len(names)
+        raise IndexError(index)
+
+    def decoded(self, image_size: int, channels: int, workers: int) -> Generator[Decoded]:
+        ends = np.cumsum([len(names) for names in self.members]).tolist()
+        numbers = {path: range(*part) for path, part in zip(self.shards, pairwise([0, *ends]), strict=True)}
+        return decode_shards(numbers, partial(_fitted, image_size=image_size, channels=channels), workers)
+
+    def classes(self) -> tuple[list[str], np.ndarray]:
+        return _classes_of([name for names in self.members for name in names], self.pattern)
+
+
+def _fitted(file: Path | bytes, image_size: int, channels: int) -> np.ndarray:
+    """A file decoded: a square from its centre, then an antialiased resize."""
+    with open_image(file, image_size) as image:
+        return _pixels(ImageOps.fit(upright(image, channels), (image_size, image_size), Image.Resampling.LANCZOS))
+
+
+def _classes_of(paths: Sequence[str], place: object) -> tuple[list[str], np.ndarray]:
+    """A class is the first folder of a path, with everything in it. Raises NoClasses."""
+    loose = sum("/" not in path for path in paths)
+    names = sorted({path.partition("/")[0] for path in paths if "/" in path})
+    if loose or len(names) < 2:
+        found = f"{len(names)} and {loose} images outside of any"
+        raise NoClasses(f"{place} has no classes: expected a folder for each of two or more, found {found}")
+    number = {name: i for i, name in enumerate(names)}
+    return names, np.fromiter((number[path.partition("/")[0]] for path in paths), np.int64, len(paths))
+
+
+class ArraySource(IndexedSource):
     """Grey images of one size that are in memory already: uint8 [N, H, W], and the class of each, int [N]."""
 
     def __init__(self, title: str, identity: list, arrays: tuple[np.ndarray, np.ndarray]) -> None:
@@ -128,7 +210,7 @@ class ArraySource(Source):
         return [str(i) for i in range(int(self.labels.max()) + 1)], self.labels.astype(np.int64)
 
 
-class CropSource(Source):
+class CropSource(IndexedSource):
     """Squares cut out of large photographs, RGB [H, W, 3]: of several sides, evenly spaced, without those that show
     next to nothing (sky, a blurred background). The class of a crop is its photograph."""
 
@@ -154,7 +236,7 @@ class CropSource(Source):
         return self.names, np.array([photograph for photograph, _ in self.crops], dtype=np.int64)
 
 
-class EmojiSource(Source):
+class EmojiSource(IndexedSource):
     """Emoji on white, each drawn once as a colour font draws it, and then resized: those of Unicode that the package
     emoji lists, skin tones included. Those that the font doesn't have can't be decoded.
 
@@ -238,7 +320,7 @@ def _boxes(photograph: np.ndarray) -> list[tuple[int, int, int, int]]:
 
 
 def open_source(data: str) -> Source:
-    """The built-in set of that name, or else the folder. Raises ValueError for what is neither, and
+    """The built-in set of that name, or else the shards or the folder. Raises ValueError for what is neither, and
     ModuleNotFoundError where the package that has the set is not installed."""
     source: Source
     name, file = builtin_set(data)
@@ -251,7 +333,7 @@ def open_source(data: str) -> Source:
     elif name.startswith("emoji"):
         source = EmojiSource(name, file, ("people", "faces") if name == "emoji-people" else ())
     else:
-        return FolderSource(data)
+        return ShardSource(data) if is_shards(data) else FolderSource(data)
     if Path(data).exists():
         source.notes = [f"{data} is the built-in set here: ./{data} would be the folder"]
     return source

@@ -15,8 +15,8 @@ from PIL import Image
 
 from fastdcgan.cli import main
 from fastdcgan.dcgan import Batches, Images, load_images
-from fastdcgan.dcgan.data import _in_order, held_out, load_labelled
-from fastdcgan.dcgan.sources import FolderSource
+from fastdcgan.dcgan.data import held_out, load_labelled
+from fastdcgan.dcgan.sources import FolderSource, _in_order
 from tests.dcgan.conftest import save
 from tests.machine import needs_mnist
 
