@@ -103,9 +103,7 @@ class TrainConfig:
         None, "mirror half of the images, chosen at random [default: not of mnist, digits and emoji]"
     )
     holdout: int = _option(0, "leave every Nth image out of training, to judge by [default: none]", range=Range(0))
-    workers: int = _option(
-        0, "threads that decode images, for shards processes [default: one per core]", range=Range(0, 1024)
-    )
+    workers: int = _option(0, "processes that decode images [default: one per core]", range=Range(0, 1024))
 
     nz: int = _option(100, "size of the generator's input", range=_WIDTH)
     ngf: int = _option(64, "channels of the generator's last feature map", range=_WIDTH)

@@ -7,7 +7,7 @@ an animation, or a file of several pages, the first picture is read.
 from __future__ import annotations
 
 import io
-import threading
+import multiprocessing
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,22 +41,27 @@ class _TimedFile(io.BufferedReader):
 
 
 class _Budget:
-    """Pixels that all threads together may hold: `with budget.take(n)` waits until there is room for n more."""
+    """Pixels that this process's threads and its forks may hold together: `with budget.take(n)` waits until there is
+    room for n more."""
 
     def __init__(self, most: int) -> None:
-        self.left = most
-        self._changed = threading.Condition()
+        context = multiprocessing.get_context("fork")
+        self._left, self._changed = context.RawValue("q", most), context.Condition()
+
+    @property
+    def left(self) -> int:
+        return self._left.value
 
     @contextmanager
     def take(self, pixels: int) -> Iterator[None]:
         with self._changed:
             self._changed.wait_for(lambda: self.left >= pixels)
-            self.left -= pixels
+            self._left.value -= pixels
         try:
             yield
         finally:
             with self._changed:
-                self.left += pixels
+                self._left.value += pixels
                 self._changed.notify_all()
 
 

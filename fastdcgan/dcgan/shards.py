@@ -1,9 +1,8 @@
-"""WebDataset shards: images in tar files, which the package webdataset reads in the workers of a DataLoader."""
+"""WebDataset shards: images in tar files, which the package webdataset reads."""
 
 from __future__ import annotations
 
 import re
-import signal
 import tarfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,14 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
 
 from fastdcgan.dcgan.files import SUFFIXES
 from fastdcgan.dcgan.folders import is_hidden
-
-_AT_A_TIME = 32  # decoded images that a worker hands over together
-
-Decoded = tuple[int, np.ndarray | str]  # an image's number, and its pixels or the reason why there are none
+from fastdcgan.dcgan.workers import AT_A_TIME, Decoded, attempt, in_workers
 
 
 def find_shards(pattern: str) -> list[Path]:
@@ -93,20 +88,12 @@ def decode_shards(
         # Where a shard is cut the next one begins: what is missing of it is named in the end.
         partial(tar_file_expander, handler=webdataset.ignore_and_continue, select_files=_is_image, eof_value=None),
         _Decoding(named, decode),
-        webdataset.batched(_AT_A_TIME, collation_fn=None),
-    )
-    loader: DataLoader[list[Decoded]] = DataLoader(
-        pipeline,
-        batch_size=None,
-        num_workers=min(workers, len(named)),
-        collate_fn=list,
-        worker_init_fn=_leave_interrupts,
+        webdataset.batched(AT_A_TIME, collation_fn=None),
     )
     missing = np.ones(sum(map(len, named.values())), bool)
-    for some in loader:
-        for number, result in some:
-            missing[number] = False
-            yield number, result
+    for number, result in in_workers(pipeline, min(workers, len(named))):
+        missing[number] = False
+        yield number, result
     for number in np.flatnonzero(missing).tolist():
         yield number, "its shard is damaged or cut short there"
 
@@ -122,17 +109,4 @@ class _Decoding:
         for shard, its_members in groupby(members, itemgetter("__url__")):
             # No further than what was listed: a shard may have grown since.
             for number, member in zip(self.numbers[shard], its_members, strict=False):
-                yield number, attempt(partial(self.decode, member["data"]))
-
-
-def attempt(decode: Callable[[], np.ndarray]) -> np.ndarray | str:
-    """What `decode` gives, or why it gives nothing: whatever a broken file makes Pillow raise."""
-    try:
-        return decode()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C is for the main process, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+                yield number, attempt(self.decode, member["data"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence, Set
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence, Set
+from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import metadata
 from itertools import pairwise
@@ -16,15 +16,16 @@ from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
+from torch.utils.data import Dataset
 
 from fastdcgan.dcgan.config import BUILTIN_DATA, builtin_set, is_shards
 from fastdcgan.dcgan.decoding import FORMATS, as_rgb_or_grey, open_image, upright
 from fastdcgan.dcgan.folders import list_images
-from fastdcgan.dcgan.shards import Decoded, attempt, decode_shards, find_shards, list_members
+from fastdcgan.dcgan.shards import decode_shards, find_shards, list_members
+from fastdcgan.dcgan.workers import AT_A_TIME, Decoded, attempt, in_workers
 
 T = TypeVar("T")
 
-_AHEAD = 4  # decoded images that wait to be taken, for each thread
 # Pixels, and the least standard deviation of the grey levels
 _CROP_SIDES, _CROP_STEP, _CROP_CONTRAST = (128, 160, 192), 12, 40
 # The one size in pixels that Noto Color Emoji has its pictures in, and how much white is around them
@@ -59,7 +60,7 @@ class Source(ABC):
     @abstractmethod
     def decoded(self, image_size: int, channels: int, workers: int) -> Generator[Decoded]:
         """All images with their numbers, each once, in any order: uint8 [image_size, image_size, channels], or why it
-        can't be decoded. `workers` threads or processes decode them."""
+        can't be decoded. `workers` processes decode them."""
 
     @abstractmethod
     def classes(self) -> tuple[list[str], np.ndarray]:
@@ -75,24 +76,25 @@ class IndexedSource(Source):
         """uint8 [image_size, image_size, channels]. Raises an Exception of any kind for what can't be decoded."""
 
     def decoded(self, image_size: int, channels: int, workers: int) -> Generator[Decoded]:
-        """In order. Pillow decodes and resizes without holding Python's lock."""
-
-        def decode(index: int) -> Decoded:
-            return index, attempt(partial(self.decode, index, image_size, channels))
-
-        with ThreadPoolExecutor(workers) as pool:
-            yield from _in_order(pool, decode, len(self), _AHEAD * workers)
+        """In order."""
+        parts = _Parts(self, image_size, channels)
+        return in_workers(parts, min(workers, len(parts)) if len(parts) > 1 else 0)
 
 
-def _in_order(pool: Executor, function: Callable[[int], T], count: int, ahead: int) -> Iterator[T]:
-    """`function` of 0, 1, ... `count` - 1, with at most `ahead` results that wait to be taken."""
-    coming: deque[Future[T]] = deque()
-    for number in range(count):
-        coming.append(pool.submit(function, number))
-        if len(coming) == ahead:
-            yield coming.popleft().result()
-    while coming:
-        yield coming.popleft().result()
+@dataclass(frozen=True)
+class _Parts(Dataset[list[Decoded]]):
+    """A source's images, decoded `AT_A_TIME`."""
+
+    source: IndexedSource
+    image_size: int
+    channels: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.source) / AT_A_TIME)
+
+    def __getitem__(self, part: int) -> list[Decoded]:
+        images = range(part * AT_A_TIME, min((part + 1) * AT_A_TIME, len(self.source)))
+        return [(i, attempt(self.source.decode, i, self.image_size, self.channels)) for i in images]
 
 
 class FolderSource(IndexedSource):

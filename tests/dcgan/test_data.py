@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from PIL import Image
 from fastdcgan.cli import main
 from fastdcgan.dcgan import Batches, Images, load_images
 from fastdcgan.dcgan.data import held_out, load_labelled
-from fastdcgan.dcgan.sources import FolderSource, _in_order
+from fastdcgan.dcgan.sources import FolderSource
 from tests.dcgan.conftest import save
 from tests.machine import needs_mnist
 
@@ -118,22 +117,6 @@ def test_labels_and_images_are_of_one_look_at_the_folder(tmp_path: Path, monkeyp
     found = load_labelled(str(tmp_path / "images"), 16, 1, cache_folder=tmp_path / "cache")
     assert found.labels.tolist() == [0, 1]
     assert found.images.array[:, 0, 0, 0].tolist() == [10, 20]
-
-
-def test_few_decoded_images_wait(tmp_path: Path) -> None:
-    """However many there are, and however slowly they are taken."""
-    begun = 0
-
-    def begin(number: int) -> int:
-        nonlocal begun
-        begun += 1
-        return number
-
-    with ThreadPoolExecutor(2) as pool:
-        for taken, number in enumerate(_in_order(pool, begin, 50, 8)):
-            assert number == taken
-            assert begun <= taken + 8
-    assert begun == 50
 
 
 def test_names_are_safe_to_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
