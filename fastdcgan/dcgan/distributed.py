@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+# While one process decodes a million images the others wait; PyTorch's default is half an hour. Processes that wait for
+# one that has died are ended by torchrun.
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,7 @@ class Processes:
 
     rank: int = 0
     world: int = 1
+    local_rank: int = 0  # among those on this machine
     control: Any = None  # a gloo group: small agreements that don't wait for a GPU
 
     @property
@@ -74,7 +80,7 @@ def join(device: str) -> tuple[Processes, torch.device]:
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Processes(dist.get_rank(), world, dist.new_group(backend="gloo")), chosen
+    return Processes(dist.get_rank(), world, local_rank, dist.new_group(backend="gloo", timeout=_PATIENCE)), chosen
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -413,11 +413,12 @@ class Trainer:
         return FusedAdam(net.parameters(), lr, betas, capturable=self.device.type == "cuda")
 
     def _load_images(self) -> Images | Labelled:
-        """Process 0 decodes, the others read its cache."""
-        c = self.config
+        """Process 0 decodes, then the first one of each other machine, unless it finds that cache there; the others
+        read it."""
+        c, turn_of_mine = self.config, 0 if self.processes.main else 1 if self.processes.local_rank == 0 else 2
         load: Callable[..., Images | Labelled] = load_labelled if c.conditional else load_images
-        for turn in (True, False):
-            if self.processes.main is turn:
+        for turn in range(3):
+            if turn == turn_of_mine:
                 result = load(c.data, c.image_size, c.channels, cache_folder=c.cache or None, workers=c.workers)
             self.processes.wait()
         return result

@@ -1,9 +1,12 @@
-"""Two processes under torchrun against one with the whole batch."""
+"""Two processes under torchrun, on one machine and on two, against one with the whole batch."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from fastdcgan.cli import main
 from fastdcgan.dcgan import checkpoint
 from fastdcgan.dcgan.metrics import read_metrics
 from tests.dcgan.conftest import TINY_OPTIONS
+from tests.machine import ROOT
 
 STEPS = 6
 OPTIONS = ["digits", *TINY_OPTIONS, "--batch-size", "16", "--max-steps", str(STEPS), "--checkpoint-every", "3"]
@@ -49,18 +53,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     return folder / "one", folder / "two", said
 
 
-def test_two_processes_are_one(runs: tuple[Path, Path, str]) -> None:
+def assert_same(one: Path, two: Path, some: int, last: int) -> None:
     """Same losses, same update of the weights, same running statistics, within float32 rounding of a few steps."""
-    one, two, _ = runs
     for a, b in zip(read_metrics(one / "metrics.csv"), read_metrics(two / "metrics.csv"), strict=True):
         for key in a.keys() - {"images_per_second"}:
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), (key, a["step"])
-    first, last = [[checkpoint.load(checkpoint.path_at(run, step)) for run in (one, two)] for step in (3, STEPS)]
+    states = [[checkpoint.load(checkpoint.path_at(run, step)) for run in (one, two)] for step in (some, last)]
     for name in ("generator", "discriminator"):
-        before, after = [flat(c[0].part(name)) for c in (first, last)]
-        before_two, after_two = [flat(c[1].part(name)) for c in (first, last)]
+        before, after = [flat(c[0].part(name)) for c in states]
+        before_two, after_two = [flat(c[1].part(name)) for c in states]
         assert distance(after_two, after) < 1e-4
-        assert distance(after_two - before_two, after - before) < 1e-2  # what three steps changed
+        assert distance(after_two - before_two, after - before) < 1e-2  # what the steps between changed
+
+
+def test_two_processes_are_one(runs: tuple[Path, Path, str]) -> None:
+    one, two, _ = runs
+    assert_same(one, two, 3, STEPS)
 
 
 def test_random_states_and_data_agree(runs: tuple[Path, Path, str]) -> None:
@@ -107,3 +115,59 @@ def test_what_does_not_go_together_is_said_once(options: list[str], message: str
 def test_settings_that_work_with_two_processes(tmp_path: Path) -> None:
     torchrun(tmp_path, *OPTIONS, "--gradient-penalty", "1", "--accumulate", "2", "--precision", "bf16", "--ema", "0.9")
     assert checkpoint.find(tmp_path) == checkpoint.path_at(tmp_path, STEPS)
+
+
+# --- two machines -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machines() -> Iterator[list[str]]:
+    """Two network namespaces with a cable between them, at 10.213.0.1 and 10.213.0.2: each sees of the other what a
+    machine would."""
+    names = [f"fastdcgan-{os.getpid()}-{i}" for i in range(2)]
+    cable = [f"fd{i}-{os.getpid()}" for i in range(2)]
+    # What this machine has to let us do; from then on a failure is one.
+    if os.geteuid() != 0 or shutil.which("ip") is None or ip("netns", "add", names[0]).returncode:
+        pytest.skip("two network namespaces need root, the command ip and a kernel that gives them")
+    try:
+        commands = [["netns", "add", names[1]], ["link", "add", cable[0], "type", "veth", "peer", "name", cable[1]]]
+        for i, (name, end) in enumerate(zip(names, cable, strict=True)):
+            commands += [["link", "set", end, "netns", name], ["-n", name, "link", "set", end, "name", "cable"]]
+            commands += [["-n", name, "addr", "add", f"10.213.0.{i + 1}/24", "dev", "cable"]]
+            commands += [["-n", name, "link", "set", device, "up"] for device in ("lo", "cable")]
+        for command in commands:
+            done = ip(*command)
+            assert done.returncode == 0, (command, done.stderr)
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "delete", name)  # and the cable with them
+
+
+def ip(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["ip", *command], capture_output=True, text=True, check=False)
+
+
+def test_two_machines_are_one_process(machines: list[str], tmp_path: Path) -> None:
+    """Of 20 steps, without a file that both can see."""
+    options = [*OPTIONS, "--sync-bn", "--max-steps", "20", "--checkpoint-every", "10"]
+    assert main(["train", *options, "--out", str(tmp_path / "one")]) == 0
+    rendezvous = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "10.213.0.1", "--master-port", "29400"]
+    running = []
+    for i, name in enumerate(machines):
+        home = tmp_path / f"machine-{i}"
+        home.mkdir()
+        command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", *rendezvous]
+        command += ["--node-rank", str(i), "-m", "fastdcgan", "train", *options, "--out", "run", "--cache", "cache"]
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "cable", "PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        running.append(subprocess.Popen(command, cwd=home, env=environment, **pipes))
+    try:
+        said = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    assert "2 processes on cpu" in said[0]
+    assert_same(tmp_path / "one", tmp_path / "machine-0" / "run", 10, 20)
+    assert [path.name for path in (tmp_path / "machine-1").iterdir()] == ["cache"]
