@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdcgan.benchmarks import steps
 from fastdcgan.benchmarks.harness import Summary, Timing, interleave, is_noisy, ratio, summarise, timer_for
@@ -65,17 +65,20 @@ def run(settings: demo.DemoSettings) -> Outcome:
     return outcome
 
 
-def compare(config: TrainConfig, precisions: Sequence[str], device: torch.device, seconds: float) -> list[Timed]:
+def compare(
+    config: TrainConfig, precisions: Sequence[str], device: torch.device, seconds: float, classes: int = 0
+) -> list[Timed]:
     """Time a training step of ours and of plain PyTorch with the same weights, in the same rounds, at each of the
-    precisions. `config` is of networks without classes, and says their shapes, the batch and the rates."""
+    precisions. `config` says their shapes, the batch and the rates; they are of so many `classes`, all in turn."""
     c = config
     torch.manual_seed(c.seed)
-    nets = placed(new_generator(c), device), placed(new_discriminator(c), device)
+    nets = placed(new_generator(c, classes), device), placed(new_discriminator(c, classes), device)
     real = torch.rand(c.batch_size, c.channels, c.image_size, c.image_size, device=device).mul_(2).sub_(1)
     real = real.contiguous(memory_format=torch.channels_last)
     z = torch.randn(c.batch_size, c.nz, device=device)
+    labels = torch.arange(c.batch_size, device=device) % classes if classes else None
     candidates = {
-        (name, precision): [stepper(copy.deepcopy(nets), c, real, z, DTYPES[precision])]
+        (name, precision): [stepper(copy.deepcopy(nets), c, real, z, labels, DTYPES[precision])]
         for precision in precisions
         for name, stepper in (("vanilla", _vanilla), ("fused", _fused))
     }
@@ -92,17 +95,41 @@ def compare(config: TrainConfig, precisions: Sequence[str], device: torch.device
     return result
 
 
+class _OfLabels(nn.Module):
+    """A network of classes that is always called with the same labels."""
+
+    def __init__(self, net: nn.Module, labels: Tensor) -> None:
+        super().__init__()
+        self.net, self.labels = net, labels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x, self.labels)
+
+
 def _vanilla(
-    nets: tuple[Generator, Discriminator], config: TrainConfig, real: Tensor, z: Tensor, dtype: torch.dtype | None
+    nets: tuple[Generator, Discriminator],
+    config: TrainConfig,
+    real: Tensor,
+    z: Tensor,
+    labels: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> Callable[[], object]:
     """What anyone would write: a plain nn.Sequential of PyTorch's own modules, the textbook loop, PyTorch's Adam."""
-    generator, discriminator = unfuse(nets[0]), unfuse(nets[1]).blocks
-    adam_g, adam_d = (steps.adam(net, real.device) for net in (generator, discriminator))
+    plain: list[nn.Module] = [unfuse(nets[0]), unfuse(nets[1]).blocks]
+    if labels is not None:
+        plain = [_OfLabels(net, labels) for net in nets]
+    generator, discriminator = plain
+    adam_g, adam_d = (steps.adam(net, real.device) for net in plain)
     return lambda: steps.gan_step(generator, discriminator, adam_g, adam_d, real, z, dtype)
 
 
 def _fused(
-    nets: tuple[Generator, Discriminator], config: TrainConfig, real: Tensor, z: Tensor, dtype: torch.dtype | None
+    nets: tuple[Generator, Discriminator],
+    config: TrainConfig,
+    real: Tensor,
+    z: Tensor,
+    labels: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> Callable[[], object]:
     """What a training run does."""
     betas, capturable = (config.beta1, config.beta2), real.device.type == "cuda"
@@ -111,7 +138,7 @@ def _fused(
         for net, rate in zip(nets, (config.lr_g, config.lr_d), strict=True)
     ]
     step = GANStep(*nets, *optimizers, dtype=dtype)
-    return lambda: step(real, z)
+    return lambda: step(real, z, labels)
 
 
 def describe(device: torch.device) -> str:

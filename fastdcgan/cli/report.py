@@ -40,10 +40,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _speed(run: str, device: torch.device, seconds: float) -> str:
-    config = trained.read(run, "discriminator").config
-    if config.conditional:
-        raise ValueError("--speed is of networks without classes: expected none for this run")
-    (timed,) = demo.compare(config, [config.precision], device, seconds)
+    saved = trained.read(run, "discriminator")
+    config = saved.config
+    (timed,) = demo.compare(config, [config.precision], device, seconds, len(saved.classes))
     plain, fused, times = 1e3 * timed.vanilla.median, 1e3 * timed.fused.median, timed.speedup
     return (
         f"On this machine ({demo.describe(device)}) a step takes {fused:.1f} ms fused and {plain:.1f} ms in plain "

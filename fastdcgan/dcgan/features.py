@@ -30,22 +30,22 @@ class FeatureExtractor(nn.Module):
 
     It runs the network's own blocks, fused, up to the last layer asked for, and shares their modules: gradients reach
     the network's parameters, and whether BatchNorm takes its running statistics is decided by `eval()` as ever. A
-    discriminator's layers take images of any size.
+    discriminator's layers take images of any size. One of classes sees all images as of its `label`.
 
     Args:
         net: the network.
         layers: names of `net.stages()`, in any order; default: all but the last, which is the logit or the image.
         pool: the side of the grid that each map larger than it is max-pooled to; None leaves all maps as they are.
 
-    Raises ValueError for a network of classes, a name that is no layer, none or one twice, and for `pool` below 1; from
-    `forward` for input of another number of dimensions or channels.
+    Raises ValueError for a network of classes without a `label`, a name that is no layer, none or one twice, and for
+    `pool` below 1; from `forward` for input of another number of dimensions or channels.
     """
 
     def __init__(
         self, net: Discriminator | Generator, layers: Sequence[str] | None = None, pool: int | None = GRID
     ) -> None:
         super().__init__()
-        if net.classes:
+        if net.classes and net.label is None:
             raise ValueError(
                 f"the {type(net).__name__.lower()} takes a class beside its input, which features have none of: "
                 "expected a network that was trained without --conditional"
@@ -61,6 +61,7 @@ class FeatureExtractor(nn.Module):
             raise ValueError(f"pool is {pool}: expected at least 1")
         ends = [i + 1 for i, name in enumerate(names) if name in layers]
         self.layers, self.pool = [names[end - 1] for end in ends], pool
+        self._with_class = net.with_class
         self.takes_z = isinstance(net, Generator)
         self.channels = net.nz if isinstance(net, Generator) else net.channels
         # Between two layers that are asked for, the blocks run as one chain.
@@ -73,7 +74,7 @@ class FeatureExtractor(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.channels:
             expected = f"[N, {self.channels}]" if self.takes_z else f"[N, {self.channels}, H, W]"
             raise ValueError(f"the input has shape {list(x.shape)}: expected {expected}")
-        found = {}
+        x, found = self._with_class(x, None), {}
         for name, part in zip(self.layers, self.parts, strict=True):
             found[name] = x = part(x)
         return found

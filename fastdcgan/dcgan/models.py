@@ -107,7 +107,7 @@ class _OfClasses(nn.Module):
         if classes:
             self.embed = nn.Embedding(classes, width)
 
-    def _with_class(self, x: Tensor, labels: Tensor | None) -> Tensor:
+    def with_class(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """`x` [N, C, H, W], and as more of its channels the rows of `labels`, int64 [N], or of `label`.
 
         Raises ValueError for no labels where some are needed, for some where none are, and for another number of them.
@@ -179,7 +179,7 @@ class Generator(_OfClasses):
         """`z` [N, nz] or [N, nz, 1, 1] -> images [N, channels, image_size, image_size] in [-1, 1]."""
         if z.dim() not in (2, 4) or z.shape[1] != self.nz or z.shape[2:].numel() != 1:
             raise ValueError(f"z has shape {list(z.shape)}: expected [N, {self.nz}] or [N, {self.nz}, 1, 1]")
-        return self.blocks(self._with_class(z.view(z.shape[0], self.nz, 1, 1), labels))
+        return self.blocks(self.with_class(z.view(z.shape[0], self.nz, 1, 1), labels))
 
 
 class Discriminator(_OfClasses):
@@ -216,7 +216,7 @@ class Discriminator(_OfClasses):
         size = (self.channels, self.image_size, self.image_size)
         if x.dim() != 4 or x.shape[1:] != size:
             raise ValueError(f"x has shape {list(x.shape)}: expected [N, {', '.join(map(str, size))}]")
-        x = self._with_class(x, labels)
+        x = self.with_class(x, labels)
         if stat_groups == 1:
             return self.blocks(x).flatten()
         if isinstance(self.blocks, FusedSequential):

@@ -29,7 +29,7 @@ from fastdcgan.dcgan import checkpoint, interpolation, sampling
 from fastdcgan.dcgan.checkpoint import CheckpointError
 from fastdcgan.dcgan.config import TrainConfig
 from fastdcgan.dcgan.console import say
-from fastdcgan.dcgan.data import held_out, load_images
+from fastdcgan.dcgan.data import Labelled, held_out, load_images, load_labelled
 from fastdcgan.dcgan.decoding import open_image
 from fastdcgan.dcgan.features import FeatureExtractor, extract
 from fastdcgan.dcgan.files import write
@@ -233,26 +233,37 @@ def _walks(run: Trained) -> str:
 
 
 def _neighbours(run: Trained, data: str | None) -> str:
-    """Samples, and beside each the training images whose features are nearest; or why there are none."""
-    if run.classes:
-        return '<p class="faint">Not shown: features are of networks without classes.</p>'
+    """Samples, and beside each the training images, of its class where there are classes, whose features are nearest;
+    or why there are none."""
     try:
-        pixels = load_images(run.images(data), run.config.image_size, run.config.channels).array
+        place, c = run.images(data), run.config
+        found = (load_labelled if run.classes else load_images)(place, c.image_size, c.channels)
+        if isinstance(found, Labelled) and found.classes != [*run.classes]:
+            raise ValueError(f"{place} has other classes than the run")
     except (CheckpointError, ValueError, OSError, ModuleNotFoundError) as error:
         if data is not None:
             raise
         return f'<p class="faint">Not shown, for want of the images: {escape(str(error))}</p>'
-    seen = np.flatnonzero(~held_out(len(pixels), run.config.holdout))
-    seen = seen[np.linspace(0, len(seen) - 1, min(len(seen), _MOST_REAL)).round().astype(int)]
-    samples = to_pixels(sampling.sample(run.generator, _SAMPLES))
-    device = next(run.discriminator.parameters()).device
-    extractor = FeatureExtractor(run.discriminator)
-    real, made = (torch.from_numpy(extract(extractor, images, device)) for images in (pixels[seen], samples))
-    nearest = torch.cdist(made, real).topk(min(_NEIGHBOURS, len(seen)), largest=False).indices.numpy()
-    sheet = Sheet(nearest.size + len(nearest), 1 + nearest.shape[1])
-    for sample, row in zip(samples, nearest, strict=True):
-        sheet.add(np.stack([sample, *pixels[seen[row]]]))
-    title = f"Left: samples. Beside each: of {len(seen)} training images those that are nearest among D's features."
+    images, labels = (found.images, found.labels) if isinstance(found, Labelled) else (found, np.zeros(len(found)))
+    pixels, samples = images.array, to_pixels(sampling.sample(run.generator, _SAMPLES))
+    classes = np.arange(_SAMPLES) % max(len(run.classes), 1)  # as `sample` takes them in turn
+    device, shown = next(run.discriminator.parameters()).device, np.unique(classes)
+    sheet, total = Sheet(_SAMPLES * (1 + _NEIGHBOURS), 1 + _NEIGHBOURS), 0
+    rows = np.full((_SAMPLES, 1 + _NEIGHBOURS, *pixels.shape[1:]), 255, np.uint8)  # white, where there are too few
+    for label in shown:
+        run.discriminator.label = int(label) if run.classes else None
+        seen = np.flatnonzero(~held_out(len(pixels), c.holdout) & (labels == label))
+        seen = seen[np.linspace(0, len(seen) - 1, min(len(seen), _MOST_REAL // len(shown))).round().astype(int)]
+        extractor, of_class = FeatureExtractor(run.discriminator), np.flatnonzero(classes == label)
+        both = np.concatenate([samples[of_class], pixels[seen]])
+        made, real = torch.from_numpy(extract(extractor, both, device)).split([len(of_class), len(seen)])
+        nearest = torch.cdist(made, real).topk(min(_NEIGHBOURS, len(seen)), largest=False).indices.numpy()
+        rows[of_class, 0], rows[of_class, 1 : 1 + nearest.shape[1]] = samples[of_class], pixels[seen[nearest]]
+        total += len(seen)
+    run.discriminator.label = None
+    sheet.add(rows.reshape(-1, *pixels.shape[1:]))
+    alike = ", and of its class" if run.classes else ""
+    title = f"Left: samples. Beside each: of {total} training images those that are nearest among D's features{alike}."
     return _figure(sheet.image(), title)
 
 

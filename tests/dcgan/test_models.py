@@ -101,7 +101,7 @@ def test_networks_of_classes(projection: str) -> None:
         shared = copy.deepcopy(net)
         assert shared.label == 2
         torch.testing.assert_close(fastdcgan.fold_batchnorm(shared)(x), net(x), rtol=1e-4, atol=1e-5)
-    assert nets[1]._with_class(images, torch.tensor([0, 1, 2])).is_contiguous(memory_format=torch.channels_last)
+    assert nets[1].with_class(images, torch.tensor([0, 1, 2])).is_contiguous(memory_format=torch.channels_last)
     assert nets[0](torch.randn(3, 6)).shape == images.shape
 
 

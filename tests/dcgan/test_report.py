@@ -14,9 +14,13 @@ import pytest
 
 from fastdcgan.cli import main
 from fastdcgan.dcgan import CheckpointError, Images, Labelled, TrainConfig, Trainer, checkpoint
+from fastdcgan.dcgan.images import Sheet
 from fastdcgan.dcgan.metrics import HEADER
 from fastdcgan.dcgan.report import write_report
+from tests.dcgan.conftest import TINY, save
 from tests.machine import CHROMIUM, needs_browser
+
+add = Sheet.add
 
 
 class Page(HTMLParser):
@@ -121,8 +125,33 @@ def test_a_run_of_classes_with_a_name_of_markup(config: TrainConfig, images: Ima
     Trainer(config, Labelled(images, np.arange(45) % 2, ["<u>", "dog"])).run()
     page = Page(write_report(tmp_path / "<i>"))
     assert "<i>: script><b>" in page.text and "from one input of the class <u> to the next" in page.text
-    assert "features are of networks without classes" in page.text
+    assert "Not shown, for want of the images" in page.text
     assert not page.all("i") and not page.all("u")
+
+
+def test_nearest_images_are_of_the_class_of_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three classes: dark ones, of which there are fewer than are shown, grey ones and bright ones."""
+    counts = {"a": 3, "b": 10, "c": 10}
+    for (name, count), level in zip(counts.items(), (20, 120, 220), strict=True):
+        for i in range(count):
+            save(tmp_path / "photos" / name / f"{i}.png", level + i)
+    options = {**TINY, "conditional": True, "batch_size": 8, "max_steps": 1}
+    Trainer(TrainConfig(data=str(tmp_path / "photos"), out=str(tmp_path / "run"), **options)).run()
+    assert main(["report", str(tmp_path / "run"), "--device", "cpu", "--speed", "1"]) == 0
+    assert "ms in plain PyTorch" in (tmp_path / "run" / "report.html").read_text()
+    sheets = []
+    monkeypatch.setattr(Sheet, "add", lambda sheet, pixels: (sheets.append(pixels), add(sheet, pixels)))
+    page = Page(write_report(tmp_path / "run"))
+    assert "of 23 training images those that are nearest among D's features, and of its class" in page.text
+    levels = sheets[-1].reshape(8, 7, -1)[:, 1:, 0]  # without the samples
+    for row, label in zip(levels, (0, 1, 2, 0, 1, 2, 0, 1), strict=True):
+        low = (20, 120, 220)[label]
+        there = row[row < 255]
+        assert len(there) == (3 if label == 0 else 6) and len({*there.tolist()}) == len(there)
+        assert (there >= low).all() and (there < low + 10).all()
+    save(tmp_path / "photos" / "d" / "0.png", 1)
+    with pytest.raises(ValueError, match="has other classes than the run"):
+        write_report(tmp_path / "run", data=str(tmp_path / "photos"))
 
 
 @pytest.mark.parametrize(
