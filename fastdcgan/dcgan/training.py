@@ -421,6 +421,9 @@ class Trainer:
             if turn == turn_of_mine:
                 result = load(c.data, c.image_size, c.channels, cache_folder=c.cache or None, workers=c.workers)
             self.processes.wait()
+        mean = self.processes.mean(torch.tensor(float(len(result)), dtype=torch.float64))
+        if self.processes.any(float(mean) != len(result)):
+            raise ValueError(f"{c.data} has {len(result)} images here: expected as many for all processes")
         return result
 
     def _z(self, count: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastdcgan.cli import main
 from fastdcgan.dcgan import checkpoint
 from fastdcgan.dcgan.metrics import read_metrics
-from tests.dcgan.conftest import TINY_OPTIONS
+from tests.dcgan.conftest import TINY_OPTIONS, save
 from tests.machine import ROOT
 
 STEPS = 6
@@ -115,6 +116,25 @@ def test_what_does_not_go_together_is_said_once(options: list[str], message: str
 def test_settings_that_work_with_two_processes(tmp_path: Path) -> None:
     torchrun(tmp_path, *OPTIONS, "--gradient-penalty", "1", "--accumulate", "2", "--precision", "bf16", "--ema", "0.9")
     assert checkpoint.find(tmp_path) == checkpoint.path_at(tmp_path, STEPS)
+
+
+def test_all_need_the_same_images(tmp_path: Path) -> None:
+    """Each process with a folder of its own, as on machines whose disks differ."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank, count in enumerate((17, 18)):
+        for i in range(count):
+            save(tmp_path / str(rank) / "images" / f"{i}.png", i)
+        names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **{name: str(value) for name, value in names.items()}, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "fastdcgan", "train", "images", *OPTIONS[1:], "--cache", "cache"]
+        pipes = {"stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(command, cwd=tmp_path / str(rank), env=environment, **pipes))
+    for process, count in zip(running, (17, 18), strict=True):
+        assert f"images has {count} images here: expected as many for all" in process.communicate(timeout=300)[1]
+        assert process.returncode == 2
 
 
 # --- two machines -----------------------------------------------------------------------------------------------------
