@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import tarfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,8 @@ def test_commands_take_their_options(line: str) -> None:
 
 # What makes a command of the README quick, behind its own options.
 QUICK = {
-    "train FOLDER": "--nz 8 --ngf 4 --ndf 4 --batch-size 8 --max-steps 2 --samples 4 --cache cache --device cpu",
+    "train FOLDER": (options := "--nz 8 --ngf 4 --ndf 4 --batch-size 8 --max-steps 2 --samples 4 --device cpu"),
+    "train shards-{000..099}.tar": options,
     "train --resume": "--max-steps 3",
     "sample": "--device cpu",
     "bench": "--suite generate --rounds 1 --peers eager",
@@ -71,11 +73,16 @@ QUICK = {
 
 
 def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after the other, as they are written, `FOLDER` being a folder of images."""
+    """One after the other, as they are written, with a folder of images and shards of one image each."""
+    pytest.importorskip("webdataset")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     Path("FOLDER").mkdir()
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (9, 70, 80, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(f"FOLDER/{i}.png")
+    for i in range(100):
+        with tarfile.open(f"shards-{i:03}.tar", "w") as tar:
+            tar.add(f"FOLDER/{i % 9}.png")
     shown = [line for block in blocks(ROOT / "README.md", "") for line in block.splitlines()]
     lines = [line for line in shown if line.startswith("fastdcgan ")]
     assert len(lines) >= len(QUICK)
