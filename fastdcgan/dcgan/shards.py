@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tarfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -32,10 +33,10 @@ def find_shards(pattern: str) -> list[Path]:
 
     found: list[str] = []
     for name in braceexpand(pattern):
-        if has_magic(name):
-            found += sorted(glob(name))
-        elif Path(name).is_file():
+        if Path(name).is_file():
             found.append(name)
+        elif has_magic(name):
+            found += filter(os.path.isfile, sorted(glob(name)))
         else:
             raise ValueError(f"there is no shard {name}: expected a file for each name in {pattern}")
     if not found:
@@ -44,21 +45,25 @@ def find_shards(pattern: str) -> list[Path]:
 
 
 def list_members(shard: Path) -> list[str]:
-    """The names of a tar file's images, as they lie in it; of one that is cut short those before the cut. Hidden ones
-    are none (`folders.is_hidden`), nor is what WebDataset takes for metadata.
+    """The names of a tar file's images, as they lie in it; of one that is damaged or cut short those before that place,
+    and one more that says so. Hidden ones are none (`folders.is_hidden`), nor is what WebDataset takes for metadata.
 
-    Raises ValueError for what is no tar file.
+    Raises ValueError for what is no tar file, or is damaged before its first image.
     """
     names: list[str] = []
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
                 if member.isreg() and _is_image(member.name):
                     names.append(member.name.removeprefix("./"))
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # an archive ends with zeros
+                raise tarfile.ReadError("there is no header of a member where one is expected")
     except tarfile.ReadError as error:
         if not names:
-            raise ValueError(f"{shard} is no tar file: {error}") from error
+            raise ValueError(f"{shard} is no tar file, or is damaged before its first image: {error}") from error
+        names.append(f"{names[-1]} and what lies behind it")
     return names
 
 
@@ -95,7 +100,7 @@ def decode_shards(
         missing[number] = False
         yield number, result
     for number in np.flatnonzero(missing).tolist():
-        yield number, "its shard is damaged or cut short there"
+        yield number, "the shard is damaged or cut short there"
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ class ShardSource(Source):
     def name_of(self, index: int) -> str:
         for path, names in zip(self.shards, self.members, strict=True):
             if index < len(names):
-                return f"{path.name}: {names[index]}"
+                return f"{path}: {names[index]}"
             index -= len(names)
         raise IndexError(index)
 

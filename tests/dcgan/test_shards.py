@@ -101,19 +101,26 @@ def test_which_members_are_images(tmp_path: Path) -> None:
 def test_what_is_corrupt_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards = tmp_path / "shards"
     write_shard(shards / "0.tar", {"a.png": png(10), "b.png": b"no image", "c.png": png(30), "d.png": png(40)[:50]})
-    cut = write_shard(shards / "1.tar", {"e.png": png(50), "f.png": png(60) + bytes(2000)})
-    os.truncate(cut, 1100 + len(png(50)) // 512 * 512 + 512)
-    write_shard(shards / "2.tar", {"g.png": png(70)})
+    # Each member has a block of 512 bytes for its header and one for its content.
+    cut = write_shard(shards / "1.tar", {"e.png": png(50), "f.png": png(60)})
+    os.truncate(cut, 3 * 512 + 20)
+    damaged = write_shard(shards / "2.tar", {"g.png": png(70), "h.png": png(80), "i.png": png(90)})
+    with damaged.open("r+b") as file:
+        file.seek(2 * 512)
+        file.write(b"x" * 512)
+    write_shard(shards / "3.tar", {"j.png": png(100)})
     for _ in range(2):  # the second time from the cache
-        assert levels(str(shards / "{0,1,2}.tar"), tmp_path / "cache") == [10, 30, 50, 70]
+        assert levels(str(shards / "{0,1,2,3}.tar"), tmp_path / "cache") == [10, 30, 50, 70, 100]
         said = capsys.readouterr().out
-        assert "3 of 7 files could not be read" in said
-        for reason in (
-            "0.tar: b.png (ValueError: it is no image",
-            "0.tar: d.png (",
-            "1.tar: f.png (its shard is damaged",
+        assert "5 of 10 files could not be read" in said
+        for name, reason in (
+            ("0.tar: b.png", "ValueError: it is no image"),
+            ("0.tar: d.png", ""),
+            ("1.tar: f.png", "the shard is damaged or cut short there"),
+            ("1.tar: f.png and what lies behind it", "the shard is damaged or cut short there"),
+            ("2.tar: g.png and what lies behind it", "the shard is damaged or cut short there"),
         ):
-            assert reason in said
+            assert f"{shards}/{name} ({reason}" in said
 
 
 def test_folders_in_shards_are_classes(tmp_path: Path) -> None:
@@ -132,7 +139,7 @@ def test_folders_in_shards_are_classes(tmp_path: Path) -> None:
         ("{}.tar", "there is no shard HERE/{}.tar"),
         ("s-{0..4.tar", "Unbalanced braces: 'HERE/s-{0..4.tar'"),
         ("texts.tar", "HERE/texts.tar has no images: no member has a suffix of JPEG, PNG"),
-        ("bytes.tar", "HERE/bytes.tar is no tar file: "),
+        ("bytes.tar", "HERE/bytes.tar is no tar file, or is damaged before its first image: "),
     ],
 )
 def test_what_can_not_be_trained_on(
