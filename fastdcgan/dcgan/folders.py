@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -17,12 +19,32 @@ from fastdcgan.dcgan.files import MARKER, SUFFIXES, WHOLE, read_marker
 _NAMED_IN_FULL = 10
 
 
+class Names(Sequence[str]):
+    """Very many strings, of which none is an object: so they take little memory, and forked processes share it.
+    Of objects each would soon have a copy, because their references are counted in them."""
+
+    def __init__(self) -> None:
+        self._text, self._ends = bytearray(), array("Q")
+
+    def append(self, name: str) -> None:
+        self._text += os.fsencode(name)
+        self._ends.append(len(self._text))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One of them, counted from 0."""
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(bytes(self._text[start : self._ends[index]]))
+
+
 @dataclass(frozen=True)
 class Listing:
     """The images below a folder: their paths within it, in the order of the paths' parts; a digest, which is another
     one when a path, a size or a time has changed; and what a person should know of the rest, a line each."""
 
-    files: list[str]
+    files: Names
     digest: str
     notes: list[str]
 
@@ -37,12 +59,12 @@ def list_images(folder: Path) -> Listing:
 
 
 class _Walk:
-    """Depth first, with a stack of our own: folders may lie deeper than Python's goes. Names are strings and not
-    `Path`s, and nothing else is kept of a file, because there may be millions."""
+    """Depth first, with a stack of our own: folders may lie deeper than Python's goes. Nothing
+    but its name is kept of a file, because there may be millions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files: list[str] = []
+        self.files = Names()
         self.digest = hashlib.sha256()
         self.left_out: Counter[str] = Counter()
         self.unread: list[str] = []

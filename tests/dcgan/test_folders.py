@@ -26,7 +26,7 @@ def put(folder: Path, *names: str) -> Path:
 
 def test_in_the_order_of_the_parts(tmp_path: Path) -> None:
     put(tmp_path, "b.png", "a/2.png", "a-b/1.png", "a/1.JPG", "a.png", "a/b/0.png")
-    assert list_images(tmp_path).files == ["a/1.JPG", "a/2.png", "a/b/0.png", "a-b/1.png", "a.png", "b.png"]
+    assert [*list_images(tmp_path).files] == ["a/1.JPG", "a/2.png", "a/b/0.png", "a-b/1.png", "a.png", "b.png"]
 
 
 def test_what_is_hidden_is_neither_data_nor_a_class(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_what_is_hidden_is_neither_data_nor_a_class(tmp_path: Path) -> None:
     folder = put(tmp_path / ".photos", "a/1.png", "b/1.png", *hidden)
     (folder / ".DS_Store").touch()
     source = FolderSource(folder)
-    assert source.files == ["a/1.png", "b/1.png"]
+    assert [*source.files] == ["a/1.png", "b/1.png"]
     assert source.classes()[0] == ["a", "b"]
     assert source.notes == [f"Left out of {folder}: 5 hidden"]
 
@@ -46,7 +46,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     (photos / "c").symlink_to("a", target_is_directory=True)
     (photos / "a" / "1.png").symlink_to(tmp_path / "single.png")
     files = ["a/0.png", "a/1.png", "b/1.png", "b/deep/2.png", "c/0.png", "c/1.png"]
-    assert list_images(photos).files == files
+    assert [*list_images(photos).files] == files
     assert not list_images(photos).notes
 
 
@@ -55,7 +55,7 @@ def test_links_in_a_circle_are_broken(target: str, tmp_path: Path) -> None:
     photos = put(tmp_path / "photos", "a/b/0.png")
     (photos / "a" / "b" / "back").symlink_to(target if target == "/" else (photos / target).resolve())
     found = list_images(photos)
-    assert found.files == ["a/b/0.png"]
+    assert [*found.files] == ["a/b/0.png"]
     assert found.notes == [f"Left out of {photos}: 1 links in a circle"]
 
 
@@ -67,7 +67,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "class").symlink_to("unplugged", target_is_directory=True)
     (tmp_path / "4.avif").touch()
     found = list_images(tmp_path)
-    assert found.files == ["0.png"]
+    assert [*found.files] == ["0.png"]
     assert found.notes == [
         f"Left out of {tmp_path}: 1 no files, 1 of formats that are not read",
         "3 files and folders can't be reached and are left out:",
@@ -88,7 +88,7 @@ def test_folders_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "listdir", listdir)
     found = list_images(tmp_path)
-    assert found.files == ["a/0.png"]
+    assert [*found.files] == ["a/0.png"]
     assert found.notes == ["1 files and folders can't be reached and are left out:", "  b/ (Permission denied)"]
 
 
@@ -117,7 +117,13 @@ def test_a_file_costs_its_path_and_little_more(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(found.files) == 3000
-    assert peak / 3000 < 24 + 49 + 3 * 8 + 10  # the name, as a Python string, in three lists
+    assert peak / 3000 < 24 + 49 + 2 * 8 + 2 * (24 + 8) + 10  # the folder's listing, and a quarter more than the result
+    tracemalloc.start()
+    found = list_images(tmp_path)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [*found.files] == [f"{i:020}.png" for i in range(3000)]
+    assert kept / 3000 < 1.3 * (24 + 8)  # the name's bytes and a number
 
 
 # --- what fastdcgan wrote ---------------------------------------------------------------------------------------------
@@ -128,9 +134,9 @@ def test_own_folders_are_no_data(tmp_path: Path) -> None:
     own_folder(tmp_path / "runs" / "x")
     put(tmp_path, "runs/x/samples/1.png", "runs/x/samples/2.png", "runs/other.png")
     found = list_images(tmp_path)
-    assert found.files == ["a/0.png", "runs/other.png"]
+    assert [*found.files] == ["a/0.png", "runs/other.png"]
     assert found.notes == [f"Left out of {tmp_path}: 2 written by fastdcgan"]
-    assert list_images(tmp_path / "runs" / "x").files == ["samples/1.png", "samples/2.png"]  # asked for by name
+    assert [*list_images(tmp_path / "runs" / "x").files] == ["samples/1.png", "samples/2.png"]  # asked for by name
 
 
 def test_a_folder_of_somebody_s_stays_data(tmp_path: Path) -> None:
@@ -138,8 +144,8 @@ def test_a_folder_of_somebody_s_stays_data(tmp_path: Path) -> None:
     put(tmp_path, "photos/a/0.png")
     own_folder(tmp_path / "photos", "samples", "losses.png")
     put(tmp_path, "photos/samples/1.png", "photos/losses.png", "photos/b.png")
-    assert list_images(tmp_path).files == ["photos/a/0.png", "photos/b.png"]
-    assert list_images(tmp_path / "photos").files == ["a/0.png", "b.png"]
+    assert [*list_images(tmp_path).files] == ["photos/a/0.png", "photos/b.png"]
+    assert [*list_images(tmp_path / "photos").files] == ["a/0.png", "b.png"]
 
 
 def test_marking_twice_is_marking_once(tmp_path: Path) -> None:
@@ -154,7 +160,7 @@ def test_a_marker_that_can_not_be_read_marks_nothing(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a" / MARKER)
     (tmp_path / "b" / MARKER).mkdir()
     mark_written(tmp_path / "a" / "0.png")
-    assert list_images(tmp_path).files == ["a/0.png", "b/0.png"]
+    assert [*list_images(tmp_path).files] == ["a/0.png", "b/0.png"]
 
 
 def test_training_and_sampling_inside_the_data(
@@ -176,6 +182,6 @@ def test_training_and_sampling_inside_the_data(
         train,
     ):
         assert main(command) == 0
-        assert list_images(Path(".")).files == names
+        assert [*list_images(Path(".")).files] == names
     assert "8 images of 28x28x1" in capsys.readouterr().out
     assert main(["train", "--resume", "runs/photos-28", "--max-steps", "3"]) == 0
