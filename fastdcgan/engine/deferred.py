@@ -32,6 +32,7 @@ from fastdcgan.engine.pending import (
     compute,
     compute_before_compiled_code,
     computed,
+    cost_of,
     hooks_up_to,
     key_of,
     local,
@@ -372,10 +373,11 @@ def deferring(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or followed(args[0] if args else None) or _others_watch():
+        if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
         before, here = getattr(local, "inside", None), place()
-        if before == here:  # what calls it waits itself
+        # What calls it may wait itself.
+        if before == here or followed(args[0] if args else None) or _others_watch():
             return forward(self, *args, **kwargs)
         glance = None
         if not kwargs and all(type(a) is Tensor for a in args):
@@ -389,11 +391,13 @@ def deferring(forward: Callable) -> Callable:
             if glance in plain and chain.recorder is None:
                 return forward(self, *args, **kwargs)
             compute_before_compiled_code()
+            recorded = len(chain.recorder or ())
             with Deferring() as mode:
                 out = forward(self, *args, **kwargs)
+            too_little = glance is not None and chain.fuses_too_little(mode.gain, mode.cost, recorded)
         finally:
             local.inside = before
-        if mode.all_plain and glance is not None:
+        if too_little:
             if len(plain) >= _MOST_CALLS:
                 plain.clear()
             plain.add(glance)
@@ -410,7 +414,8 @@ def _others_watch() -> bool:
 
 
 class PlainCalls(set):
-    """What is kept on a module: calls all of whose chains PyTorch's functions run fastest. A copy starts anew."""
+    """What is kept on a module: calls that PyTorch's functions run fastest, by what was measured of their chains and of
+    waiting. A copy starts anew."""
 
     def __deepcopy__(self, memo: dict) -> PlainCalls:
         return PlainCalls()
@@ -433,7 +438,9 @@ class Deferring(Waiting):
         if handler is not None and place() == self.place:
             found = handler(self, *args, **kwargs)
             if found is not None:
+                self.waited += 1
                 return found
+        self.passed += 1
         if self.waiting or self.owed:
             given = compute((args, kwargs))
             self.compute_owed(given)
@@ -443,6 +450,11 @@ class Deferring(Waiting):
             if self.traced:
                 args, kwargs = computed((args, kwargs))
         return func(*args, **kwargs)
+
+    def cost(self) -> float:
+        """Milliseconds of all that it did so far, beside what the chains took."""
+        waiting, passing = cost_of(type(self))  # type: ignore[arg-type]  # a class has a hash
+        return self.waited * waiting + self.passed * passing
 
     def __exit__(self, kind: Any, *others: Any) -> None:
         super().__exit__(kind, *others)
@@ -461,21 +473,8 @@ def _writes(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> bool
     return bool(kwargs.get("inplace", args[writes] if len(args) > writes else False))
 
 
-_OPERATORS = (
-    "add",
-    "sub",
-    "mul",
-    "matmul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-)
+_OPERATORS = ["add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift"]
+_OPERATORS += ["rshift"]
 _WRITING = {f"__i{name}__" for name in _OPERATORS}
 _WRITING |= {"__setitem__", "__set__", "__delete__", "batch_norm", "instance_norm"}
 _WRITING |= {"numpy", "data_ptr", "untyped_storage", "__array__", "__dlpack__"}
