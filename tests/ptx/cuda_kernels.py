@@ -5,65 +5,39 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ninja
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdcgan.backends.cuda import CUDABackend
-from tests.csrc.cuda.compiling import NVCC
-from tests.cuda_on_cpu.host_programs import ROOT
+from tests.csrc.cuda.compiling import EXTENSION, extension
+from tests.cuda_on_cpu.host_programs import ROOT, compiled
+from tests.machine import setup_script
 from tests.ptx.interpreter import BUILD, HERE, Machine
 
 ROOMS = ("elementwise", "gemm", "gemm_sm90", "image")  # of csrc/cuda
 BINDINGS = ("elementwise", "contraction", "image_side")  # what registers their operators
 NAMESPACE = "fastdcgan_cuda_ptx"  # in the place of the shim's
-NVCC_FLAGS = [
-    *("-std=c++17", "-O2", "-w", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", "-no-compress"),
-    "-gencode=arch=compute_80,code=compute_80",
-    *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"),
-]
 RENAMED = ["-DFASTDCGAN_CUDA_ON_CPU", f"-Dfastdcgan_cuda_on_cpu={NAMESPACE}"]
 
 
-RULES = """
-rule nvcc
-  command = $nvcc $flags -MD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-rule link
-  command = g++ -shared -Wl,-Bsymbolic $in $libraries -o $out
-"""
-
-
 def _built() -> Path:
-    """The operators as a library, by ninja, which compiles what has changed."""
-    assert NVCC is not None
-    folder, torch_folder = BUILD / "cuda", Path(torch.__file__).parent
-    flags = [*NVCC_FLAGS, f"-I{ROOT / 'csrc'}", f"-isystem {torch_folder / 'include'}"]
-    sources = [source for room in ROOMS for source in sorted((ROOT / "csrc/cuda" / room).rglob("*.cu"))]
-    sources += [*(ROOT / f"csrc/cuda/ops/{name}_bindings.cpp" for name in BINDINGS), HERE / "runtime.cpp"]
-    lines = [f"nvcc = {NVCC}", f"libraries = -L{torch_folder / 'lib'} -ltorch_cpu -lc10", RULES]
-    for source in sources:
-        more = [] if source.suffix == ".cu" else RENAMED
-        lines += [f"build {source.stem}.o: nvcc {source}", f"  flags = {' '.join([*flags, *more])}"]
-    lines.append(f"build operators.so: link {' '.join(f'{source.stem}.o' for source in sources)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "-j", os.environ.get("MAX_JOBS", "2")]
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr
-    return folder / "operators.so"
+    """The operators as a library: the kernels and their launchers are the objects of the extension."""
+    extension()
+    torch_folder, cuda_folder = Path(torch.__file__).parent, setup_script().cuda_home(os.environ)
+    flags = ["-std=c++17", "-O2", "-w", "-fPIC", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", *RENAMED]
+    flags += [f"-I{ROOT / 'csrc'}", f"-isystem{torch_folder / 'include'}", f"-isystem{cuda_folder}/include"]
+    sources = [*(ROOT / f"csrc/cuda/ops/{name}_bindings.cpp" for name in BINDINGS), HERE / "runtime.cpp"]
+    objects = [compiled(BUILD / "cuda" / f"{source.stem}.o", ["-c", str(source)], flags) for source in sources]
+    objects += [found for room in ROOMS for found in sorted((EXTENSION / "temp/csrc/cuda" / room).rglob("*.o"))]
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    return compiled(BUILD / "cuda/operators.so", [*map(str, objects)], ["-shared", "-Wl,-Bsymbolic"], libraries)
 
 
 LAUNCHED = ctypes.CFUNCTYPE(

@@ -80,13 +80,15 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsi
 }
 const char* cudaGetErrorString(cudaError_t) { return "refused"; }
 
-// What nvcc generates registers each source's PTX, which lies uncompressed behind a header with its length.
+// What nvcc generates registers each source's code for several GPUs, with a header that has its length. The PTX of 8.0
+// lies in it uncompressed.
 void** __cudaRegisterFatBinary(void* wrapper) {
   const char* data = reinterpret_cast<const char*>(static_cast<void**>(wrapper)[1]);
   uint64_t bytes;
   std::memcpy(&bytes, data + 8, sizeof bytes);
-  const size_t at = std::string_view(data, bytes + 16).find("\n.version");
-  return new void*(at == std::string_view::npos ? nullptr : const_cast<char*>(data + at + 1));
+  const std::string_view all(data, bytes + 16);
+  const size_t target = all.find("\n.target sm_80");
+  return new void*(target == all.npos ? nullptr : const_cast<char*>(data + all.rfind("\n.version", target) + 1));
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}

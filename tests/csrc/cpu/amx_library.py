@@ -1,5 +1,5 @@
-"""The contractions of csrc/cpu on AMX tiles and by AVX512_BF16, for a processor that has neither: the extension's own
-sources, with the emulations of the instructions in their place."""
+"""The contractions of csrc/cpu on AMX tiles and by AVX512_BF16, for a processor that has neither: those sources of the
+extension that use the instructions, with emulations in their place, and the extension itself for all that they call."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
-from tests.machine import contraction_sources
+from fastdcgan import build_info
+from fastdcgan.backends.cpu import CPUBackend, extension_name
+from tests.cuda_on_cpu.host_programs import ROOT, compiled, compiler
 
 HERE = Path(__file__).resolve().parent
-from tests.cuda_on_cpu.host_programs import ROOT, compiled, compiler  # noqa: E402
-
+SOURCES = [f"{name}_contractions" for name in ("amx/amx", "bf16/dot")]
+SOURCES += [f"contraction/{name}" for name in ("algorithms", "contraction_ops")]
 EMULATIONS = [HERE / "amx_emulated.cpp", HERE / "avx512_bf16_emulated.cpp"]
 BUILD = ROOT / "build" / "amx_emulated"
 # As setup.py has it for processors with AVX-512; symbols that are this library's own.
@@ -46,11 +48,12 @@ def torch_libraries() -> list[str]:
 @functools.cache
 def library() -> ctypes.CDLL:
     """Compile what has changed, register the operators as torch.ops.fastdcgan_cpu_amx."""
-    operators = [ROOT / "csrc/cpu" / name for name in ("contraction/contraction_ops.cpp", "memory/memory.cpp")]
-    sources = [*operators, *contraction_sources(), *EMULATIONS]
+    CPUBackend().require()  # before this one, which has functions of the same names
+    sources = [*(ROOT / "csrc/cpu" / f"{name}.cpp" for name in SOURCES), *EMULATIONS]
     flags = [*FLAGS, *torch_includes()]
     objects = [str(compiled(BUILD / f"{path.stem}.o", ["-c", str(path)], flags)) for path in sources]
-    linked = compiled(BUILD / "operators.so", objects, ["-shared", "-fopenmp"], torch_libraries())
+    extension = str(build_info.library(extension_name()))
+    linked = compiled(BUILD / "operators.so", objects, ["-shared", "-fopenmp"], [extension, *torch_libraries()])
     torch.ops.load_library(str(linked))
     found = ctypes.CDLL(str(linked))
     found.amx_emulated_products.restype = ctypes.c_int64

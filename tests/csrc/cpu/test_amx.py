@@ -201,12 +201,13 @@ def inner_loops() -> list[list[str]]:
     lines = re.findall(r"^ *([0-9a-f]+):\t(.+?) *$", disassembly(), re.MULTILINE)
     place = {address: i for i, (address, _) in enumerate(lines)}
     found: list[list[str]] = []
+    before = -1  # the last jump
     for i, (_, instruction) in enumerate(lines):
-        jump = re.match(r"j\w+ +([0-9a-f]+)", instruction)
-        if jump and place.get(jump[1], i + 1) <= i:
-            body = [text for _, text in lines[place[jump[1]] : i + 1]]
-            if not any(re.match(r"j", text) for text in body[:-1]):
-                found.append(body)
+        if instruction.startswith("j"):
+            target = re.match(r"j\w+ +([0-9a-f]+)", instruction)
+            if target and before < place.get(target[1], i + 1) <= i:
+                found.append([text for _, text in lines[place[target[1]] : i + 1]])
+            before = i
     return found
 
 
