@@ -421,7 +421,9 @@ class Parser {
       made.guard = static_cast<int>(*guard);
     }
     const std::string name = word();
-    ++program_->names[name];
+    const auto named = program_->names.try_emplace(name).first;
+    ++named->second;
+    made.name = &named->first;
     Written written;
     std::istringstream parts(name);
     std::getline(parts, written.base, '.');
