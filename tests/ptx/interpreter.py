@@ -89,7 +89,8 @@ class Machine:
         storage = x.untyped_storage()
         begin = storage.data_ptr()
         if storage.nbytes() and begin not in self._kept:
-            self.add_memory(begin, storage.nbytes(), f"{name} ({'x'.join(map(str, x.shape))})", written)
+            known = written or self.counted is not None  # where some blocks run, others read what wasn't written
+            self.add_memory(begin, storage.nbytes(), f"{name} ({'x'.join(map(str, x.shape))})", known)
             self._kept[begin] = x
         return x.data_ptr()
 
