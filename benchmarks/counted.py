@@ -30,7 +30,7 @@ import contextlib
 import importlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -92,7 +92,7 @@ GPUS = {
     "a100": GPU(108, 1.41e9, 2.039e12, 5120 * 1.41e9, 40 * 10**6, 312e12, 64),
     "h100": GPU(132, 1.98e9, 3.35e12, 7.0e12, 50 * 10**6, 989.4e12, 128),
 }
-A100 = cuda_tiles.Device(108, 163 * 1024, 164 * 1024)  # CUDA C++ Programming Guide, Compute Capabilities
+SM80 = cuda_tiles.Device(108, 163 * 1024, 164 * 1024)  # CUDA C++ Programming Guide, Compute Capabilities
 
 
 class Case(NamedTuple):
@@ -199,23 +199,28 @@ def of_passes(batch: int) -> Iterator[Case]:
 
 
 @contextlib.contextmanager
-def backend_on(name: str, machine: Any) -> Iterator[Any]:
-    """The backend of this name, whose launches the machine runs as an A100's."""
+def backend_on(name: str, machine: Any, gpu: GPU) -> Iterator[Any]:
+    """The backend of this name, whose launches the machine runs: sm_80's kernels, on as many multiprocessors."""
     if name == "triton":
-        with importlib.import_module("tests.ptx.triton_kernels").triton_on(machine, 80):
+        tiles = importlib.import_module("fastdcgan.kernels.tiles")
+        device = replace(tiles.KNOWN[80], processors=gpu.processors)
+        with (
+            importlib.import_module("tests.ptx.triton_kernels").triton_on(machine, 80),
+            mock.patch.object(tiles, "device_of", return_value=device),
+        ):
             yield TritonBackend()
     else:
-        with (
-            mock.patch.object(cuda_tiles, "device_of", return_value=A100),
-            importlib.import_module("tests.ptx.cuda_kernels").cuda_on(machine) as backend,
-        ):
+        cuda_kernels = importlib.import_module("tests.ptx.cuda_kernels")
+        cuda_kernels.library().ptx_processors(gpu.processors)
+        device = replace(SM80, processors=gpu.processors)
+        with mock.patch.object(cuda_tiles, "device_of", return_value=device), cuda_kernels.cuda_on(machine) as backend:
             yield backend
 
 
-def launches(backend: str, case: Case, sample: int = SAMPLE) -> list[Any]:
+def launches(backend: str, case: Case, gpu: GPU, sample: int = SAMPLE) -> list[Any]:
     """What is counted of each launch of a case (`Counts` of tests/ptx/interpreter.py)."""
     machine = importlib.import_module("tests.ptx.interpreter").Machine(counted=sample)
-    with backend_on(backend, machine) as on:
+    with backend_on(backend, machine, gpu) as on:
         case.run(on)
     return machine.counts
 
@@ -282,7 +287,7 @@ def main() -> None:
     for case in (*of_passes(args.batch), *of_blocks(args.batch)):
         if args.only not in case.what:
             continue
-        for launch in launches(args.backend, case, args.sample):
+        for launch in launches(args.backend, case, GPUS[args.gpu], args.sample):
             print(row(case, launch, GPUS[args.gpu]), flush=True)
             if args.lines:
                 worst = sorted(launch.waste, key=lambda line: -max(line[2:]))
