@@ -43,7 +43,7 @@ from fastdcgan.benchmarks.shapes import LEAKY_SLOPE, Block, NetShape
 from fastdcgan.benchmarks.traffic import IMAGE_CHANNELS, contractions
 from fastdcgan.spec import Call, Epilogue, Operand
 
-SAMPLE = 400_000  # instructions of warps in a launch's blocks, after which no other block begins
+SAMPLE = 200_000  # instructions of warps in a launch's blocks, after which no other block begins
 
 
 @dataclass(frozen=True)

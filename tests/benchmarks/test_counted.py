@@ -81,6 +81,24 @@ def test_a_pass_reads_and_writes_each_value_once() -> None:
     assert found["read"] == 2 * values + 4 * 4 * 64 and found["written"] == 2 * values
 
 
+@needs_nvcc
+@needs_compiler
+@pytest.mark.compiles
+def test_no_bank_conflicts_and_whole_sectors() -> None:
+    """Where both have been: a block's sums of a gradient, and the parts of a product."""
+    (sums,) = [case for case in of_passes(2) if case.what == "grad_stats 64x32x32 NHWC"]
+    found = counted.launches("cuda", sums, H100)[0]
+    assert kernel_name(found.kernel) == "grad_sums" and found["shared_store_phases"]
+    for which in ("load", "store"):
+        assert found[f"shared_{which}_wavefronts"] == found[f"shared_{which}_phases"]
+    (product,) = [case for case in of_blocks(2) if case.what == "D3 256->512 8->4 conv > stats"]
+    parts, added, _ = counted.launches("cuda", product, H100)
+    assert kernel_name(added.kernel) == "reduce_splits"
+    for launch in (parts, added):
+        assert launch["load_sectors"] == launch["load_least_sectors"]
+        assert launch["store_sectors"] == launch["store_least_sectors"]
+
+
 def test_elsewhere_than_in_a_checkout_one_line_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -182,11 +182,11 @@ struct TransposeAxis {
   GPU_INLINE int shift(int phase) const { return (phase + padding) / stride - padding / stride + taps - 1; }
 };
 
-// Number `first` of the places in rows of `columns`, and then every `by`-th: without more divisions.
-struct RowsOfPixels {
+// Number `first` of what lies in rows of `columns`, and then every `by`-th: without more divisions.
+struct RowsOf {
   int row, column, columns, rows_on, columns_on;
 
-  GPU_INLINE RowsOfPixels(int first, int by, int columns_)
+  GPU_INLINE RowsOf(int first, int by, int columns_)
       : row(first / columns_), column(first % columns_), columns(columns_), rows_on(by / columns_),
         columns_on(by % columns_) {}
   GPU_INLINE void advance() {
@@ -214,7 +214,7 @@ GPU_INLINE void stage_wide(const ImageSideOperand<T>& x, int image, int first, i
   const int c = thread % kRuns * kRun, step = threads / kRuns;
   const bool mine = first + c < x.channels;
   to += c;
-  RowsOfPixels at(begin + thread / kRuns, step, columns);
+  RowsOf at(begin + thread / kRuns, step, columns);
   for (int pixel = thread / kRuns; pixel < count; pixel += step, at.advance()) {
     const int i = top + at.row, j = left + at.column;
     const bool there = x.inside(i, j) && mine;
@@ -224,7 +224,7 @@ GPU_INLINE void stage_wide(const ImageSideOperand<T>& x, int image, int first, i
   gpu::copy_async_wait<0>();
   if (x.coef == nullptr || !mine) return;
   const typename ImageSideOperand<T>::template Coefficients<kRun> coefficients(x, image, first + c);
-  at = RowsOfPixels(begin + thread / kRuns, step, columns);
+  at = RowsOf(begin + thread / kRuns, step, columns);
 #pragma unroll 1
   for (int pixel = thread / kRuns; pixel < count; pixel += step, at.advance()) {  // what this thread has copied
     const int i = top + at.row, j = left + at.column;

@@ -13,7 +13,7 @@ namespace fastdcgan::cuda {
 template <int kThreads, class T, class Put>
 GPU_INLINE void stage_pixels(const ImageSideOperand<T>& x, int image, int top, int left, int rows, int columns,
                              Put put) {
-  for (RowsOfPixels at(threadIdx.x, kThreads, columns); at.row < rows; at.advance()) {
+  for (RowsOf at(threadIdx.x, kThreads, columns); at.row < rows; at.advance()) {
     const int row = at.row, column = at.column;
     gpu::Vec<T, kMostImageChannels> pixel;
 #pragma unroll
