@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator
@@ -172,7 +173,7 @@ def of_blocks(batch: int) -> Iterator[Case]:
         yield case(block, call._replace(a=x, b=dy))
 
 
-PASSES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Any]] = {
+PASSES: dict[str, Callable[..., Any]] = {  # on, y, da, coef
     "activate": lambda on, y, da, coef: on.norm_act(Operand(y, None, coef, "relu")),
     "bn_backward": lambda on, y, da, coef: on.norm_act(Operand(da, y, coef, "leaky_relu", LEAKY_SLOPE)),
     "norm_act_reduce": lambda on, y, da, coef: on.norm_act_reduce(da, y, coef, "leaky_relu", LEAKY_SLOPE),
@@ -189,10 +190,8 @@ def of_passes(batch: int) -> Iterator[Case]:
             if layout == "NCHW":
                 y, da = y.contiguous(), da.contiguous()
             coef = torch.ones(4, 1, channels)
-            yield Case(
-                f"{name} {channels}x{size}x{size} {layout}", y.numel(), 0,
-                lambda on, run=run, y=y, da=da, coef=coef: run(on, y, da, coef),
-            )  # fmt: skip
+            what = f"{name} {channels}x{size}x{size} {layout}"
+            yield Case(what, y.numel(), 0, functools.partial(run, y=y, da=da, coef=coef))
 
 
 # --- running it -------------------------------------------------------------------------------------------------------
