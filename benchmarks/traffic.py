@@ -32,11 +32,11 @@ class Traffic(NamedTuple):
     bytes_in_pairs: int
 
 
-def contractions(block: Block, batch: int) -> dict[str, Call]:
-    """The three of a block, on tensors without memory."""
+def contractions(block: Block, batch: int, device: str = "meta") -> dict[str, Call]:
+    """The three of a block, on tensors whose values are left open."""
 
     def tensor(*shape: int) -> Tensor:
-        x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        x = torch.empty(shape, dtype=torch.bfloat16, device=device)
         return x.contiguous(memory_format=torch.channels_last)
 
     linear, gathered = (block.in_channels, block.in_size), (block.out_channels, block.out_size)

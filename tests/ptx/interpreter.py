@@ -6,6 +6,7 @@ import ctypes
 import functools
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ def library() -> ctypes.CDLL:
         "memory_written": (text, [pointer, pointer, size, pointer]),
         "load": (text, [pointer, text, pointer]),
         "names": (text, [pointer, ctypes.c_int]),
-        "launch": (text, [pointer, text, pointer, pointer, size, text, size, ctypes.c_int, ctypes.c_uint32]),
+        "launch": (text, [pointer, text, pointer, pointer, size, text, size, ctypes.c_int, ctypes.c_uint32, pointer]),
+        "counting": (pointer, [size]),
+        "counting_free": (None, [pointer]),
+        "counted": (text, [pointer, ctypes.c_int]),
         "parameters": (ctypes.c_int, [pointer, text, pointer, ctypes.c_int]),
     }
     for name, (result, arguments) in signatures.items():
@@ -52,12 +56,26 @@ def _check(error: bytes | None) -> None:
         raise Fault(error.decode())
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What the blocks of a launch that were run did. Instructions, requests and wavefronts are of warps."""
+
+    kernel: str
+    number: dict[str, int]  # by the names of Counting::text in machine/counting.cpp
+    waste: list[tuple[str, int, int, int]]  # PTX, how often it ran, its sectors and its wavefronts beyond the least
+
+    def __getitem__(self, name: str) -> int:
+        return self.number[name]
+
+
 class Machine:
     """A GPU's memory and clock. Tensors keep their memory, which kernels may touch once it was added."""
 
-    def __init__(self, order: str = "forward", seed: int = 1) -> None:
-        """`order`: in which blocks and warps run, "forward", "reverse" or "random"."""
-        self.order, self.seed = order, seed
+    def __init__(self, order: str = "forward", seed: int = 1, counted: int | None = None) -> None:
+        """`order`: in which blocks and warps run, "forward", "reverse" or "random". `counted`: each launch runs an even
+        sample of its blocks, until their warps have run so many instructions, and adds to `counts`."""
+        self.order, self.seed, self.counted = order, seed, counted
+        self.counts: list[Counts] = []
         self._lib = library()
         self._handle = self._lib.ptx_machine()
         self._kept: dict[
@@ -71,7 +89,8 @@ class Machine:
         storage = x.untyped_storage()
         begin = storage.data_ptr()
         if storage.nbytes() and begin not in self._kept:
-            self.add_memory(begin, storage.nbytes(), f"{name} ({'x'.join(map(str, x.shape))})", written)
+            known = written or self.counted is not None  # where some blocks run, others read what wasn't written
+            self.add_memory(begin, storage.nbytes(), f"{name} ({'x'.join(map(str, x.shape))})", known)
             self._kept[begin] = x
         return x.data_ptr()
 
@@ -94,7 +113,7 @@ class Machine:
             handle = ctypes.c_void_p()
             _check(self._lib.ptx_load(self._handle, ptx.encode(), ctypes.byref(handle)))
             self._loaded[ptx] = handle
-        return Module(self, self._loaded[ptx])
+        return Module(self, self._loaded[ptx], ptx)
 
     def __del__(self) -> None:
         self._lib.ptx_machine_free(self._handle)
@@ -103,8 +122,8 @@ class Machine:
 class Module:
     """PTX, read, as a machine has it."""
 
-    def __init__(self, machine: Machine, handle: ctypes.c_void_p) -> None:
-        self._machine, self._lib, self._handle = machine, machine._lib, handle
+    def __init__(self, machine: Machine, handle: ctypes.c_void_p, ptx: str) -> None:
+        self._machine, self._lib, self._handle, self._ptx = machine, machine._lib, handle, ptx
 
     @property
     def kernels(self) -> list[str]:
@@ -128,7 +147,22 @@ class Module:
         """Run a kernel. `parameters`: its memory of parameters; `shared`: bytes of dynamic shared memory."""
         dims = [(ctypes.c_uint32 * 3)(*[*sizes, 1, 1][:3]) for sizes in (grid, block)]
         name, size, order = kernel.encode(), len(parameters), ORDERS[self._machine.order]
-        _check(self._lib.ptx_launch(self._handle, name, *dims, shared, parameters, size, order, self._machine.seed))
+        machine, lib = self._machine, self._lib
+        counting = None if machine.counted is None else ctypes.c_void_p(lib.ptx_counting(machine.counted))
+        try:
+            _check(lib.ptx_launch(self._handle, name, *dims, shared, parameters, size, order, machine.seed, counting))
+            if counting is not None:
+                machine.counts.append(self._counts(kernel, counting))
+        finally:
+            if counting is not None:
+                lib.ptx_counting_free(counting)
+
+    def _counts(self, kernel: str, counting: ctypes.c_void_p) -> Counts:
+        numbers, lines = (self._lib.ptx_counted(counting, which).decode().splitlines() for which in (0, 1))
+        ptx, waste = self._ptx.splitlines(), []
+        for line, *many in (map(int, text.split()) for text in lines):
+            waste.append((" ".join(ptx[line - 1].split()), *many))
+        return Counts(kernel, {name: int(number) for name, number in map(str.split, numbers)}, waste)
 
     def __call__(
         self, kernel: str, grid: Sequence[int], block: Sequence[int], *arguments: Any, shared: int = 0

@@ -17,6 +17,7 @@ using Launched = int (*)(const char* ptx, const char* kernel, const dim3* grid, 
 using Allocated = void (*)(void* begin, uint64_t bytes);
 Launched launched = nullptr;
 Allocated allocated = nullptr;
+int processors = 108;
 
 struct Kernel {
   const char *ptx, *name;
@@ -52,11 +53,14 @@ void ptx_listen(Launched on_launch, Allocated on_allocation) {
   launched = on_launch, allocated = on_allocation;
 }
 
+// How many multiprocessors kernels find.
+void ptx_processors(int count) { processors = count; }
+
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: return *value = 163 * 1024, cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: return *value = 108, cudaSuccess;
+    case cudaDevAttrMultiProcessorCount: return *value = processors, cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor: return *value = 8, cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor: return *value = 0, cudaSuccess;
     default: return cudaErrorInvalidValue;

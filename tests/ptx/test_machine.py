@@ -310,6 +310,15 @@ def test_a_half_that_nothing_writes_may_be_masked_out_but_not_used() -> None:
     assert (out & 0xFFFF).ne(0).all()
 
 
+def test_a_byte_that_nothing_writes_may_be_left_out_but_not_used() -> None:
+    out = torch.zeros(32, dtype=torch.int32)
+    for select, known in (("0x4441", 0xCBCBCB00), ("0x3210", 0)):
+        run(by_hand(f"prmt.b32 %r1, %r0, %r7, {select}; st.global.u32 [%rd1], %r1;"), "k", (1,), (32,), out)
+        low = list(range(32)) if not known else [0] * 32
+        assert [x & 0xFF for x in out.tolist()] == low
+        assert [x & 0xFFFFFF00 for x in out.tolist()] == [known] * 32
+
+
 BAR_0 = "setp.lt.u32 %p1, %r0, 32;\n @%p1 bar.sync 0;\n @!%p1 ret;"
 
 

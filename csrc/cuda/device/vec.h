@@ -16,7 +16,7 @@ struct alignas(sizeof(T) * N) Vec {
 template <class T>
 constexpr int kVec = 16 / static_cast<int>(sizeof(T));
 
-inline bool aligned(const void* p, size_t bytes = 16) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+GPU_HOST_INLINE bool aligned(const void* p, size_t bytes = 16) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 namespace detail {
 GPU_INLINE void require_aligned([[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes) {

@@ -151,6 +151,17 @@ struct PerChannel {
   GPU_INLINE PerChannel(const float* vectors, int row, const Place<V, kPlanes>& place) {
     const int64_t begin = (static_cast<int64_t>(row) * gridDim.z + blockIdx.z) * place.w.channels;
     const float* from = gpu::from_here_on(vectors + begin);
+    if constexpr (!kPlanes && V % 4 == 0) {
+      if (place.w.fold == 1 && gpu::aligned(from)) {  // the same for all threads
+#pragma unroll
+        for (int i = 0; i < V; i += 4) {
+          const auto four = place.items > 0 ? gpu::load<4>(from + place.column + i) : Vec<float, 4>{};
+#pragma unroll
+          for (int j = 0; j < 4; ++j) value[i + j] = four[j];
+        }
+        return;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kOwn<V, kPlanes>; ++i) value[i] = place.items > 0 ? from[place.channel(i)] : 0.f;
   }

@@ -14,6 +14,17 @@ struct BlockShared {
   Part part[kPlanes ? kWarps : kThreads * V];
 };
 
+// Where result `i` of a block's kThreads * V lies: the 16 bytes that threads side by side write at a time are in
+// different banks, and so is what they read at a time, one column after the other.
+template <class Part, int V>
+GPU_INLINE unsigned in_banks(unsigned i) {
+  constexpr int kSize = sizeof(Part), kTogether = kSize < 16 ? 16 / kSize : 1, kOfThread = V * kSize / 16;
+  if constexpr (16 % kSize == 0 && kOfThread > 1 && (kOfThread & (kOfThread - 1)) == 0)
+    return i ^ (i / (8 * kTogether) % kOfThread * kTogether);
+  else
+    return i;
+}
+
 // Joins what the threads of a block have for the same column; calls emit(column, part) once for each column. `Part` has
 // merge(other), and down(distance): that of the lane so far above (all but lane 0's end up meaningless).
 template <class Part, int V, bool kPlanes, class Emit>
@@ -33,15 +44,19 @@ GPU_INLINE void join_block(Part (&mine)[V], const Place<V, kPlanes>& place, Emit
     }
   } else {
     const int width = place.w.width, across = width * V, tall = kThreads / width;
-    const int x = threadIdx.x % width, y = threadIdx.x / width;
+    constexpr int kTogether = V * sizeof(Part) > 16 && 16 % sizeof(Part) == 0 ? 16 / sizeof(Part) : 1;
 #pragma unroll
-    for (int i = 0; i < V; ++i) shared.part[y * across + x * V + i] = mine[i];
+    for (int first = 0; first < V; first += kTogether) {
+      Part* to = &shared.part[in_banks<Part, V>(threadIdx.x * V + first)];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) to[i] = mine[first + i];
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < across; i += kThreads) {
       const int column = blockIdx.x * across + i;
       if (column >= place.w.columns) continue;
-      Part all = shared.part[i];
-      for (int row = 1; row < tall; ++row) all.merge(shared.part[row * across + i]);
+      Part all = shared.part[in_banks<Part, V>(i)];
+      for (int row = 1; row < tall; ++row) all.merge(shared.part[in_banks<Part, V>(row * across + i)]);
       emit(column, all);
     }
   }

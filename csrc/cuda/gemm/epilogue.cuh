@@ -95,6 +95,16 @@ template <class T, int kM, int kN, int kThreads, class Team = WholeBlock, class 
 GPU_INLINE void apply_epilogue(
     const Epilogue<T>& f, const int* pixel, Tile tile, Strands<T, kN, kThreads>& strands, int first_channel, int group,
     int64_t slot) {
+  if (f.parts != nullptr) {  // as they are: four sums, 16 bytes, a thread, and the next ones the next thread
+    for (int e = threadIdx.x; e < kM * kN / 4; e += kThreads) {
+      const int row = e / (kN / 4), column = e % (kN / 4) * 4, count = f.channels - first_channel - column;
+      if (pixel[row] < 0 || count <= 0) continue;
+      const Vec<float, 4> sums = gpu::load<4>(tile(row, column));
+      float* to = f.parts + static_cast<int64_t>(pixel[row]) * f.channels + first_channel + column;
+      store_floats(to, sums.v, f.vectors, count);
+    }
+    return;
+  }
   using S = Strands<T, kN, kThreads>;
   constexpr int N = kVec<T>;
   const int column = threadIdx.x % S::kChunks * N, strand = threadIdx.x / S::kChunks;
@@ -171,10 +181,7 @@ GPU_INLINE void apply_epilogue(
           b[i] += v[i] * (y[i] - mean[i]);
         }
       }
-      if (f.parts != nullptr)
-        store_floats(f.parts + at, v, f.vectors, count);
-      else
-        store_chunk(f.out + at, v, f.vectors, count);
+      store_chunk(f.out + at, v, f.vectors, count);
     }
   }
 
@@ -237,24 +244,22 @@ __global__ void __launch_bounds__(ReduceSplits::kThreads, ReduceSplits::kBlocks)
   }
   gpu::await_kernels_before();
   __syncthreads();
-  // As apply_epilogue deals them out, so that every thread finds its own sums.
-  using S = Strands<T, kN, kThreads>;
-  constexpr int N = kVec<T>;
-  const int column = threadIdx.x % S::kChunks * N, count = f.channels - first_channel - column;
-  for (int row = threadIdx.x / S::kChunks; row < kM; row += S::kStrands) {
+  // Four sums a thread, and the next ones the next thread: 16 bytes each.
+  for (int e = threadIdx.x; e < kM * kN / 4; e += kThreads) {
+    const int row = e / (kN / 4), column = e % (kN / 4) * 4, count = f.channels - first_channel - column;
     if (shared.pixel[row] < 0 || count <= 0) continue;
     const float* from = parts + static_cast<int64_t>(shared.pixel[row]) * f.channels + first_channel + column;
-    float sum[N] = {}, part[N];
+    Vec<float, 4> sum{};
+    float part[4];
 #pragma unroll 2
     for (int split = 0; split < splits; ++split, from += values) {
       load_floats(part, from, f.vectors, count);
 #pragma unroll
-      for (int i = 0; i < N; ++i) sum[i] += part[i];
+      for (int i = 0; i < 4; ++i) sum[i] += part[i];
     }
-#pragma unroll
-    for (int i = 0; i < N; i += 4)
-      gpu::store(&shared.tile[row][staged(column + i)], Vec<float, 4>{{sum[i], sum[i + 1], sum[i + 2], sum[i + 3]}});
+    gpu::store(&shared.tile[row][staged(column)], sum);
   }
+  __syncthreads();
   apply_epilogue<T, kM, kN, kThreads>(
       f, shared.pixel, [&](int row, int at) { return &shared.tile[row][staged(at)]; }, shared.strands, first_channel,
       group, tile);

@@ -49,14 +49,16 @@ struct alignas(128) MatrixTile {
   }
 };
 
-// Registers of the left factor's 16 x kDepth numbers from row m and depth k on.
+// Registers of the left factor's 16 x kDepth numbers from row m and depth k on. Here and below m, n and k are multiples
+// of 16, which leave the permutation of a row as it is: so most of an address is the same for all rows of a thread, and
+// computed once.
 template <class Tile>
 GPU_INLINE void left_fragment(const Tile& tile, int m, int k, unsigned (&a)[4]) {
   const int lane = threadIdx.x % 32;
   if constexpr (Tile::kDepthRows)
     gpu::load_matrix_transposed(a, tile.chunk(k + lane / 16 * 8 + lane % 8, m / 8 + lane / 8 % 2));
   else
-    gpu::load_matrix(a, tile.chunk(m + lane % 16, k / 8 + lane / 16));
+    gpu::load_matrix(a, tile.chunk(lane % 16, k / 8 + lane / 16) + m * Tile::kColumns);
 }
 
 // Registers of the right factor's kDepth x 16 numbers from column n and depth k on, 8 columns after 8.
@@ -67,7 +69,7 @@ GPU_INLINE void right_fragments(const Tile& tile, int n, int k, unsigned (&b)[2]
   if constexpr (Tile::kDepthRows)
     gpu::load_matrix_transposed(both, tile.chunk(k + lane / 8 % 2 * 8 + lane % 8, n / 8 + lane / 16));
   else
-    gpu::load_matrix(both, tile.chunk(n + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2));
+    gpu::load_matrix(both, tile.chunk(lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2) + n * Tile::kColumns);
   b[0][0] = both[0], b[0][1] = both[1], b[1][0] = both[2], b[1][1] = both[3];
 }
 

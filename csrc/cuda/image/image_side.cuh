@@ -45,31 +45,44 @@ struct ImageSideOperand {
   GPU_INLINE bool plain() const { return coef == nullptr && step_c == 1 && step_w == channels; }
   GPU_INLINE int64_t offset(int image, int i, int j) const { return image * step_n + i * step_h + j * step_w; }
 
+  // Those of N channels from `channel` on, of an image; p and q stay in memory, for registers are few.
+  template <int N>
+  struct Coefficients {
+    const float* k;
+    float s[N], t[N];
+
+    GPU_INLINE Coefficients(const ImageSideOperand& o, int image, int channel)
+        : k(o.coef + static_cast<int64_t>(image / (o.batch / o.groups)) * o.channels + channel) {
+      gpu::read_floats(k, s), gpu::read_floats(k + static_cast<int64_t>(o.groups) * o.channels, t);
+    }
+  };
+
   // The prologue on N channels from `channel` on of a pixel: `values` are x's, and `from_y` is where y's are. More than
   // one channel only where `vectors`.
   template <int N>
   GPU_INLINE void map(int image, int channel, const T* from_y, float (&values)[N]) const {
-    if (coef == nullptr) return;
-    const int64_t row = static_cast<int64_t>(groups) * channels;
-    const float* k = coef + static_cast<int64_t>(image / (batch / groups)) * channels + channel;
-    float s[N], t[N], z[N];
-    gpu::read_floats(k, s), gpu::read_floats(k + row, t);
+    if (coef != nullptr) map(Coefficients<N>(*this, image, channel), from_y, values);
+  }
+  template <int N>
+  GPU_INLINE void map(const Coefficients<N>& k, const T* from_y, float (&values)[N]) const {
     if (y == nullptr) {
 #pragma unroll
-      for (int c = 0; c < N; ++c) values[c] = s[c] * values[c] + t[c];
+      for (int c = 0; c < N; ++c) values[c] = k.s[c] * values[c] + k.t[c];
       return activate(act, values);
     }
-    float other[N];
+    float other[N], z[N];
     gpu::read_floats(from_y, other);
 #pragma unroll
-    for (int c = 0; c < N; ++c) z[c] = s[c] * other[c] + t[c];
+    for (int c = 0; c < N; ++c) z[c] = k.s[c] * other[c] + k.t[c];
     differentiate(act, z);
 #pragma unroll
-    for (int c = 0; c < N; ++c) values[c] = s[c] * (values[c] * z[c]);
+    for (int c = 0; c < N; ++c) values[c] = k.s[c] * (values[c] * z[c]);
     if (rows != 4) return;
-    gpu::read_floats(k + 2 * row, s), gpu::read_floats(k + 3 * row, t);
+    const int64_t row = static_cast<int64_t>(groups) * channels;
+    float p[N], q[N];
+    gpu::read_floats(k.k + 2 * row, p), gpu::read_floats(k.k + 3 * row, q);
 #pragma unroll
-    for (int c = 0; c < N; ++c) values[c] += s[c] * other[c] + t[c];
+    for (int c = 0; c < N; ++c) values[c] += p[c] * other[c] + q[c];
   }
 
   // One value; 0 outside the image.
@@ -169,42 +182,57 @@ struct TransposeAxis {
   GPU_INLINE int shift(int phase) const { return (phase + padding) / stride - padding / stride + taps - 1; }
 };
 
-// kChannels channels from `first` on of `count` pixels, which place(pixel, i, j) finds, as rows of kPitch numbers. By
-// the threads that call it, of which this is number `thread` of `threads`.
-template <int kChannels, int kPitch, class T, class Place>
-GPU_INLINE void stage_wide(const ImageSideOperand<T>& x, int image, int first, int count, int thread, int threads,
-                           T* to, Place place) {
+// Number `first` of what lies in rows of `columns`, and then every `by`-th: without more divisions.
+struct RowsOf {
+  int row, column, columns, rows_on, columns_on;
+
+  GPU_INLINE RowsOf(int first, int by, int columns_)
+      : row(first / columns_), column(first % columns_), columns(columns_), rows_on(by / columns_),
+        columns_on(by % columns_) {}
+  GPU_INLINE void advance() {
+    row += rows_on, column += columns_on;
+    if (column >= columns) column -= columns, ++row;
+  }
+};
+
+// kChannels channels from `first` on of `count` pixels as rows of kPitch numbers: those from number `begin` on of rows of
+// `columns` pixels, whose first is (top, left). By the threads that call it, of which this is number `thread` of `threads`.
+template <int kChannels, int kPitch, class T>
+GPU_INLINE void stage_wide(const ImageSideOperand<T>& x, int image, int first, int begin, int count, int columns, int top,
+                           int left, int thread, int threads, T* to) {
   if (!x.vectors) {
 #pragma unroll 1
     for (int e = thread; e < count * kChannels; e += threads) {
-      const int pixel = e / kChannels, c = e % kChannels;
-      int i, j;
-      place(pixel, i, j);
+      const int pixel = e / kChannels, c = e % kChannels, i = top + (begin + pixel) / columns;
+      const int j = left + (begin + pixel) % columns;
       to[pixel * kPitch + c] = gpu::from_float<T>(first + c < x.channels ? x.at(image, i, j, first + c) : 0.f);
     }
     return;
   }
+  // A thread keeps to its channels.
   constexpr int kRun = gpu::kVec<T>, kRuns = kChannels / kRun;
-  for (int e = thread; e < count * kRuns; e += threads) {
-    const int pixel = e / kRuns, c = e % kRuns * kRun;
-    int i, j;
-    place(pixel, i, j);
-    const bool there = x.inside(i, j) && first + c < x.channels;
-    gpu::copy_async(to + pixel * kPitch + c, there ? x.x + x.offset(image, i, j) + first + c : x.x, there);
+  const int c = thread % kRuns * kRun, step = threads / kRuns;
+  const bool mine = first + c < x.channels;
+  to += c;
+  RowsOf at(begin + thread / kRuns, step, columns);
+  for (int pixel = thread / kRuns; pixel < count; pixel += step, at.advance()) {
+    const int i = top + at.row, j = left + at.column;
+    const bool there = x.inside(i, j) && mine;
+    gpu::copy_async(to + pixel * kPitch, there ? x.x + x.offset(image, i, j) + first + c : x.x, there);
   }
   gpu::copy_async_commit();
   gpu::copy_async_wait<0>();
-  if (x.coef == nullptr) return;
+  if (x.coef == nullptr || !mine) return;
+  const typename ImageSideOperand<T>::template Coefficients<kRun> coefficients(x, image, first + c);
+  at = RowsOf(begin + thread / kRuns, step, columns);
 #pragma unroll 1
-  for (int e = thread; e < count * kRuns; e += threads) {  // what this thread has copied
-    const int pixel = e / kRuns, c = e % kRuns * kRun;
-    int i, j;
-    place(pixel, i, j);
-    if (!x.inside(i, j) || first + c >= x.channels) continue;
+  for (int pixel = thread / kRuns; pixel < count; pixel += step, at.advance()) {  // what this thread has copied
+    const int i = top + at.row, j = left + at.column;
+    if (!x.inside(i, j)) continue;
     float values[kRun];
-    gpu::read_floats(to + pixel * kPitch + c, values);
-    x.map(image, first + c, x.y + x.offset(image, i, j) + first + c, values);
-    gpu::write_floats(to + pixel * kPitch + c, values);
+    gpu::read_floats(to + pixel * kPitch, values);
+    x.map(coefficients, x.y + x.offset(image, i, j) + first + c, values);
+    gpu::write_floats(to + pixel * kPitch, values);
   }
 }
 

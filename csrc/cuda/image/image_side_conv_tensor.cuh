@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(ImageSideConvTensor::kThreads, ImageSideConvTe
             depth = steps * 4 * kMostImageChannels;
   const int rows = (tiles.rows - 1) * g.stride_y + g.kernel_y, columns = (tiles.columns - 1) * g.stride_x + g.kernel_x;
 
-  for (int e = threadIdx.x; e < C::kChannels * depth; e += C::kThreads) {
-    const int column = e / depth, k = e % depth, tap = k / kMostImageChannels, c = k % kMostImageChannels,
+  for (RowsOf at(threadIdx.x, C::kThreads, depth); at.row < C::kChannels; at.advance()) {
+    const int column = at.row, k = at.column, tap = k / kMostImageChannels, c = k % kMostImageChannels,
               o = first + C::channel(column);
     const bool there = tap < taps && c < x.channels && o < channels;
     shared.weights[column][k] = gpu::from_float<T>(there ? weight.at(o, c, tap / g.kernel_x, tap % g.kernel_x) : 0.f);

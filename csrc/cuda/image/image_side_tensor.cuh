@@ -13,8 +13,8 @@ namespace fastdcgan::cuda {
 template <int kThreads, class T, class Put>
 GPU_INLINE void stage_pixels(const ImageSideOperand<T>& x, int image, int top, int left, int rows, int columns,
                              Put put) {
-  for (int e = threadIdx.x; e < rows * columns; e += kThreads) {
-    const int row = e / columns, column = e % columns;
+  for (RowsOf at(threadIdx.x, kThreads, columns); at.row < rows; at.advance()) {
+    const int row = at.row, column = at.column;
     gpu::Vec<T, kMostImageChannels> pixel;
 #pragma unroll
     for (int c = 0; c < kMostImageChannels; ++c)

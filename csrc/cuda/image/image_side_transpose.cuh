@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(ImageSideTranspose::kMostThreads, 2)
   for (int first = 0; first < x.channels; first += C::kChannels) {
     __syncthreads();  // all have done with the channels before
     stage_wide<C::kChannels, C::kPadded>(
-        x, place.image, first, axis_y.region * axis_x.region, threadIdx.x, threads, shared.tile.region[0],
-        [&](int pixel, int& i, int& j) { i = top + pixel / axis_x.region, j = left + pixel % axis_x.region; });
+        x, place.image, first, 0, axis_y.region * axis_x.region, axis_x.region, top, left, threadIdx.x, threads,
+        shared.tile.region[0]);
     for (int e = threadIdx.x; e < C::kChannels * g.taps(); e += threads) {
       const int tap = e % g.taps(), c = e / g.taps();
 #pragma unroll

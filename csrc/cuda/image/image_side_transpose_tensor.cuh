@@ -67,7 +67,9 @@ __global__ void __launch_bounds__(ImageSideTransposeTensor::kThreads, ImageSideT
   // A thread has one column of a tile of the image, and rows of one phase.
   const int tile_rows = plan.tiles.rows * g.stride_y, tile_columns = C::kColumns * g.stride_x;
   const int column = threadIdx.x % tile_columns, phase_x = column % g.stride_x;
-  const int phase_y = threadIdx.x / tile_columns % g.stride_y;
+  const int first_of_all = threadIdx.x / tile_columns, step = C::kThreads / tile_columns;  // rows
+  const int phase_y = first_of_all % g.stride_y, first_of_phase = first_of_all / g.stride_y;
+  const int step_of_phase = step / g.stride_y;
   const int first_ky = plan.axis_y.first_tap(phase_y), first_kx = plan.axis_x.first_tap(phase_x);
   const int shift_y = plan.axis_y.shift(phase_y), from_x = column / g.stride_x + plan.axis_x.shift(phase_x);
 
@@ -91,10 +93,7 @@ __global__ void __launch_bounds__(ImageSideTransposeTensor::kThreads, ImageSideT
         // A warp's pixels are staged where their products come, or apart.
         T* staged = plan.apart ? reinterpret_cast<T*>(products + plan.products()) + warp * C::kOfWarp * C::kStaged
                                : reinterpret_cast<T*>(products + begin * pitch);
-        stage_wide<C::kChannels, C::kStaged>(
-            x, place.image, first, count, lane, 32, staged, [&](int pixel, int& i, int& j) {
-              i = top + (begin + pixel) / region, j = left + (begin + pixel) % region;
-            });
+        stage_wide<C::kChannels, C::kStaged>(x, place.image, first, begin, count, region, top, left, lane, 32, staged);
         __syncwarp();
         unsigned a[C::kBlocksM][C::kChannels / 16][4];
 #pragma unroll
@@ -140,10 +139,11 @@ __global__ void __launch_bounds__(ImageSideTransposeTensor::kThreads, ImageSideT
 
     const int group = epilogue.groups > 1 ? place.image / (x.batch / epilogue.groups) : 0;
     const int k = place.left * g.stride_x + column;
-    for (int row = threadIdx.x / tile_columns; row < tile_rows; row += C::kThreads / tile_columns) {
+    int first_row = (first_of_phase + shift_y) * region + from_x;
+    for (int row = first_of_all; row < tile_rows; row += step, first_row += step_of_phase * region) {
       const int i = place.top * g.stride_y + row;
       if (i >= height || k >= width) continue;
-      int from = (row / g.stride_y + shift_y) * region + from_x;
+      int from = first_row;
       float total[CO] = {};
       for (int ky = first_ky; ky < g.kernel_y; ky += g.stride_y, from -= region)
         for (int kx = first_kx, pixel = from; kx < g.kernel_x; kx += g.stride_x, --pixel) {

@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(ImageSideWeightGrad::kThreads, ImageSideWeight
     const TilePlace place(tiles, tile);
     __syncthreads();  // all have done with the tile before
     stage_wide<C::kChannels, C::kChannels>(
-        linear, place.image, first, C::kTile, threadIdx.x, C::kThreads, shared.tiles.linear[0],
-        [&](int pixel, int& i, int& j) { i = place.top + pixel / C::kSide, j = place.left + pixel % C::kSide; });
+        linear, place.image, first, 0, C::kTile, C::kSide, place.top, place.left, threadIdx.x, C::kThreads,
+        shared.tiles.linear[0]);
     stage_image<C::kThreads>(x, place.image, place.top * g.stride_y - g.padding_y,
                               place.left * g.stride_x - g.padding_x, rows, columns, shared.tiles.region);
     __syncthreads();

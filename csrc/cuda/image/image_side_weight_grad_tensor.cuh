@@ -57,6 +57,12 @@ __global__ void __launch_bounds__(ImageSideWeightGradTensor::kThreads, ImageSide
   // row, and the first or the second block of two.
   const int step_y = lane / 8 % 2, step_x = lane % 8, second = lane / 16;
   if (threadIdx.x < 8) staged.zeros[threadIdx.x] = gpu::from_float<T>(0.f);
+  int shift[C::kOfWarp / 2];  // of those blocks' taps; negative where there is none
+#pragma unroll
+  for (int n = 0; n < C::kOfWarp; n += 2) {
+    const int block = (n + second) * C::kWarpsN + warp_n;
+    shift[n / 2] = block < blocks ? block / across * columns + block % across * 2 : -1;
+  }
 
   float sum[C::kOfWarp][4] = {};
   const int64_t begin = blockIdx.x * share, end = begin + share < tiles.count ? begin + share : tiles.count;
@@ -64,8 +70,8 @@ __global__ void __launch_bounds__(ImageSideWeightGradTensor::kThreads, ImageSide
     const TilePlace place(tiles, tile);
     __syncthreads();  // all have done with the tile before
     stage_wide<C::kChannels, C::kPitch>(
-        linear, place.image, first, C::kTile, threadIdx.x, C::kThreads, staged.linear[0],
-        [&](int pixel, int& i, int& j) { i = place.top + pixel / C::kSide, j = place.left + pixel % C::kSide; });
+        linear, place.image, first, 0, C::kTile, C::kSide, place.top, place.left, threadIdx.x, C::kThreads,
+        staged.linear[0]);
     stage_pixels<C::kThreads>(x, place.image, place.top * g.stride_y - g.padding_y,
                               place.left * g.stride_x - g.padding_x, rows, columns,
                               [&](int row, int column, const auto& pixel) {
@@ -86,10 +92,9 @@ __global__ void __launch_bounds__(ImageSideWeightGradTensor::kThreads, ImageSide
 #pragma unroll
       for (int n = 0; n < C::kOfWarp; n += 2) {
         if (n * C::kWarpsN + warp_n >= blocks) continue;  // the same for a warp
-        const int block = (n + second) * C::kWarpsN + warp_n;
-        const int at = from + block / across * columns + block % across * 2;
+        const int at = from + shift[n / 2];
         unsigned b[4];
-        gpu::load_matrix_transposed(b, inside && block < blocks ? staged.region[at % 2][at / 2 * 2] : staged.zeros);
+        gpu::load_matrix_transposed(b, inside && shift[n / 2] >= 0 ? staged.region[at % 2][at / 2 * 2] : staged.zeros);
         const unsigned b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
         gpu::multiply_add(T{}, sum[n], a, b0);
         gpu::multiply_add(T{}, sum[n + 1], a, b1);

@@ -64,9 +64,10 @@ const char* ptx_names(Module* module, int instructions) {
   return found.c_str();
 }
 
-// `parameters`: each one's value; what they take is known from the kernel. order: 0 forward, 1 reverse, 2 random
+// `parameters`: each one's value; what they take is known from the kernel. order: 0 forward, 1 reverse, 2 random;
+// counting: null, or what counts
 const char* ptx_launch(Module* module, const char* name, const uint32_t* grid, const uint32_t* block, uint64_t dynamic_bytes,
-                       const void* parameters, uint64_t bytes, int order, uint32_t seed) {
+                       const void* parameters, uint64_t bytes, int order, uint32_t seed, ptx::Counting* counting) {
   return caught([&] {
     const auto found = module->program->functions.find(name);
     if (found == module->program->functions.end()) throw ptx::Fault(std::string("there is no kernel ") + name);
@@ -77,7 +78,7 @@ const char* ptx_launch(Module* module, const char* name, const uint32_t* grid, c
     std::memcpy(function.parameters.data(), parameters, bytes);
     ptx::Launch launch{*module->program, function, module->machine.memory, module->machine.clock,
                        {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, dynamic_bytes,
-                       {static_cast<ptx::Order::Kind>(order), std::mt19937(seed)}};
+                       {static_cast<ptx::Order::Kind>(order), std::mt19937(seed)}, counting};
     ptx::run(launch);
   });
 }

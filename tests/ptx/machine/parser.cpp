@@ -96,7 +96,7 @@ class Parser {
   std::vector<size_t> firsts_;                      // of each instruction's operands
   std::map<uint64_t, uint32_t> constants_;
   std::set<uint32_t> results_;  // registers that some instruction writes
-  std::vector<size_t> packs_;   // the instructions that are mov c, {a, b}
+  std::vector<size_t> packs_;   // the instructions that are mov c, {a, b} or prmt c, a, b, ...
 
   bool at(const std::string& text) const { return tokens_[next_].text == text; }
   bool take(const std::string& text) { return at(text) ? (++next_, true) : false; }
@@ -280,9 +280,9 @@ class Parser {
         error_line_ = 0;
       }
     }
-    // LLVM joins a half with one that nothing in the kernel writes where only the first is used: any value will do.
+    // LLVM joins a half or a byte with one that nothing in the kernel writes where only the first is used: any will do.
     for (const size_t index : packs_) {
-      for (int k = 1; k <= function_->code[index].count; ++k) {
+      for (int k = 1; k <= std::max(2, function_->code[index].count); ++k) {
         uint32_t& from = function_->operands[firsts_[index] + k];
         if (!results_.count(from) && !is_given(from)) from = constant(0xcbcbcbcbcbcbcbcb);
       }
@@ -421,7 +421,9 @@ class Parser {
       made.guard = static_cast<int>(*guard);
     }
     const std::string name = word();
-    ++program_->names[name];
+    const auto named = program_->names.try_emplace(name).first;
+    ++named->second;
+    made.name = &named->first;
     Written written;
     std::istringstream parts(name);
     std::getline(parts, written.base, '.');
@@ -448,7 +450,8 @@ class Parser {
     for (size_t k = 0; k < written.results; ++k) {
       if (!written.operands[k].is_address) results_.insert(written.operands[k].at);
     }
-    if (written.base == "mov" && written.results == 1 && written.operands.size() > 2) packs_.push_back(function_->code.size());
+    const bool joins = written.base == "prmt" || (written.base == "mov" && written.operands.size() > 2);
+    if (joins && written.results == 1) packs_.push_back(function_->code.size());
     int addresses = 0;
     for (const Operand& each : written.operands) {
       function_->operands.push_back(each.at);

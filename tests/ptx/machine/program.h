@@ -40,6 +40,7 @@ struct Instruction {
   bool negated = false;          // @!p
   int members = kNoMembers;      // the register with the lanes that must come together here
   int line = 0;
+  const std::string* name = nullptr;  // as written; null: the end of the kernel
   int target = -1;           // of a branch: the index of an instruction, or of a table of them
   int64_t offset[2] = {0, 0};  // of its addresses
   // Modifiers, as far as they aren't part of `run`.

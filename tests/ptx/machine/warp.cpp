@@ -1,8 +1,8 @@
 // Where the lanes of a warp are, and how they part and come together; what the warps of a block do in turn.
-#include "warp.h"
-
 #include <algorithm>
 #include <numeric>
+
+#include "counting.h"
 
 namespace ptx {
 
@@ -161,12 +161,13 @@ void Warp::run(int64_t instructions) {
       demand(i.guard, "a predicate");
       active &= i.negated ? ~mask(i.guard) : mask(i.guard);
     }
+    const bool waits = i.control == Control::none && active && i.members != kNoMembers && !together(i);
+    if (waits) continue;
+    if (block.launch.counting) block.launch.counting->see(*this, i);
     if (i.control != Control::none) {
       control(i);
-    } else if (!active) {
-      ++current.pc;
-    } else if (i.members == kNoMembers || together(i)) {
-      i.run(*this, i);
+    } else {
+      if (active) i.run(*this, i);
       ++current.pc;
     }
   }
@@ -265,7 +266,9 @@ void run(Launch& launch) {
     if (f.required[0] && sizes[k] != static_cast<uint32_t>(f.required[k])) throw Fault("other threads than .reqntid says");
   }
   launch.clock.launch_start = launch.clock.now++;
-  for (const int k : launch.order.of(static_cast<int>(launch.grid.count()))) {
+  const auto blocks = static_cast<int>(launch.grid.count());
+  for (const int k : launch.counting ? launch.counting->sample(blocks) : launch.order.of(blocks)) {
+    if (launch.counting && !launch.counting->next_block()) break;
     const auto number = static_cast<uint32_t>(k);
     const Dim& g = launch.grid;
     Block(launch, {number % g.x, number / g.x % g.y, number / g.x / g.y}).run();

@@ -90,6 +90,8 @@ struct Dim {
   uint64_t count() const { return uint64_t{x} * y * z; }
 };
 
+class Counting;
+
 struct Launch {
   Program& program;
   Function& function;
@@ -98,6 +100,7 @@ struct Launch {
   Dim grid, block;
   uint64_t dynamic_bytes;
   Order order;
+  Counting* counting = nullptr;
 };
 
 struct Barrier {
