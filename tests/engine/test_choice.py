@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 import fastdcgan
 from fastdcgan.dispatch import autotune, router
-from fastdcgan.engine import chain, choice
+from fastdcgan.engine import chain, choice, deferred, pending, run
 from fastdcgan.engine.module_chain import ModuleChain
 from tests.helpers.twins import one_thread
 from tests.machine import backends_here
@@ -68,6 +68,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.fastest = MODULES
+        self.guarding = 0.0  # milliseconds that it costs to come to a chain
         self.measured: list[list[str]] = []
 
     def __call__(self, calls: dict, device: torch.device) -> dict:
@@ -86,6 +87,9 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Clock]:
     monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "on")
     monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))
     monkeypatch.setattr(autotune, "_spent", 0.0)
+    monkeypatch.setattr(run, "guarding_ms", lambda: found.guarding)
+    monkeypatch.setattr(pending, "_chains", {})
+    monkeypatch.setattr(deferred, "cost_of", lambda mode: pending.Cost(found.guarding, 0.0))
     with one_thread():
         yield found
 
@@ -138,7 +142,7 @@ def test_measuring_and_modules_leave_what_plain_modules_leave(name: str, clock: 
             torch.testing.assert_close(b, a, msg=lambda m, of=of: f"{of}: {m}")
     chains = len(clock.measured)
     assert "modules" not in runs[: 3 * chains]
-    assert runs[3 * chains :] == ["modules"] * chains  # and from then on the Sequential itself calls its modules
+    assert runs[3 * chains :] == []  # from then on the Sequential itself calls its modules
     if name != "spectral norm":  # which goes on by a power iteration at each call
         assert torch.equal(train(fused, x), train(plain, x))  # the very modules, so the very bits
 
@@ -186,7 +190,7 @@ def test_a_backend_by_name_is_not_replaced(clock: Clock, runs: list[str]) -> Non
             train(fused, x)
             train(fused, x)
         train(fused, x)
-    assert runs == ["fused", "fused", "fused", "modules"]
+    assert runs == ["fused"] * 3  # and then the modules
     assert clock.measured[1] == ["fused in contiguous", "fused in channels_last"]
 
 
@@ -212,7 +216,7 @@ def test_what_was_measured_is_found_again(clock: Clock, runs: list[str]) -> None
     train(fused, x)
     train(fused, x)
     assert len(clock.measured) == 1
-    assert runs[-1:] != ["fused"]
+    assert runs == ["fused"]  # and then the modules
 
 
 @pytest.mark.parametrize("why", ["deterministic", "off", "budget"])
@@ -270,6 +274,34 @@ def test_explain_says_so(clock: Clock) -> None:
     clock.fastest = "fused in channels_last"
     (row,) = fastdcgan.explain(fused, x[:3])
     assert row.fused and row.backend == "cpu"
+
+
+class Own(nn.Module):
+    """A block in a forward of its own."""
+
+    def __init__(self, block: nn.Sequential) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize("make", [nn.Identity, Own])
+@pytest.mark.parametrize("guarding", [0.2, 2.0])
+def test_what_gains_less_than_it_costs_to_come_to_it_runs_plain(make: type, guarding: float, clock: Clock) -> None:
+    """A chain that is a millisecond faster than PyTorch's modules: to come to it costs less or more."""
+    clock.fastest, clock.guarding = "fused in contiguous", guarding
+    plain = MODELS["conv, BN, LeakyReLU"][0]()
+    model = plain if make is nn.Identity else make(plain)
+    fused, x = fastdcgan.fuse(copy.deepcopy(model)), torch.randn(4, 3, 8, 8)
+    for _ in range(autotune.CALLS_BY_RULE + 2):
+        torch.testing.assert_close(train(fused, x), train(model, x))
+    assert clock.measured
+    (row,) = fastdcgan.explain(fused, x)
+    assert row.fused == (guarding < 1.0)
+    assert row.fused or "would gain 1.000 ms" in row.why
+    assert torch.equal(train(fused, x), train(model, x)) != row.fused  # the very modules give the very bits
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdcgan
 from fastdcgan.dispatch import autotune
-from fastdcgan.engine import pending
+from fastdcgan.engine import deferred, pending
 from fastdcgan.engine.choice import MODULES
 from tests.engine.test_choice import Clock
 from tests.helpers.twins import assert_same, channels_last, numbers, one_thread, prepared
@@ -123,6 +123,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
     monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))
     monkeypatch.setattr(autotune, "_spent", 0.0)
     monkeypatch.setattr(pending, "_chains", {})
+    monkeypatch.setattr(deferred, "cost_of", lambda mode: pending.Cost(0.0, 0.0))
     return found
 
 

@@ -59,7 +59,10 @@ def check_sums(backend: Backend, y: Tensor, da: Tensor, coef: Tensor, act: str, 
     vanilla = REFERENCE.norm_act_reduce(da.float(), y.float(), coef, act, slope)
     sums = backend.norm_act_reduce(da, y, coef, act, slope)
     assert_as_accurate(sums, vanilla, truth, f"sums of {act}", reduction=count, scale=scale)
-    g, same = backend.grad_stats(da.clone(), y, coef, act, slope)
+    kept = da.clone()
+    g, same = backend.grad_stats(da, y, coef, act, slope)
+    assert torch.equal(da, kept)
+    assert all(map(torch.equal, backend.grad_stats_(kept, y, coef, act, slope), (g, same))), "not the same in place"
     again = backend.norm_act_reduce(g, y, coef[: len(coef) // 2 * 2], "identity", 0.0)
     if len(coef) % 2:  # the sums of what is stored, up to rounding: a pass with slopes may be shared out otherwise
         torch.testing.assert_close(same[: len(again)], again, rtol=0, atol=4e-6 * scale)
