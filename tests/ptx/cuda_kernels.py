@@ -28,9 +28,9 @@ BINDINGS = ("elementwise", "contraction", "image_side")  # what registers their 
 NAMESPACE = "fastdcgan_cuda_ptx"  # in the place of the shim's
 NVCC_FLAGS = [
     *("-std=c++17", "-O2", "-w", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", "-no-compress"),
-    "-gencode=arch=compute_80,code=compute_80",
     *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"),
 ]
+ARCHITECTURES = {"gemm_sm90": "90a"}  # of the other rooms: 80
 RENAMED = ["-DFASTDCGAN_CUDA_ON_CPU", f"-Dfastdcgan_cuda_on_cpu={NAMESPACE}"]
 
 
@@ -53,7 +53,8 @@ def _built() -> Path:
     sources += [*(ROOT / f"csrc/cuda/ops/{name}_bindings.cpp" for name in BINDINGS), HERE / "runtime.cpp"]
     lines = [f"nvcc = {NVCC}", f"libraries = -L{torch_folder / 'lib'} -ltorch_cpu -lc10", RULES]
     for source in sources:
-        more = [] if source.suffix == ".cu" else RENAMED
+        arch = f"compute_{ARCHITECTURES.get(source.parent.name, '80')}"
+        more = [f"-gencode=arch={arch},code={arch}", *([] if source.suffix == ".cu" else RENAMED)]
         lines += [f"build {source.stem}.o: nvcc {source}", f"  flags = {' '.join([*flags, *more])}"]
     lines.append(f"build operators.so: link {' '.join(f'{source.stem}.o' for source in sources)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +75,7 @@ LAUNCHED = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_uint32),
     ctypes.c_uint64,
     ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_int,
 )
 ALLOCATED = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)
 
@@ -114,28 +116,31 @@ def only(ptx: str, kernel: str) -> str:
     """The PTX without other kernels: a source has hundreds."""
     head, *entries = ptx.split(".entry ")
     own = next(entry for entry in entries if entry.startswith(f"{kernel}("))
-    return f"{head}.entry {own[: own.index(chr(10) + '}')]}\n}}"
+    return f"{head}.entry {own[: own.rindex(chr(10) + '}')]}\n}}"
 
 
 @contextlib.contextmanager
-def cuda_on(machine: Machine, change: Callable[[str], str] = lambda ptx: ptx) -> Iterator[PTXBackend]:
-    """Inside a `with`, the machine runs what the backend launches, with a change to the PTX."""
+def cuda_on(
+    machine: Machine, change: Callable[[str], str] = lambda ptx: ptx, capability: int = 80
+) -> Iterator[PTXBackend]:
+    """Inside a `with`, the machine runs what the backend launches on a GPU of this compute capability, with a change to
+    the PTX."""
     faults: list[Exception] = []
 
-    def launch(ptx: bytes, kernel: bytes, grid: Any, block: Any, shared: int, arguments: Any) -> int:
+    def launch(ptx: bytes, kernel: bytes, grid: Any, block: Any, shared: int, arguments: Any, early: int) -> int:
         try:
             name = kernel.decode()
             module = machine.load(change(only(ptx.decode(), name)))
             memory = b""
             for k, (offset, size) in enumerate(module.fields(name)):
                 memory = memory.ljust(offset, b"\0") + ctypes.string_at(arguments[k], size)
-            module.launch(name, grid[:3], block[:3], memory, shared)
+            module.launch(name, grid[:3], block[:3], memory, shared, bool(early))
         except Exception as error:  # goes through C++
             faults.append(error)
         return len(faults)
 
     listeners = LAUNCHED(launch), ALLOCATED(machine.add_memory)
-    library().ptx_listen(*listeners)
+    library().ptx_listen(*listeners, capability)
     try:
         with _Known(machine):
             yield PTXBackend()
@@ -144,4 +149,4 @@ def cuda_on(machine: Machine, change: Callable[[str], str] = lambda ptx: ptx) ->
             raise faults[0] from error
         raise
     finally:
-        library().ptx_listen(None, None)
+        library().ptx_listen(None, None, 80)
