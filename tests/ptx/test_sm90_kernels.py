@@ -112,7 +112,7 @@ def changed(pattern: str, by: str, which: int = 0) -> Callable[[str], str]:
     [
         ("conv", "none", changed(r"expect_tx(.*), (%r\d+);", r"expect_tx\1, 1024;"), "brought|more bytes"),
         ("conv", "none", changed(r"expect_tx(.*), (%r\d+);", r"expect_tx\1, 65536;"), "deadlock: .* bytes never come"),
-        ("conv", "none", changed(r"(try_wait.*\]), %r\d+,", r"\1, 1,", -1), "deadlock|brought"),
+        ("conv", "none", changed(r"(try_wait.*\]), %r\d+,", r"\1, 1,", -1), "deadlock|brought|race: a bulk copy"),
         ("conv", "none", changed(r"(try_wait.*\]), %r\d+,", r"\1, 0,"), "deadlock"),
         ("conv", "none", changed(r"wgmma\.wait_group\S+ 1;", ""), "race: a bulk copy .* writes .* wgmma of warp"),
         ("conv", "none", changed(r"wgmma\.wait_group\S+ 0;", ""), "nobody wrote|ends before"),
