@@ -77,6 +77,9 @@ class Call(NamedTuple):
     op                     a         b                        size                 returns
     conv, conv_transpose   operand   weight (a tensor)        of the output        output, the epilogue's vectors
     weight_grad            gathered  linear (an Operand)      of the kernel        the weight's gradient
+
+    `stays`: the weight is likely to be the same at the next call. It isn't while anything is trained, so what a backend
+    makes of the weight is then made anew at every call.
     """
 
     op: str
@@ -85,6 +88,7 @@ class Call(NamedTuple):
     geometry: Geometry
     size: Pair
     epilogue: Epilogue = STORE
+    stays: bool = False
 
 
 @dataclass(frozen=True)

@@ -156,8 +156,12 @@ class Backend(Composites):
         return False
 
     def grad_stats(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
-        """`g = da*act'(s*y + t)`, stored (it may take the place of `da`), and its `sums`."""
+        """`g = da*act'(s*y + t)`, stored, and its `sums`."""
         raise NotImplementedError
+
+    def grad_stats_(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
+        """`grad_stats`, whose g may take the place of `da`: then nobody else may hold it."""
+        return self.grad_stats(da, y, coef, act, slope)
 
     def batch_stats(self, y: Tensor, stat_groups: int) -> Tensor:
         """`stats` [3, stat_groups, C] of a raw output [N, C, H, W]."""
@@ -218,7 +222,7 @@ class Backend(Composites):
         if e.kind == "activate":
             return self.norm_act_(Operand(acc, None, e.coef, e.act, e.slope)), nothing
         assert e.kind == "grad_stats" and e.y is not None
-        return self.grad_stats(acc, e.y, e.coef, e.act, e.slope)
+        return self.grad_stats_(acc, e.y, e.coef, e.act, e.slope)
 
     def update_running(
         self, mean: Tensor, var: Tensor, stats: Tensor, shift: Tensor | None, factor: Tensor | None, momentum: float

@@ -103,7 +103,6 @@ def sides(call: Call) -> Sides:
     x, g = _stored(call.a), call.geometry
     gathered: Size
     linear: Size
-    cached = False
     if call.op == "weight_grad":
         gathered, linear = x.shape, _stored(call.b).shape
     else:
@@ -111,10 +110,7 @@ def sides(call: Call) -> Sides:
             gathered, linear = x.shape, (x.shape[0], call.b.shape[0], *call.size)
         else:
             gathered, linear = (x.shape[0], call.b.shape[1], *call.size), x.shape
-        # Most often of generation, where weights stay the same; training with normalisation has other epilogues. What
-        # was cast for a gradient is another tensor at every call.
-        cached = call.epilogue.kind in ("bias", "activate") and isinstance(call.b, torch.nn.Parameter)
-    return Sides(gathered, linear, g.kernel[0] * g.kernel[1], x.dtype, cached)
+    return Sides(gathered, linear, g.kernel[0] * g.kernel[1], x.dtype, call.stays)
 
 
 class Rates(NamedTuple):
@@ -272,7 +268,7 @@ class CPUBackend(Backend):
             fused, act, slope = e.coef, ACTIVATIONS[e.act].id, e.slope
         contract = self.contractions.conv if call.op == "conv" else self.contractions.conv_transpose
         out, stats = contract(
-            x, call.b, g.stride, g.padding, g.dilation, call.size, fused, act, slope, groups, name
+            x, call.b, g.stride, g.padding, g.dilation, call.size, fused, act, slope, groups, name, call.stays
         )  # fmt: skip
         if not _in_channels_last(call):
             out = out.contiguous()
@@ -303,6 +299,9 @@ class CPUBackend(Backend):
         return torch.ops.fastdcgan_cpu.norm_act_reduce(da, y, coef, ACTIVATIONS[act].id, slope)
 
     def grad_stats(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastdcgan_cpu.grad_stats(da, y, coef, ACTIVATIONS[act].id, slope)
+
+    def grad_stats_(self, da: Tensor, y: Tensor, coef: Tensor, act: str, slope: float) -> tuple[Tensor, Tensor]:
         # In place, so `da` has to lie as `y` does.
         if y.is_contiguous(memory_format=torch.channels_last):
             g = da.contiguous(memory_format=torch.channels_last)

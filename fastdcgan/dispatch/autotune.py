@@ -49,6 +49,7 @@ _tuning = False
 _ahead = False
 _comparing = False  # on a CPU: a chain is being measured, and its contractions with it
 _at_once = False
+_by_rule = False
 _spent, _since = 0.0, time.perf_counter()
 _unwritten = False
 _files: dict[Path, dict[str, Any]] = {}  # each file is read once
@@ -136,7 +137,7 @@ def may_compare(device: torch.device) -> bool:
 def consulted(device: torch.device) -> bool:
     """Whether what runs may depend on what was measured: not on a CPU where bits should not."""
     off = os.environ.get("FASTDCGAN_AUTOTUNE") == "off" or torch.are_deterministic_algorithms_enabled()
-    return device.type != "cpu" or not off
+    return device.type != "cpu" or not (off or _by_rule)
 
 
 def may_begin(calls: int) -> bool:
@@ -159,11 +160,17 @@ def _idle(device: torch.device) -> bool:
 
 _WARM_UPS = 3
 _ROUNDS = 20
-# On a CPU: rounds at least, fewer of long calls, and at most; what is slower than the fastest by these factors after
-# the first, or the first of long calls, and after a later round is out.
-_CPU_ROUNDS, _CPU_SECONDS, _FAR_SLOWER, _SLOWER = (3, 40), 0.02, 1.5, 1.15
-_LONG_CPU_ROUNDS, _LONG_SECONDS, _LONG_SLOWER = 2, 0.01, 1.25
+# On a CPU: rounds at least, fewer of long calls, and at most; what is slower than the fastest by a factor is out.
+_CPU_ROUNDS, _CPU_SECONDS, _SLOWER = (3, 40), 0.02, 1.15
+_LONG_CPU_ROUNDS, _LONG_SECONDS = 2, 0.01
+_EXTRA_ROUNDS = 9
+# A first call also makes what later ones find made, as oneDNN its code: that may take it so much longer.
+_FIRST_SLOWER, _FIRST_SECONDS = 1.5, 0.01
 _CACHE_SIZES = 4  # bytes written between two calls, in second-level caches
+_PART = 1 << 15  # numbers that PyTorch writes by the calling thread alone: it is its cache that Python runs in
+# The most that malloc of Linux still takes from its heap, once so much was freed. Until then, larger and larger tensors
+# are pages of their own, new at each call: a chain of PyTorch's then takes up to twice as long as in a net in training.
+_HEAP_BYTES = (32 << 20) - (64 << 10)
 
 
 def milliseconds(calls: Mapping[Any, Callable[[], object]], device: torch.device) -> dict[Any, float]:
@@ -192,42 +199,64 @@ def milliseconds(calls: Mapping[Any, Callable[[], object]], device: torch.device
 
 def _cpu_milliseconds(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
     """The median time of each call: at least `_CPU_ROUNDS[0]` rounds, more where they are short; what is clearly slower
-    leaves early, and what is left is measured no further when it is alone."""
-    times: dict[Any, list[float]] = {name: [] for name in calls}
-    left, spent = list(calls), 0.0
-    for i in range(_CPU_ROUNDS[1]):
+    leaves early, and what is left is measured no further when it is alone. The first call counts only for what leaves
+    after it."""
+    times = {name: [cpu_milliseconds(call)] for name, call in calls.items()}
+    limit = _FIRST_SLOWER * min(found[0] for found in times.values()) + 1000 * _FIRST_SECONDS
+    left, spent = [name for name in times if times[name][0] <= limit], 0.0
+    times |= {name: [] for name in left}
+    for i in range(_CPU_ROUNDS[1] if len(left) > 1 else 1):
         for name in left if i % 2 else reversed(left):
-            _something_else()
-            begin = time.perf_counter()
-            calls[name]()
-            times[name].append(1000 * (time.perf_counter() - begin))
+            times[name].append(cpu_milliseconds(calls[name]))
         spent += sum(times[name][-1] for name in left) / 1000
         least = min(map(min, times.values()))
-        long = least > 1000 * _LONG_SECONDS
-        slower = _SLOWER if i else _LONG_SLOWER if long else _FAR_SLOWER
-        left = [name for name in left if min(times[name]) <= least * slower]
-        if len(left) == 1 or (i + 1 >= (_LONG_CPU_ROUNDS if long else _CPU_ROUNDS[0]) and spent > _CPU_SECONDS):
+        left = [name for name in left if min(times[name]) <= least * _SLOWER]
+        rounds = _LONG_CPU_ROUNDS if least > 1000 * _LONG_SECONDS else _CPU_ROUNDS[0]
+        if len(left) == 1 or (i + 1 >= rounds and spent > _CPU_SECONDS):
             break
     return {name: _median(found) for name, found in times.items()}
 
 
+def cpu_milliseconds(call: Callable[[], object]) -> float:
+    """One call on the CPU, after other work."""
+    _something_else()
+    begin = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - begin)
+
+
+def extra_milliseconds(call: Callable[[], object], part: Callable[[], object]) -> float:
+    """How much longer a call on the CPU takes than a part of it. Chains in it run by the rule, and nothing else is
+    measured."""
+    global _by_rule
+    before, _by_rule = _by_rule, True
+    try:
+        extra = [cpu_milliseconds(call) - cpu_milliseconds(part) for _ in range(_EXTRA_ROUNDS)]
+    finally:
+        _by_rule = before
+    return max(0.0, _median(extra))
+
+
 def _something_else() -> None:
-    """What comes between two calls of a layer in a net: other layers, and other Python code. A call that is repeated at
-    once finds its code in the caches; a short one is then up to twice as fast as in a net."""
+    """What comes between two calls of a layer in a net: other layers' tensors, and other Python code. A call that is
+    repeated at once finds its code, and the interpreter's objects, in the caches; a short one is then up to twice as
+    fast as in a net."""
     # Also where images are only generated: tensors that are made in inference mode know no gradients ever after.
     with torch.inference_mode(False), torch.enable_grad():
         x, w, ones, written = _other_tensors()
         y = F.max_pool2d(F.batch_norm(F.conv2d(x, w, None, 1, 1), None, None, ones, ones, True), 2)
         y = F.interpolate(torch.cat([torch.sigmoid(y), y]), scale_factor=2.0)
         torch.autograd.grad(y.flatten(1).mean(), (x, w))
-    written.add_(1)
+    for part in written.split(_PART):
+        part.add_(1)
     textwrap.fill(__doc__, 40)
 
 
 @lru_cache
 def _other_tensors() -> tuple[Tensor, ...]:
+    torch.empty(_HEAP_BYTES, dtype=torch.uint8)  # and freed
     x, w = torch.ones(4, 16, 16, 16).requires_grad_(), torch.ones(16, 16, 3, 3).requires_grad_()
-    return x, w, torch.ones(16), torch.zeros(1 << 18)
+    return x, w, torch.ones(16), torch.zeros(1 << 20)
 
 
 def _median(values: list[float]) -> float:

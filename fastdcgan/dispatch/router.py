@@ -226,8 +226,8 @@ def fastest(times: dict[str, float]) -> str:
 
 def signature(call: Call) -> tuple:
     """All that the choice of an algorithm depends on: shapes, dtypes, memory formats, prologue and epilogue."""
-    b = _operand(call.b) if call.op == "weight_grad" else (_tensor(call.b), isinstance(call.b, torch.nn.Parameter))
-    return (call.op, _operand(call.a), b, call.geometry, call.size, _epilogue(call.epilogue))
+    b = _operand(call.b) if call.op == "weight_grad" else _tensor(call.b)
+    return (call.op, _operand(call.a), b, call.geometry, call.size, _epilogue(call.epilogue), call.stays)
 
 
 def _tensor(x: Tensor) -> tuple:

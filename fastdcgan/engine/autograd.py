@@ -144,7 +144,8 @@ def forward(
             if block.convolves and not block.learns_slope and (not keep_y or from_sign):
                 epilogue = Epilogue("activate", None, coef, block.act, block.slope)
         if block.convolves:
-            call = Call(block.op, a, t.weight, block.geometry, step.out_size, epilogue)
+            stays = saving is None and isinstance(t.weight, torch.nn.Parameter)
+            call = Call(block.op, a, t.weight, block.geometry, step.out_size, epilogue, stays)
             y, stats = program.contract((i, "forward"), call)
         else:
             y, stats = a.x, _batch_stats(program, a.x, epilogue) if step.stats else None
@@ -374,6 +375,10 @@ def _norm_act_backward(
     batch_stats = norm is not None and norm.batch_stats
     dy: Operand | None = None
     fused = finish and not block.learns_slope
+    if sums is None and norm is None and need.bias and fused and program.direct:
+        grad_stats = runs.grad_stats_ if overwrite else runs.grad_stats
+        g, sums = grad_stats(da, y, coef, act, block.slope)
+        return Operand(g), _gradients(_over_groups(sums[0]))
     if sums is None and norm is not None and batch_stats and norm.process_group is None and fused:
         normalize_backward = runs.normalize_backward_ if overwrite else runs.normalize_backward
         out, sums = normalize_backward(da, y, coef, _count(y, coef.shape[1]), act, block.slope)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,19 @@ class Record:
 
 recorder: list[Record] | None = None  # where `explain` collects them
 
+
+def fuses_too_little(gain: float | None, cost: Callable[[], float], since: int) -> bool:
+    """Whether chains that together `gain` so many milliseconds over PyTorch's modules should run as those, since what
+    comes before any chain runs has a cost; the blocks recorded `since` then say so. Not where a gain isn't known."""
+    if gain is None or (gain > 0 and gain > (least := cost())):
+        return False
+    for i in range(since, len(recorder or ())):
+        if recorder is not None and recorder[i].backend is not None and gain > 0:
+            why = f"runs as PyTorch's own: its module would gain {gain:.3f} ms, and guarding that costs {least:.3f} ms"
+            recorder[i] = replace(recorder[i], backend=None, route=why)
+    return True
+
+
 _METADATA = operator.attrgetter("dtype", "device", "shape", "requires_grad", "__class__")
 
 
@@ -53,6 +66,7 @@ class Chain:
         self._plans: dict[tuple, Planned] = {}
         # `brief`s of calls that PyTorch's modules run fastest, and why that is known.
         self._plain: dict[tuple, str] = {}
+        self.gain: float | None = None  # `Planned.gain` of what `run` ran last
 
     # --- what a subclass says of its blocks ---
 
@@ -105,6 +119,7 @@ class Chain:
                 planned.settled = not self.has_choice(entered, boundaries, backend)
         if not planned.settled:
             planned = self._plans[key] = self._choose(planned, x, tensors, running, stat_groups, backend)
+        self.gain = planned.gain
         if self.bare and not planned.settled:
             self._record(x, None, [WHY_BARE])
             return None
@@ -201,6 +216,7 @@ class Chain:
         planned = plans.get(found.name, rule)
         planned.settled = True
         planned.why_modules = found.why if found.name == choice.MODULES else None
+        planned.gain = found.gain
         return planned
 
     def _fused(self, planned: Planned, stat_groups: int, backend: str) -> choice.Run:

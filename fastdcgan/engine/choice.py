@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdcgan.activations import to_module
@@ -25,6 +25,9 @@ from fastdcgan.spec import Block, BlockTensors, Running
 KIND = "chains"  # of what the autotune cache keeps
 MODULES = "PyTorch's modules"
 COMPILED = "PyTorch's convolutions and copies of their outputs"
+# Of the time of PyTorch's modules. By as much a chain by itself may be off from the same chain in a net, whose caches
+# hold other things.
+LEAST_GAIN = 0.1
 
 Run = Callable[[Tensor, Sequence[BlockTensors], Sequence[Running | None]], Tensor]
 
@@ -32,6 +35,7 @@ Run = Callable[[Tensor, Sequence[BlockTensors], Sequence[Running | None]], Tenso
 class Choice(NamedTuple):
     name: str  # of the candidate
     why: str
+    gain: float | None  # milliseconds that PyTorch's modules take more, where they are a candidate
 
 
 def known(name: str, candidates: Mapping[str, Any], device: torch.device) -> Choice | None:
@@ -65,7 +69,11 @@ def measure(
 
 
 def _fastest(times: dict[str, float]) -> Choice:
-    return Choice(router.fastest(times), "measured: " + ", ".join(f"{of} {ms:.4f} ms" for of, ms in times.items()))
+    name = router.fastest(times)
+    if MODULES in times and times[name] > (1 - LEAST_GAIN) * times[MODULES]:
+        name = MODULES
+    gain = times[MODULES] - times[name] if MODULES in times else None
+    return Choice(name, "measured: " + ", ".join(f"{of} {ms:.4f} ms" for of, ms in times.items()), gain)
 
 
 def _work(
@@ -75,7 +83,9 @@ def _work(
 
     @functools.cache  # a tensor that several blocks share is one
     def spare(t: Tensor) -> Tensor:
-        return t.detach().requires_grad_(grad and t.requires_grad)
+        needs = grad and t.requires_grad
+        # A parameter's spare is one, too: routes depend on that, and those that are measured have to be the call's.
+        return nn.Parameter(t.detach(), needs) if isinstance(t, nn.Parameter) else t.detach().requires_grad_(needs)
 
     buffers = [_copied(r) for r in running]
     own = []

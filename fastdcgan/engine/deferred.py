@@ -37,6 +37,7 @@ from fastdcgan.engine.pending import (
     local,
     place,
     state_of,
+    waiting_ms,
     waits,
 )
 from fastdcgan.engine.planned import autocast_dtype, followed
@@ -389,11 +390,15 @@ def deferring(forward: Callable) -> Callable:
             if glance in plain and chain.recorder is None:
                 return forward(self, *args, **kwargs)
             compute_before_compiled_code()
+            recorded = len(chain.recorder or ())
             with Deferring() as mode:
                 out = forward(self, *args, **kwargs)
+            too_little = glance is not None and chain.fuses_too_little(
+                mode.gain, lambda: mode.calls * waiting_ms(Deferring), recorded
+            )
         finally:
             local.inside = before
-        if mode.all_plain and glance is not None:
+        if too_little:
             if len(plain) >= _MOST_CALLS:
                 plain.clear()
             plain.add(glance)
@@ -410,7 +415,8 @@ def _others_watch() -> bool:
 
 
 class PlainCalls(set):
-    """What is kept on a module: calls all of whose chains PyTorch's functions run fastest. A copy starts anew."""
+    """What is kept on a module: calls that PyTorch's functions run fastest, by what was measured of their chains and of
+    waiting. A copy starts anew."""
 
     def __deepcopy__(self, memo: dict) -> PlainCalls:
         return PlainCalls()
@@ -433,6 +439,7 @@ class Deferring(Waiting):
         if handler is not None and place() == self.place:
             found = handler(self, *args, **kwargs)
             if found is not None:
+                self.calls += 1
                 return found
         if self.waiting or self.owed:
             given = compute((args, kwargs))
@@ -461,21 +468,8 @@ def _writes(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> bool
     return bool(kwargs.get("inplace", args[writes] if len(args) > writes else False))
 
 
-_OPERATORS = (
-    "add",
-    "sub",
-    "mul",
-    "matmul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-)
+_OPERATORS = ["add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift"]
+_OPERATORS += ["rshift"]
 _WRITING = {f"__i{name}__" for name in _OPERATORS}
 _WRITING |= {"__setitem__", "__set__", "__delete__", "batch_norm", "instance_norm"}
 _WRITING |= {"numpy", "data_ptr", "untyped_storage", "__array__", "__dlpack__"}

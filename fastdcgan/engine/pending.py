@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
+from fastdcgan.dispatch import autotune
 from fastdcgan.engine import chain, choice
 from fastdcgan.engine.chain import Chain
 from fastdcgan.engine.match import WHY_BARE
@@ -46,7 +48,8 @@ class Waiting(TorchFunctionMode):
         self.place = place()
         self.waiting: weakref.WeakValueDictionary[int, Pending] = weakref.WeakValueDictionary()
         self.owed: dict[int, Step] = {}  # by the running statistics (their ids) that it has still to update
-        self.all_plain = True  # every chain ran as PyTorch's functions, and will
+        self.calls = 0  # that waited
+        self.gain: float | None = 0.0  # milliseconds over PyTorch's functions of all chains, where that was measured
 
     def compute_what_reads(self, written: Tensor) -> None:
         """Compute what waits and reads the memory of a tensor that is about to be written to."""
@@ -163,7 +166,7 @@ def _computed(steps: list[Step], x: Tensor) -> Tensor:
     key = last.key
     if first or done:
         key = key_of(0, (last.key, first, done), lambda _: _blocks_from(last.key, first, done))
-    return _chain_of(key)(last.mode, x, last.tensors[first:], last.running[first:])
+    return run_call(last.mode, x, key, last.tensors[first:], last.running[first:])
 
 
 def _begins_chain(steps: list[Step]) -> bool:
@@ -340,11 +343,33 @@ def key_of(before: int, added: tuple, blocks: Callable[[tuple[Block, ...]], tupl
     return key
 
 
-def _chain_of(key: int) -> _CallChain:
+def run_call(
+    mode: Waiting, x: Tensor, key: int, tensors: Sequence[BlockTensors], running: Sequence[Running | None]
+) -> Tensor:
+    """The output of the chain of the blocks `known_blocks[key]` for `x`."""
     found = _chains.get(key)
     if found is None:
         found = _chains[key] = _CallChain(known_blocks[key])
-    return found
+    return found(mode, x, tensors, running)
+
+
+@functools.cache
+def waiting_ms(mode: type[Waiting]) -> float:
+    """Milliseconds of a call on the CPU that waits, beside what its chain takes: measured here, once in a process."""
+    x, weight = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
+
+    def block() -> Tensor:
+        return F.relu(F.conv2d(x, weight))
+
+    def waited() -> Tensor:
+        with mode():
+            return block()
+
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with mode() as entered:
+            step = block().step  # type: ignore[attr-defined]
+            alone = functools.partial(run_call, entered, x, step.key, step.tensors, step.running)
+        return autotune.extra_milliseconds(waited, alone) / 2  # two calls
 
 
 class _CallChain(Chain):
@@ -375,8 +400,8 @@ class _CallChain(Chain):
             if self.bare and not self.has_choice(x, "auto", block_backend(x)):
                 self._record(x, None, [WHY_BARE])
             else:
-                mode.all_plain = False
                 out = self.run(x, tensors, running, 1, "auto", brief)
+                mode.gain = None if mode.gain is None or self.gain is None else mode.gain + self.gain
         self._owners = []
         return choice.modules(self._blocks, self.entered, 1, x, tensors, running) if out is None else out
 

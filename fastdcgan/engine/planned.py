@@ -101,6 +101,7 @@ class Planned:
         self.calls = 0
         self.settled = True  # whether it will stay the way that the chain runs
         self.why_modules: str | None = None  # where PyTorch's modules were measured to be faster
+        self.gain: float | None = None  # milliseconds over those, where that was measured
 
     def _cast(self, x: Tensor, tensors: Sequence[BlockTensors]) -> tuple[Tensor, Sequence[BlockTensors]]:
         if self._upsampling:  # before a cast, so that its sums are rounded once

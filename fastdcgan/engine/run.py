@@ -8,6 +8,7 @@ shape, strides and requires_grad of the tensors, autocast, grad mode, the backen
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from typing import Any
@@ -20,10 +21,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdcgan import backends, checks
 from fastdcgan.activations import DECISIVE
+from fastdcgan.dispatch import autotune
 from fastdcgan.engine import chain
 from fastdcgan.engine.match import Alone, FoundChain, segments
 from fastdcgan.engine.module_chain import ModuleChain, call_alone
 from fastdcgan.engine.planned import compute_dtype, followed
+from fastdcgan.spec import BlockTensors
 
 _PLAIN = 256  # calls of a Sequential by shape and mode
 _STRUCTURES = 4  # of a Sequential: as many of its states (training, eval, ...)
@@ -47,7 +50,8 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
         for module in sequential:
             x = call_alone(module, x, stat_groups)
         return x
-    called, as_modules = x, isinstance(x, Tensor) and stat_groups == 1
+    called, chains, recorded = x, 0, len(chain.recorder or ())
+    gain: float | None = 0.0 if isinstance(x, Tensor) and stat_groups == 1 else None
     for i, part in enumerate(_parts(sequential)):
         if isinstance(part, Alone):
             x = call_alone(part.module, x, stat_groups)
@@ -57,8 +61,10 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
             x = part.as_modules(x, stat_groups)
         else:
             x = part(x, stat_groups, boundaries)
-            as_modules = as_modules and part.ran_modules
-    if as_modules and not torch.compiler.is_compiling():
+            chains += 1
+            if not part.ran_modules:
+                gain = None if gain is None or part.gain is None else gain + part.gain
+    if not torch.compiler.is_compiling() and chain.fuses_too_little(gain, lambda: chains * guarding_ms(), recorded):
         sequential.__dict__["_plans"].remember_plain(_glance(sequential, called, stat_groups, boundaries))
     return x
 
@@ -95,6 +101,18 @@ def _glance(sequential: nn.Sequential, x: Tensor, stat_groups: Any, boundaries: 
         x.shape, x.dtype, x.requires_grad, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),
         sequential.training, stat_groups, boundaries, backends.requested(),
     )  # fmt: skip
+
+
+@functools.cache
+def guarding_ms() -> float:
+    """Milliseconds of a chain in a Sequential on the CPU, beside what the chain takes: measured, once in a process."""
+    conv, x = nn.Conv2d(1, 1, 3, padding=1), torch.ones(1, 1, 4, 4)
+    sequential, tensors = nn.Sequential(conv, nn.ReLU()), [BlockTensors(conv.weight, conv.bias)]
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        (part,) = _parts(sequential)
+        return autotune.extra_milliseconds(
+            lambda: run_sequential(sequential, x, 1, "auto"), lambda: part.run(x, tensors, [None], 1, "auto", ())
+        )
 
 
 def why_plain(device_type: str, dtype: torch.dtype) -> str | None:

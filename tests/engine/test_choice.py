@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fastdcgan
-from fastdcgan.dispatch import autotune
+from fastdcgan.dispatch import autotune, router
 from fastdcgan.engine import chain, choice
 from fastdcgan.engine.module_chain import ModuleChain
 from tests.helpers.twins import one_thread
@@ -152,6 +152,23 @@ def test_what_is_the_fastest_runs(clock: Clock, runs: list[str]) -> None:
             assert train(fused, x[: len(clock.measured)]).is_contiguous()
         assert runs[-2:] == [expected] * 2
         assert clock.measured[-1] == [MODULES, "fused in contiguous", "fused in channels_last"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_contractions_run_as_they_did_while_the_chain_was_measured(name: str, grad: bool, clock: Clock) -> None:
+    """Or what was measured says nothing of what runs."""
+    clock.fastest = "fused in contiguous"
+    _, fused, x = pair(name)
+    with torch.set_grad_enabled(grad):
+        with autotune.at_once():
+            fused(x)
+        with router.recording() as seen:
+            out = fused(x)
+            if grad:
+                out.square().mean().backward()
+    assert len(seen) >= (2 if grad else 1)
+    assert [each for each in seen if "not measured" in each] == []
 
 
 def test_channels_last_has_no_other_format(clock: Clock) -> None:

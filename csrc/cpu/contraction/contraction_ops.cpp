@@ -58,11 +58,11 @@ const Algorithm& algorithm_of(
 }
 
 // Output and, for stat_groups > 0, its stats. `by_channel`: [channels] for act(sum + t), [2 or more, 1, channels] for
-// act(s*sum + t).
+// act(s*sum + t). `caches`: the weight's packed form may be cached.
 std::tuple<Tensor, Tensor> contraction(
     const Tensor& x_, const Tensor& weight_, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
     IntArrayRef size, bool transposed, const optional<Tensor>& by_channel_, int64_t act, double slope,
-    int64_t stat_groups, std::string_view algorithm) {
+    int64_t stat_groups, std::string_view algorithm, bool caches) {
   const Tensor x = channels_last(x_, "an input");
   TORCH_CHECK_VALUE(
       weight_.dim() == 4 && weight_.size(transposed ? 0 : 1) == x.size(1), "expected a weight for ", x.size(1),
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor> contraction(
            weight.stride(2), weight.stride(3)};
   const c10::Storage storage = weight.storage();
   if (weight.is_non_overlapping_and_dense()) {
-    w.storage = &storage;
+    w.storage = caches ? &storage : nullptr;
     w.bytes = static_cast<int64_t>(weight.nbytes());
     w.wide = weight.scalar_type() != x.scalar_type();
   }
@@ -124,15 +124,17 @@ std::tuple<Tensor, Tensor> contraction(
 std::tuple<Tensor, Tensor> conv(
     const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
     IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t stat_groups,
-    std::string_view algorithm) {
-  return contraction(x, weight, stride, padding, dilation, size, false, by_channel, act, slope, stat_groups, algorithm);
+    std::string_view algorithm, bool caches) {
+  return contraction(
+      x, weight, stride, padding, dilation, size, false, by_channel, act, slope, stat_groups, algorithm, caches);
 }
 
 std::tuple<Tensor, Tensor> conv_transpose(
     const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
     IntArrayRef size, const optional<Tensor>& by_channel, int64_t act, double slope, int64_t stat_groups,
-    std::string_view algorithm) {
-  return contraction(x, weight, stride, padding, dilation, size, true, by_channel, act, slope, stat_groups, algorithm);
+    std::string_view algorithm, bool caches) {
+  return contraction(
+      x, weight, stride, padding, dilation, size, true, by_channel, act, slope, stat_groups, algorithm, caches);
 }
 
 Tensor grad_of_weight(
@@ -183,10 +185,10 @@ std::tuple<int64_t, int64_t> packed_weights_cached() {
 TORCH_LIBRARY_FRAGMENT(FASTDCGAN_CPU_NAMESPACE, m) {
   m.def(
       "conv(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int[2] size, Tensor? by_channel, "
-      "int act, float slope, int stat_groups, str algorithm) -> (Tensor, Tensor)");
+      "int act, float slope, int stat_groups, str algorithm, bool caches=True) -> (Tensor, Tensor)");
   m.def(
       "conv_transpose(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int[2] size, "
-      "Tensor? by_channel, int act, float slope, int stat_groups, str algorithm) -> (Tensor, Tensor)");
+      "Tensor? by_channel, int act, float slope, int stat_groups, str algorithm, bool caches=True) -> (Tensor, Tensor)");
   m.def(
       "weight_grad(Tensor gathered, Tensor linear, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
       "str algorithm) -> Tensor");

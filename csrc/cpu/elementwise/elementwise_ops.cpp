@@ -129,18 +129,30 @@ Tensor norm_act_reduce(const Tensor& da_, const Tensor& y_, const Tensor& coef_,
   return sums;
 }
 
-// Overwrites `da`, which has to lie in memory as `y` does.
-Tensor grad_stats_(Tensor da, const Tensor& y_, const Tensor& coef_, int64_t act, double slope) {
-  const Tensor y = dense(y_), coef = checked_coef(coef_, y);
-  check_grad(da, y);
+// `out` may be `da`. Returns the sums.
+Tensor grad_stats_into(
+    const Tensor& out, const Tensor& da_, const Tensor& y, const Tensor& coef_, int64_t act, double slope) {
+  const Tensor coef = checked_coef(coef_, y);
+  check_grad(da_, y);
   const Shape s = shape_of(y, coef.size(1));
-  check_place(da, y, s);
+  check_place(out, y, s);
+  const Tensor da = da_.contiguous(format_of(s));
   const Tensor sums = at::empty({(coef.size(0) + 1) / 2, coef.size(1), coef.size(2)}, coef.options());
   check_activation(
-      grad_sums_pass(s, {y.const_data_ptr(), da.const_data_ptr(), da.data_ptr()}, y.scalar_type(),
+      grad_sums_pass(s, {y.const_data_ptr(), da.const_data_ptr(), out.data_ptr()}, y.scalar_type(),
                      coef.const_data_ptr<float>(), coef.size(0), activation(act, slope), sums.data_ptr<float>()),
       act, coef);
   return sums;
+}
+
+std::tuple<Tensor, Tensor> grad_stats(
+    const Tensor& da, const Tensor& y_, const Tensor& coef, int64_t act, double slope) {
+  const Tensor y = dense(y_), out = new_tensor_like(y);
+  return {out, grad_stats_into(out, da, y, coef, act, slope)};
+}
+
+Tensor grad_stats_(const Tensor& da, const Tensor& y, const Tensor& coef, int64_t act, double slope) {
+  return grad_stats_into(da, da, dense(y), coef, act, slope);
 }
 
 Tensor batch_stats(const Tensor& y_, int64_t groups) {
@@ -330,6 +342,7 @@ TORCH_LIBRARY(fastdcgan_cpu, m) {
   m.def("norm_act_(Tensor(a!) y, Tensor coef, int act, float slope) -> ()");
   m.def("norm_act_backward_(Tensor(a!) da, Tensor y, Tensor coef, int act, float slope) -> ()");
   m.def("norm_act_reduce(Tensor da, Tensor y, Tensor coef, int act, float slope) -> Tensor");
+  m.def("grad_stats(Tensor da, Tensor y, Tensor coef, int act, float slope) -> (Tensor, Tensor)");
   m.def("grad_stats_(Tensor(a!) da, Tensor y, Tensor coef, int act, float slope) -> Tensor");
   m.def("batch_stats(Tensor y, int groups) -> Tensor");
   m.def(
@@ -360,6 +373,7 @@ TORCH_LIBRARY_IMPL(fastdcgan_cpu, CPU, m) {
   m.impl("norm_act_", fastdcgan::cpu::norm_act_);
   m.impl("norm_act_backward_", fastdcgan::cpu::norm_act_backward_);
   m.impl("norm_act_reduce", fastdcgan::cpu::norm_act_reduce);
+  m.impl("grad_stats", fastdcgan::cpu::grad_stats);
   m.impl("grad_stats_", fastdcgan::cpu::grad_stats_);
   m.impl("batch_stats", fastdcgan::cpu::batch_stats);
   m.impl("coefficients", fastdcgan::cpu::coefficients);
