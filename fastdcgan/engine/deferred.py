@@ -32,12 +32,12 @@ from fastdcgan.engine.pending import (
     compute,
     compute_before_compiled_code,
     computed,
+    cost_of,
     hooks_up_to,
     key_of,
     local,
     place,
     state_of,
-    waiting_ms,
     waits,
 )
 from fastdcgan.engine.planned import autocast_dtype, followed
@@ -373,10 +373,11 @@ def deferring(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or followed(args[0] if args else None) or _others_watch():
+        if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
         before, here = getattr(local, "inside", None), place()
-        if before == here:  # what calls it waits itself
+        # What calls it may wait itself.
+        if before == here or followed(args[0] if args else None) or _others_watch():
             return forward(self, *args, **kwargs)
         glance = None
         if not kwargs and all(type(a) is Tensor for a in args):
@@ -393,9 +394,7 @@ def deferring(forward: Callable) -> Callable:
             recorded = len(chain.recorder or ())
             with Deferring() as mode:
                 out = forward(self, *args, **kwargs)
-            too_little = glance is not None and chain.fuses_too_little(
-                mode.gain, lambda: mode.calls * waiting_ms(Deferring), recorded
-            )
+            too_little = glance is not None and chain.fuses_too_little(mode.gain, mode.cost, recorded)
         finally:
             local.inside = before
         if too_little:
@@ -439,8 +438,9 @@ class Deferring(Waiting):
         if handler is not None and place() == self.place:
             found = handler(self, *args, **kwargs)
             if found is not None:
-                self.calls += 1
+                self.waited += 1
                 return found
+        self.passed += 1
         if self.waiting or self.owed:
             given = compute((args, kwargs))
             self.compute_owed(given)
@@ -450,6 +450,11 @@ class Deferring(Waiting):
             if self.traced:
                 args, kwargs = computed((args, kwargs))
         return func(*args, **kwargs)
+
+    def cost(self) -> float:
+        """Milliseconds of all that it did so far, beside what the chains took."""
+        waiting, passing = cost_of(type(self))  # type: ignore[arg-type]  # a class has a hash
+        return self.waited * waiting + self.passed * passing
 
     def __exit__(self, kind: Any, *others: Any) -> None:
         super().__exit__(kind, *others)

@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -48,7 +48,7 @@ class Waiting(TorchFunctionMode):
         self.place = place()
         self.waiting: weakref.WeakValueDictionary[int, Pending] = weakref.WeakValueDictionary()
         self.owed: dict[int, Step] = {}  # by the running statistics (their ids) that it has still to update
-        self.calls = 0  # that waited
+        self.waited, self.passed = 0, 0  # calls
         self.gain: float | None = 0.0  # milliseconds over PyTorch's functions of all chains, where that was measured
 
     def compute_what_reads(self, written: Tensor) -> None:
@@ -353,9 +353,16 @@ def run_call(
     return found(mode, x, tensors, running)
 
 
+class Cost(NamedTuple):
+    """Milliseconds on the CPU: of a call that waits, beside what its chain takes, and of any other that is seen."""
+
+    waiting: float
+    passing: float
+
+
 @functools.cache
-def waiting_ms(mode: type[Waiting]) -> float:
-    """Milliseconds of a call on the CPU that waits, beside what its chain takes: measured here, once in a process."""
+def cost_of(mode: type[Waiting]) -> Cost:
+    """Measured here, once in a process."""
     x, weight = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
 
     def block() -> Tensor:
@@ -365,11 +372,23 @@ def waiting_ms(mode: type[Waiting]) -> float:
         with mode():
             return block()
 
+    def passed(within: int, after: int) -> None:
+        with mode():
+            waits = block()
+            for _ in range(within):
+                x.add(x)
+            del waits  # nobody asked for it
+        for _ in range(after):
+            x.add(x)
+
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         with mode() as entered:
             step = block().step  # type: ignore[attr-defined]
             alone = functools.partial(run_call, entered, x, step.key, step.tensors, step.running)
-        return autotune.extra_milliseconds(waited, alone) / 2  # two calls
+        waiting = autotune.extra_milliseconds(waited, alone) / 2  # two calls
+        many = 8
+        passing = autotune.extra_milliseconds(lambda: passed(many, 0), lambda: passed(0, many)) / many
+        return Cost(waiting, passing)
 
 
 class _CallChain(Chain):
