@@ -48,6 +48,7 @@ LAUNCHED = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_uint32),
     ctypes.c_uint64,
     ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_int,
 )
 ALLOCATED = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)
 
@@ -88,28 +89,31 @@ def only(ptx: str, kernel: str) -> str:
     """The PTX without other kernels: a source has hundreds."""
     head, *entries = ptx.split(".entry ")
     own = next(entry for entry in entries if entry.startswith(f"{kernel}("))
-    return f"{head}.entry {own[: own.index(chr(10) + '}')]}\n}}"
+    return f"{head}.entry {own[: own.rindex(chr(10) + '}')]}\n}}"
 
 
 @contextlib.contextmanager
-def cuda_on(machine: Machine, change: Callable[[str], str] = lambda ptx: ptx) -> Iterator[PTXBackend]:
-    """Inside a `with`, the machine runs what the backend launches, with a change to the PTX."""
+def cuda_on(
+    machine: Machine, change: Callable[[str], str] = lambda ptx: ptx, capability: int = 80
+) -> Iterator[PTXBackend]:
+    """Inside a `with`, the machine runs what the backend launches on a GPU of this compute capability, with a change to
+    the PTX."""
     faults: list[Exception] = []
 
-    def launch(ptx: bytes, kernel: bytes, grid: Any, block: Any, shared: int, arguments: Any) -> int:
+    def launch(ptx: bytes, kernel: bytes, grid: Any, block: Any, shared: int, arguments: Any, early: int) -> int:
         try:
             name = kernel.decode()
             module = machine.load(change(only(ptx.decode(), name)))
             memory = b""
             for k, (offset, size) in enumerate(module.fields(name)):
                 memory = memory.ljust(offset, b"\0") + ctypes.string_at(arguments[k], size)
-            module.launch(name, grid[:3], block[:3], memory, shared)
+            module.launch(name, grid[:3], block[:3], memory, shared, bool(early))
         except Exception as error:  # goes through C++
             faults.append(error)
         return len(faults)
 
     listeners = LAUNCHED(launch), ALLOCATED(machine.add_memory)
-    library().ptx_listen(*listeners)
+    library().ptx_listen(*listeners, capability)
     try:
         with _Known(machine):
             yield PTXBackend()
@@ -118,4 +122,4 @@ def cuda_on(machine: Machine, change: Callable[[str], str] = lambda ptx: ptx) ->
             raise faults[0] from error
         raise
     finally:
-        library().ptx_listen(None, None)
+        library().ptx_listen(None, None, 80)

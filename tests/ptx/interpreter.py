@@ -39,10 +39,14 @@ def library() -> ctypes.CDLL:
         "memory_written": (text, [pointer, pointer, size, pointer]),
         "load": (text, [pointer, text, pointer]),
         "names": (text, [pointer, ctypes.c_int]),
-        "launch": (text, [pointer, text, pointer, pointer, size, text, size, ctypes.c_int, ctypes.c_uint32, pointer]),
+        "launch": (
+            text,
+            [pointer, text, pointer, pointer, size, text, size, ctypes.c_int, ctypes.c_uint32, ctypes.c_int, pointer],
+        ),
         "counting": (pointer, [size]),
         "counting_free": (None, [pointer]),
         "counted": (text, [pointer, ctypes.c_int]),
+        "tensor_map": (text, [pointer, ctypes.c_int, ctypes.c_uint32, *4 * [pointer], ctypes.c_int, ctypes.c_int]),
         "parameters": (ctypes.c_int, [pointer, text, pointer, ctypes.c_int]),
     }
     for name, (result, arguments) in signatures.items():
@@ -142,15 +146,23 @@ class Module:
         return [(pairs[2 * k], pairs[2 * k + 1]) for k in range(count)]
 
     def launch(
-        self, kernel: str, grid: Sequence[int], block: Sequence[int], parameters: bytes, shared: int = 0
+        self,
+        kernel: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        parameters: bytes,
+        shared: int = 0,
+        early: bool = False,
     ) -> None:
-        """Run a kernel. `parameters`: its memory of parameters; `shared`: bytes of dynamic shared memory."""
+        """Run a kernel. `parameters`: its memory of parameters; `shared`: bytes of dynamic shared memory; `early`: it
+        may begin before the kernels before it have ended."""
         dims = [(ctypes.c_uint32 * 3)(*[*sizes, 1, 1][:3]) for sizes in (grid, block)]
         name, size, order = kernel.encode(), len(parameters), ORDERS[self._machine.order]
         machine, lib = self._machine, self._lib
         counting = None if machine.counted is None else ctypes.c_void_p(lib.ptx_counting(machine.counted))
         try:
-            _check(lib.ptx_launch(self._handle, name, *dims, shared, parameters, size, order, machine.seed, counting))
+            numbers = shared, parameters, size, order, machine.seed, early
+            _check(lib.ptx_launch(self._handle, name, *dims, *numbers, counting))
             if counting is not None:
                 machine.counts.append(self._counts(kernel, counting))
         finally:
@@ -174,6 +186,23 @@ class Module:
         for (offset, size), argument in zip(fields, arguments, strict=True):
             memory[offset : offset + size] = packed(argument, size)
         self.launch(kernel, grid, block, bytes(memory), shared)
+
+
+def tensor_map(
+    base: int,
+    dtype: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    swizzle: int,
+    nan: bool = False,
+) -> bytes:
+    """The 128 bytes that cuTensorMapEncodeTiled gives, or a Fault where it would refuse. The innermost dimension first;
+    `strides` in bytes of all others; `dtype`, `swizzle`: as the driver numbers them."""
+    memory, rank = ctypes.create_string_buffer(128), len(sizes)
+    arrays = (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * rank)(*strides), (ctypes.c_uint32 * rank)(*box)
+    _check(library().ptx_tensor_map(memory, dtype, rank, base, *arrays, swizzle, nan))
+    return memory.raw
 
 
 def packed(argument: Any, size: int) -> bytes:

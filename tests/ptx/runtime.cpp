@@ -1,8 +1,10 @@
-// As much of a CUDA runtime as csrc/cuda and what nvcc generates call: an A100, which hands every launch to Python. And
-// torch's memory on the CPU as that GPU's: Python hears of each allocation, so that the machine knows its bounds.
+// As much of a CUDA runtime as csrc/cuda and what nvcc generates call: an A100 or an H100, which hands every launch to
+// Python. And torch's memory on the CPU as that GPU's: Python hears of each allocation, so that the machine knows its
+// bounds.
 #undef TORCH_TARGET_VERSION  // this file is of the torch that is here
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -11,13 +13,17 @@
 #include <map>
 #include <string_view>
 
+#include "machine/tensor_map.h"
+
 namespace {
 
-using Launched = int (*)(const char* ptx, const char* kernel, const dim3* grid, const dim3* block, uint64_t shared, void** arguments);
+using Launched = int (*)(const char* ptx, const char* kernel, const dim3* grid, const dim3* block, uint64_t shared,
+                         void** arguments, int early);
 using Allocated = void (*)(void* begin, uint64_t bytes);
 Launched launched = nullptr;
 Allocated allocated = nullptr;
-int processors = 108;
+int processors = 0;  // 0: as many as a GPU of that capability has
+int capability = 80;
 
 struct Kernel {
   const char *ptx, *name;
@@ -46,8 +52,9 @@ struct Watched final : c10::Allocator {
 
 extern "C" {
 
-// With null for both, memory is torch's own again.
-void ptx_listen(Launched on_launch, Allocated on_allocation) {
+// With null for both, memory is torch's own again. on_gpu: its compute capability, 80 or 90
+void ptx_listen(Launched on_launch, Allocated on_allocation, int on_gpu) {
+  capability = on_gpu;
   static Watched watched;
   c10::SetCPUAllocator(on_allocation ? &watched : watched.usual, 255);
   launched = on_launch, allocated = on_allocation;
@@ -59,40 +66,60 @@ void ptx_processors(int count) { processors = count; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return *value = 163 * 1024, cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: return *value = processors, cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: return *value = 8, cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: return *value = 0, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return *value = (capability == 90 ? 227 : 163) * 1024, cudaSuccess;
+    case cudaDevAttrMultiProcessorCount: return *value = processors ? processors : capability == 90 ? 132 : 108, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor: return *value = capability / 10, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor: return *value = capability % 10, cudaSuccess;
     default: return cudaErrorInvalidValue;
   }
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* code, const void*) {
-  *code = {}, code->ptxVersion = code->binaryVersion = 80;
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* code, const void* function) {
+  const bool is_90 = std::string_view(kernels()[function].ptx).find(".target sm_90") != std::string_view::npos;
+  *code = {}, code->ptxVersion = code->binaryVersion = is_90 ? 90 : 80;
   return cudaSuccess;
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   const auto found = kernels().find(function);
   if (found == kernels().end() || !launched) return cudaErrorInvalidDeviceFunction;
   const Kernel& k = found->second;
-  return launched(k.ptx, k.name, &config->gridDim, &config->blockDim, config->dynamicSmemBytes, arguments) ? cudaErrorLaunchFailure
-                                                                                                         : cudaSuccess;
+  const bool early = config->numAttrs && config->attrs[0].id == cudaLaunchAttributeProgrammaticStreamSerialization;
+  const int failed =
+      launched(k.ptx, k.name, &config->gridDim, &config->blockDim, config->dynamicSmemBytes, arguments, early);
+  return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** at, size_t bytes, unsigned) { return *at = std::malloc(bytes), cudaSuccess; }
-cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long, cudaDriverEntryPointQueryResult*) {
-  return cudaErrorNotSupported;  // of tensor maps, which this GPU has not
+CUresult tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
+                    const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                    CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  static_assert(sizeof(cuuint64_t) == sizeof(uint64_t) && sizeof(CUtensorMap) == 128);
+  const auto* sizes_ = reinterpret_cast<const uint64_t*>(sizes);
+  const auto* strides_ = reinterpret_cast<const uint64_t*>(strides);
+  const bool refused = ptx::encode(map, type, rank, base, sizes_, strides_, box, steps, interleave, swizzle, fill);
+  return refused ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* status) {
+  if (std::string_view(name) != "cuTensorMapEncodeTiled") return cudaErrorNotSupported;
+  *found = reinterpret_cast<void*>(tensor_map), *status = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
 }
 const char* cudaGetErrorString(cudaError_t) { return "refused"; }
 
 // What nvcc generates registers each source's code for several GPUs, with a header that has its length. The PTX of 8.0
-// lies in it uncompressed.
+// lies in it uncompressed, and that of 9.0a, which has the kernels that multiply by warpgroup.
 void** __cudaRegisterFatBinary(void* wrapper) {
   const char* data = reinterpret_cast<const char*>(static_cast<void**>(wrapper)[1]);
   uint64_t bytes;
   std::memcpy(&bytes, data + 8, sizeof bytes);
   const std::string_view all(data, bytes + 16);
-  const size_t target = all.find("\n.target sm_80");
-  return new void*(target == all.npos ? nullptr : const_cast<char*>(data + all.rfind("\n.version", target) + 1));
+  const auto text_for = [&](const char* target) -> const char* {
+    const size_t at = all.find(target);
+    return at == all.npos ? nullptr : data + all.rfind("\n.version", at) + 1;
+  };
+  const char* text = text_for("\n.target sm_90a");
+  if (text == nullptr || std::string_view(text).find("wgmma") == std::string_view::npos) text = text_for("\n.target sm_80");
+  return new void*(const_cast<char*>(text));
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}

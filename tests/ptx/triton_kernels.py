@@ -15,12 +15,13 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.nvidia.driver import expand_signature
+from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdcgan.kernels import tiles
 from tests.kernels.compiled.compiling import Driver
-from tests.ptx.interpreter import Machine, packed
+from tests.ptx.interpreter import Machine, packed, tensor_map
 
 BYTES = {
     "i1": 1,
@@ -35,31 +36,54 @@ BYTES = {
     "i64": 8,
     "u64": 8,
     "fp64": 8,
+    "map": 128,
 }
 
 
-def _flat(signature: Any, arguments: Any) -> Iterator[tuple[str, Any]]:
-    """(type, argument) of what a kernel gets: nothing of what was compiled into it."""
+def _flat(
+    machine: Machine, signature: Any, arguments: Any, maps: Iterator[dict[str, Any]]
+) -> Iterator[tuple[str, Any]]:
+    """(type, argument) of what a kernel gets: nothing of what was compiled into it. Tensors are the machine's memory
+    from then on. `maps`: what the compiler chose for each tensor descriptor."""
     for kind, argument in zip(signature, arguments, strict=True):
         if isinstance(kind, tuple):
-            yield from _flat(kind, argument)
+            yield from _flat(machine, kind, argument, maps)
+        elif isinstance(argument, TensorDescriptor):
+            machine.add(argument.base)
+            yield "map", _tensor_map(argument, next(maps))
+            yield from (("i32", size) for size in argument.shape)
+            yield from (("i64", stride) for stride in argument.strides)
         elif kind != "constexpr":
+            if isinstance(argument, Tensor):
+                machine.add(argument)
             yield kind, argument
+
+
+def _tensor_map(x: TensorDescriptor, meta: dict[str, Any]) -> bytes:
+    """As `fill_tma_descriptor_tiled` of Triton's driver asks the GPU's for it."""
+    assert not meta["fp4_padded"] and not x.round_f32_to_tf32
+    sizes, strides, box = (list(reversed(values)) for values in (x.shape, x.strides, meta["block_size"]))
+    steps = [stride * meta["elem_size"] for stride in strides[1:]]
+    dtype = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
+    return tensor_map(x.base.data_ptr(), dtype, sizes, steps, box, meta["swizzle"], x.padding == "nan")
 
 
 def launch(machine: Machine, binary: Any, ptx: str, grid: tuple[int, ...], arguments: list[Any]) -> None:
     """What Triton's launcher does, but for the driver."""
     metadata = binary.metadata
     assert not metadata.global_scratch_size and not metadata.profile_scratch_size and metadata.num_ctas == 1
-    signature = expand_signature(binary.src.signature.values(), None)
-    given = [*_flat(signature, arguments), ("*i8", None), ("*i8", None)]  # the last two are scratch
+    maps = iter(metadata.tensordesc_meta or ())
+    given = [
+        *_flat(machine, binary.src.signature.values(), arguments, maps),
+        *2 * [("*i8", None)],
+    ]  # the last two are scratch
+    assert next(maps, None) is None
     module = machine.load(ptx)
     memory = b""
     for (offset, size), (kind, argument) in zip(module.fields(metadata.name), given, strict=True):
-        if isinstance(argument, Tensor):
-            machine.add(argument)
         assert size == (8 if kind[0] == "*" else BYTES[kind])
-        memory = memory.ljust(offset, b"\0") + packed(argument, size)
+        value = argument if isinstance(argument, bytes) else packed(argument, size)
+        memory = memory.ljust(offset, b"\0") + value
     module.launch(metadata.name, grid, (32 * metadata.num_warps,), memory, metadata.shared)
 
 

@@ -17,8 +17,10 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA
 EXTENSION = ROOT / "build" / "cuda-extension"
 ARCHITECTURES = "8.0 9.0a 10.0+PTX"  # which setup.py takes by default
 # For RTX 40 and 50, which setup.py compiles for where it finds such a GPU. PTX of 8.9 and 12.0 is that of 8.0 and 10.0
-# but for the names of unused symbols, so theirs is not made a second time. And PTX of 8.0, as text: tests/ptx runs it.
-MORE_CODE = "-no-compress -gencode=arch=compute_80,code=[compute_80,sm_89] -gencode=arch=compute_100,code=sm_120"
+# but for the names of unused symbols, so theirs is not made a second time. And PTX of 8.0 and 9.0a, as text: tests/ptx
+# runs it.
+MORE_CODE = "-no-compress -gencode=arch=compute_80,code=[compute_80,sm_89] -gencode=arch=compute_90a,code=compute_90a"
+MORE_CODE += " -gencode=arch=compute_100,code=sm_120"
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc compiles the CUDA sources, and it is not here")
 
 

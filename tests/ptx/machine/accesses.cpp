@@ -120,6 +120,7 @@ void await_groups(Warp& w, const Instruction& i) {
 
 Run make_copy(Written& n, Instruction& i) {
   if (!n.take("async")) return nullptr;
+  if (n.take("bulk")) return make_bulk_copy(n, i);
   if (n.take("commit_group")) return n.expect(0), commit;
   if (n.take("wait_all")) return n.expect(0), i.mode = -1, await_copies;
   if (n.take("wait_group")) return n.expect(1), await_groups;
@@ -163,7 +164,29 @@ void ldmatrix(Warp& w, const Instruction& i) {
   }
 }
 
-Run make_ldmatrix(Written& n, Instruction& i) {
+template <bool transposed>
+void stmatrix(Warp& w, const Instruction& i) {
+  w.demand(i.at[0], "an address");
+  for (int m = 0; m < i.count; ++m) {
+    uint16_t rows[8][8];
+    bool unknown[8][8];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int e = 0; e < 2; ++e) {
+        const int a = lane / 4, b = lane % 4 * 2 + e;
+        (transposed ? rows[b][a] : rows[a][b]) = static_cast<uint16_t>(w.lanes(i.at[1 + m])[lane] >> 16 * e);
+        (transposed ? unknown[b][a] : unknown[a][b]) = w.poison[i.at[1 + m]] >> lane & 1;
+      }
+    }
+    for (int row = 0; row < 8; ++row) {
+      const int lane = 8 * m + row;
+      const Place place = locate(w, lane, i.space, w.lanes(i.at[0])[lane] + i.offset[0], 16);
+      for (int c = 0; c < 8; ++c) write(w, lane, {place.area, place.at + 2 * c}, 2, &rows[row][c], unknown[row][c]);
+    }
+  }
+}
+
+template <bool loads>
+Run make_matrices(Written& n, Instruction& i) {
   if (!n.take("sync") || !n.take("aligned") || !n.take("m8n8") || !n.take("b16")) return nullptr;
   for (int count : {1, 2, 4}) {
     if (n.take("x" + std::to_string(count))) i.count = count;
@@ -171,7 +194,8 @@ Run make_ldmatrix(Written& n, Instruction& i) {
   n.expect(i.count + 1);
   i.space = take_space(n);
   i.members = kWholeWarp;
-  return n.take("trans") ? ldmatrix<true> : ldmatrix<false>;
+  const bool transposed = n.take("trans");
+  return loads ? (transposed ? ldmatrix<true> : ldmatrix<false>) : (transposed ? stmatrix<true> : stmatrix<false>);
 }
 
 }  // namespace
@@ -180,7 +204,8 @@ void make_accesses(Makers& all) {
   all["ld"] = all["ld:float"] = make_access<true>;
   all["st"] = all["st:float"] = make_access<false>;
   all["cp"] = make_copy;
-  all["ldmatrix"] = make_ldmatrix;
+  all["ldmatrix"] = make_matrices<true>;
+  all["stmatrix"] = make_matrices<false>;
 }
 
 }  // namespace ptx

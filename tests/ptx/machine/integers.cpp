@@ -166,6 +166,9 @@ Make of_products(bool adds) {
   };
 }
 
+// Of two numbers of 16 bits, .s16x2 or .u16x2
+uint32_t add_two(uint32_t a, uint32_t b) { return ((a & 0xffff0000) + (b & 0xffff0000)) | ((a + b) & 0xffff); }
+
 // d = f(a of the instruction's type, u32...)
 template <auto F, class... U>
 Make of_one() {
@@ -191,7 +194,11 @@ Make of_counts() {
 }  // namespace
 
 void make_integers(Makers& all) {
-  all["add"] = of_integers<add>(2);
+  all["add"] = [of_one = of_integers<add>(2)](Written& n, Instruction& i) -> Run {
+    if (!n.take("s16x2") && !n.take("u16x2")) return of_one(n, i);
+    n.expect(3);
+    return lanewise<add_two, uint32_t, uint32_t, uint32_t>;
+  };
   all["sub"] = of_integers<sub>(2);
   all["min"] = of_integers<min>(2);
   all["max"] = of_integers<max>(2);

@@ -1,4 +1,7 @@
 // What Python calls. Functions return an error's text, or null; it stays until the next one.
+#include <algorithm>
+
+#include "tensor_map.h"
 #include "warp.h"
 
 namespace {
@@ -43,11 +46,15 @@ const char* ptx_memory_written(Machine* machine, void* begin, uint64_t bytes, in
 const char* ptx_load(Machine* machine, const char* text, Module** loaded) {
   return caught([&] {
     auto module = std::make_unique<Module>(Module{*machine, ptx::parse(text)});
-    const auto add = [&](const std::string& name, std::vector<uint8_t>& bytes, bool read_only) {
-      if (!bytes.empty()) machine->memory.add(name, reinterpret_cast<uint64_t>(bytes.data()), bytes.size(), true, read_only);
+    const auto add = [&](const std::string& name, void* bytes, uint64_t size, bool read_only) {
+      if (size) machine->memory.add(name, reinterpret_cast<uint64_t>(bytes), size, true, read_only);
     };
-    for (auto& variable : module->program->variables) add(variable->name, variable->bytes, variable->constant);
-    for (auto& [name, function] : module->program->functions) add("parameters of " + name, function->parameters, true);
+    for (auto& variable : module->program->variables) {
+      add(variable->name, variable->bytes.data(), variable->bytes.size(), variable->constant);
+    }
+    for (auto& [name, function] : module->program->functions) {
+      add("parameters of " + name, function->parameters.data(), std::max<uint64_t>(function->parameter_bytes, 1), true);
+    }
     *loaded = machine->modules.emplace_back(std::move(module)).get();
   });
 }
@@ -67,7 +74,8 @@ const char* ptx_names(Module* module, int instructions) {
 // `parameters`: each one's value; what they take is known from the kernel. order: 0 forward, 1 reverse, 2 random;
 // counting: null, or what counts
 const char* ptx_launch(Module* module, const char* name, const uint32_t* grid, const uint32_t* block, uint64_t dynamic_bytes,
-                       const void* parameters, uint64_t bytes, int order, uint32_t seed, ptx::Counting* counting) {
+                       const void* parameters, uint64_t bytes, int order, uint32_t seed, int early,
+                       ptx::Counting* counting) {
   return caught([&] {
     const auto found = module->program->functions.find(name);
     if (found == module->program->functions.end()) throw ptx::Fault(std::string("there is no kernel ") + name);
@@ -78,8 +86,18 @@ const char* ptx_launch(Module* module, const char* name, const uint32_t* grid, c
     std::memcpy(function.parameters.data(), parameters, bytes);
     ptx::Launch launch{*module->program, function, module->machine.memory, module->machine.clock,
                        {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, dynamic_bytes,
-                       {static_cast<ptx::Order::Kind>(order), std::mt19937(seed)}, counting};
+                       {static_cast<ptx::Order::Kind>(order), std::mt19937(seed)}, counting, early != 0};
     ptx::run(launch);
+  });
+}
+
+// A tensor map at `map`, of 128 bytes. Its arguments are those of the driver's cuTensorMapEncodeTiled.
+const char* ptx_tensor_map(void* map, int type, uint32_t rank, void* base, const uint64_t* sizes, const uint64_t* strides,
+                           const uint32_t* box, int swizzle, int fill) {
+  return caught([&] {
+    const uint32_t ones[] = {1, 1, 1, 1, 1};
+    const char* wrong = ptx::encode(map, type, rank, base, sizes, strides, box, ones, 0, swizzle, fill);
+    if (wrong) throw ptx::Fault(std::string("a tensor map: ") + wrong);
   });
 }
 

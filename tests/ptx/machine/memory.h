@@ -7,19 +7,21 @@
 #include <string>
 #include <vector>
 
-#include "program.h"
+#include "knowledge.h"
 
 namespace ptx {
 
 // Of a byte: who wrote it last and who has read it since.
 struct Cell {
-  uint32_t written_at, read_at;    // Clock::now, 0: never
-  uint16_t writer, reader;         // threads of the block; several readers: kSeveral
-  uint32_t readers;                // their warps
+  uint32_t written_at, read_at;  // Clock::now, 0: never; the last of the readers
+  Lanes readers;                 // of the group that reads it
+  uint16_t writer;               // an agent, see knowledge.h
+  uint16_t group;                // that reads it; several groups: kSeveral, and `more` is where Block::readings has them
+  uint32_t more;
 };
 constexpr uint16_t kSeveral = 0xffff, kOtherBlock = 0xfffe;
 
-enum State : uint8_t { kKnown = 0, kUnwritten = 1, kInFlight = 2 };
+enum State : uint8_t { kKnown = 0, kUnwritten = 1, kInFlight = 2, kMbarrier = 4 };
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -72,5 +74,20 @@ Place locate(Warp& warp, int lane, Space space, uint64_t address, int size);
 bool read(Warp& warp, int lane, Place place, int size);
 // Notes the writing of `value`, and whether nobody wrote that; checks races.
 void write(Warp& warp, int lane, Place place, int size, const void* value, bool tainted);
+
+// --- what is asynchronous (the async proxy): on behalf of a thread, from its issue to its end -----------------------
+
+// From its beginning on nobody may write what is read, until `group` is known to have ended. A later reading of the
+// same group has a greater `number`.
+void begin_reading(const Actor& actor, Place place, int size, uint32_t group, uint32_t number);
+// Whether some of the bytes were never written.
+bool end_reading(Block& block, Place place, int size, uint32_t group, uint32_t number);
+// Nobody may touch what is written until its end, and then who knows of `agent`.
+void begin_writing(const Actor& actor, Place place, int size);
+void end_writing(Block& block, Place place, int size, const void* value, bool tainted, uint32_t agent);
+
+// An mbarrier, whose instructions may meet in any order; `made`: it is one from now on, or no more.
+void touch_mbarrier(Warp& warp, int lane, Place place);
+void make_mbarrier(Warp& warp, int lane, Place place, bool made);
 
 }  // namespace ptx

@@ -5,6 +5,7 @@
 #include <set>
 #include <sstream>
 #include <string_view>
+#include <tuple>
 
 #include "program.h"
 
@@ -77,6 +78,7 @@ class Parser {
 
  private:
   struct Scope {
+    std::string path;  // of labels: "2/5/" is the fifth of the braces within the second
     std::map<std::string, uint32_t> names;
     std::map<std::string, std::pair<uint32_t, uint32_t>> families;  // %r<9>: first register and how many
   };
@@ -92,7 +94,8 @@ class Parser {
   std::map<std::string, Symbol> locals_;
   std::map<std::string, int> labels_, table_names_;
   std::vector<std::vector<std::string>> tables_;
-  std::vector<std::pair<int, std::string>> jumps_;  // instruction, label
+  std::vector<std::tuple<int, std::string, std::string>> jumps_;  // instruction, path, label
+  size_t braces_ = 0;
   std::vector<size_t> firsts_;                      // of each instruction's operands
   std::map<uint64_t, uint32_t> constants_;
   std::set<uint32_t> results_;  // registers that some instruction writes
@@ -219,7 +222,7 @@ class Parser {
       } while (take(","));
       expect(")");
     }
-    function_->parameters.resize(std::max<uint64_t>(end, 1));
+    function_->parameters.resize(end / sizeof(Line) + 1);
     function_->parameter_bytes = end;
     for (auto& [name, symbol] : parameters) {
       function_->fields.emplace_back(symbol.begin, symbol.bytes);
@@ -266,7 +269,7 @@ class Parser {
       if (at("")) throw Fault("the text ends within a kernel");
       if (skipped() || variable(locals_)) continue;
       if (take("{")) {
-        scopes_.emplace_back(), ++depth;
+        scopes_.push_back({scopes_.back().path + std::to_string(++braces_) + "/", {}, {}}), ++depth;
       } else if (take("}")) {
         --depth;
         if (depth) scopes_.pop_back();
@@ -291,22 +294,25 @@ class Parser {
     function_->code.emplace_back().control = Control::exit;
     firsts_.push_back(function_->operands.size());
     for (size_t i = 0; i < function_->code.size(); ++i) function_->code[i].at = function_->operands.data() + firsts_[i];
-    for (const auto& [index, name] : jumps_) {
+    for (const auto& [index, path, name] : jumps_) {
       Instruction& jump = function_->code[index];
       error_line_ = jump.line;
-      jump.target = find(jump.control == Control::table ? table_names_ : labels_, name);
+      jump.target = find(jump.control == Control::table ? table_names_ : labels_, path, name);
     }
     for (const auto& names : tables_) {
       auto& table = function_->tables.emplace_back();
-      for (const auto& name : names) table.push_back(find(labels_, name));
+      for (const auto& name : names) table.push_back(find(labels_, "", name));
     }
     error_line_ = 0;
   }
 
-  static int find(const std::map<std::string, int>& names, const std::string& name) {
-    const auto found = names.find(name);
-    if (found == names.end()) throw Fault("there is no label " + name);
-    return found->second;
+  // The label of these braces, or of the nearest around them.
+  static int find(const std::map<std::string, int>& names, std::string path, const std::string& name) {
+    for (;; path.resize(path.find_last_of('/', path.size() - 2) + 1)) {
+      const auto found = names.find(path + name);
+      if (found != names.end()) return found->second;
+      if (path.empty()) throw Fault("there is no label " + name);
+    }
   }
 
   void declare() {  // .reg .b32 %r<9>;    or    .reg .pred p, q;
@@ -330,14 +336,14 @@ class Parser {
     const std::string name = word();
     expect(":");
     if (take(".branchtargets")) {
-      table_names_[name] = static_cast<int>(tables_.size());
+      table_names_[scopes_.back().path + name] = static_cast<int>(tables_.size());
       auto& targets = tables_.emplace_back();
       do {
         targets.push_back(word());
       } while (take(","));
       expect(";");
     } else {
-      labels_[name] = static_cast<int>(function_->code.size());
+      labels_[scopes_.back().path + name] = static_cast<int>(function_->code.size());
     }
   }
 
@@ -390,7 +396,9 @@ class Parser {
 
   Operand plain() {
     const bool number = std::isdigit(static_cast<unsigned char>(tokens_[next_].text[0])) || at("-");
-    return {value(), 0, false, number};
+    if (!number) return {value()};
+    const uint64_t found = this->number();
+    return {constant(found), static_cast<int64_t>(found), false, true};
   }
 
   void operand(std::vector<Operand>& found) {
@@ -402,8 +410,9 @@ class Parser {
     } else if (take("[")) {
       Operand address{value(), 0, true};
       if (take("+")) address.offset = integer();
-      expect("]");
       found.push_back(address);
+      if (take(",")) operand(found);  // coordinates in a tensor
+      expect("]");
     } else {
       do {
         found.push_back(plain());
@@ -441,21 +450,24 @@ class Parser {
         operand(written.operands);
       }
     }
-    if (branch || table) jumps_.emplace_back(function_->code.size(), word());
+    if (branch || table) jumps_.emplace_back(function_->code.size(), scopes_.back().path, word());
     expect(";");
+    for (size_t k = 0; k < written.results; ++k) {
+      if (written.operands[k].is_address) continue;
+      results_.insert(written.operands[k].at);
+      made.results = static_cast<int>(k) + 1;
+    }
     made.run = make->second(written, made);
     if (!written.parts.empty()) throw Fault("." + written.parts[0] + " of " + name + " isn't known");
     if (!made.run && made.control == Control::none) throw Fault(name + " isn't known for this type");
     firsts_.push_back(function_->operands.size());
-    for (size_t k = 0; k < written.results; ++k) {
-      if (!written.operands[k].is_address) results_.insert(written.operands[k].at);
-    }
+    function_->has_products |= written.base == "wgmma";
     const bool joins = written.base == "prmt" || (written.base == "mov" && written.operands.size() > 2);
     if (joins && written.results == 1) packs_.push_back(function_->code.size());
     int addresses = 0;
     for (const Operand& each : written.operands) {
       function_->operands.push_back(each.at);
-      if (each.is_address && addresses < 2) made.offset[addresses++] = each.offset;
+      if (each.is_address && addresses < 3) made.offset[addresses++] = each.offset;
     }
     function_->code.push_back(made);
   }
@@ -468,6 +480,7 @@ const Makers& makers() {
     Makers found;
     make_integers(found), make_floats(found), make_moves(found);
     make_accesses(found), make_collectives(found), make_controls(found);
+    make_mbarriers(found), make_products(found);
     return found;
   }();
   return all;

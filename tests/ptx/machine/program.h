@@ -28,7 +28,7 @@ using Run = void (*)(Warp&, const Instruction&);  // for the warp's active lanes
 enum class Space : uint8_t { generic, global, shared, local, param, constant };
 
 // What the machine itself does, besides running: where lanes part, wait or end.
-enum class Control : uint8_t { none, branch, table, exit, barrier };
+enum class Control : uint8_t { none, branch, table, exit, barrier, mbarrier };
 
 constexpr int kNoMembers = -1, kWholeWarp = -2;
 
@@ -41,19 +41,21 @@ struct Instruction {
   int members = kNoMembers;      // the register with the lanes that must come together here
   int line = 0;
   const std::string* name = nullptr;  // as written; null: the end of the kernel
+  int results = 0;           // registers that it writes, the first of `at`
   int target = -1;           // of a branch: the index of an instruction, or of a table of them
-  int64_t offset[2] = {0, 0};  // of its addresses
+  int64_t offset[3] = {0, 0, 0};  // of its addresses
   // Modifiers, as far as they aren't part of `run`.
   Space space = Space::generic;
   Rounding rounding = Rounding::nearest;
   bool integral = false, saturated = false, flushed = false, relu = false, arrives = false;
   int count = 1;  // of a vector, of matrices, of operands
+  int sums = 0;   // of a wgmma
   int mode = 0;
 };
 
 struct Operand {
   uint32_t at = 0;
-  int64_t offset = 0;
+  int64_t offset = 0;  // of an address; of a constant the number itself
   bool is_address = false, is_constant = false;
 };
 
@@ -95,6 +97,9 @@ void make_moves(Makers&);
 void make_accesses(Makers&);
 void make_collectives(Makers&);
 void make_controls(Makers&);
+void make_mbarriers(Makers&);
+void make_products(Makers&);
+Run make_bulk_copy(Written&, Instruction&);
 
 // A variable or a parameter: where it begins in its space.
 struct Symbol {
@@ -108,6 +113,10 @@ struct Special {
   uint32_t at;
 };
 
+struct alignas(64) Line {  // what a tensor map is aligned to
+  uint8_t bytes[64];
+};
+
 struct Function {
   std::string name;
   std::vector<Instruction> code;
@@ -117,7 +126,8 @@ struct Function {
   std::vector<Special> specials;                // registers such as %tid.x
   uint32_t registers = 0;
   uint64_t local_bytes = 0;
-  std::vector<uint8_t> parameters;  // their memory during a launch
+  bool has_products = false;  // of warpgroups
+  std::vector<Line> parameters;  // their memory during a launch
   uint64_t parameter_bytes = 0;
   std::vector<std::pair<uint64_t, uint64_t>> fields;  // of each parameter: offset, bytes
   int required[3] = {0, 0, 0}, most[3] = {0, 0, 0};  // .reqntid, .maxntid

@@ -14,7 +14,7 @@ Warp::Warp(Block& block, int index) : block(block), index(index) {
   current = {0, alive};
   values.resize(size_t{function.registers} * kLanes);
   poison.assign(function.registers, kAll);
-  known.assign((threads + kLanes - 1) / kLanes, 0);
+  if (function.has_products) products.changed.assign(function.registers, 1);
   for (const auto& [at, value] : function.constants) {
     std::fill_n(lanes(at), kLanes, value);
     poison[at] = 0;
@@ -29,7 +29,7 @@ Warp::Warp(Block& block, int index) : block(block), index(index) {
           {"%ntid.x", d.x}, {"%ntid.y", d.y}, {"%ntid.z", d.z},
           {"%ctaid.x", block.index.x}, {"%ctaid.y", block.index.y}, {"%ctaid.z", block.index.z},
           {"%nctaid.x", g.x}, {"%nctaid.y", g.y}, {"%nctaid.z", g.z},
-          {"%laneid", lane}, {"%warpid", index}, {"%nwarpid", known.size()},
+          {"%laneid", lane}, {"%warpid", index}, {"%nwarpid", (threads + kLanes - 1) / kLanes},
           {"%lanemask_lt", (Lanes{1} << lane) - 1}, {"%lanemask_eq", Lanes{1} << lane},
           {"dynamic shared memory", launch.program.dynamic_begin()}};
       const auto found = std::find_if(std::begin(known_ones), std::end(known_ones),
@@ -70,7 +70,7 @@ void Warp::settle() {
     if (current.lanes) {
       // Groups at one place become one; lanes that waited for others here look again whether all have come.
       std::erase_if(others, [&](const Group& g) {
-        const bool here = g.pc == current.pc && g.wait != Group::at_barrier;
+        const bool here = g.pc == current.pc && g.wait != Group::at_barrier && g.wait != Group::at_mbarrier;
         if (here) current.lanes |= g.lanes;
         return here;
       });
@@ -146,6 +146,13 @@ void Warp::control(const Instruction& i) {
       block.arrive(*this, i, active);
       current.pc = pc + 1;
       break;
+    case Control::mbarrier: {
+      current.pc = pc;
+      const Lanes ended = block.ended(*this, i);
+      current.pc = pc + 1;
+      if (ended != active) part({pc, active & ~ended, Group::at_mbarrier});
+      break;
+    }
     case Control::none: break;
   }
 }
@@ -169,6 +176,9 @@ void Warp::run(int64_t instructions) {
     } else {
       if (active) i.run(*this, i);
       ++current.pc;
+      if (!products.changed.empty()) {
+        for (int k = 0; k < i.results; ++k) products.changed[i.at[k]] = 1;
+      }
     }
   }
   const bool waits = std::any_of(others.begin(), others.end(), [](const Group& g) { return g.wait == Group::for_lanes; });
@@ -192,15 +202,11 @@ Block::Block(Launch& launch, Dim index)
       shared("shared memory", Space::shared, 0, shared_bytes.size(), shared_bytes.data(), true, true) {
   const auto count = static_cast<int>((launch.block.count() + kLanes - 1) / kLanes);
   for (int k = 0; k < count; ++k) warps.push_back(std::make_unique<Warp>(*this, k));
-}
-
-void Block::meet(Warp& warp, Lanes lanes) {
-  for (Lanes left = lanes; left; left &= left - 1) {
-    const int lane = std::countr_zero(left);
-    warp.met_at[lane] = launch.clock.now;
-    warp.met[lane] = lanes;
-  }
-  ++launch.clock.now;
+  readings.resize(1), products.resize(warps.size() / 4);
+  Gathering nothing;
+  nothing.add(*this, agents() - 1);
+  const Known known = nothing.passed_on(*this);
+  for (auto& warp : warps) std::fill_n(warp->known, kLanes, known);
 }
 
 void Block::arrive(Warp& warp, const Instruction& i, Lanes lanes) {
@@ -216,16 +222,13 @@ void Block::arrive(Warp& warp, const Instruction& i, Lanes lanes) {
   barrier.expected = expected;
   barrier.arrived += std::popcount(lanes);
   if (barrier.arrived > expected) warp.fail(std::countr_zero(lanes), "more threads at a barrier than it expects");
-  barrier.known.resize(warps.size());
-  for (size_t k = 0; k < warps.size(); ++k) barrier.known[k] = std::max(barrier.known[k], warp.known[k]);
-  barrier.known[warp.index] = launch.clock.now++;
+  barrier.known.add(warp, lanes);
+  ++launch.clock.now;
   if (!i.arrives) barrier.waiting.emplace_back(&warp, lanes);
   if (barrier.arrived < expected) return;
-  // Who waited has done nothing since it came.
-  for (auto& [each, its_lanes] : barrier.waiting) barrier.known[each->index] = launch.clock.now;
+  const Known known = barrier.known.passed_on(*this);
   for (auto& [each, its_lanes] : barrier.waiting) {
-    for (size_t k = 0; k < warps.size(); ++k) each->known[k] = std::max(each->known[k], barrier.known[k]);
-    meet(*each, its_lanes);
+    for (Lanes left = its_lanes; left; left &= left - 1) each->known[std::countr_zero(left)] = known;
     for (Group& group : each->others) {
       if (group.wait == Group::at_barrier && (group.lanes & its_lanes)) group.wait = Group::nothing;
     }
@@ -245,14 +248,24 @@ void Block::run() {
       }
       ended &= warp.ended();
     }
-    if (ended) return;
-    if (!ran) {
-      for (auto& warp : warps) {
-        if (warp->ended()) continue;
-        warp->current.pc = warp->others.front().pc - 1;
-        warp->fail(std::countr_zero(warp->others.front().lanes), "waits at a barrier for threads that never come");
-      }
-    }
+    if (ended) return at_the_end();
+    const bool chance = launch.order.kind == Order::random && launch.order.generator() % 4 == 0;
+    if (ran ? !chance || end_a_copy(true) : end_a_copy()) continue;
+    if (!ran) stuck();
+  }
+}
+
+// Names who waits.
+void Block::stuck() {
+  for (auto& warp : warps) {
+    if (warp->ended()) continue;
+    const auto group = std::find_if(warp->others.begin(), warp->others.end(),
+                                    [](const Group& g) { return g.wait != Group::for_lanes; });
+    const int lane = std::countr_zero(group->lanes);
+    const bool at_mbarrier = group->wait == Group::at_mbarrier;
+    warp->current.pc = group->pc - !at_mbarrier;
+    if (at_mbarrier) fail_at_mbarrier(*warp, lane);
+    warp->fail(lane, "waits at a barrier for threads that never come");
   }
 }
 

@@ -6,13 +6,14 @@
 #include <random>
 #include <utility>
 
+#include "asynchronous.h"
 #include "memory.h"
 
 namespace ptx {
 
 // Lanes that are at the same instruction. Those that wait there are woken by the block, or by lanes that come.
 struct Group {
-  enum Wait : uint8_t { nothing, for_lanes, at_barrier };
+  enum Wait : uint8_t { nothing, for_lanes, at_barrier, at_mbarrier };
   int pc;
   Lanes lanes;
   Wait wait = nothing;
@@ -40,10 +41,11 @@ struct Warp {
   std::vector<Area> local;        // of each lane
   std::vector<Copy> copies;
   uint32_t committed[kLanes] = {};
-  // Races: when each lane was last in step with others of this warp, and which; up to when other warps' acts are known.
-  uint32_t met_at[kLanes] = {};
-  Lanes met[kLanes] = {};
-  std::vector<uint32_t> known;
+  Known known[kLanes];               // of the acts of others
+  uint32_t fenced_at[kLanes] = {};   // up to when its own precede a proxy fence
+  Lanes kernels_before_ended = 0;    // the lanes that waited for that
+  Products products;
+  uint32_t bulk_groups[kLanes] = {};  // of copies to global memory, committed
 
   Warp(Block& block, int index);
 
@@ -101,12 +103,13 @@ struct Launch {
   uint64_t dynamic_bytes;
   Order order;
   Counting* counting = nullptr;
+  bool early = false;  // it may begin before the kernels before it have ended
 };
 
 struct Barrier {
   int expected = 0, arrived = 0;
   std::vector<std::pair<Warp*, Lanes>> waiting;
-  std::vector<uint32_t> known;  // by those that arrived
+  Gathering known;  // by those that arrived
 };
 
 struct Block {
@@ -116,12 +119,39 @@ struct Block {
   Area shared;
   std::vector<std::unique_ptr<Warp>> warps;
   Barrier barriers[16];
+  std::map<uint64_t, Mbarrier> mbarriers;      // by their addresses
+  std::vector<BulkCopy> bulk_copies;           // under way
+  std::map<uint64_t, uint32_t> slots;          // of what else is asynchronous: the number of its agent
+  std::vector<std::vector<Reading>> readings;  // of bytes that several groups read; the first stands for none
+  std::vector<uint32_t> free_readings;
+  uint32_t begun = 0;                                  // asynchronous readings
+  std::vector<std::vector<Alike>> products;            // of each warpgroup
 
   Block(Launch& launch, Dim index);
   void run();
   void arrive(Warp& warp, const Instruction& i, Lanes lanes);
+
+  uint32_t agents() const { return static_cast<uint32_t>(warps.size()) * (kLanes + 1) + kOthers; }
+  uint32_t group_of(uint32_t agent) const { return agent - static_cast<uint32_t>(warps.size()) * (kLanes - 1); }
+  uint32_t agent_of(uint32_t group) const { return group + static_cast<uint32_t>(warps.size()) * (kLanes - 1); }
+  uint32_t products_of(const Warp& warp) const { return static_cast<uint32_t>(warps.size()) * kLanes + warp.index; }
+  // The agent of an mbarrier's copies, or of those of a thread, by a key of its own.
+  uint32_t slot(uint64_t key);
   // Lanes of a warp come together, and see what each of them did.
   void meet(Warp& warp, Lanes lanes);
+  void learn(Warp& warp, Lanes lanes, const Known& more);
+  void fence(Warp& warp, Lanes lanes);
+
+  // The lanes whose phase of an mbarrier has ended, and which then know what happened before.
+  Lanes ended(Warp& warp, const Instruction& i);
+  Mbarrier& mbarrier_at(Warp& warp, int lane, Place place);
+  void come(Mbarrier& barrier, int arrivals, int64_t bytes);
+  // Ends a copy to shared memory that somebody waits for. Returns whether there is one.
+  bool end_a_copy(bool chance = false);
+  void end_copy(size_t which);
+  void at_the_end();
+  [[noreturn]] void fail_at_mbarrier(Warp& warp, int lane);
+  void stuck();
 };
 
 void run(Launch& launch);
