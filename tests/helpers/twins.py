@@ -307,10 +307,20 @@ def assert_within_spread(
         assert error <= allowed, f"{name} errs by {error:.3e}, vanilla by {usual}, so at most {allowed:.3e}"
 
 
-def nudged(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Every number one rounding of `dtype` up or down."""
-    signs = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).sign().to(x.device)
+def nudged(x: Tensor, dtype: torch.dtype, seed: int = 5) -> Tensor:
+    """Every number one rounding of `dtype` up or down, by chance."""
+    signs = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).sign().to(x.device)
     return x * (1 + rounding(dtype) * signs)
+
+
+def worst(vanilla: Sequence[Outcome], truth: Outcome) -> Outcome:
+    """Of each tensor the one that errs most: a gradient that is a sum of what cancels may be right by chance."""
+
+    def error(of: Outcome, name: str) -> float:
+        t, right = of[name], truth[name]
+        return 0.0 if t is None or right is None or not right.is_floating_point() else rms(t.double() - right)
+
+    return {name: max(vanilla, key=lambda of: error(of, name))[name] for name in truth}
 
 
 def assert_fuses_right(
@@ -324,10 +334,11 @@ def assert_fuses_right(
         plain, fused = (build(factory, dtype, device).train(train) for _ in range(2))
         fastdcgan.fuse(fused)
         found.append((results(fused, x), results(plain, x)))
+        other = results(build(factory, dtype, device).train(train), nudged(x, dtype))
         assert list(fused.state_dict()) == list(plain.state_dict())
     (ours64, truth), (ours32, vanilla32) = found
     assert_same(ours64, truth)
-    assert_as_good(ours32, vanilla32, truth)
+    assert_as_good(ours32, worst([vanilla32, other], truth), truth)
 
     def smooth(dtype: torch.dtype = torch.float32) -> nn.Module:
         return build(lambda: without_kinks(factory()), dtype, device).train(train)
@@ -335,7 +346,7 @@ def assert_fuses_right(
     x, low = settled.float(), torch.bfloat16
     with torch.autocast(device.type, low):
         ours = results(fastdcgan.fuse(smooth()), x, steps=1)
-        vanilla = [results(smooth(), inputs, steps=1) for inputs in (x, nudged(x, low))]
+        vanilla = [results(smooth(), inputs, steps=1) for inputs in (x, *(nudged(x, low, i) for i in range(3)))]
     for outcome in (ours, *vanilla):
         del outcome["input 0"]
     truth = results(smooth(torch.float64), x.double(), steps=1)
