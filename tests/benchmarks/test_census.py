@@ -109,7 +109,7 @@ NOISY = Model(Noisy, 4, (3, 8, 8), (4, (3, 8, 8)), input_grad=True)
 
 
 def measured(model: Model, dtype: str = "fp32", form: str = "channels_last", mode: str = "eager") -> Case:
-    return census.measure("it", model, Setting(2, dtype, form, mode), TIMING, CPUTimer())[0]
+    return census.measure("it", model, Setting(2, dtype, form, mode), TIMING, CPUTimer())
 
 
 @pytest.mark.parametrize("form", census.FORMATS)
