@@ -362,7 +362,7 @@ class Cost(NamedTuple):
 
 @functools.cache
 def cost_of(mode: type[Waiting]) -> Cost:
-    """Measured here, once in a process."""
+    """As it was measured on this machine (`autotune.extra_milliseconds`)."""
     x, weight = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
 
     def block() -> Tensor:
@@ -385,10 +385,11 @@ def cost_of(mode: type[Waiting]) -> Cost:
         with mode() as entered:
             step = block().step  # type: ignore[attr-defined]
             alone = functools.partial(run_call, entered, x, step.key, step.tensors, step.running)
-        waiting = autotune.extra_milliseconds(waited, alone) / 2  # two calls
-        many = 8
-        passing = autotune.extra_milliseconds(lambda: passed(many, 0), lambda: passed(0, many)) / many
-        return Cost(waiting, passing)
+        two, many = autotune.extra_milliseconds("two calls that wait", waited, alone), 8
+        others = autotune.extra_milliseconds(
+            f"{many} calls beside one that waits", lambda: passed(many, 0), lambda: passed(0, many)
+        )
+    return Cost(two / 2, others / many)
 
 
 class _CallChain(Chain):

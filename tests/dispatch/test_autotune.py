@@ -175,6 +175,21 @@ def test_what_a_first_call_makes_for_later_ones_does_not_count(monkeypatch: pyte
     assert times == pytest.approx({"first": 1.0, "each": 2.0})
 
 
+def test_what_a_call_costs_is_measured_once_on_a_machine(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "on")
+    consulted = []
+
+    def call() -> None:
+        consulted.append(autotune.consulted(CPU))
+        torch.zeros(2**20).exp()
+
+    cost = autotune.extra_milliseconds("it", call, lambda: None)
+    assert cost > 0 and consulted and not any(consulted)  # what it runs is not measured meanwhile
+    assert autotune.consulted(CPU)
+    autotune._files.clear()  # as another process
+    assert autotune.extra_milliseconds("it", pytest.fail, pytest.fail) == cost
+
+
 def test_what_a_chain_finds_is_written_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     monkeypatch.setattr(autotune, "_write", lambda path, write=autotune._write: (written.append(path), write(path)))

@@ -14,7 +14,9 @@ from torch.nn.utils import parametrizations
 import fastdcgan
 from fastdcgan.dispatch import autotune, router
 from fastdcgan.engine import chain, choice, deferred, pending, run
+from fastdcgan.engine.deferred import cost_of as deferred_cost
 from fastdcgan.engine.module_chain import ModuleChain
+from fastdcgan.engine.run import guarding_ms
 from tests.helpers.twins import one_thread
 from tests.machine import backends_here
 
@@ -274,6 +276,15 @@ def test_explain_says_so(clock: Clock) -> None:
     clock.fastest = "fused in channels_last"
     (row,) = fastdcgan.explain(fused, x[:3])
     assert row.fused and row.backend == "cpu"
+
+
+@pytest.mark.parametrize("cost", [guarding_ms, lambda: deferred_cost(deferred.Deferring).waiting])
+def test_what_it_costs_to_come_to_a_chain_is_found_without_random_numbers(cost: Callable[[], float]) -> None:
+    guarding_ms.cache_clear()
+    deferred_cost.cache_clear()
+    before = torch.get_rng_state()
+    assert cost() >= 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class Own(nn.Module):
