@@ -6,9 +6,10 @@
 
 namespace fastdcgan::cuda {
 
-// 80 registers a thread: three coefficients and two sums of eight channels; 128 for four and three of them.
+// 80 registers a thread: three coefficients and two sums of eight channels; 128 for four and three of them, and for an
+// activation that is chosen at run time.
 template <class Act>
-constexpr int kGradSumsBlocks = kLearnsSlope<Act> ? 2 : 3;
+constexpr int kGradSumsBlocks = kLearnsSlope<Act> || std::is_same_v<Act, RuntimeActivation> ? 2 : 3;
 
 template <int kValues_>
 struct SumsPart {

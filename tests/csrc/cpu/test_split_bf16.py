@@ -230,6 +230,7 @@ def test_same_bits_whatever_the_threads_and_strides(high: Callable[[str], None],
 def test_packed_weights(high: Callable[[str], None]) -> None:
     """The packed terms are others than the packed floats of the same weight, and change with it."""
     case, cpu = block("one sample", F32), split()
+    case.stays = True
     cached = torch.ops.fastdcgan_cpu_amx.packed_weights
     before = cached()[0]
     results = [case.contract(on, "conv")[0] for on in (cpu, Kernels(), cpu, Kernels())]

@@ -157,6 +157,7 @@ def test_a_weight_may_lie_as_it_likes(cpu: Kernels, name: str) -> None:
 def test_a_cached_weight_is_that_of_this_call(cpu: Kernels) -> None:
     """Also where other algorithms cache theirs of the same weight, and where it changes without a trace."""
     case = block("wide", torch.float32)
+    case.stays = True
     bias = Epilogue("bias", coef=torch.zeros(case.dy.shape[1]))
     for factor in (1.0, -2.0):
         case.weight.data.mul_(factor)
@@ -169,7 +170,7 @@ def test_a_cached_weight_is_that_of_this_call(cpu: Kernels) -> None:
 def test_a_cached_weight_is_for_few_tiles_or_for_many(cpu: Kernels) -> None:
     """Sums over many input channels have another order where tiles are few."""
     few, many = (Case(batch, 72, (16, 16), 40, K4, torch.float32) for batch in (4, 20))
-    many.weight = few.weight
+    many.weight, few.stays, many.stays = few.weight, True, True
     bias = Epilogue("bias", coef=torch.zeros(40))
     before = torch.ops.fastdcgan_cpu.packed_weights()[0]
     for case in (few, many, few, many):
@@ -183,7 +184,7 @@ def test_a_cached_weight_has_all_phases(cpu: Kernels) -> None:
     weight = torch.randn(16, 16, 4, 4).contiguous(memory_format=torch.channels_last)
     for padding, size in [(2, 1), (1, 2), (3, 1), (2, 1)]:
         case = Case(32, 16, (size, size), 16, Geometry((4, 4), (2, 2), (padding, padding)), torch.float32)
-        case.weight = weight
+        case.weight, case.stays = weight, True
         case.check(cpu)
 
 
