@@ -35,7 +35,8 @@ def nvcc(target: Path, *arguments: str | Path) -> Path:
 
 @functools.cache
 def extension() -> Path:
-    """The CUDA extension as setup.py builds it; its objects are in `EXTENSION`. Only changes are compiled again."""
+    """The CUDA extension as setup.py builds it; its objects are in `EXTENSION`. Sources that changed are compiled again,
+    and all of them where a header did: with a torch without CUDA, PyTorch's build doesn't know what nvcc includes."""
     environment = os.environ | {"FASTDCGAN_EXTENSION": "_cuda", "FASTDCGAN_FORCE_CUDA": "1"}
     environment |= {"TORCH_CUDA_ARCH_LIST": ARCHITECTURES, "NVCC_APPEND_FLAGS": MORE_CODE}
     environment.setdefault("MAX_JOBS", str(max(1, (os.cpu_count() or 1) // 2)))
@@ -45,6 +46,11 @@ def extension() -> Path:
     EXTENSION.mkdir(parents=True, exist_ok=True)
     with (EXTENSION / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        headers = [path for suffix in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{suffix}")]
+        changed = max(path.stat().st_mtime for path in (*headers, Path(__file__)))
+        for built in EXTENSION.rglob("*.o"):
+            if built.stat().st_mtime < changed:
+                built.unlink()
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return EXTENSION / "lib" / "fastdcgan" / "_cuda.so"
