@@ -35,8 +35,8 @@ def nvcc(target: Path, *arguments: str | Path) -> Path:
 
 @functools.cache
 def extension() -> Path:
-    """The CUDA extension as setup.py builds it; its objects are in `EXTENSION`. Sources that changed are compiled again,
-    and all of them where a header did: with a torch without CUDA, PyTorch's build doesn't know what nvcc includes."""
+    """The CUDA extension as setup.py builds it; its objects are in `EXTENSION`. Sources that changed are compiled
+    again, and all where a header did: with a torch without CUDA, PyTorch's build doesn't know what nvcc includes."""
     environment = os.environ | {"FASTDCGAN_EXTENSION": "_cuda", "FASTDCGAN_FORCE_CUDA": "1"}
     environment |= {"TORCH_CUDA_ARCH_LIST": ARCHITECTURES, "NVCC_APPEND_FLAGS": MORE_CODE}
     environment.setdefault("MAX_JOBS", str(max(1, (os.cpu_count() or 1) // 2)))
