@@ -55,7 +55,8 @@ def run(settings: demo.DemoSettings) -> Outcome:
     )  # fmt: skip
     timed = compare(config, ("fp32", "bf16"), device, _COMPARE_SHARE * seconds)
     table = to_markdown(timed, device)
-    say(table)
+    for line in table.splitlines():
+        say(line)
     write_results(timed, table, device, settings)
 
     best = min(timed, key=lambda t: t.fused.median)
