@@ -43,8 +43,9 @@ recorder: list[Record] | None = None  # where `explain` collects them
 
 def fuses_too_little(gain: float | None, cost: Callable[[], float], since: int) -> bool:
     """Whether chains that together `gain` so many milliseconds over PyTorch's modules should run as those, since what
-    comes before any chain runs has a cost; the blocks recorded `since` then say so. Not where a gain isn't known."""
-    if gain is None or (gain > 0 and gain > (least := cost())):
+    comes before any chain runs has a cost; the blocks recorded `since` then say so. Not where a gain isn't known, nor
+    where the backward computes the call again: it has to save the same tensors."""
+    if gain is None or _is_computed_again() or (gain > 0 and gain > (least := cost())):
         return False
     for i in range(since, len(recorder or ())):
         if recorder is not None and recorder[i].backend is not None and gain > 0:

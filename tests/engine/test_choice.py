@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import fastdcgan
 from fastdcgan.dispatch import autotune, router
@@ -313,6 +314,24 @@ def test_what_gains_less_than_it_costs_to_come_to_it_runs_plain(make: type, guar
     assert row.fused == (guarding < 1.0)
     assert row.fused or "would gain 1.000 ms" in row.why
     assert torch.equal(train(fused, x), train(model, x)) != row.fused  # the very modules give the very bits
+
+
+@pytest.mark.parametrize("make", [nn.Identity, Own])
+@pytest.mark.parametrize(("fastest", "guarding"), [(MODULES, 0.0), ("fused in contiguous", 2.0)])
+def test_what_a_checkpoint_computes_again_runs_as_it_did(
+    make: type, fastest: str, guarding: float, clock: Clock
+) -> None:
+    """Though its first call finds out that PyTorch's modules should run from then on."""
+    clock.fastest, clock.guarding = fastest, guarding
+    plain, x = MODELS["conv, BN, LeakyReLU"][0](), torch.randn(4, 3, 8, 8, requires_grad=True)
+    model = plain if make is nn.Identity else make(plain)
+    with autotune.at_once():
+        train(fastdcgan.fuse(copy.deepcopy(model)), x)  # so that the cache knows it
+    pending._chains.clear()
+    fused = fastdcgan.fuse(model)
+    for _ in range(3):
+        checkpoint(fused, x, use_reentrant=False).square().mean().backward()
+    assert len(clock.measured) == 1
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
