@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -57,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def writing(path: Path) -> Iterator[Any]:
     """An open binary file in place of `replacing`'s path."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb", buffering=0) as file:
         yield _Writer(file)
 
 
@@ -138,20 +138,23 @@ def clean(folder: Path) -> None:
 
 class _Writer:
     """An open file that forgets what is written once a write has failed: an archive that is closed after that would
-    fail again, where nobody can catch it."""
+    fail again, where nobody can catch it. `file` has no buffer, so that nothing but a write can fail."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: io.RawIOBase | io.BytesIO) -> None:
         self._file = file
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
     def write(self, content: Any) -> int:
+        rest = content = memoryview(content).cast("B")
         try:
-            return self._file.write(content)
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError:
             self._file = io.BytesIO()
             raise
+        return len(content)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from fastdcgan.dcgan import files
 from tests.machine import ROOT
 
 FULL = """
-import resource, sys
+import resource, sys, zipfile
 from pathlib import Path
 import numpy as np
 import torch
@@ -32,6 +32,10 @@ def folder(path):
     with files.new_folder(path) as temporary:
         images.save_numbered([np.random.randint(0, 255, (2, 99, 99, 3), np.uint8)], 2, temporary)
 
+def archive(path):  # whose last bytes would fail at a seek, if they were still in a buffer then
+    with files.writing(path) as file:
+        zipfile.ZipFile(file, "w").writestr("a", b"a" * 8970)
+
 figure, axes = plots.two_rows()
 for one in axes:
     one.plot([0, 1], [0, 1], label="a")
@@ -45,6 +49,7 @@ for name, write in {
     "a.png": lambda path: images.save_image(Image.effect_noise((200, 200), 99), path),
     "plot.png": lambda path: plots.save(figure, path),
     "a.npz": lambda path: classify.save_npz(path, a=np.random.rand(9000), b=np.random.rand(9000)),
+    "a.zip": archive,
     "images.npz": lambda path: sampling.write_array(generator, 64, path),
     "images.npy": lambda path: sampling.write_array(generator, 64, path),
     "a.csv": lambda path: files.append(path, "x" * 4000),
@@ -54,7 +59,7 @@ for name, write in {
     except OSError as error:
         print(error)
 """
-NAMES = ["a.safetensors", "folder", "a.png", "plot.png", "a.npz", "images.npz", "images.npy", "a.csv"]
+NAMES = ["a.safetensors", "folder", "a.png", "plot.png", "a.npz", "a.zip", "images.npz", "images.npy", "a.csv"]
 
 
 def test_full_disk(tmp_path: Path) -> None:
