@@ -118,8 +118,8 @@ class Results:
         ]
 
     def write(self, path: Path) -> None:
-        """Write it as JSON; the file appears whole or not at all. A NaN, as the error of a wrong result may be, is null:
-        a run isn't lost for it, and the row's `detail` says it."""
+        """Write it as JSON; the file appears whole or not at all. A NaN, as a wrong result's error may be, is null: the
+        run isn't lost for it, and the row's `detail` says it."""
         data = {name: value for name, value in asdict(self).items() if name != "plot"}
         write(path, json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")
 
