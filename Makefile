@@ -65,10 +65,11 @@ test: $(EXTENSIONS) ## lint and the tests that compile nothing, in a few minutes
 	$(LINT)
 	$(PYTEST) $(WORKERS) $(ARGS)
 
-test-all: $(EXTENSIONS) ## lint, all tests, and a dry run of gpu-check
+# The tests run every part of gpu-check; here make runs its first.
+test-all: $(EXTENSIONS) ## lint and all tests, a dry run of gpu-check among them
 	$(LINT)
 	$(PYTEST) $(WORKERS) tests $(ARGS)
-	out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; $(MAKE) --no-print-directory gpu-check DRY=1 OUT="$$out"
+	out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; $(MAKE) --no-print-directory gpu-check DRY=1 PARTS=doctor OUT="$$out"
 
 mutants: $(EXTENSIONS) ## change the CUDA kernels one place at a time: how many changes do the tests notice?
 	$(BIN)/python -m tests.cuda_on_cpu.mutants $(ARGS)
