@@ -288,7 +288,7 @@ def test_every_package_is_listed() -> None:
 @pytest.mark.compiles
 def test_what_is_distributed_installs(tmp_path: Path) -> None:
     """From an sdist comes a wheel with the C++ kernels, which runs away from the source folder. They are not optimised:
-    that takes most of the time, and is as it was where the same sources were built to be tested."""
+    that takes longer, and it was done where the same sources were built to be tested."""
     script = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     (archive,) = tmp_path.glob("*.tar.gz")
