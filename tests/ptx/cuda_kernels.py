@@ -7,21 +7,27 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import fastdcgan
+from fastdcgan import backends
+from fastdcgan.backends import cuda_tiles
 from fastdcgan.backends.cuda import CUDABackend
+from fastdcgan.dispatch import training_ops
 from tests.csrc.cuda.compiling import EXTENSION, extension
 from tests.cuda_on_cpu.host_programs import ROOT
 from tests.ptx.interpreter import Machine
 from tests.ptx.runtime import compiled_host, launches_on, linked, unchanged
 
-ROOMS = ("elementwise", "gemm", "gemm_sm90", "image")  # of csrc/cuda
-BINDINGS = ("elementwise", "contraction", "image_side")  # what registers their operators
+ROOMS = ("elementwise", "gemm", "gemm_sm90", "image", "train")  # of csrc/cuda
+BINDINGS = ("elementwise", "contraction", "image_side", "training")  # what registers their operators
 NAMESPACE = "fastdcgan_cuda_ptx"  # in the place of the shim's
 RENAMED = ["-DFASTDCGAN_CUDA_ON_CPU", f"-Dfastdcgan_cuda_on_cpu={NAMESPACE}"]
 
@@ -42,34 +48,55 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(built)
 
 
+class Operators:
+    """The operators, which make the tensors that they get the machine's memory."""
+
+    machine: Machine  # of all of them: plans keep those that they were made with
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operator = getattr(getattr(torch.ops, NAMESPACE), name)
+
+        def call(*args: Any) -> Any:
+            for x in tree_leaves(args):
+                if isinstance(x, Tensor):
+                    self.machine.add(x)
+            return operator(*args)
+
+        return call
+
+
 class PTXBackend(CUDABackend):
-    """The CUDA backend's passes on CPU tensors."""
+    """The CUDA backend on CPU tensors."""
 
     device_type = "cpu"
 
     @property
     def ops(self) -> Any:
-        return getattr(torch.ops, NAMESPACE)
-
-
-class _Known(TorchDispatchMode):
-    """The tensors that an operator of ours gets are the machine's memory."""
-
-    def __init__(self, machine: Machine) -> None:
-        super().__init__()
-        self.machine = machine
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == NAMESPACE:
-            for x in args:
-                if isinstance(x, Tensor):
-                    self.machine.add(x)
-        return func(*args, **(kwargs or {}))
+        return Operators()
 
 
 @contextlib.contextmanager
 def cuda_on(machine: Machine, change: Callable[[str], str] = unchanged, capability: int = 80) -> Iterator[PTXBackend]:
     """Inside a `with`, the machine runs what the backend launches on a GPU of this compute capability, with a change to
     the PTX."""
-    with launches_on(machine, library(), change, capability), _Known(machine):
+    listening = launches_on(machine, library(), change, capability)
+    with listening, mock.patch.object(Operators, "machine", machine, create=True):
         yield PTXBackend()
+
+
+@contextlib.contextmanager
+def package_on(machine: Machine, capability: int) -> Iterator[None]:
+    """Inside a `with`, what the package would run on a GPU of this compute capability runs on the machine, on CPU
+    tensors: blocks, FusedAdam, the loss, images."""
+    gpu = replace(cuda_tiles.H100, sm90=capability == 90)
+    with (
+        cuda_on(machine, capability=capability) as on,
+        mock.patch.object(cuda_tiles, "device_of", return_value=gpu),
+        mock.patch.dict(backends._loaded, cuda=on),
+        mock.patch.dict(backends._selected, clear=True),
+        mock.patch.dict(training_ops._reasons, cpu=None),
+        mock.patch.dict(training_ops.ADAM_CHUNK, cpu=training_ops.ADAM_CHUNK["cuda"]),
+        mock.patch.object(training_ops, "operators", return_value=on.ops),
+        fastdcgan.backend("cuda"),
+    ):
+        yield

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,10 @@ def linked(name: str, objects: list[Path]) -> Path:
 
 def only(ptx: str, kernel: str) -> str:
     """The PTX without other kernels: a source has hundreds."""
-    head, *entries = ptx.split(".entry ")
-    own = next(entry for entry in entries if entry.startswith(f"{kernel}("))
-    return f"{head}.entry {own[: own.rindex(chr(10) + '}')]}\n}}"
+    head, *parts = re.split(r"^(?=(?:\.\w+ )*\.(?:entry|func)\b)", ptx, flags=re.MULTILINE)
+    functions = [part for part in parts if ".entry " not in part[: part.index("(")]]
+    own = next(part for part in parts if f".entry {kernel}(" in part)
+    return "".join((head, *functions, own))
 
 
 def unchanged(ptx: str) -> str:
