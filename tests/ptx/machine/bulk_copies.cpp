@@ -24,18 +24,8 @@ uint64_t bytes_of(const TensorMap& map) {
 // f(address in shared memory, address in global memory or 0 beyond the tensor), for each element of the box.
 template <class F>
 void each_element(const BulkCopy& copy, const TensorMap& map, F f) {
-  const uint64_t all = bytes_of(map) / map.item;
-  for (uint64_t i = 0; i < all; ++i) {
-    uint64_t rest = i, address = map.base;
-    bool inside = true;
-    for (int d = 0; d < map.rank; ++d) {
-      const int64_t index = copy.at[d] + static_cast<int64_t>(rest % map.box[d]);
-      rest /= map.box[d];
-      inside &= index >= 0 && static_cast<uint64_t>(index) < map.size[d];
-      address += index * map.stride[d];
-    }
-    f(swizzled(copy.shared + i * map.item, map.swizzle), inside ? address : 0);
-  }
+  uint64_t shared = copy.shared;
+  each_in_box(map, copy.at, [&](uint64_t global) { f(swizzled(shared, map.swizzle), global), shared += map.item; });
 }
 
 // The key of a thread's stores: they read shared memory as one agent, and write global memory as another.
