@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -116,9 +118,10 @@ class Results:
         ]
 
     def write(self, path: Path) -> None:
-        """Write it as JSON; the file appears whole or not at all."""
+        """Write it as JSON; the file appears whole or not at all. A NaN, as a wrong result's error may be, is null: the
+        run isn't lost for it, and the row's `detail` says it."""
         data = {name: value for name, value in asdict(self).items() if name != "plot"}
-        write(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        write(path, json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -147,6 +150,14 @@ def load(folder: Path = RESULTS) -> list[Results]:
         picture = path.with_suffix(".png")
         found[-1].plot = picture if picture.exists() else None
     return sorted((r for r in found if not r.dry), key=lambda r: str(r.environment["created"]))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _row(data: dict) -> Row:

@@ -35,7 +35,7 @@ Run = Callable[[Tensor, Sequence[BlockTensors], Sequence[Running | None]], Tenso
 class Choice(NamedTuple):
     name: str  # of the candidate
     why: str
-    gain: float | None  # milliseconds that PyTorch's modules take more, where they are a candidate
+    gain: float | None  # milliseconds beyond `LEAST_GAIN`, where PyTorch's modules are a candidate
 
 
 def known(name: str, candidates: Mapping[str, Any], device: torch.device) -> Choice | None:
@@ -69,10 +69,10 @@ def measure(
 
 
 def _fastest(times: dict[str, float]) -> Choice:
-    name = router.fastest(times)
-    if MODULES in times and times[name] > (1 - LEAST_GAIN) * times[MODULES]:
-        name = MODULES
-    gain = times[MODULES] - times[name] if MODULES in times else None
+    name, gain = router.fastest(times), None
+    if MODULES in times:
+        gain = max(0.0, (1 - LEAST_GAIN) * times[MODULES] - times[name])
+        name = name if gain else MODULES
     return Choice(name, "measured: " + ", ".join(f"{of} {ms:.4f} ms" for of, ms in times.items()), gain)
 
 

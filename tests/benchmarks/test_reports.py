@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,14 @@ def test_results_round_trip(tmp_path):
     before.write(tmp_path / "new" / "r.json")
     assert Results.read(tmp_path / "new" / "r.json") == before
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["r.json"]
+
+
+def test_a_wrong_result_does_not_lose_the_run(tmp_path):
+    results = _made_up(extra={"error": math.inf})
+    results.cases[0].rows[0].error = math.nan
+    results.write(tmp_path / "r.json")
+    found = Results.read(tmp_path / "r.json")
+    assert (found.cases[0].rows[0].error, found.extra["error"]) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -300,9 +300,9 @@ class Own(nn.Module):
 
 
 @pytest.mark.parametrize("make", [nn.Identity, Own])
-@pytest.mark.parametrize("guarding", [0.2, 2.0])
+@pytest.mark.parametrize("guarding", [0.1, 2.0])
 def test_what_gains_less_than_it_costs_to_come_to_it_runs_plain(make: type, guarding: float, clock: Clock) -> None:
-    """A chain that is a millisecond faster than PyTorch's modules: to come to it costs less or more."""
+    """A chain of 1 ms where PyTorch's modules take 2, of which nine tenths count: to come to it costs less or more."""
     clock.fastest, clock.guarding = "fused in contiguous", guarding
     plain = MODELS["conv, BN, LeakyReLU"][0]()
     model = plain if make is nn.Identity else make(plain)
@@ -312,7 +312,7 @@ def test_what_gains_less_than_it_costs_to_come_to_it_runs_plain(make: type, guar
     assert clock.measured
     (row,) = fastdcgan.explain(fused, x)
     assert row.fused == (guarding < 1.0)
-    assert row.fused or "would gain 1.000 ms" in row.why
+    assert row.fused or "would gain 0.800 ms" in row.why
     assert torch.equal(train(fused, x), train(model, x)) != row.fused  # the very modules give the very bits
 
 

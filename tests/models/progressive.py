@@ -67,7 +67,7 @@ class ProDiscriminator(nn.Module):
         x = self.act(self.from_rgb(x))
         for conv1, conv2 in zip(self.conv1, self.conv2, strict=True):
             x = self.pool(self.act(conv2(self.act(conv1(x)))))
-        deviation = x.std(dim=0).mean().expand(x.shape[0], 1, *x.shape[2:])
+        deviation = (x.var(dim=0, correction=0) + 1e-8).sqrt().mean().expand(x.shape[0], 1, *x.shape[2:])
         x = self.act(self.last(torch.cat([x, deviation], dim=1)))
         return self.logit(self.act(self.dense(x))).flatten(1)
 
