@@ -52,6 +52,7 @@ $(DEPENDENCIES): constraints.txt pyproject.toml
 	  extras = itertools.chain(*project["optional-dependencies"].values()); \
 	  print(*project["dependencies"], *(x for x in extras if not x.startswith("fastdcgan")), sep="\n")' >$(VENV)/requirements.txt
 	$(PIP) --constraint $(VENV)/constraints.txt --requirement $(VENV)/requirements.txt
+	$(PIP) --constraint $(VENV)/constraints.txt --no-deps nvidia-cutlass  # for its headers, which need none of its packages
 	touch $@
 
 $(EXTENSIONS): $(DEPENDENCIES) setup.py $(SOURCES)
