@@ -134,7 +134,7 @@ void multiply_add(
       "mma.sync", ~0u, mine,
       [=](auto& in, auto& out) {
         constexpr int kPacked = kDepth / 8;  // numbers in a register
-        // Rows are vectors of g++: the loop over products is most of what tests of contractions take.
+        // Rows are vectors of g++: the loop over products takes much of the time of the tests.
         using Row __attribute__((vector_size(8 * sizeof(float)))) = float;
         float A[16][kDepth];
         Row B[kDepth], C[16];

@@ -187,7 +187,7 @@ void launch_adam(const AdamTensor* tensors, int count, const AdamSettings& setti
   gpu::launch_early(adam<Table>, {"adam", grid, Adam::kThreads, sizeof(AdamCoefficients), stream}, table, settings);
 }
 
-// In one launch, up to 480 tensors; `first_chunk` is set here. A template, so that only who calls it compiles the kernel.
+// In one launch, up to 480 tensors; `first_chunk` is set here. A template: what doesn't call it compiles no kernel.
 template <class = void>
 void adam_pass(const AdamTensor* tensors, int64_t count, const AdamSettings& settings, gpu::Stream stream) {
   while (count > 0) {
