@@ -61,7 +61,7 @@ def _flat(
 
 def _tensor_map(x: TensorDescriptor, meta: dict[str, Any]) -> bytes:
     """As `fill_tma_descriptor_tiled` of Triton's driver asks the GPU's for it."""
-    assert not meta["fp4_padded"] and not x.round_f32_to_tf32
+    assert not meta["fp4_padded"] and not getattr(x, "round_f32_to_tf32", False)  # of Triton 3.7
     sizes, strides, box = (list(reversed(values)) for values in (x.shape, x.strides, meta["block_size"]))
     steps = [stride * meta["elem_size"] for stride in strides[1:]]
     dtype = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
