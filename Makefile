@@ -79,7 +79,7 @@ lint: $(EXTENSIONS) ## ruff and mypy
 bench: $(EXTENSIONS) ## a table of blocks and of the training step on this machine
 	$(BIN)/fastdcgan bench $(ARGS)
 
-gallery: $(EXTENSIONS) ## pictures of what a trained DCGAN does, in docs/gallery; trains one on digits, one on photographs
+gallery: $(EXTENSIONS) ## pictures of what a trained DCGAN does, in docs/gallery; trains one on digits, one on emoji
 	$(BIN)/python -m fastdcgan.dcgan.gallery $(ARGS)
 
 # pdoc looks names up in the module itself, so those that __getattr__ gives are put there first.

@@ -54,10 +54,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "emoji64": {
         "image_size": 64,
         "channels": 3,
-        "ngf": 64,
-        "ndf": 64,
+        "ngf": 32,
+        "ndf": 32,
         "batch_size": 64,
-        "epochs": 1000,
+        "epochs": 250,
         "lr_g": 2e-4,
         "lr_d": 2e-4,
         "ema": 0.999,

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small networks, few steps."""
-    for name in ("_DIGITS", "_COLOUR"):
+    for name in ("_DIGITS", "_PEOPLE"):
         config = dataclasses.replace(getattr(gallery, name), ngf=4, ndf=4, nz=8, max_steps=2)
         monkeypatch.setattr(gallery, name, config)
     monkeypatch.setattr(gallery, "_CANDIDATES", 8)
@@ -39,8 +39,8 @@ def names_on(page: Path) -> list[str]:
 def test_gallery(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
-    for i in range(32):
-        Image.new("RGB", (40, 30), (8 * i, 90, 10)).save(photos / f"{i}.png")
+    for i in range(64):
+        Image.new("RGB", (40, 30), (4 * i, 90, 10)).save(photos / f"{i}.png")
     out, runs = tmp_path / "pictures", tmp_path / "runs"
     options = ["--out", str(out), "--runs", str(runs), "--data", str(photos), "--device", "cpu"]
     assert gallery.main(options) == 0
@@ -50,8 +50,8 @@ def test_gallery(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     page = (out / "README.md").read_text()
     assert "5,000 digits of MNIST, 32x32, every 10th held out; 2 steps of 32 images" in page
     assert "average of the generator" in page
-    with Image.open(out / "colour-samples.png") as picture:
-        assert (picture.mode, picture.size) == ("RGB", (2 * (8 * 34 + 2), 2 * (8 * 34 + 2)))
+    with Image.open(out / "people-samples.png") as picture:
+        assert (picture.mode, picture.size) == ("RGB", (8 * 66 + 2, 8 * 66 + 2))
 
     # Runs that are there are not trained again.
     before = [path.stat().st_mtime_ns for path in checkpoint.all_of(runs / "digits")]
