@@ -331,7 +331,7 @@ def kept_gradients(m: Any, x: Tensor) -> Tensor:
 def test_gradients_of_intermediates(hooked: bool) -> None:
     """What is asked for after the chain has run is what the chain came from."""
     found = []
-    plain = net(kept_gradients)
+    plain = net(named if hooked else kept_gradients)
     for model in (plain, fastdcgan.fuse(copy.deepcopy(plain))):
         model.flag, model.seen, outs = False, [], list[Tensor]()
         model(numbers(*SHAPE))
@@ -432,6 +432,36 @@ def test_variables_of_others_stay() -> None:
         return out
 
     fastdcgan.fuse(net(way))(numbers(*SHAPE))
+
+
+def test_code_that_is_executed() -> None:
+    """Its variables are a dict of somebody's own."""
+
+    def way(m: Any, x: Tensor) -> Tensor:
+        c = m.conv(x)
+        space = {"pool": F.avg_pool2d, "n": m.bn(c)}
+        exec("out = pool(n, 2)", space)
+        return space["out"] + space["n"].mean()
+
+    plain = net(way)
+    assert_same(run(fastdcgan.fuse(copy.deepcopy(plain)), numbers(*SHAPE)), run(plain, numbers(*SHAPE)))
+
+
+@counts_all
+def test_compiled_inside(chains: list[int]) -> None:
+    """What waits before compiled code runs is one chain."""
+
+    def way(m: Any, x: Tensor) -> Tensor:
+        c = m.conv(x)
+        n = m.bn(c)
+        a = m.act(n)
+        c2 = m.conv2(a)
+        return double(c2)
+
+    double = torch.compile(lambda t: t * 2, backend="eager")
+    model = fastdcgan.fuse(net(way))
+    model(numbers(*SHAPE))
+    assert chains == [2]
 
 
 def test_nothing_is_kept_in_variables() -> None:
