@@ -52,6 +52,7 @@ $(DEPENDENCIES): constraints.txt pyproject.toml
 	  extras = itertools.chain(*project["optional-dependencies"].values()); \
 	  print(*project["dependencies"], *(x for x in extras if not x.startswith("fastdcgan")), sep="\n")' >$(VENV)/requirements.txt
 	$(PIP) --constraint $(VENV)/constraints.txt --requirement $(VENV)/requirements.txt
+	$(PIP) --constraint $(VENV)/constraints.txt --no-deps nvidia-cutlass  # for its headers, which need none of its packages
 	touch $@
 
 $(EXTENSIONS): $(DEPENDENCIES) setup.py $(SOURCES)
@@ -65,10 +66,11 @@ test: $(EXTENSIONS) ## lint and the tests that compile nothing, in a few minutes
 	$(LINT)
 	$(PYTEST) $(WORKERS) $(ARGS)
 
-test-all: $(EXTENSIONS) ## lint, all tests, and a dry run of gpu-check
+# The tests run every part of gpu-check; here make runs its first.
+test-all: $(EXTENSIONS) ## lint and all tests, a dry run of gpu-check among them
 	$(LINT)
 	$(PYTEST) $(WORKERS) tests $(ARGS)
-	out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; $(MAKE) --no-print-directory gpu-check DRY=1 OUT="$$out"
+	out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; $(MAKE) --no-print-directory gpu-check DRY=1 PARTS=doctor OUT="$$out"
 
 mutants: $(EXTENSIONS) ## change the CUDA kernels one place at a time: how many changes do the tests notice?
 	$(BIN)/python -m tests.cuda_on_cpu.mutants $(ARGS)

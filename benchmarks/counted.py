@@ -1,6 +1,6 @@
-"""What our kernels ask of a GPU, by counting: the PTX that nvcc and Triton make of them for sm_80 runs on the CPU.
+"""What our kernels ask of a GPU, by counting: the PTX that nvcc and Triton make of them runs on the CPU.
 
-    python -m fastdcgan.benchmarks.counted [--backend cuda] [--gpu a100] [--only weight_grad] [--batch 128] [--lines]
+    python -m fastdcgan.benchmarks.counted [--backend cuda] [--gpu a100] [--sm 80] [--only weight_grad] [--lines]
 
 From the root of a checkout, whose tests/ptx runs the PTX. Nothing here is a time that was measured. A row is a launch
 of a 64x64 DCGAN's block or pass, in bfloat16 and channels_last. Of its grid a sample of blocks runs, spread evenly;
@@ -9,10 +9,11 @@ what they count is scaled to the grid.
 blocks     run, of those in the grid
 least MB   the tensors that the launch touches, each read or written once
 L2         bytes that pass the second-level cache, in least MB: what multiprocessors load past a first level that keeps
-           32 KB of a block's loads (cp.async.cg passes it by), and what they store
+           32 KB of a block's loads (cp.async.cg and bulk copies pass it by), and what they store
 load, store  32-byte sectors of global memory, in the fewest that could hold the bytes of each warp's request
 apart      percentage of those requests that take more sectors than the fewest
-smem       wavefronts of shared memory, in those without bank conflicts: loads (with ldmatrix), stores (with cp.async)
+smem       wavefronts of shared memory, in those without bank conflicts: loads (with ldmatrix, wgmma), stores (with
+           cp.async, bulk copies)
 int ...    instructions for each useful value, which is one of the result, or for reductions one that is read: integer,
            float, special functions, memory and shuffles, tensor cores, control. They are PTX's: ptxas makes fewer of
            the integers. Moves are left out.
@@ -53,6 +54,7 @@ class GPU:
     the throughput table of the CUDA C++ programming guide. Of the H100's second-level cache NVIDIA publishes no rate:
     what others measured goes up to this one."""
 
+    sm: int  # whose kernels it runs
     processors: int
     clock: float  # the highest, in Hz
     memory: float  # bytes a second
@@ -90,10 +92,13 @@ class GPU:
 
 KINDS = ("integer", "floating", "special", "memory", "tensor", "control")
 GPUS = {
-    "a100": GPU(108, 1.41e9, 2.039e12, 5120 * 1.41e9, 40 * 10**6, 312e12, 64),
-    "h100": GPU(132, 1.98e9, 3.35e12, 7.0e12, 50 * 10**6, 989.4e12, 128),
+    "a100": GPU(80, 108, 1.41e9, 2.039e12, 5120 * 1.41e9, 40 * 10**6, 312e12, 64),
+    "h100": GPU(90, 132, 1.98e9, 3.35e12, 7.0e12, 50 * 10**6, 989.4e12, 128),
 }
-SM80 = cuda_tiles.Device(108, 163 * 1024, 164 * 1024)  # CUDA C++ Programming Guide, Compute Capabilities
+DEVICES = {  # CUDA C++ Programming Guide, Compute Capabilities
+    80: cuda_tiles.Device(108, 163 * 1024, 164 * 1024),
+    90: cuda_tiles.H100,
+}
 
 
 class Case(NamedTuple):
@@ -198,28 +203,29 @@ def of_passes(batch: int) -> Iterator[Case]:
 
 
 @contextlib.contextmanager
-def backend_on(name: str, machine: Any, gpu: GPU) -> Iterator[Any]:
-    """The backend of this name, whose launches the machine runs: sm_80's kernels, on as many multiprocessors."""
+def backend_on(name: str, machine: Any, gpu: GPU, sm: int) -> Iterator[Any]:
+    """The backend of this name, whose launches the machine runs: sm's kernels, on as many multiprocessors."""
     if name == "triton":
         tiles = importlib.import_module("fastdcgan.kernels.tiles")
-        device = replace(tiles.KNOWN[80], processors=gpu.processors)
+        device = replace(tiles.KNOWN[sm], processors=gpu.processors)
         with (
-            importlib.import_module("tests.ptx.triton_kernels").triton_on(machine, 80),
+            importlib.import_module("tests.ptx.triton_kernels").triton_on(machine, sm),
             mock.patch.object(tiles, "device_of", return_value=device),
         ):
             yield TritonBackend()
     else:
         cuda_kernels = importlib.import_module("tests.ptx.cuda_kernels")
         cuda_kernels.library().ptx_processors(gpu.processors)
-        device = replace(SM80, processors=gpu.processors)
-        with mock.patch.object(cuda_tiles, "device_of", return_value=device), cuda_kernels.cuda_on(machine) as backend:
+        device = replace(DEVICES[sm], processors=gpu.processors)
+        on_machine = cuda_kernels.cuda_on(machine, capability=sm)
+        with mock.patch.object(cuda_tiles, "device_of", return_value=device), on_machine as backend:
             yield backend
 
 
-def launches(backend: str, case: Case, gpu: GPU, sample: int = SAMPLE) -> list[Any]:
+def launches(backend: str, case: Case, gpu: GPU, sm: int, sample: int = SAMPLE) -> list[Any]:
     """What is counted of each launch of a case (`Counts` of tests/ptx/interpreter.py)."""
     machine = importlib.import_module("tests.ptx.interpreter").Machine(counted=sample)
-    with backend_on(backend, machine, gpu) as on:
+    with backend_on(backend, machine, gpu, sm) as on:
         case.run(on)
     return machine.counts
 
@@ -273,6 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("cuda", "triton"), default="cuda")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100")
+    parser.add_argument("--sm", type=int, choices=tuple(DEVICES), help="whose kernels; by default the GPU's own")
     parser.add_argument("--only", default="", help="rows with this in them")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--sample", type=int, default=SAMPLE, help="instructions of warps, for each launch")
@@ -286,8 +293,9 @@ def main() -> None:
     for case in (*of_passes(args.batch), *of_blocks(args.batch)):
         if args.only not in case.what:
             continue
-        for launch in launches(args.backend, case, GPUS[args.gpu], args.sample):
-            print(row(case, launch, GPUS[args.gpu]), flush=True)
+        gpu = GPUS[args.gpu]
+        for launch in launches(args.backend, case, gpu, args.sm or gpu.sm, args.sample):
+            print(row(case, launch, gpu), flush=True)
             if args.lines:
                 worst = sorted(launch.waste, key=lambda line: -max(line[2:]))
                 for ptx, often, sectors, wavefronts in worst[:8]:

@@ -11,6 +11,7 @@ HYPOTHESIS_PROFILE      "fixed" (the same examples on every run), "device" (the 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 
@@ -63,6 +64,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("device")
     long = {item.path for item in items if any(item.get_closest_marker(name) for name in LONG)}
     items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test, PyTorch and thousands of tests, stays: garbage collection skips it."""
+    gc.collect()
+    gc.freeze()
 
 
 def _asks_for_the_device(item: pytest.Function) -> bool:

@@ -86,7 +86,13 @@ def _trained(config: TrainConfig, out: Path, minutes: float) -> Trained:
     """The run in `out`, trained if it is not there."""
     if not checkpoint.all_of(out):
         config = dataclasses.replace(
-            config, out=str(out), precision="bf16", ema=config.ema or _EMA, epochs=1000, max_minutes=minutes, sample_every=250
+            config,
+            out=str(out),
+            precision="bf16",
+            ema=config.ema or _EMA,
+            epochs=1000,
+            max_minutes=minutes,
+            sample_every=250,
         )
         Trainer(config).run()
     run = load_trained(out)

@@ -74,7 +74,7 @@ def test_the_rows_are_of_a_training_step() -> None:
 @pytest.mark.compiles
 def test_a_pass_reads_and_writes_each_value_once() -> None:
     (case,) = [case for case in of_passes(2) if case.what == "activate 64x32x32 NHWC"]
-    (found,) = counted.launches("cuda", case, H100)
+    (found,) = counted.launches("cuda", case, H100, sm=80)
     assert kernel_name(found.kernel) == "norm_act" and found["blocks_run"] == found["blocks"]
     values = 2 * 64 * 32 * 32
     assert found["store_bytes"] == 2 * values and found["store_sectors"] == 2 * values / 32
@@ -87,12 +87,12 @@ def test_a_pass_reads_and_writes_each_value_once() -> None:
 def test_no_bank_conflicts_and_whole_sectors() -> None:
     """Where both have been: a block's sums of a gradient, and the parts of a product."""
     (sums,) = [case for case in of_passes(2) if case.what == "grad_stats 64x32x32 NHWC"]
-    found = counted.launches("cuda", sums, H100)[0]
+    found = counted.launches("cuda", sums, H100, sm=80)[0]
     assert kernel_name(found.kernel) == "grad_sums" and found["shared_store_phases"]
     for which in ("load", "store"):
         assert found[f"shared_{which}_wavefronts"] == found[f"shared_{which}_phases"]
     (product,) = [case for case in of_blocks(2) if case.what == "D3 256->512 8->4 conv > stats"]
-    parts, added, _ = counted.launches("cuda", product, H100)
+    parts, added, _ = counted.launches("cuda", product, H100, sm=80)
     assert kernel_name(added.kernel) == "reduce_splits"
     for launch in (parts, added):
         assert launch["load_sectors"] == launch["load_least_sectors"]

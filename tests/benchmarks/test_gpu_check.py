@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -89,6 +91,17 @@ def test_named_peers_are_there() -> None:
     for name in ("HEADLINE", "STEP", "GRAPHS", "FP32", "COMPILED", "BLOCKS", "DRY_CASE"):
         dtype, *names = getattr(gpu_check, name)
         assert dtype in peers.DTYPES and set(names) <= set(PEERS)
+
+
+@pytest.mark.slow
+def test_a_dry_run(tmp_path: Path) -> None:
+    """Every part, on a CPU with tiny shapes, in an environment without what conftest.py sets."""
+    environment = {name: value for name, value in os.environ.items() if name != "FASTDCGAN_AUTOTUNE"}
+    command = [sys.executable, gpu_check.__file__, "--dry", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    assert "all required parts passed" in done.stdout
+    assert {path.suffix for path in tmp_path.glob("gpu-check*")} == {".json", ".log", ".png"}
 
 
 def python(code: str) -> dict[str, list[str]]:

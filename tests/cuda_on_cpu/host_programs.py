@@ -61,22 +61,22 @@ def build(name: str, mode: str = "plain") -> Path:
     return compiled(BUILD / f"{name}-{mode}", [str(HERE / f"{name}.cpp")], [*FLAGS, *MODES[mode], *includes()])
 
 
-def compiled(target: Path, sources: list[str], flags: list[str], linked: list[str] | None = None) -> Path:
-    """`target`, made from `sources` by one call of g++ where it isn't up to date; fails with what g++ printed.
+def compiled(
+    target: Path, sources: list[str], flags: list[str], linked: list[str] | None = None, by: str | None = None
+) -> Path:
+    """`target`, made from `sources` by one call of g++, or of the compiler `by`, where it isn't up to date; fails with
+    what that printed.
 
     Another process that wants it meanwhile waits, and finds it made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return _compiled(target, sources, flags, linked)
+        return _compiled(target, sources, [by or str(compiler()), *flags, *sources, *(linked or [])])
 
 
-def _compiled(target: Path, sources: list[str], flags: list[str], linked: list[str] | None) -> Path:
-    gxx = compiler()
-    assert gxx is not None
+def _compiled(target: Path, sources: list[str], command: list[str]) -> Path:
     dependencies, digest = target.with_suffix(".d"), target.with_suffix(".sha256")
-    command = [gxx, *flags, *sources, *(linked or [])]
     known = target.exists() and dependencies.exists() and digest.exists()
     if known and digest.read_text() == _digest(command, dependencies):
         return target

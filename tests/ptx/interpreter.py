@@ -80,6 +80,7 @@ class Machine:
         sample of its blocks, until their warps have run so many instructions, and adds to `counts`."""
         self.order, self.seed, self.counted = order, seed, counted
         self.counts: list[Counts] = []
+        self.launched: list[str] = []  # kernels
         self._lib = library()
         self._handle = self._lib.ptx_machine()
         self._kept: dict[
@@ -159,6 +160,7 @@ class Module:
         dims = [(ctypes.c_uint32 * 3)(*[*sizes, 1, 1][:3]) for sizes in (grid, block)]
         name, size, order = kernel.encode(), len(parameters), ORDERS[self._machine.order]
         machine, lib = self._machine, self._lib
+        machine.launched.append(kernel)
         counting = None if machine.counted is None else ctypes.c_void_p(lib.ptx_counting(machine.counted))
         try:
             numbers = shared, parameters, size, order, machine.seed, early

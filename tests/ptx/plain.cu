@@ -144,6 +144,16 @@ __global__ void choices(const int* in, int* out) {
   }
 }
 
+// A function that stays one, with a return on the way.
+__device__ __noinline__ int bounded(int x, int most) {
+  if (x > most) return most;
+  return x < -most ? -most : x;
+}
+__global__ void calls(const int* in, int* out) {
+  const int x = in[threadIdx.x];
+  out[threadIdx.x] = bounded(x, 100) + 1000 * bounded(x, 7);
+}
+
 // Through pointers of which it isn't known where they point.
 __global__ void generic(const int* in, int* out, int which) {
   __shared__ int near[64];

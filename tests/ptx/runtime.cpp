@@ -1,5 +1,5 @@
-// As much of a CUDA runtime as csrc/cuda and what nvcc generates call: an A100 or an H100, which hands every launch to
-// Python. And torch's memory on the CPU as that GPU's: Python hears of each allocation, so that the machine knows its
+// As much of a CUDA runtime as csrc/cuda, CUTLASS and what nvcc generates call: an A100 or an H100, which hands every
+// launch to Python. And torch's memory on the CPU as that GPU's: Python hears of each allocation, so that the machine knows its
 // bounds.
 #undef TORCH_TARGET_VERSION  // this file is of the torch that is here
 #include <c10/core/Allocator.h>
@@ -12,6 +12,7 @@
 #include <cstring>
 #include <map>
 #include <string_view>
+#include <utility>
 
 #include "machine/tensor_map.h"
 
@@ -24,6 +25,8 @@ Launched launched = nullptr;
 Allocated allocated = nullptr;
 int processors = 0;  // 0: as many as a GPU of that capability has
 int capability = 80;
+cudaLaunchConfig_t called;  // as kernel<<<...>>> says
+cudaError_t last = cudaSuccess;
 
 struct Kernel {
   const char *ptx, *name;
@@ -88,6 +91,22 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
       launched(k.ptx, k.name, &config->gridDim, &config->blockDim, config->dynamicSmemBytes, arguments, early);
   return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
+// kernel<<<grid, block, shared, stream>>>(...): what is between the brackets is put aside until the arguments are there.
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t) {
+  called = {}, called.gridDim = grid, called.blockDim = block, called.dynamicSmemBytes = shared;
+  return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void*) {
+  return *grid = called.gridDim, *block = called.blockDim, *shared = called.dynamicSmemBytes, cudaSuccess;
+}
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
+  return *kernel = static_cast<cudaKernel_t>(const_cast<void*>(function)), cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3, dim3, void** arguments, size_t, cudaStream_t) {
+  return last = cudaLaunchKernelExC(&called, kernel, arguments);
+}
+cudaError_t cudaGetLastError() { return std::exchange(last, cudaSuccess); }
+cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t cudaHostAlloc(void** at, size_t bytes, unsigned) { return *at = std::malloc(bytes), cudaSuccess; }
 CUresult tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
                     const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave,
@@ -126,13 +145,8 @@ void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterFunction(void** ptx, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
   kernels()[host] = {static_cast<const char*>(*ptx), name};
 }
-// Named in what is generated, and not called.
-cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorUnknown; }
-void __cudaLaunchKernel() {}
 void __cudaRegisterVar() {}  // no host code reads or writes a variable of the device
-void __cudaPopCallConfiguration() {}
-void __cudaInitModule() {}
-void __cudaGetKernel() {}
+char __cudaInitModule(void**) { return 1; }
 
 // Of torch, for the launchers: there is one device, and one stream.
 int aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from tests.csrc.cuda.compiling import needs_nvcc, nvcc
 from tests.cuda_on_cpu.host_programs import needs_compiler
-from tests.ptx.interpreter import Counts, Machine
+from tests.ptx.interpreter import Counts, Machine, tensor_map
+from tests.ptx.test_sm90_machine import HALF, SWIZZLE_128
 
 pytestmark = [needs_nvcc, needs_compiler, pytest.mark.compiles]
 ALL = 2**62
@@ -20,6 +22,12 @@ ALL = 2**62
 def ptx(tmp_path_factory: pytest.TempPathFactory) -> str:
     target = tmp_path_factory.mktemp("ptx") / "counted.ptx"
     return nvcc(target, "-ptx", "-arch=sm_80", Path(__file__).parent / "counted.cu").read_text()
+
+
+@pytest.fixture(scope="module")
+def sm90(tmp_path_factory: pytest.TempPathFactory) -> str:
+    target = tmp_path_factory.mktemp("ptx") / "plain_sm90.ptx"
+    return nvcc(target, "-ptx", "-arch=sm_90a", Path(__file__).parent / "plain_sm90.cu").read_text()
 
 
 def counts(
@@ -133,6 +141,21 @@ def test_copies_that_are_asynchronous(ptx: str) -> None:
     assert requests(found, "load") == (1, 256, 8, 8, 0)
     assert wavefronts(found, "store") == (4, 4)
     assert wavefronts(found, "load") == (4, 1)
+
+
+def test_bulk_copies_and_products_of_warpgroups(sm90: str) -> None:
+    """Boxes that reach beyond their tensor read what is in it, once, and fill their own size of shared memory."""
+    x, out = torch.zeros(40, 136, dtype=torch.float16), torch.zeros(9, 16, 64, dtype=torch.float16)
+    machine = Machine(counted=ALL)
+    machine.add(x), machine.add(out)
+    map_ = tensor_map(x.data_ptr(), HALF, (136, 40), (272,), (64, 16), SWIZZLE_128)
+    machine.load(sm90).launch("tiles", (1,), (160,), map_ + struct.pack("<qii", out.data_ptr(), 9, 3))
+    (found,) = machine.counts
+    assert found["load_requests"] == 9 and found["load_bytes"] == found["read"] == x.nbytes
+    assert found["store_bytes"] == out.nbytes and wavefronts(found, "store") == (9 * 16, 9 * 16)
+
+    arguments = torch.zeros(64, 16).half(), torch.zeros(16, 8).half(), torch.zeros(64, 8)
+    assert counts(sm90, "along", *arguments, block=128)["flops"] == 2 * 64 * 16 * 8
 
 
 def test_classes(ptx: str) -> None:

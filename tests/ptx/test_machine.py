@@ -213,6 +213,14 @@ def chosen(k: int, x: int) -> tuple[int, int]:
 
 
 @of_nvcc
+def test_functions(plain: str) -> None:
+    assert "call.uni" in plain
+    x, out = torch.arange(-120, 136, 4, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    run(plain, "calls", (1,), (64,), x, out)
+    assert torch.equal(out, x.clamp(-100, 100) + 1000 * x.clamp(-7, 7))
+
+
+@of_nvcc
 def test_places_in_a_grid(plain: str) -> None:
     out = torch.zeros(12, 30, dtype=torch.int32)
     run(plain, "places", (2, 3, 2), (5, 3, 2), out)

@@ -134,7 +134,10 @@ void multiply_add(
       "mma.sync", ~0u, mine,
       [=](auto& in, auto& out) {
         constexpr int kPacked = kDepth / 8;  // numbers in a register
-        float A[16][kDepth], B[kDepth][8], C[16][8];
+        // Rows are vectors of g++: the loop over products takes much of the time of the tests.
+        using Row __attribute__((vector_size(8 * sizeof(float)))) = float;
+        float A[16][kDepth];
+        Row B[kDepth], C[16];
         for (int lane = 0; lane < 32; ++lane) {
           int group = lane / 4, pair = lane % 4 * 2, first = lane % 4 * kPacked;
           for (int i = 0; i < kPacked; ++i) {
@@ -146,8 +149,7 @@ void multiply_add(
             for (int q = 0; q < 2; ++q) C[group + q * 8][pair + i] = in[lane]->c[q * 2 + i];
         }
         for (int m = 0; m < 16; ++m)
-          for (int k = 0; k < kDepth; ++k)
-            for (int n = 0; n < 8; ++n) C[m][n] += A[m][k] * B[k][n];
+          for (int k = 0; k < kDepth; ++k) C[m] += A[m][k] * B[k];
         for (int lane = 0; lane < 32; ++lane)
           for (int q = 0; q < 4; ++q) out[lane]->c[q] = C[lane / 4 + q / 2 * 8][lane % 4 * 2 + q % 2];
       },

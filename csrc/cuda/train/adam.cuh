@@ -187,8 +187,9 @@ void launch_adam(const AdamTensor* tensors, int count, const AdamSettings& setti
   gpu::launch_early(adam<Table>, {"adam", grid, Adam::kThreads, sizeof(AdamCoefficients), stream}, table, settings);
 }
 
-// In one launch, up to 480 tensors; `first_chunk` is set here.
-inline void adam_pass(const AdamTensor* tensors, int64_t count, const AdamSettings& settings, gpu::Stream stream) {
+// In one launch, up to 480 tensors; `first_chunk` is set here. A template: what doesn't call it compiles no kernel.
+template <class = void>
+void adam_pass(const AdamTensor* tensors, int64_t count, const AdamSettings& settings, gpu::Stream stream) {
   while (count > 0) {
     const int now = static_cast<int>(count < ManyTensors::kMost ? count : ManyTensors::kMost);
     if (now <= FewTensors::kMost) {

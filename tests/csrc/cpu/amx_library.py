@@ -15,8 +15,9 @@ from fastdcgan.backends.cpu import CPUBackend, extension_name
 from tests.cuda_on_cpu.host_programs import ROOT, compiled, compiler
 
 HERE = Path(__file__).resolve().parent
-SOURCES = [f"{name}_contractions" for name in ("amx/amx", "bf16/dot")]
-SOURCES += [f"contraction/{name}" for name in ("algorithms", "contraction_ops")]
+# What uses the instructions, and what chooses it.
+EMULATED = [ROOT / "csrc/cpu" / f"{name}_contractions.cpp" for name in ("amx/amx", "bf16/dot")]
+SOURCES = [*EMULATED, *(ROOT / "csrc/cpu/contraction" / f"{name}.cpp" for name in ("algorithms", "contraction_ops"))]
 EMULATIONS = [HERE / "amx_emulated.cpp", HERE / "avx512_bf16_emulated.cpp"]
 BUILD = ROOT / "build" / "amx_emulated"
 # As setup.py has it for processors with AVX-512; symbols that are this library's own.
@@ -49,9 +50,9 @@ def torch_libraries() -> list[str]:
 def library() -> ctypes.CDLL:
     """Compile what has changed, register the operators as torch.ops.fastdcgan_cpu_amx."""
     CPUBackend().require()  # before this one, which has functions of the same names
-    sources = [*(ROOT / "csrc/cpu" / f"{name}.cpp" for name in SOURCES), *EMULATIONS]
     flags = [*FLAGS, *torch_includes()]
-    objects = [str(compiled(BUILD / f"{path.stem}.o", ["-c", str(path)], flags)) for path in sources]
+    paths = (*SOURCES, *EMULATIONS)
+    objects = [str(compiled(BUILD / f"{path.stem}.o", ["-c", str(path)], flags)) for path in paths]
     extension = str(build_info.library(extension_name()))
     linked = compiled(BUILD / "operators.so", objects, ["-shared", "-fopenmp"], [extension, *torch_libraries()])
     torch.ops.load_library(str(linked))

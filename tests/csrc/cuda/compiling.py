@@ -39,7 +39,8 @@ def extension() -> Path:
     again, and all where a header did: with a torch without CUDA, PyTorch's build doesn't know what nvcc includes."""
     environment = os.environ | {"FASTDCGAN_EXTENSION": "_cuda", "FASTDCGAN_FORCE_CUDA": "1"}
     environment |= {"TORCH_CUDA_ARCH_LIST": ARCHITECTURES, "NVCC_APPEND_FLAGS": MORE_CODE}
-    environment.setdefault("MAX_JOBS", str(max(1, (os.cpu_count() or 1) // 2)))
+    # One for each core: another worker of pytest soon waits for this.
+    environment.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(EXTENSION / "temp"), "--build-lib"]
     command.append(str(EXTENSION / "lib"))

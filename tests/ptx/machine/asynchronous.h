@@ -34,12 +34,13 @@ struct BulkCopy {
   const Instruction* instruction;
   int pc;  // where it was issued
   Warp* warp;
-  int lane;
+  int lane;            // the first of those that issued it
+  Lanes lanes;
   uint64_t map;        // the address of the tensor map
   int32_t at[5];
   uint64_t shared;     // address
   uint64_t mbarrier;   // of a load: its address
-  uint32_t group = 0;  // of a store: the thread's groups that it had committed
+  uint32_t group = 0;  // of a store: the threads' groups that they had committed
   uint32_t number = 0;
   std::vector<uint8_t> taken, tainted;  // of a store whose shared memory was read
 };

@@ -24,18 +24,8 @@ uint64_t bytes_of(const TensorMap& map) {
 // f(address in shared memory, address in global memory or 0 beyond the tensor), for each element of the box.
 template <class F>
 void each_element(const BulkCopy& copy, const TensorMap& map, F f) {
-  const uint64_t all = bytes_of(map) / map.item;
-  for (uint64_t i = 0; i < all; ++i) {
-    uint64_t rest = i, address = map.base;
-    bool inside = true;
-    for (int d = 0; d < map.rank; ++d) {
-      const int64_t index = copy.at[d] + static_cast<int64_t>(rest % map.box[d]);
-      rest /= map.box[d];
-      inside &= index >= 0 && static_cast<uint64_t>(index) < map.size[d];
-      address += index * map.stride[d];
-    }
-    f(swizzled(copy.shared + i * map.item, map.swizzle), inside ? address : 0);
-  }
+  uint64_t shared = copy.shared;
+  each_in_box(map, copy.at, [&](uint64_t global) { f(swizzled(shared, map.swizzle), global), shared += map.item; });
 }
 
 // The key of a thread's stores: they read shared memory as one agent, and write global memory as another.
@@ -47,9 +37,10 @@ uint64_t key(const Warp& w, int lane, bool writes) {
 void bulk_copy(Warp& w, const Instruction& i) {
   for (int k = 0; k < i.count; ++k) w.demand(i.at[k], "an operand");
   const int d = i.mode, first = i.arrives ? 1 : 2;  // [map, {coordinates}], [shared]  or  [shared], [map, {..}], [mbarrier]
+  const size_t before = w.block.bulk_copies.size();
   w.each([&](int lane) {
     const auto value = [&](int operand) { return w.lanes(i.at[operand])[lane]; };
-    BulkCopy copy{&i, w.current.pc, &w, lane, 0, {}, 0, 0, 0, ++w.block.begun, {}, {}};
+    BulkCopy copy{&i, w.current.pc, &w, lane, Lanes{1} << lane, 0, {}, 0, 0, 0, ++w.block.begun, {}, {}};
     copy.map = value(first - 1) + i.offset[first - 1];
     for (int k = 0; k < d; ++k) copy.at[k] = static_cast<int32_t>(value(first + k));
     copy.shared = (i.arrives ? value(d + 1) + i.offset[1] : value(0) + i.offset[0]) & 0xffffffff;
@@ -60,6 +51,13 @@ void bulk_copy(Warp& w, const Instruction& i) {
     uint32_t reader;
     if (i.arrives) {
       copy.group = w.bulk_groups[lane];
+      // A box that lanes store together is stored once: a warp of CUTLASS's does so.
+      for (size_t k = before; k < w.block.bulk_copies.size(); ++k) {
+        BulkCopy& same = w.block.bulk_copies[k];
+        if (same.map != copy.map || same.shared != copy.shared || same.group != copy.group || !std::equal(same.at, same.at + d, copy.at)) continue;
+        same.lanes |= copy.lanes;
+        return;
+      }
       reader = w.block.slot(key(w, lane, false));
     } else {
       const Place barrier = locate(w, lane, Space::shared, value(d + 2) + i.offset[2], 8);
@@ -117,20 +115,18 @@ void put(Block& block, const BulkCopy& copy) {
 void await_stores(Warp& w, const Instruction& i) {
   const auto pending = static_cast<uint32_t>(w.lanes(i.at[0])[0]);
   Block& block = w.block;
-  w.each([&](int lane) {
-    bool some = false;
-    std::erase_if(block.bulk_copies, [&](BulkCopy& copy) {
-      if (copy.warp != &w || copy.lane != lane || !copy.instruction->arrives || copy.group + pending >= w.bulk_groups[lane]) return false;
-      some = true;
-      if (copy.taken.empty()) take(block, copy);
-      if (!i.mode) put(block, copy);
-      return !i.mode;
-    });
-    if (!some) return;
+  std::erase_if(block.bulk_copies, [&](BulkCopy& copy) {
+    Lanes waiting = 0;
+    w.each([&](int lane) { waiting |= Lanes{copy.group + pending < w.bulk_groups[lane]} << lane; });
+    waiting &= copy.lanes;
+    if (copy.warp != &w || !copy.instruction->arrives || !waiting) return false;
+    if (copy.taken.empty()) take(block, copy);
+    if (!i.mode) put(block, copy);
     Gathering done;
-    done.add(block, block.slot(key(w, lane, false)));
-    if (!i.mode) done.add(block, block.slot(key(w, lane, true)));
-    block.learn(w, Lanes{1} << lane, done.passed_on(block));
+    done.add(block, block.slot(key(w, copy.lane, false)));
+    if (!i.mode) done.add(block, block.slot(key(w, copy.lane, true)));
+    block.learn(w, waiting, done.passed_on(block));
+    return !i.mode;
   });
   ++block.launch.clock.now;
 }

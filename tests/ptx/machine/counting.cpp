@@ -4,6 +4,8 @@
 #include <numeric>
 #include <sstream>
 
+#include "tensor_map.h"
+
 namespace ptx {
 namespace {
 
@@ -31,7 +33,8 @@ Kind kind_of(const std::vector<std::string>& parts) {
   // shfl passes through the lanes of shared memory.
   if (is({"ld", "st", "cp", "ldmatrix", "stmatrix", "atom", "red", "prefetch", "shfl"})) return Kind::memory;
   if (is({"mma", "wgmma"})) return Kind::tensor;
-  if (is({"bra", "brx", "ret", "exit", "trap", "bar", "barrier", "vote", "match", "activemask", "fence", "membar"})) return Kind::control;
+  if (is({"bra", "brx", "ret", "exit", "trap", "bar", "barrier", "vote", "match", "activemask", "fence", "membar", "mbarrier", "elect",
+          "setmaxnreg", "griddepcontrol"})) return Kind::control;
   if (is({"ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh"}) || (is({"div"}) && floats)) return Kind::special;
   return floats ? Kind::floating : Kind::integer;
 }
@@ -47,17 +50,23 @@ Counting::Known Counting::known(const Instruction& i) {
     found.access = base == "ld" ? Known::load : Known::store;
     found.size = size_of(parts.back()) * i.count;
     found.through_l1 = !has("cg") && !has("cv") && !has("volatile") && !has("relaxed");
+  } else if (base == "cp" && has("tensor")) {
+    found.access = Known::box;
   } else if (base == "cp" && i.count >= 3) {
     found.access = Known::copy;
     found.through_l1 = has("ca");
   } else if (base == "ldmatrix") {
     found.access = Known::matrices;
     found.size = 16;
-  } else if (base == "mma") {
+  } else if (base == "mma" || has("mma_async")) {
+    const int warps = base == "mma" ? 1 : 4;
     int m = 0, n = 0, k = 0;
     for (const auto& part : parts) {
-      if (std::sscanf(part.c_str(), "m%dn%dk%d", &m, &n, &k) == 3) found.flops = uint64_t{2} * m * n * k;
+      if (std::sscanf(part.c_str(), "m%dn%dk%d", &m, &n, &k) == 3) found.flops = uint64_t{2} * m * n * k / warps;
     }
+    if (warps == 1) return found;
+    found.access = Known::products;
+    found.size = 32 * ((i.count == 1 ? m : 0) + n) / warps;  // the depth of a factor has 32 bytes
   }
   return found;
 }
@@ -89,8 +98,11 @@ void Counting::global(const Warp& w, const uint64_t* address, const int* sizes, 
     if (size && pieces.emplace(address[lane], size).second) bytes += size;
     for (int at = 0; at < size; at += kSector) sectors.insert((address[lane] + at) / kSector);
   });
-  if (!bytes) return;
-  (loads ? read_ : written_).insert(w.block.launch.memory.find(pieces.begin()->first));
+  if (bytes) global(w.block.launch.memory.find(pieces.begin()->first), sectors, bytes, loads, through_l1, waste);
+}
+
+void Counting::global(const Area* area, const std::set<uint64_t>& sectors, uint64_t bytes, bool loads, bool through_l1, Waste& waste) {
+  (loads ? read_ : written_).insert(area);
   Requests& all = loads ? loads_ : stores_;
   const uint64_t least = (bytes + kSector - 1) / kSector;
   ++all.requests;
@@ -104,6 +116,36 @@ void Counting::global(const Warp& w, const uint64_t* address, const int* sizes, 
     }
     ++l2_sectors_;
   }
+}
+
+// A box of a tensor, of each lane that copies one.
+void Counting::box(const Warp& w, const Instruction& i, Waste& waste) {
+  const int first = i.arrives ? 1 : 2;  // of its coordinates
+  w.each([&](int lane) {
+    const auto value = [&](int operand) { return w.values[size_t{i.at[operand]} * kLanes + lane]; };
+    const uint64_t address = value(first - 1) + i.offset[first - 1];
+    Memory& memory = w.block.launch.memory;
+    const auto& map = *reinterpret_cast<const TensorMap*>(address);
+    if (!memory.find(address) || map.mark != TensorMap::kMark) return;  // where it runs, that is an error
+    int32_t at[5] = {};
+    for (int d = 0; d < map.rank; ++d) at[d] = static_cast<int32_t>(value(first + d));
+    std::set<uint64_t> sectors;
+    uint64_t bytes = 0, all = 0;
+    each_in_box(map, at, [&](uint64_t element) {
+      all += map.item;
+      if (!element) return;
+      bytes += map.item;
+      sectors.insert(element / kSector);
+    });
+    if (bytes) global(memory.find(map.base), sectors, bytes, !i.arrives, false, waste);
+    shared(all, i.arrives);
+  });
+}
+
+void Counting::shared(uint64_t bytes, bool loads) {
+  Wavefronts& all = loads ? shared_loads_ : shared_stores_;
+  const uint64_t many = (bytes + kBanks * kWord - 1) / (kBanks * kWord);
+  all.phases += many, all.wavefronts += many;
 }
 
 void Counting::shared(const uint64_t* address, Lanes lanes, int size, bool loads, Waste& waste) {
@@ -137,6 +179,8 @@ void Counting::see(const Warp& w, const Instruction& i) {
   const auto operand = [&](int n) { return w.values.data() + size_t{i.at[n]} * kLanes; };
   Waste& waste = lines_[i.line];
   ++waste.requests;
+  if (k.access == Known::box) return box(w, i, waste);
+  if (k.access == Known::products) return shared(k.size, true);
   uint64_t address[kLanes], source[kLanes];
   int sizes[kLanes];
   const uint64_t* base = operand(k.access == Known::load || k.access == Known::matrices ? i.count : 0);

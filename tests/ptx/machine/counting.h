@@ -18,7 +18,8 @@ struct Requests {  // of warps: one for each instruction
   uint64_t requests = 0, bytes = 0, sectors = 0, least_sectors = 0, uncoalesced = 0;
 };
 // Shared memory gives each of its 32 banks' 4 bytes once in a wavefront. A request has a phase for 32 lanes of up to 4 bytes,
-// 16 of 8, 8 of 16, and for each matrix of ldmatrix; without conflicts a phase is one wavefront.
+// 16 of 8, 8 of 16, and for each matrix of ldmatrix; without conflicts a phase is one wavefront. Bulk copies and wgmma take 128
+// bytes at a time, and their layouts have no conflicts; the four warps of a warpgroup read the right factor once.
 struct Wavefronts {
   uint64_t wavefronts = 0, phases = 0;
 };
@@ -40,13 +41,16 @@ class Counting {
  private:
   struct Known {  // of an instruction
     Kind kind;
-    enum Access : uint8_t { none, load, store, copy, matrices } access;
-    int size;          // bytes of a lane
+    enum Access : uint8_t { none, load, store, copy, matrices, box, products } access;
+    int size;          // bytes of a lane; of products: of a warp
     bool through_l1;
     uint64_t flops;
   };
   static Known known(const Instruction& instruction);
   void global(const Warp& warp, const uint64_t* address, const int* sizes, bool loads, bool through_l1, Waste& waste);
+  void global(const Area* area, const std::set<uint64_t>& sectors, uint64_t bytes, bool loads, bool through_l1, Waste& waste);
+  void box(const Warp& warp, const Instruction& instruction, Waste& waste);
+  void shared(uint64_t bytes, bool loads);
   void shared(const uint64_t* address, Lanes lanes, int size, bool loads, Waste& waste);
 
   uint64_t most_, blocks_ = 0, blocks_run_ = 0, kinds_[kKinds] = {}, flops_ = 0, local_bytes_ = 0, l2_sectors_ = 0;

@@ -113,7 +113,7 @@ void arrive(Warp& w, const Instruction& i) {
 }
 
 Run make_mbarrier_instruction(Written& n, Instruction& i) {
-  if (!n.take("b64") || !n.take("shared::cta")) return nullptr;
+  if (!n.take("b64") || !(n.take("shared::cta") || n.take("shared::cluster"))) return nullptr;
   n.take("cta");  // the scope
   if (n.take("init")) return n.expect(2), init;
   if (n.take("inval")) return n.expect(1), inval;
@@ -161,6 +161,16 @@ void set_registers(Warp& w, const Instruction& i) {
   if (count < 24 || count > 256 || count % 8) w.fail(0, "24 to 256 registers, a multiple of 8");
 }
 
+// mapa d, a, rank: the address in shared memory of the cluster's block of that rank. A cluster is one block here.
+void mapa(Warp& w, const Instruction& i) {
+  w.demand(i.at[1], "an address"), w.demand(i.at[2], "a rank");
+  w.each([&](int lane) {
+    if (w.lanes(i.at[2])[lane] != 0) w.fail(lane, "clusters of several blocks aren't known here");
+    w.lanes(i.at[0])[lane] = w.lanes(i.at[1])[lane];
+  });
+  w.taint(i.at[0], 0);
+}
+
 void await_kernels_before(Warp& w, const Instruction&) { w.kernels_before_ended |= w.active; }
 
 }  // namespace
@@ -178,6 +188,10 @@ void make_mbarriers(Makers& all) {
     i.members = kWholeWarp;
     const bool known = (n.take("inc") || n.take("dec")) && n.take("sync") && n.take("aligned") && n.take("u32");
     return known ? set_registers : Run{};
+  };
+  all["mapa"] = [](Written& n, Instruction&) -> Run {
+    n.expect(3);
+    return n.take("shared::cluster") && n.take("u32") ? mapa : Run{};
   };
   all["griddepcontrol"] = [](Written& n, Instruction&) -> Run {
     n.expect(0);

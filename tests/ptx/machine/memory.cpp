@@ -52,7 +52,7 @@ std::string described(const Place& place) { return "byte " + std::to_string(plac
 
 Place locate(Warp& warp, int lane, Space space, uint64_t address, int size) {
   Block& block = warp.block;
-  if (space == Space::generic) {
+  if (space == Space::generic || space == Space::param) {  // the parameters of a call lie in local memory
     const uint64_t window = address & kWindows;
     space = window == kSharedWindow ? Space::shared : window == kLocalWindow ? Space::local : Space::global;
     if (window) address &= ~kWindows;

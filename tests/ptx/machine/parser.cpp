@@ -4,54 +4,14 @@
 #include <optional>
 #include <set>
 #include <sstream>
-#include <string_view>
 #include <tuple>
+#include <utility>
 
-#include "program.h"
+#include "memory.h"
+#include "tokens.h"
 
 namespace ptx {
 namespace {
-
-struct Token {
-  std::string text;
-  int line;
-};
-
-bool in_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.'; }
-
-std::vector<Token> tokens_of(std::string_view text) {
-  std::vector<Token> found;
-  int line = 1;
-  for (size_t i = 0; i < text.size();) {
-    const char c = text[i];
-    size_t end = i + 1;
-    if (c == '\n') ++line;
-    if (std::isspace(static_cast<unsigned char>(c))) {
-      i = end;
-      continue;
-    }
-    if (text.substr(i, 2) == "//") {
-      i = std::min(text.find('\n', i), text.size());
-      continue;
-    }
-    if (text.substr(i, 2) == "/*") {
-      end = std::min(text.find("*/", i), text.size() - 2) + 2;
-      line += static_cast<int>(std::count(text.begin() + i, text.begin() + end, '\n'));
-      i = end;
-      continue;
-    }
-    if (c == '"') {
-      end = std::min(text.find('"', i + 1), text.size() - 1) + 1;
-    } else if (in_word(c)) {
-      while (end < text.size() && (in_word(text[end]) || text.substr(end, 2) == "::" || text.substr(end - 1, 2) == "::")) {
-        ++end;
-      }
-    }
-    found.push_back({std::string(text.substr(i, end - i)), line});
-    i = end;
-  }
-  return found;
-}
 
 uint64_t bytes_of(const std::string& type) {  // .b32: 4
   const uint64_t bits = std::strtoull(type.c_str() + type.find_first_of("0123456789"), nullptr, 10);
@@ -60,7 +20,8 @@ uint64_t bytes_of(const std::string& type) {  // .b32: 4
 
 class Parser {
  public:
-  explicit Parser(const std::string& text) : tokens_(tokens_of(text)), program_(std::make_unique<Program>()) {
+  explicit Parser(const std::string& text)
+      : tokens_(tokens_of(text)), program_(std::make_unique<Program>()), called_(functions_in(tokens_)) {
     std::istringstream stream(text);
     for (std::string line; std::getline(stream, line);) program_->lines.push_back(line);
     tokens_.push_back({"", tokens_.empty() ? 1 : tokens_.back().line});
@@ -87,6 +48,7 @@ class Parser {
   size_t next_ = 0;
   int error_line_ = 0;
   std::unique_ptr<Program> program_;
+  std::map<std::string, Called> called_;   // functions besides kernels
   std::map<std::string, Symbol> symbols_;  // of the module
   // Of the function that is being read:
   Function* function_ = nullptr;
@@ -99,6 +61,7 @@ class Parser {
   std::vector<size_t> firsts_;                      // of each instruction's operands
   std::map<uint64_t, uint32_t> constants_;
   std::set<uint32_t> results_;  // registers that some instruction writes
+  int calls_ = 0;               // within which this is
   std::vector<size_t> packs_;   // the instructions that are mov c, {a, b} or prmt c, a, b, ...
 
   bool at(const std::string& text) const { return tokens_[next_].text == text; }
@@ -135,20 +98,49 @@ class Parser {
     if (skipped()) return;
     while (at(".visible") || at(".weak") || at(".extern")) ++next_;
     if (take(".entry")) return entry();
-    if (take(".func")) {  // declared; a call of one would be an unknown instruction
-      while (!take(";")) {
-        if (at("{") || at("")) throw Fault("functions besides kernels aren't known");
-        ++next_;
-      }
-      return;
-    }
+    if (at(".func")) return pass_function();
     if (!variable(symbols_)) throw Fault("'" + tokens_[next_].text + "' isn't known here");
   }
+
+  void pass_function() {
+    while (!at("{") && !at(";") && !at("")) ++next_;
+    int depth = 0;
+    do {
+      depth += at("{"), depth -= at("}");
+      if (at("")) throw Fault("the text ends within a function");
+      ++next_;
+    } while (depth);
+  }
+
+  // call (result), name, (first, second); the function's body stands in its place.
+  void call() {
+    std::vector<std::string> given;
+    const auto names = [&] {
+      expect("(");
+      while (!take(")")) given.push_back(word()), take(",");
+    };
+    if (at("(")) names(), expect(",");
+    const auto called = called_.find(word());
+    if (called == called_.end()) throw Fault("this function isn't known");
+    if (take(",")) names();
+    expect(";");
+    if (given.size() != called->second.names.size()) throw Fault("the function has other parameters");
+    for (size_t k = 0; k < given.size(); ++k) locals_[called->second.names[k]] = locals_.at(given[k]);
+    const size_t after = std::exchange(next_, called->second.body);
+    scopes_.push_back({scopes_.back().path + std::to_string(++braces_) + "/", {}, {}});
+    const std::string end = scopes_.back().path + kReturn;
+    ++calls_, statements(), --calls_;
+    scopes_.pop_back();
+    labels_[end] = static_cast<int>(function_->code.size());
+    next_ = after;
+  }
+  static constexpr const char* kReturn = "(return)";
 
   // .shared .align 16 .b8 name[64];
   bool variable(std::map<std::string, Symbol>& symbols) {
     static const std::map<std::string, Space> spaces{
-        {".shared", Space::shared}, {".global", Space::global}, {".const", Space::constant}, {".local", Space::local}};
+        {".shared", Space::shared}, {".global", Space::global}, {".const", Space::constant}, {".local", Space::local},
+        {".param", Space::param}};  // of a call
     const auto found = spaces.find(tokens_[next_].text);
     if (found == spaces.end()) return false;
     ++next_;
@@ -178,6 +170,9 @@ class Parser {
       placed(program_->shared_bytes);
     } else if (symbol.space == Space::local) {
       placed(function_->local_bytes);
+    } else if (symbol.space == Space::param) {
+      placed(function_->local_bytes);
+      symbol.begin |= kLocalWindow;
     } else {
       auto variable = std::make_unique<Variable>(Variable{name, std::move(bytes), symbol.space == Space::constant});
       symbol.begin = reinterpret_cast<uint64_t>(variable->bytes.data());
@@ -264,7 +259,7 @@ class Parser {
     return {name, {Space::param, begin, size * count}};
   }
 
-  void body() {
+  void statements() {  // until the end of these braces
     for (size_t depth = 1; depth;) {
       if (at("")) throw Fault("the text ends within a kernel");
       if (skipped() || variable(locals_)) continue;
@@ -283,6 +278,10 @@ class Parser {
         error_line_ = 0;
       }
     }
+  }
+
+  void body() {
+    statements();
     // LLVM joins a half or a byte with one that nothing in the kernel writes where only the first is used: any will do.
     for (const size_t index : packs_) {
       for (int k = 1; k <= std::max(2, function_->code[index].count); ++k) {
@@ -437,6 +436,9 @@ class Parser {
     std::istringstream parts(name);
     std::getline(parts, written.base, '.');
     for (std::string part; std::getline(parts, part, '.');) written.parts.push_back(part);
+    if (written.base == "call" && made.guard < 0) return call();
+    const bool returns = calls_ && written.base == "ret";  // from a function, to the end of its body
+    if (returns) written.base = "bra";
     auto make = makers().end();
     if (!written.parts.empty() && is_float(written.parts.back())) make = makers().find(written.base + ":float");
     if (make == makers().end()) make = makers().find(written.base);
@@ -450,7 +452,7 @@ class Parser {
         operand(written.operands);
       }
     }
-    if (branch || table) jumps_.emplace_back(function_->code.size(), scopes_.back().path, word());
+    if (branch || table) jumps_.emplace_back(function_->code.size(), scopes_.back().path, returns ? kReturn : word());
     expect(";");
     for (size_t k = 0; k < written.results; ++k) {
       if (written.operands[k].is_address) continue;

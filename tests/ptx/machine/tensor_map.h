@@ -49,6 +49,24 @@ inline const char* encode(void* to, int type, uint32_t rank, const void* base, c
   return nullptr;
 }
 
+// f(the address of each element of the box that begins at `at`, or 0 beyond the tensor), the innermost dimension first.
+template <class F>
+void each_in_box(const TensorMap& map, const int32_t* at, F f) {
+  uint64_t all = 1;
+  for (int d = 0; d < map.rank; ++d) all *= map.box[d];
+  for (uint64_t i = 0; i < all; ++i) {
+    uint64_t rest = i, address = map.base;
+    bool inside = true;
+    for (int d = 0; d < map.rank; ++d) {
+      const int64_t index = at[d] + static_cast<int64_t>(rest % map.box[d]);
+      rest /= map.box[d];
+      inside &= index >= 0 && static_cast<uint64_t>(index) < map.size[d];
+      address += index * map.stride[d];
+    }
+    f(inside ? address : 0);
+  }
+}
+
 // Where the 16 bytes at an address of shared memory lie: their number in a span is exchanged by that of the row of 128.
 inline uint64_t swizzled(uint64_t address, int swizzle) {
   return address ^ ((address >> 7 & ((1u << swizzle) - 1)) << 4);

@@ -29,6 +29,7 @@ Warp::Warp(Block& block, int index) : block(block), index(index) {
           {"%ntid.x", d.x}, {"%ntid.y", d.y}, {"%ntid.z", d.z},
           {"%ctaid.x", block.index.x}, {"%ctaid.y", block.index.y}, {"%ctaid.z", block.index.z},
           {"%nctaid.x", g.x}, {"%nctaid.y", g.y}, {"%nctaid.z", g.z},
+          {"%cluster_ctaid.x", 0}, {"%cluster_ctaid.y", 0}, {"%cluster_ctaid.z", 0}, {"%cluster_ctarank", 0},  // of one block
           {"%laneid", lane}, {"%warpid", index}, {"%nwarpid", (threads + kLanes - 1) / kLanes},
           {"%lanemask_lt", (Lanes{1} << lane) - 1}, {"%lanemask_eq", Lanes{1} << lane},
           {"dynamic shared memory", launch.program.dynamic_begin()}};
