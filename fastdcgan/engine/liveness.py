@@ -42,7 +42,7 @@ def is_dead(reference: Callable[[], Any], outermost: int) -> bool:
 def _variables(frame: FrameType, held: Any) -> list[str]:
     """Those of a function, if it is somebody's own, that are `held`."""
     code = frame.f_code
-    if frame.f_globals.get("__name__", "").startswith(("torch.", "fastdcgan.engine.")):
+    if str(frame.f_globals.get("__name__")).startswith(("torch.", "fastdcgan.engine.")):
         return []
     if not code.co_flags & inspect.CO_OPTIMIZED or not _SHOW_VARIABLES.isdisjoint(code.co_names):
         return []
