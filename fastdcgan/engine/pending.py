@@ -303,17 +303,17 @@ def hooks_up_to(last: Any) -> Iterator[None]:
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
-_apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+_apply = torch.autograd.Function.__dict__["apply"]  # of Python, and from torch 2.14 on of C
 
 
 def _apply_to_tensors(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """`Function.apply`, which asks no `__torch_function__`, and calls a forward that has to return tensors."""
     if getattr(local, "inside", None) is None:
-        return _apply(cls, *args, **kwargs)
+        return _apply.__get__(None, cls)(*args, **kwargs)
     compute((args, kwargs))
     local.applying = getattr(local, "applying", 0) + 1
     try:
-        return _apply(cls, *args, **kwargs)
+        return _apply.__get__(None, cls)(*args, **kwargs)
     finally:
         local.applying -= 1
 
