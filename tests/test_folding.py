@@ -36,7 +36,8 @@ NORMS_LEFT = {
     "upsampling generator": 1,  # comes before any convolution
     "residual generator": 4,  # comes before any convolution of its Sequential
     "biggan generator": 7,  # depends on the class, or comes before any convolution
-    "unet, called one by one": 10,  # called by code of its own, as those of the next
+    "unet, called one by one": 10,  # called by code of its own, as those of the next two
+    "unet, every step named": 5,
     "resnet-18, called one by one": 16,
     "resnet-18, pre-activated": 17,
     "densenet": 15,  # come before a convolution

@@ -55,6 +55,8 @@ def _open(mode: Deferring, x: Any, upsampled: bool = False) -> Step | None:
     """What `x` is the output of, if that waits and may be continued: what is `upsampled`, by a convolution alone."""
     if not waits(x) or x.step.mode is not mode or state_of(x.step.x) != x.step.state:
         return None
+    if x.step.done and x.step.value is None:  # a debugger goes on from what was of no further use
+        return None
     return x.step if upsampled or not x.step.upsamples else None
 
 

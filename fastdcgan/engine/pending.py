@@ -2,7 +2,7 @@
 
 `deferred.py` says when and why. A `Step` is a call that waits; a `Pending` is its output, as the code that called it
 has it. What is computed is a line of steps, from the last one whose output there is to the one that is needed: as one
-chain, but for outputs that somebody still has. Those are computed on their own: anything may be asked of them later.
+chain, but for outputs that somebody may still ask for (`liveness.py`), which are computed on their own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import autotune
-from fastdcgan.engine import chain, choice
+from fastdcgan.engine import chain, choice, liveness
 from fastdcgan.engine.chain import Chain
 from fastdcgan.engine.match import WHY_BARE
 from fastdcgan.engine.planned import block_backend
@@ -45,7 +45,7 @@ class Waiting(TorchFunctionMode):
     def __init__(self, traced: bool = False) -> None:
         super().__init__()
         self.traced = traced  # by a compiler, which knows tensors by their objects: none becomes another
-        self.place = place()
+        self.place, self.caller = place(), id(sys._getframe(1))  # the frame that enters it
         self.waiting: weakref.WeakValueDictionary[int, Pending] = weakref.WeakValueDictionary()
         self.owed: dict[int, Step] = {}  # by the running statistics (their ids) that it has still to update
         self.waited, self.passed = 0, 0  # calls
@@ -77,7 +77,8 @@ class Waiting(TorchFunctionMode):
                 step.result()
 
     def _steps(self) -> list[Step]:
-        return [*(p.step for p in self.waiting.values()), *self.owed.values()]
+        """The last ones first: others are computed on the way to them."""
+        return [*(p.step for p in reversed([*self.waiting.values()])), *self.owed.values()]
 
 
 class Step:
@@ -114,10 +115,16 @@ class Step:
                 break
             before = before.parent
 
+    def is_held(self) -> bool:
+        """Whether somebody has its output who may ask for it."""
+        return self.output() is not None and (self.mode.traced or not liveness.is_dead(self.output, self.mode.caller))
+
     def result(self) -> Tensor:
         """Its output, computed at the first call."""
         if self.value is not None:
             return self.value
+        if self.done:
+            return self._computed_again()
         line: list[Step] = [self]
         while (before := line[0].parent) is not None and before.value is None:
             line.insert(0, before)
@@ -126,10 +133,19 @@ class Step:
         with _as_it_was(self.mode, self.x, self.state):
             for step in line:
                 steps.append(step)
-                if step is self or step.uses > 1 or step.output() is not None:
+                if step is self or step.uses > 1 or step.is_held():
                     x = step._becomes(_computed(steps, x))
                     steps = []
         return x
+
+    def _computed_again(self) -> Tensor:
+        """For a debugger, say, that looks at a variable of no further use. Running statistics have been updated."""
+        statistics = [(t, t.clone()) for r in self.running if r is not None for t in (r.mean, r.var)]
+        self.done = False
+        value = self.result()
+        for t, before in statistics:
+            t.data.copy_(before)
+        return value
 
     def _becomes(self, value: Tensor) -> Tensor:
         output = self.output()

@@ -85,6 +85,25 @@ def block(m: Any, x: Tensor) -> Tensor:
     return m.act(m.bn(m.conv(x)))
 
 
+def named(m: Any, x: Tensor) -> Tensor:
+    c = m.conv(x)
+    n = m.bn(c)
+    a = m.act(n)
+    c2 = m.conv2(a)
+    n2 = m.bn2(c2)
+    return F.avg_pool2d(n2, 2)
+
+
+def named_and_skipped(m: Any, x: Tensor) -> Tensor:
+    c = m.conv(x)
+    n = m.bn(c)
+    a = m.act(n)
+    c2 = m.conv2(a)
+    n2 = m.bn2(c2)
+    pooled = F.avg_pool2d(m.act(n2), 3, 1, 1)
+    return torch.cat([pooled, c, a], 1)
+
+
 def add_in_place(m: Any, x: Tensor) -> Tensor:
     out = block(m, x)
     out = m.bn2(m.conv2(out))
@@ -436,7 +455,8 @@ def norms_of_a_checkpoint(m: Any, x: Tensor) -> Tensor:
 WAYS: dict[str, tuple[Callable, dict[str, nn.Module]]] = {
     way.__name__: (way, {})
     for way in (
-        block, add_in_place, add_out, used_raw_and_normalised, asked_again, dense, branches, changed_after,
+        block, named, named_and_skipped,
+        add_in_place, add_out, used_raw_and_normalised, asked_again, dense, branches, changed_after,
         clamped_after, tanh_in_place, view_changed, input_changed, weight_changed, statistics_reset, statistics_read,
         statistics_of_nothing, shared_norm, recursion, train_and_eval, dropouts, own_weights, hyper, control_flow,
         operators, through_functions, containers, closures, inner_gradient, tensor_hooks, frozen_half_way,

@@ -96,9 +96,46 @@ class FunctionalUNet(nn.Module):
         return torch.sigmoid(self.conv(dec1))
 
 
+class NamedUNet(nn.Module):
+    """Every intermediate in a variable of its own, as code that comes from other frameworks has it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, width * 2, 3, padding=1), nn.BatchNorm2d(width * 2)
+        self.conv4, self.bn4 = nn.Conv2d(width * 2, width * 2, 3, padding=1), nn.BatchNorm2d(width * 2)
+        self.up = nn.ConvTranspose2d(width * 2, width, 2, 2)
+        self.conv5, self.bn5 = nn.Conv2d(width * 2, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.relu, self.pool, self.out = nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(width, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv1 = self.conv1(x)
+        norm1 = self.bn1(conv1)
+        relu1 = self.relu(norm1)
+        conv2 = self.conv2(relu1)
+        norm2 = self.bn2(conv2)
+        relu2 = self.relu(norm2)
+        pooled = self.pool(relu2)
+        conv3 = self.conv3(pooled)
+        norm3 = self.bn3(conv3)
+        relu3 = self.relu(norm3)
+        conv4 = self.conv4(relu3)
+        norm4 = self.bn4(conv4)
+        relu4 = self.relu(norm4)
+        up = self.up(relu4)
+        both = torch.cat([relu2, up], dim=1)
+        conv5 = self.conv5(both)
+        norm5 = self.bn5(conv5)
+        relu5 = self.relu(norm5)
+        logits = self.out(relu5)
+        return torch.sigmoid(logits)
+
+
 _IMAGE, _SMALL = (3, 64, 64), (4, (3, 16, 16))
 MODELS = {
     "unet": Model(SegmentationUNet, 64, _IMAGE, _SMALL),
     "unet, transposed": Model(transposed_unet, 64, _IMAGE, _SMALL),
     "unet, called one by one": Model(FunctionalUNet, 64, _IMAGE, _SMALL),
+    "unet, every step named": Model(NamedUNet, 64, _IMAGE, _SMALL),
 }
