@@ -106,7 +106,7 @@ def test_it_is_what_sm_90_has() -> None:
     matmul(BF16, "forward", kept)
     for part in (
         r"mbarrier\.try_wait\.parity",
-        r"cp\.async\.bulk\.tensor\.2d\.shared::cta\.global",
+        r"cp\.async\.bulk\.tensor\.2d\.shared::(cta|cluster)\.global",
         r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta",
         r"wgmma\.mma_async\.sync\.aligned\.m64n64k16\.f32\.bf16\.bf16",
     ):
@@ -130,7 +130,7 @@ def changed(pattern: str, by: str, which: int = 0) -> Callable[[str], str]:
         (changed(r"(expect_tx.*), (\d+);", r"\1, 65536;"), "deadlock: .* 0 arrivals and .* bytes never come"),
         (changed(r"mbarrier\.init(.*), 1;", r"mbarrier.init\1, 2;"), "deadlock: .* 1 arrivals and"),
         (changed(r"@%p\d+ mbarrier\.init.*;", ""), "no mbarrier at byte"),
-        (changed(r"(try_wait.*\]), (%r\d+);", r"\1, 1;"), "may not have brought"),
+        (changed(r"(try_wait.*\]), (%r\d+);", r"\1, 1;"), "may not have brought|race"),
         (changed(r"wgmma\.wait_group\.sync\.aligned \s*0;", "", -1), "nobody wrote|ends before this wgmma"),
         (changed(r"wgmma\.wait_group\.sync\.aligned \s*1;", ""), "race: a bulk copy .*, which a wgmma of warp"),
         (changed(r"wgmma\.fence\.sync\.aligned;", ""), "without wgmma.fence"),

@@ -113,7 +113,8 @@ void arrive(Warp& w, const Instruction& i) {
 }
 
 Run make_mbarrier_instruction(Written& n, Instruction& i) {
-  if (!n.take("b64") || !(n.take("shared::cta") || n.take("shared::cluster"))) return nullptr;
+  // "shared" is the block's own
+  if (!n.take("b64") || !(n.take("shared::cta") || n.take("shared::cluster") || n.take("shared"))) return nullptr;
   n.take("cta");  // the scope
   if (n.take("init")) return n.expect(2), init;
   if (n.take("inval")) return n.expect(1), inval;
