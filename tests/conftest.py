@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +29,8 @@ QUICK = "not compiles and not slow"
 LONG = ("compiles", "slow", "interpreter")
 # The markers of whole folders of tests: folder -> marker
 MARKERS = {"kernels": "interpreter", "kernels/compiled": "compiles", "csrc/cuda": "compiles", "cuda_on_cpu": "compiles"}
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, by all processes that tests start too
 
 SLOW_CALLS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 

@@ -98,7 +98,10 @@ def test_memory_does_not_grow_with_the_count(
             written.append(len(data))
             return super().write(data)
 
-    monkeypatch.setattr(Path, "open", lambda self, mode: Watched(self, "w") if mode == "wb" else io.FileIO(self, "r"))
+    def watched(path: Path, mode: str, buffering: int = -1) -> io.FileIO:
+        return Watched(path, "w") if mode == "wb" else io.FileIO(path, "r")
+
+    monkeypatch.setattr(Path, "open", watched)
     at_batch = []
 
     def counted(*args: object) -> object:
