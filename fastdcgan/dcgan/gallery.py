@@ -26,7 +26,7 @@ from fastdcgan.dcgan.trained import Trained, load_trained
 from fastdcgan.dcgan.training import Trainer
 from fastdcgan.images import normalize_images
 
-MOST_BYTES = 300_000  # that a picture's file may have
+MOST_BYTES = 500_000  # that a picture's file may have
 _SIDE = 64  # pixels: smaller images are enlarged to it
 _SHOWN, _FILLED, _CANDIDATES, _FRAMES = 64, 12, 256, 7
 _EMA = 0.998
