@@ -30,7 +30,9 @@ LONG = ("compiles", "slow", "interpreter")
 # The markers of whole folders of tests: folder -> marker
 MARKERS = {"kernels": "interpreter", "kernels/compiled": "compiles", "csrc/cuda": "compiles", "cuda_on_cpu": "compiles"}
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, by all processes that tests start too
+# nohup has the first ignored, a shell the second by what it starts in the background; and so do all processes below.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW_CALLS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
