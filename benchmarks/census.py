@@ -36,6 +36,7 @@ from fastdcgan.benchmarks.results import Case, Results, environment
 from fastdcgan.benchmarks.runners import BlockRunner
 from fastdcgan.benchmarks.tables import format_ms, format_ratio, reason
 from fastdcgan.dispatch import autotune
+from fastdcgan.engine import formats
 from fastdcgan.engine.match import WHY_BARE
 from fastdcgan.explain import explain, origins
 from fastdcgan.fuse import fuse
@@ -175,6 +176,11 @@ class NetRunner(BlockRunner):
     def __call__(self) -> None:
         self.forward()
         self.backward()
+
+    def prepare(self) -> None:
+        super().prepare()
+        while formats.undecided(self.module):
+            self()
 
     def observe(self) -> list[Tensor]:
         """The output, all parameters' gradients as one vector, and the input's gradient; float64 on the CPU.

@@ -105,7 +105,7 @@ def _is_called_by_fused(model: nn.Module, path: str) -> bool:
     """Whether this module, or one that contains it, has a forward whose convolutions wait."""
     parts = path.split(".")
     over = [model, *(model.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))]
-    return any(hasattr(type(m), "_plain_class") and not isinstance(m, nn.Sequential) for m in over)
+    return any(getattr(type(m), "_defers", False) for m in over)
 
 
 def _own_rows(path: str, module: nn.Module, fused: bool, ran: dict[int, chain.Record], observed: bool) -> Iterator[Row]:

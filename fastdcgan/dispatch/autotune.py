@@ -147,6 +147,11 @@ def may_begin(calls: int) -> bool:
     return calls > CALLS_BY_RULE and _spent < BUDGET_S + BUDGET_SHARE * (time.perf_counter() - _since)
 
 
+def spent() -> float:
+    """Seconds that measuring on a CPU has taken so far."""
+    return _spent
+
+
 def is_welcome() -> bool:
     """Whether measuring our algorithms against PyTorch's own is wanted where it is possible."""
     return _tuning or (torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic)

@@ -149,7 +149,7 @@ def _quietly(first: Tensor, function: Callable, *args: Any) -> Any:
     return function(*args)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN: set[type] = {Tensor, torch.nn.Parameter}  # classes of tensors that a backend may get
 _watched = False
 
 
@@ -170,7 +170,7 @@ def unwatched(*tensors: Tensor | None) -> bool:
     if _watched or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     for t in tensors:  # noqa: SIM110  all() of a generator takes twice as long, on the way of every call
-        if t is not None and (t.__class__ not in _PLAIN or t.is_meta):
+        if t is not None and (t.__class__ not in PLAIN or t.is_meta):
             return False
     return True
 

@@ -24,6 +24,7 @@ from fastdcgan.engine import sync
 from fastdcgan.engine.double_backward import batched, gradients, requested
 from fastdcgan.engine.layout import Layout
 from fastdcgan.engine.program import Program
+from fastdcgan.engine.reordered import in_format
 from fastdcgan.spec import (
     PER_BLOCK,
     STORE,
@@ -241,7 +242,7 @@ class _Chain(torch.autograd.Function):
         ctx.read, beside = program.read(x, needs)
         if update is not None:
             ctx.beside = [(i, t, _version(t)) for i in beside if (t := inputs[i]) is not None]
-            ctx.layout, ctx.size = program.layout(x, tensors), x.shape[2:]
+            ctx.layout, ctx.size, ctx.stride = program.layout(x, tensors), x.shape[2:], x.stride()
         ctx.save_for_backward(*[inputs[i] for i in ctx.read], *[t for state in states for t in state])
         ctx.set_materialize_grads(False)
         if update is not None:
@@ -251,6 +252,11 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, da: Tensor | None, *unused):
+        with _NOTHING if torch.compiler.is_compiling() else torch._C.DisableTorchFunctionSubclass():
+            return _Chain._backward(ctx, da)
+
+    @staticmethod
+    def _backward(ctx, da: Tensor | None) -> tuple[Tensor | None, ...]:
         program, saved, read = ctx.program, ctx.saved_tensors, ctx.read
         needs = requested(ctx, ctx.needs_input_grad[2:], ctx.given)
         if da is None:
@@ -258,10 +264,13 @@ class _Chain(torch.autograd.Function):
         inputs: list[Tensor | None] = [None] * len(needs)
         for i, t in zip(read, saved, strict=False):
             inputs[i] = t
-        if torch.compiler.is_compiling():
-            assert inputs[0] is not None
-            ctx.layout, ctx.size = program.layout(inputs[0], inputs[1:]), inputs[0].shape[2:]
-        elif torch.is_grad_enabled() or batched(da):  # create_graph=True, is_grads_batched=True
+        x, compiling = inputs[0], torch.compiler.is_compiling()
+        if compiling:
+            assert x is not None
+            ctx.layout, ctx.size = program.layout(x, inputs[1:]), x.shape[2:]
+        elif x is not None and x.stride() != ctx.stride:  # somebody asked for its format after the chain had run
+            inputs[0] = in_format(x, torch.channels_last)
+        if not compiling and (torch.is_grad_enabled() or batched(da)):  # create_graph=True, is_grads_batched=True
             layout = None if batched(da) else ctx.layout
             for i, t, version in ctx.beside:
                 if _version(t) != version:

@@ -20,6 +20,7 @@ from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import autotune, primitives, router
 from fastdcgan.engine import choice
 from fastdcgan.engine.match import WHY_BARE
+from fastdcgan.engine.place import is_computed_again
 from fastdcgan.engine.planned import Planned, autocast_dtype, compute_dtype
 from fastdcgan.spec import Block, BlockTensors, Running, says_channels_last
 
@@ -45,7 +46,7 @@ def fuses_too_little(gain: float | None, cost: Callable[[], float], since: int) 
     """Whether chains that together `gain` so many milliseconds over PyTorch's modules should run as those, since what
     comes before any chain runs has a cost; the blocks recorded `since` then say so. Not where a gain isn't known, nor
     where the backward computes the call again: it has to save the same tensors."""
-    if gain is None or _is_computed_again() or (gain > 0 and gain > (least := cost())):
+    if gain is None or is_computed_again() or (gain > 0 and gain > (least := cost())):
         return False
     for i in range(since, len(recorder or ())):
         if recorder is not None and recorder[i].backend is not None and gain > 0:
@@ -124,7 +125,7 @@ class Chain:
         if self.bare and not planned.settled:
             self._record(x, None, [WHY_BARE])
             return None
-        if planned.why_modules is not None and not _is_computed_again():
+        if planned.why_modules is not None and not is_computed_again():
             if len(self._plain) >= _PLANS:
                 self._plain.clear()
             self._plain[brief] = planned.why_modules  # from the next call on
@@ -133,7 +134,8 @@ class Chain:
         else:
             with router.recording() as routes:
                 out = planned(entered, tensors, running)
-            self._record(entered, backend, routes)
+            why = planned.why_contiguous
+            self._record(entered, backend if why is None else None, routes if why is None else [why])
         return out if entered.dim() == x.dim() else out[0]
 
     def why_plain(self, x: Tensor, brief: tuple) -> str | None:
@@ -198,17 +200,21 @@ class Chain:
     ) -> Planned:
         """The plan that was measured to be the fastest, or is now; or else that of the rule."""
         rule.calls += 1
-        begin = autotune.may_begin(rule.calls) and not _is_computed_again()
+        begin = autotune.may_begin(rule.calls) and not is_computed_again()
         if rule.calls > 1 and not begin:
             return rule
-        plans, entered = {"fused": rule}, self.entered(x)
-        if self.convolves and not any(map(says_channels_last, (entered, *_weights(tensors)))):
+        plans, entered, auto = {"fused": rule}, self.entered(x), backends.requested() == "auto"
+        if self.convolves and any(map(says_channels_last, (entered, *_weights(tensors)))):
+            if auto and x.dim() == 4:
+                plans[choice.CONTIGUOUS] = self._planned(entered, tensors, stat_groups, "auto", backend, True)
+                plans[choice.CONTIGUOUS].in_contiguous = True
+        elif self.convolves:
             for format, last in (("contiguous", False), ("channels_last", True)):
                 other = self._planned(entered, tensors, stat_groups, "auto", backend, True, last)
                 plans[f"fused in {format}"] = rule if last == rule.plan.channels_last else other
             del plans["fused"]
         runs: dict[str, choice.Run] = {name: self._fused(p, stat_groups, backend) for name, p in plans.items()}
-        if backends.requested() == "auto":
+        if auto:
             plain = functools.partial(choice.modules, rule.plan.blocks, self.entered, stat_groups)
             runs = {choice.MODULES: plain, **runs}
         found = self._fastest(rule, runs, x, tensors, running, begin)
@@ -217,6 +223,7 @@ class Chain:
         planned = plans.get(found.name, rule)
         planned.settled = True
         planned.why_modules = found.why if found.name == choice.MODULES else None
+        planned.why_contiguous = found.why if planned.in_contiguous else None
         planned.gain = found.gain
         return planned
 
@@ -271,11 +278,6 @@ class Chain:
 
 def _weights(tensors: Sequence[BlockTensors]) -> list[Tensor]:
     return [t.weight for t in tensors if t.weight is not None]
-
-
-def _is_computed_again() -> bool:
-    """Whether the backward may compute this call again, in the same way: what a checkpoint calls, say."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _knows_only_torch(t: Tensor | None) -> bool:

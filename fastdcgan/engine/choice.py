@@ -20,10 +20,12 @@ from torch.nn import functional as F
 
 from fastdcgan.activations import to_module
 from fastdcgan.dispatch import autotune, router
+from fastdcgan.engine import reordered
 from fastdcgan.spec import Block, BlockTensors, Running
 
 KIND = "chains"  # of what the autotune cache keeps
 MODULES = "PyTorch's modules"
+CONTIGUOUS = "PyTorch's modules in contiguous"  # for what is channels_last: a small image of many channels, say
 COMPILED = "PyTorch's convolutions and copies of their outputs"
 # Of the time of PyTorch's modules. By as much a chain by itself may be off from the same chain in a net, whose caches
 # hold other things.
@@ -124,14 +126,16 @@ def modules(
         x, norm = _convolved(block, x, t), block.norm
         if norm is not None:
             mean, var = (None, None) if norm.batch_stats and r is None else (t.running_mean, t.running_var)
-            momentum = 0.0 if r is None or r.momentum is None else r.momentum
-            if r is not None and r.num_batches is not None:
-                r.num_batches.add_(stat_groups)
             parts = x.chunk(stat_groups) if stat_groups > 1 and norm.batch_stats and not norm.instance else (x,)
+            momenta = [0.0 if r is None or r.momentum is None else r.momentum] * len(parts)
+            if r is not None and r.num_batches is not None:
+                if r.momentum is None:
+                    momenta = [1 / (int(r.num_batches) + i + 1) for i in range(len(parts))]
+                r.num_batches.add_(stat_groups)
             function = F.instance_norm if norm.instance else F.batch_norm
             normed = [
                 function(part, mean, var, t.bn_weight, t.bn_bias, norm.batch_stats, momentum, norm.eps)
-                for part in parts
+                for part, momentum in zip(parts, momenta, strict=True)
             ]
             x = normed[0] if len(normed) == 1 else torch.cat(normed)
         act = to_module(block.act, block.slope)
@@ -142,6 +146,19 @@ def modules(
                 act.inplace = True  # type: ignore[assignment]
             x = act(x)
     return x
+
+
+def modules_in_contiguous(
+    blocks: Sequence[Block], stat_groups: int, x: Tensor, tensors: Sequence[BlockTensors],
+    running: Sequence[Running | None],
+) -> Tensor:  # fmt: skip
+    """`modules` for `x` [N, C, H, W] and weights that are channels_last, computed in contiguous."""
+
+    def call(x: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
+        own = [t._replace(weight=weight) for t, weight in zip(tensors, weights, strict=True)]
+        return modules(blocks, lambda x: x, stat_groups, x, own, running)
+
+    return reordered.through_contiguous(x, [t.weight for t in tensors], call)
 
 
 def compiled(
@@ -174,6 +191,7 @@ def _convolved(block: Block, x: Tensor, t: BlockTensors) -> Tensor:
     g = block.geometry
     if t.weight is None:
         return x
+    weight = reordered.own_weight(t.weight, x)
     if not block.transposed:
-        return F.conv2d(x, t.weight, t.bias, g.stride, g.padding, g.dilation, g.groups)
-    return F.conv_transpose2d(x, t.weight, t.bias, g.stride, g.padding, block.output_padding, g.groups, g.dilation)
+        return F.conv2d(x, weight, t.bias, g.stride, g.padding, g.dilation, g.groups)
+    return F.conv_transpose2d(x, weight, t.bias, g.stride, g.padding, block.output_padding, g.groups, g.dilation)

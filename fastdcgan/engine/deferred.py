@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS, find
 from fastdcgan.dispatch import primitives
-from fastdcgan.engine import chain, upsampling
+from fastdcgan.engine import chain, formats, reordered, upsampling
 from fastdcgan.engine.pending import (
     Pending,
     Step,
@@ -35,11 +34,10 @@ from fastdcgan.engine.pending import (
     cost_of,
     hooks_up_to,
     key_of,
-    local,
-    place,
     state_of,
     waits,
 )
+from fastdcgan.engine.place import Kept, local, place
 from fastdcgan.engine.planned import autocast_dtype, followed
 from fastdcgan.engine.run import runs_plain
 from fastdcgan.geometry import IDENTITY, Geometry, Pair
@@ -381,29 +379,30 @@ def deferring(forward: Callable) -> Callable:
         # What calls it may wait itself.
         if before == here or followed(args[0] if args else None) or _others_watch():
             return forward(self, *args, **kwargs)
-        glance = None
-        if not kwargs and all(type(a) is Tensor for a in args):
-            glance = (
-                *((a.shape, a.dtype, a.requires_grad) for a in args), self.training, torch.is_grad_enabled(),
-                torch._C._is_any_autocast_enabled(), backends.requested(),
-            )  # fmt: skip
-        plain = self.__dict__.setdefault("_plain_calls", PlainCalls())
-        local.inside = here
-        try:
-            if glance in plain and chain.recorder is None:
-                return forward(self, *args, **kwargs)
-            compute_before_compiled_code()
-            recorded = len(chain.recorder or ())
-            with Deferring() as mode:
-                out = forward(self, *args, **kwargs)
-            too_little = glance is not None and chain.fuses_too_little(mode.gain, mode.cost, recorded)
-        finally:
-            local.inside = before
-        if too_little:
-            if len(plain) >= _MOST_CALLS:
-                plain.clear()
-            plain.add(glance)
-        return out
+        glance = formats.glance(self, args, kwargs)
+
+        def fused() -> Any:
+            plain, reorders = self.__dict__.setdefault("_plain_calls", PlainCalls()), reordered.is_on()
+            local.inside = here
+            try:
+                if glance in plain and not reorders and chain.recorder is None:
+                    return forward(self, *args, **kwargs)
+                compute_before_compiled_code()
+                recorded = len(chain.recorder or ())
+                with Deferring() as mode:
+                    out = forward(self, *args, **kwargs)
+                too_little = (
+                    glance is not None and not reorders and chain.fuses_too_little(mode.gain, mode.cost, recorded)
+                )
+            finally:
+                local.inside = before
+            if too_little:
+                if len(plain) >= _MOST_CALLS:
+                    plain.clear()
+                plain.add(glance)
+            return out
+
+        return formats.run(self, args, glance, fused)
 
     return run
 
@@ -415,15 +414,8 @@ def _others_watch() -> bool:
     return not all(isinstance(mode, Deferring) or type(mode).__name__ == "DeviceContext" for mode in modes)
 
 
-class PlainCalls(set):
-    """What is kept on a module: calls that PyTorch's functions run fastest, by what was measured of their chains and of
-    waiting. A copy starts anew."""
-
-    def __deepcopy__(self, memo: dict) -> PlainCalls:
-        return PlainCalls()
-
-    def __reduce__(self) -> tuple:
-        return PlainCalls, ()
+class PlainCalls(Kept, set):
+    """Calls that PyTorch's functions run fastest, by what was measured of their chains and of waiting."""
 
 
 # --- the mode --------------------------------------------------------------------------------------------------------
@@ -438,17 +430,19 @@ class Deferring(Waiting):
             return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
         if handler is not None and place() == self.place:
-            found = handler(self, *args, **kwargs)
+            with torch._C.DisableTorchFunctionSubclass():
+                found = handler(self, *args, **kwargs)
             if found is not None:
                 self.waited += 1
                 return found
         self.passed += 1
         if self.waiting or self.owed:
-            given = compute((args, kwargs))
-            self.compute_owed(given)
-            if _writes(func, args, kwargs):
-                for t in given:
-                    self.compute_what_reads(t)
+            with torch._C.DisableTorchFunctionSubclass():
+                given = compute((args, kwargs))
+                self.compute_owed(given)
+                if _writes(func, args, kwargs):
+                    for t in given:
+                        self.compute_what_reads(t)
             if self.traced:
                 args, kwargs = computed((args, kwargs))
         return func(*args, **kwargs)

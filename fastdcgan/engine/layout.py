@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdcgan.engine.reordered import Reordered
 from fastdcgan.spec import Block, Plan, format_of_torch, memory_format, of_block, says_channels_last, strides_in
 
 Strides = tuple[int, ...]
@@ -59,6 +60,11 @@ def layout(plan: Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> Layout:
         out = strides_in(shape, format)
         entered = torch.empty_strided(shape, out, device="meta")
     assert input_grad is not None
+    if type(x) is Reordered:  # in contiguous networks gradients of weights are that
+        weight_grads = [
+            strides_in(t.shape, torch.contiguous_format) if t is not None and of else of
+            for t, of in zip((of_block(tensors, i).weight for i in range(len(plan.blocks))), weight_grads, strict=True)
+        ]
     return Layout(out, input_grad, tuple(weight_grads))
 
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdcgan import backends
 from fastdcgan.dispatch import primitives
+from fastdcgan.engine import reordered
 from fastdcgan.engine.chain import Chain
 from fastdcgan.engine.match import WHY_BARE, FoundBlock, FoundChain, block_of, process_group, runs_blocks
 from fastdcgan.engine.planned import autocast_dtype, block_backend
@@ -46,21 +47,27 @@ class ModuleChain(Chain):
     def __call__(self, x: Tensor, stat_groups: int, boundaries: str) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
+        x = reordered.entered(x, self._found.blocks[0].first._parameters.get("weight"))
         starts_with_norm = self._found.blocks[0].conv is None
         if (self._upsamples or starts_with_norm) and x.dim() != 4:  # upsampling takes channels for a batch
             return self.as_modules(x, stat_groups)
         if starts_with_norm and self.convolves and autocast_dtype(x) not in (None, x.dtype):
             return self._normalised_before_it_is_cast(x, stat_groups, boundaries)
+        with reordered.as_a_tensor(x):
+            out = self._run_fused(x, stat_groups, boundaries)
+        return self.as_modules(x, stat_groups) if out is None else reordered.like(out, x)
+
+    def _run_fused(self, x: Tensor, stat_groups: int, boundaries: str) -> Tensor | None:
+        """None where the modules should run."""
         brief, compiling = self._brief(x, stat_groups, boundaries), torch.compiler.is_compiling()
         self.ran_modules = self.why_plain(x, brief) is not None
         if not self.ran_modules and self.bare and not compiling and not self._bare_may_gain(x, boundaries):
             self.ran_modules = True
             self._record(x, None, [WHY_BARE])
         if self.ran_modules:
-            return self.as_modules(x, stat_groups)
+            return None
         tensors = [_tensors(b) for b in self._found.blocks]
-        out = self.run(x, tensors, self._running(tensors), stat_groups, boundaries, brief)
-        return self.as_modules(x, stat_groups) if out is None else out
+        return self.run(x, tensors, self._running(tensors), stat_groups, boundaries, brief)
 
     def _normalised_before_it_is_cast(self, x: Tensor, stat_groups: int, boundaries: str) -> Tensor:
         """Autocast casts what a convolution gets, and no norm's input."""

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import itertools
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +20,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -30,9 +28,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import autotune
-from fastdcgan.engine import chain, choice, liveness
+from fastdcgan.engine import chain, choice, liveness, reordered
 from fastdcgan.engine.chain import Chain
 from fastdcgan.engine.match import WHY_BARE
+from fastdcgan.engine.place import local, place, top_hooks
 from fastdcgan.engine.planned import block_backend
 from fastdcgan.spec import Block, BlockTensors, Running
 
@@ -154,7 +153,7 @@ class Step:
             del output.step
             output.__class__ = Tensor  # type: ignore[assignment]
             self.mode.waiting.pop(id(output), None)
-            value = output
+            value = reordered.like(output, value)
         self.value, self.parent, self.call, self.tensors, self.running = value, None, None, (), ()
         self.x = value
         return value
@@ -171,12 +170,13 @@ def _computed(steps: list[Step], x: Tensor) -> Tensor:
     while steps and not _begins_chain(steps):
         call = steps.pop(0).call
         assert call is not None
-        x = call(x)
+        x = reordered.like(call(x), x)
     if not steps:
         return x
     if last.upsamples:
         assert last.call is not None
-        return last.call(_computed(steps[:-1], x))
+        x = _computed(steps[:-1], x)
+        return reordered.like(last.call(x), x)
     before = known_blocks[next(step for step in steps if step.begins).key]
     first, done = len(before) - 1, before[-1].upsamples and not steps[0].upsamples  # x is upsampled already
     key = last.key
@@ -253,18 +253,6 @@ def computed(values: Any) -> Any:
 
 # --- where and how it is called --------------------------------------------------------------------------------------
 
-local = threading.local()  # inside: the `place` of the forward that runs now; applying: how many Functions' do
-top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-
-
-def place() -> tuple:
-    """Sets code apart that something other than the forward itself calls, perhaps more than once: checkpoints,
-    transforms, tracers, the backward. What it calls doesn't wait until it has returned."""
-    return (
-        top_hooks(True), torch._C._current_graph_task_id(), torch._C._are_functorch_transforms_active(),
-        forward_ad._current_level, torch.jit.is_tracing(), getattr(local, "applying", 0),
-    )  # fmt: skip
-
 
 def state_of(x: Tensor) -> tuple:
     kind = x.device.type
@@ -308,9 +296,11 @@ _apply = torch.autograd.Function.__dict__["apply"]  # of Python, and from torch 
 
 def _apply_to_tensors(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """`Function.apply`, which asks no `__torch_function__`, and calls a forward that has to return tensors."""
-    if getattr(local, "inside", None) is None:
+    waits, reorders = getattr(local, "inside", None) is not None, getattr(local, "reordering", None) is not None
+    if not (waits or reorders) or cls.__module__.startswith("fastdcgan.engine."):
         return _apply.__get__(None, cls)(*args, **kwargs)
     compute((args, kwargs))
+    reordered.make_contiguous((args, kwargs))
     local.applying = getattr(local, "applying", 0) + 1
     try:
         return _apply.__get__(None, cls)(*args, **kwargs)
@@ -335,6 +325,7 @@ def compute_before_compiled_code() -> None:
             mode = torch._C._get_function_stack_at(i)
             if isinstance(mode, Waiting) and not mode.traced:
                 mode.compute_all()
+        reordered.make_all_contiguous()
         return enter(callback)
 
     compute_and_enter.computes = True  # type: ignore[attr-defined]
@@ -423,6 +414,7 @@ class _CallChain(Chain):
         self, mode: Waiting, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]
     ) -> Tensor:
         owner, out = _owner(tensors[0]), None
+        x = reordered.entered(x, tensors[0].weight)
         brief = (
             x.shape, x.stride(), x.dtype, x.requires_grad, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),
             owner is None or (owner.shape, owner.requires_grad), backends.requested(),
@@ -439,7 +431,8 @@ class _CallChain(Chain):
                 out = self.run(x, tensors, running, 1, "auto", brief)
                 mode.gain = None if mode.gain is None or self.gain is None else mode.gain + self.gain
         self._owners = []
-        return choice.modules(self._blocks, self.entered, 1, x, tensors, running) if out is None else out
+        out = choice.modules(self._blocks, self.entered, 1, x, tensors, running) if out is None else out
+        return reordered.like(out, x)
 
     def _compiles_to_functions(
         self, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastdcgan import backends, checks
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import primitives
-from fastdcgan.engine import autograd, planner, upsampling
+from fastdcgan.engine import autograd, choice, planner, upsampling
 from fastdcgan.engine.double_backward import formula
 from fastdcgan.engine.program import Program
 from fastdcgan.spec import Block, BlockTensors, Running, Update
@@ -102,6 +102,8 @@ class Planned:
         self.settled = True  # whether it will stay the way that the chain runs
         self.why_modules: str | None = None  # where PyTorch's modules were measured to be faster
         self.gain: float | None = None  # milliseconds over those, where that was measured
+        self.in_contiguous = False  # by PyTorch's modules, though it is channels_last
+        self.why_contiguous: str | None = None
 
     def _cast(self, x: Tensor, tensors: Sequence[BlockTensors]) -> tuple[Tensor, Sequence[BlockTensors]]:
         if self._upsampling:  # before a cast, so that its sums are rounded once
@@ -120,6 +122,9 @@ class Planned:
 
     def __call__(self, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]) -> Tensor:
         """The output for `x` [N, C, H, W]; `running` is updated."""
+        if self.in_contiguous:
+            plan = self.plan
+            return choice.modules_in_contiguous(plan.blocks, plan.stat_groups, x, tensors, running)
         out = self._run(x, tensors, running)
         return out.float() if self._widens else out
 

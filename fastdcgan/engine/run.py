@@ -22,9 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastdcgan import backends, checks
 from fastdcgan.activations import DECISIVE
 from fastdcgan.dispatch import autotune
-from fastdcgan.engine import chain
+from fastdcgan.engine import chain, formats, reordered
 from fastdcgan.engine.match import Alone, FoundChain, segments
 from fastdcgan.engine.module_chain import ModuleChain, call_alone
+from fastdcgan.engine.place import Kept
 from fastdcgan.engine.planned import compute_dtype, followed
 from fastdcgan.spec import BlockTensors
 
@@ -37,9 +38,16 @@ _STRUCTURES = 4  # of a Sequential: as many of its states (training, eval, ...)
 
 def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, boundaries: str) -> Any:
     """`nn.Sequential.forward` with every chain in it run as one."""
+    if torch.compiler.is_compiling() or formats.within() or not isinstance(x, Tensor) or followed(x):
+        return _run(sequential, x, stat_groups, boundaries)
+    glance = _glance(sequential, x, stat_groups, boundaries)
+    return formats.run(sequential, (x,), glance, lambda: _run(sequential, x, stat_groups, boundaries))
+
+
+def _run(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, boundaries: str) -> Any:
     kept = None if torch.compiler.is_compiling() else sequential.__dict__.get("_plans")
     plain = kept.plain if kept is not None and chain.recorder is None and isinstance(x, Tensor) else ()
-    if plain and _glance(sequential, x, stat_groups, boundaries) in plain:
+    if plain and not reordered.is_on() and _glance(sequential, x, stat_groups, boundaries) in plain:
         for module in sequential:
             x = module(x)
         return x
@@ -64,7 +72,9 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
             chains += 1
             if not part.ran_modules:
                 gain = None if gain is None or part.gain is None else gain + part.gain
-    if not torch.compiler.is_compiling() and chain.fuses_too_little(gain, lambda: chains * guarding_ms(), recorded):
+    if torch.compiler.is_compiling() or reordered.is_on():
+        return x
+    if chain.fuses_too_little(gain, lambda: chains * guarding_ms(), recorded):
         sequential.__dict__["_plans"].remember_plain(_glance(sequential, called, stat_groups, boundaries))
     return x
 
@@ -205,8 +215,8 @@ class _Structure:
         return all(kind.forward is forward for kind, forward in self._forwards.items())
 
 
-class Plans(list):
-    """What is kept on a module: its structures, the one that held last first. A copy of the module starts anew."""
+class Plans(Kept, list):
+    """The structures of a Sequential, the one that held last first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,12 +226,6 @@ class Plans(list):
         if len(self.plain) >= _PLAIN:
             self.plain.clear()
         self.plain.add(glance)
-
-    def __deepcopy__(self, memo: dict) -> Plans:
-        return Plans()
-
-    def __reduce__(self) -> tuple:
-        return Plans, ()
 
 
 def _parts(sequential: nn.Sequential) -> list:

@@ -178,11 +178,25 @@ def test_contractions_run_as_they_did_while_the_chain_was_measured(name: str, gr
     assert [each for each in seen if "not measured" in each] == []
 
 
-def test_channels_last_has_no_other_format(clock: Clock) -> None:
-    _, fused, x = pair("conv, BN, LeakyReLU")
-    with autotune.at_once():
-        train(fused, x.to(memory_format=torch.channels_last))
-    assert clock.measured == [[MODULES, "fused"]]
+@pytest.mark.parametrize("name", MODELS)
+def test_modules_in_contiguous(name: str, clock: Clock) -> None:
+    """What is channels_last may be computed in contiguous: what comes of it is in channels_last all the same."""
+    clock.fastest = choice.CONTIGUOUS
+    plain, fused, x = pair(name)
+    x, found = x.to(memory_format=torch.channels_last), []
+    for model in (plain, fused):
+        leaf, given = x.clone().requires_grad_(), model.to(memory_format=torch.channels_last)
+        with autotune.at_once():
+            for _ in range(3):
+                out = given(leaf)
+                grads = torch.autograd.grad(out.square().mean(), [leaf, *given.parameters()])
+        found.append([out, *grads, *given.buffers()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a)
+        assert b.stride() == a.stride()
+    assert clock.measured[0] == [MODULES, "fused", choice.CONTIGUOUS]
+    (row, *_) = fastdcgan.explain(fused, x)
+    assert not row.fused and f"{choice.CONTIGUOUS} 1.0000 ms" in row.why
 
 
 def test_a_backend_by_name_is_not_replaced(clock: Clock, runs: list[str]) -> None:
