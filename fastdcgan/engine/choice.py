@@ -60,8 +60,9 @@ def measure(
     running: Sequence[Running | None],
 ) -> Choice:  # fmt: skip
     """The fastest of the candidates, the first of those that are as fast; and the autotune cache keeps it."""
-    calls = {of: _work(run, x, tensors, running) for of, run in candidates.items()}
-    with autotune.comparing():
+    # A forward whose convolutions wait may be what calls the chain: these don't wait.
+    with autotune.comparing(), torch._C.DisableTorchFunction():
+        calls = {of: _work(run, x, tensors, running) for of, run in candidates.items()}
         for of, call in calls.items():
             if of != MODULES:
                 call()  # measures its contractions
@@ -158,7 +159,8 @@ def modules_in_contiguous(
         own = [t._replace(weight=weight) for t, weight in zip(tensors, weights, strict=True)]
         return modules(blocks, lambda x: x, stat_groups, x, own, running)
 
-    return reordered.through_contiguous(x, [t.weight for t in tensors], call)
+    with torch._C.DisableTorchFunction():
+        return reordered.through_contiguous(x, [t.weight for t in tensors], call)
 
 
 def compiled(

@@ -178,6 +178,28 @@ def test_contractions_run_as_they_did_while_the_chain_was_measured(name: str, gr
     assert [each for each in seen if "not measured" in each] == []
 
 
+def test_while_a_chain_is_measured_nothing_waits(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its modules are those of PyTorch, also where a forward calls it whose convolutions wait."""
+    waited: list[bool] = []
+    run_call = pending.run_call
+    monkeypatch.setattr(pending, "run_call", lambda *args: waited.append(autotune._comparing) or run_call(*args))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.rest = nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest(self.first(x).relu())
+
+    for fastest in (MODULES, choice.CONTIGUOUS):
+        clock.fastest = fastest
+        net = fastdcgan.fuse(Net()).to(memory_format=torch.channels_last)
+        with autotune.at_once():
+            train(net, torch.ones(len(clock.measured) + 2, 3, 9, 9))  # another signature each time
+    assert waited and not any(waited) and len(clock.measured) == 4
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_modules_in_contiguous(name: str, clock: Clock) -> None:
     """What is channels_last may be computed in contiguous: what comes of it is in channels_last all the same."""
