@@ -7,6 +7,7 @@ run in both formats in turns, until it is known which is faster.
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
@@ -22,7 +23,8 @@ from fastdcgan.engine.planned import followed
 
 ValueT = TypeVar("ValueT")
 
-LEAST_GAIN = 0.05  # of the time as it is: the choice should not change with noise
+KIND = "formats"  # of what the autotune cache keeps
+_CPU = torch.device("cpu")
 _MOST_FORWARDS = 256  # of a module, by shape and mode
 _FIRST_ROUNDS = 6  # of each format that don't count: chains are measured in them, and code is made
 _LEAST_ROUNDS, _LEAST_SECONDS = 8, 0.1  # that count
@@ -37,8 +39,10 @@ class Trial:
     backward computes gradients (D of real and of generated images) are of one format.
     """
 
-    def __init__(self) -> None:
-        self.reorders: bool | None = None  # not yet known
+    def __init__(self, name: str) -> None:
+        self._name = name
+        found = autotune.lookup(KIND, autotune.machine(_CPU), name)
+        self.reorders = found if isinstance(found, bool) else None  # not yet known
         self._round = 0
         self._seconds: dict[bool, list[float]] = {False: [], True: []}
         self._begin()
@@ -83,12 +87,15 @@ class Trial:
         self._begin()
         rounds = min(map(len, self._seconds.values())) - _FIRST_ROUNDS
         if rounds >= _LEAST_ROUNDS:
-            # Without the slowest quarter, in which something else ran.
-            as_it_is, other = (
-                sum(sorted(times[_FIRST_ROUNDS:][:rounds])[: rounds * 3 // 4]) for times in self._seconds.values()
-            )
-            if min(as_it_is, other) > _LEAST_SECONDS:
-                self.reorders = other < (1 - LEAST_GAIN) * as_it_is
+            as_it_is, other = (sorted(times[_FIRST_ROUNDS:][:rounds]) for times in self._seconds.values())
+            if min(sum(as_it_is), sum(other)) > _LEAST_SECONDS:
+                # Of the fastest half and three quarters: something else may have run beside the others.
+                most = (rounds // 2, rounds * 3 // 4)
+                self._decide(all(sum(other[:n]) < (1 - autotune.MARGIN) * sum(as_it_is[:n]) for n in most))
+
+    def _decide(self, reorders: bool) -> None:
+        self.reorders = reorders
+        autotune.remember(KIND, autotune.machine(_CPU), self._name, reorders)
 
 
 class Trials(Kept, dict[Hashable, Trial]):
@@ -106,21 +113,38 @@ def run(module: nn.Module, args: Sequence[Any], glance: Hashable | None, forward
         return forward()
     trials = module.__dict__.setdefault("_trials", Trials())
     trial = trials.get(glance)
+    if trial is not None and trial.reorders is False:
+        return _as_it_is(forward)
+    if not autotune.consulted(_CPU) or any(a.device.type != "cpu" for a in args):
+        return _as_it_is(forward)
     if trial is None:
         if len(trials) >= _MOST_FORWARDS:
             trials.clear()
-        trial = trials[glance] = Trial()
-    if trial.reorders is not None:
-        return _in_format(forward, trial.reorders)[0]
-    cpu = all(a.device.type == "cpu" for a in args)
-    if not cpu or chain.recorder is not None or not autotune.consulted(torch.device("cpu")):
-        return _in_format(forward, False)[0]
-    return trial.run(forward)
+        trial = trials[glance] = Trial(_name(module, glance))
+    if trial.reorders is None and chain.recorder is None:
+        return trial.run(forward)
+    return _in_format(forward, True)[0] if trial.reorders else _as_it_is(forward)
+
+
+def _name(module: nn.Module, glance: Hashable) -> str:
+    """Sets calls apart in the autotune cache, which other processes read: by what the module is made of."""
+    kinds = [(name, type(part).__qualname__) for name, part in module.named_modules()]
+    shapes = [(name, tuple(t.shape)) for name, t in module.named_parameters()]
+    made_of = hashlib.sha256(repr((kinds, shapes)).encode()).hexdigest()
+    return f"{type(module).__qualname__} {made_of[:16]} {glance!r}"
 
 
 def undecided(module: nn.Module) -> bool:
     """Whether calls of the module that were made run in both formats in turns still."""
     return any(t.reorders is None for m in module.modules() for t in m.__dict__.get("_trials", {}).values())
+
+
+def _as_it_is(forward: Callable[[], ValueT]) -> ValueT:
+    local.within = True
+    try:
+        return forward()
+    finally:
+        local.within = False
 
 
 def _in_format(forward: Callable[[], ValueT], reorders: bool) -> tuple[ValueT, bool]:

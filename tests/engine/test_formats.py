@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,8 +60,9 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Clock]:
     clock = Clock()
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))
     monkeypatch.setattr(formats, "time", clock)
     monkeypatch.setattr(autotune, "consulted", lambda device: True)
     monkeypatch.setattr(autotune, "may_begin", lambda calls: False)  # chains run by the rule
@@ -91,7 +93,7 @@ def test_the_faster_one_runs(reorders: bool, slow: tuple[float, float], clock: C
 
 
 def test_a_small_gain_changes_nothing(clock: Clock) -> None:
-    net = fused(clock, (1.0, 1.0), (0.97, 0.97))
+    net = fused(clock, (1.0, 1.0), (0.98, 0.98))
     for _ in range(50):
         train(net)
     assert not formats.undecided(net) and not any(reordered_now[-10:])
@@ -146,6 +148,21 @@ def test_as_it_is(why: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         torch.use_deterministic_algorithms(False)
     assert sum(reordered_now) <= 1  # by which it is seen that nothing comes in another format
+
+
+def test_what_was_found_is_found_again(clock: Clock) -> None:
+    """By another process, for a network like it: from its first call on."""
+    net = fused(clock, (2.0, 2.0), (1.0, 1.0))
+    for _ in range(50):
+        train(net)
+    autotune._files.clear()
+    reordered_now.clear()
+    train(fused(clock, (1.0, 1.0), (2.0, 2.0)))
+    assert reordered_now == [True]
+    wider = fused(clock, (1.0, 1.0), (2.0, 2.0))
+    wider.conv, wider.conv2 = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 4, 3, 1, 1)
+    train(wider)
+    assert reordered_now == [True, False]
 
 
 def test_a_copy_starts_anew(clock: Clock) -> None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastdcgan
+from fastdcgan.dispatch import autotune
 from fastdcgan.engine import formats, reordered
 from tests.helpers.networks import VARIANTS
 from tests.helpers.twins import assert_same, build, numbers, results, settled_input
@@ -24,13 +26,15 @@ SHAPE = (2, 3, 8, 8)
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Tensor]]:
     """Every forward runs in channels_last; what was reordered."""
+    monkeypatch.setattr(autotune, "consulted", lambda device: True)
+    monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))
     found: list[Tensor] = []
     begin, reorder = formats.Trial.__init__, reordered.reorder
 
-    def decided(trial: formats.Trial) -> None:
-        begin(trial)
+    def decided(trial: formats.Trial, name: str) -> None:
+        begin(trial, name)
         trial.reorders = True
 
     def noted(value: Any) -> Any:
