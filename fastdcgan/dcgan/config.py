@@ -50,16 +50,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta1": 0.5,
         "real_label": 1.0,
     },
-    # For `emoji` and `emoji-people`: those of the gallery's run, which was still getting better at its end.
+    # For `emoji` and `emoji-people`: those of the gallery's run, which was still getting better at its end. Without the
+    # penalty D, which soon knows so few images by heart, has won after 5,000 steps.
     "emoji64": {
         "image_size": 64,
         "channels": 3,
         "ngf": 32,
         "ndf": 32,
         "batch_size": 64,
-        "epochs": 300,
+        "epochs": 250,
         "lr_g": 2e-4,
         "lr_d": 2e-4,
+        "gradient_penalty": 1.0,
+        "penalty_kind": "r1",
         "ema": 0.999,
     },
 }

@@ -50,7 +50,7 @@ def fuses_too_little(gain: float | None, cost: Callable[[], float], since: int) 
         return False
     for i in range(since, len(recorder or ())):
         if recorder is not None and recorder[i].backend is not None and gain > 0:
-            why = f"runs as PyTorch's own: its module would gain {gain:.3f} ms, and guarding that costs {least:.3f} ms"
+            why = f"its module would gain {gain:.3f} ms, and guarding that costs {least:.3f} ms"
             recorder[i] = replace(recorder[i], backend=None, route=why)
     return True
 
