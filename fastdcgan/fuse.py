@@ -15,7 +15,7 @@ from torch import nn
 
 from fastdcgan.activations import from_module
 from fastdcgan.checks import check_module
-from fastdcgan.engine import formats
+from fastdcgan.engine import forwards
 from fastdcgan.engine.deferred import deferring
 from fastdcgan.engine.match import leaves, runs_blocks
 from fastdcgan.layers import FusedSequential
@@ -131,7 +131,7 @@ def _fused_class(plain: Any, defers: bool) -> type[nn.Module]:
     if plain.forward is nn.Sequential.forward:
         members["forward"] = FusedSequential.forward  # all else that `plain` defines comes first
         return type(f"Fused{plain.__name__}", (plain, FusedSequential), members)
-    members["forward"] = deferring(plain.forward) if defers else formats.keeping(plain.forward)
+    members["forward"] = deferring(plain.forward) if defers else forwards.keeping(plain.forward)
     members["_defers"] = defers
     members["__prepare_scriptable__"] = FusedSequential.__prepare_scriptable__
     return type(f"Fused{plain.__name__}", (plain,), members)

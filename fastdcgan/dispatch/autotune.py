@@ -147,6 +147,11 @@ def may_begin(calls: int) -> bool:
     return calls > CALLS_BY_RULE and _spent < BUDGET_S + BUDGET_SHARE * (time.perf_counter() - _since)
 
 
+def is_at_once() -> bool:
+    """Whether this is inside of `at_once`."""
+    return _at_once
+
+
 def spent() -> float:
     """Seconds that measuring on a CPU has taken so far."""
     return _spent

@@ -48,11 +48,16 @@ def fuses_too_little(gain: float | None, cost: Callable[[], float], since: int) 
     where the backward computes the call again: it has to save the same tensors."""
     if gain is None or is_computed_again() or (gain > 0 and gain > (least := cost())):
         return False
-    for i in range(since, len(recorder or ())):
-        if recorder is not None and recorder[i].backend is not None and gain > 0:
-            why = f"its module would gain {gain:.3f} ms, and guarding that costs {least:.3f} ms"
-            recorder[i] = replace(recorder[i], backend=None, route=why)
+    if gain > 0:
+        record_plain(since, f"its module would gain {gain:.3f} ms, and guarding that costs {least:.3f} ms")
     return True
+
+
+def record_plain(since: int, why: str) -> None:
+    """That the blocks recorded `since` then don't run fused."""
+    for i in range(since, len(recorder or ())):
+        if recorder is not None and recorder[i].backend is not None:
+            recorder[i] = replace(recorder[i], backend=None, route=why)
 
 
 _METADATA = operator.attrgetter("dtype", "device", "shape", "requires_grad", "__class__")

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from fastdcgan.activations import ACTIVATIONS, find
 from fastdcgan.dispatch import primitives
-from fastdcgan.engine import chain, formats, reordered, upsampling
+from fastdcgan.engine import chain, forwards, reordered, upsampling
 from fastdcgan.engine.pending import (
     Pending,
     Step,
@@ -379,13 +379,13 @@ def deferring(forward: Callable) -> Callable:
         # What calls it may wait itself.
         if before == here or followed(args[0] if args else None) or _others_watch():
             return forward(self, *args, **kwargs)
-        glance = formats.glance(self, args, kwargs)
+        glance = forwards.glance(self, args, kwargs)
 
         def fused() -> Any:
             plain, reorders = self.__dict__.setdefault("_plain_calls", PlainCalls()), reordered.is_on()
             local.inside = here
             try:
-                if glance in plain and not reorders and chain.recorder is None:
+                if forwards.runs_plain() or (glance in plain and not reorders and chain.recorder is None):
                     return forward(self, *args, **kwargs)
                 compute_before_compiled_code()
                 recorded = len(chain.recorder or ())
@@ -402,7 +402,7 @@ def deferring(forward: Callable) -> Callable:
                 plain.add(glance)
             return out
 
-        return formats.run(self, args, glance, fused)
+        return forwards.run(self, args, glance, fused)
 
     return run
 

@@ -8,7 +8,8 @@ import torch
 from torch.autograd import forward_ad
 
 # inside: the `place` of the forward that runs now, if things wait in it; applying: how many Functions' do;
-# within: a forward that decides on its format runs; reordering: at this `place`, in channels_last; made: `Reordered`s
+# within: a forward that has decided how it runs; reordering, plain: at this `place` in channels_last, or as PyTorch's
+# modules; made: `Reordered`s of it
 local = threading.local()
 top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 

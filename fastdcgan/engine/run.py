@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastdcgan import backends, checks
 from fastdcgan.activations import DECISIVE
 from fastdcgan.dispatch import autotune
-from fastdcgan.engine import chain, formats, reordered
+from fastdcgan.engine import chain, forwards, reordered
 from fastdcgan.engine.match import Alone, FoundChain, segments
 from fastdcgan.engine.module_chain import ModuleChain, call_alone
 from fastdcgan.engine.place import Kept
@@ -38,10 +38,10 @@ _STRUCTURES = 4  # of a Sequential: as many of its states (training, eval, ...)
 
 def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, boundaries: str) -> Any:
     """`nn.Sequential.forward` with every chain in it run as one."""
-    if torch.compiler.is_compiling() or formats.within() or not isinstance(x, Tensor) or followed(x):
+    if torch.compiler.is_compiling() or forwards.within() or not isinstance(x, Tensor) or followed(x):
         return _run(sequential, x, stat_groups, boundaries)
     glance = _glance(sequential, x, stat_groups, boundaries)
-    return formats.run(sequential, (x,), glance, lambda: _run(sequential, x, stat_groups, boundaries))
+    return forwards.run(sequential, (x,), glance, lambda: _run(sequential, x, stat_groups, boundaries))
 
 
 def _run(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, boundaries: str) -> Any:
@@ -54,7 +54,7 @@ def _run(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, b
     if isinstance(stat_groups, torch.fx.Proxy):
         stat_groups = 1  # torch.fx traces the root module's default as an input
     checks.check_stat_groups(stat_groups)
-    if followed(x) or runs_plain(x):
+    if followed(x) or runs_plain(x) or (not torch.compiler.is_compiling() and forwards.runs_plain()):
         for module in sequential:
             x = call_alone(module, x, stat_groups)
         return x

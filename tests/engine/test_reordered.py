@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdcgan
 from fastdcgan.dispatch import autotune
-from fastdcgan.engine import formats, reordered
+from fastdcgan.engine import forwards, reordered
 from tests.helpers.networks import VARIANTS
 from tests.helpers.twins import assert_same, build, numbers, results, settled_input
 from tests.models import SMALL
@@ -31,18 +31,18 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Tenso
     monkeypatch.setattr(autotune, "consulted", lambda device: True)
     monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))
     found: list[Tensor] = []
-    begin, reorder = formats.Trial.__init__, reordered.reorder
+    begin, reorder = forwards.Trial.__init__, reordered.reorder
 
-    def decided(trial: formats.Trial, name: str) -> None:
+    def decided(trial: forwards.Trial, name: str) -> None:
         begin(trial, name)
-        trial.reorders = True
+        trial.way = forwards.CHANNELS_LAST
 
     def noted(value: Any) -> Any:
         if type(value) is Tensor:
             found.append(value)
         return reorder(value)
 
-    monkeypatch.setattr(formats.Trial, "__init__", decided)
+    monkeypatch.setattr(forwards.Trial, "__init__", decided)
     monkeypatch.setattr(reordered, "reorder", noted)
     yield found
     found.clear()
@@ -185,7 +185,7 @@ def test_an_error_leaves_plain_tensors(made: list[Tensor]) -> None:
     net = fastdcgan.fuse(Net(fails))
     with pytest.raises(RuntimeError, match="no more"):
         net(torch.ones(SHAPE))
-    assert type(net.kept[0]) is Tensor and net.kept[0].is_contiguous() and not formats.within()
+    assert type(net.kept[0]) is Tensor and net.kept[0].is_contiguous() and not forwards.within()
 
 
 def test_inside_a_transform(made: list[Tensor]) -> None:

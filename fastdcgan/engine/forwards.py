@@ -1,7 +1,7 @@
-"""In which format a forward runs that gets contiguous tensors: as they are, or in channels_last (`reordered.py`).
+"""How a whole forward runs: fused, fused in channels_last where it gets contiguous tensors (`reordered.py`), or plain.
 
 The outermost forward decides, for the like of its call, by what is measured of the very calls that somebody makes: they
-run in both formats in turns, until it is known which is faster.
+run in each way in turns, until it is known which is the fastest. So what was misjudged of a chain by itself is seen.
 """
 
 from __future__ import annotations
@@ -23,28 +23,31 @@ from fastdcgan.engine.planned import followed
 
 ValueT = TypeVar("ValueT")
 
-KIND = "formats"  # of what the autotune cache keeps
+KIND = "forwards"  # of what the autotune cache keeps
+AS_IT_IS, CHANNELS_LAST, PLAIN = "as it is", "in channels_last", "PyTorch's modules"
 _CPU = torch.device("cpu")
 _MOST_FORWARDS = 256  # of a module, by shape and mode
-_FIRST_ROUNDS = 6  # of each format that don't count: chains are measured in them, and code is made
+_FIRST_ROUNDS = 6  # of each way that don't count: chains are measured in them, and code is made
 _LEAST_ROUNDS, _LEAST_SECONDS = 8, 0.1  # that count
-_ORDER = (False, True, True, False)  # so that what comes every second or third round doesn't meet one format alone
 _MOST_CALLS = 8  # of a round
 
 
 class Trial:
-    """Rounds of the like of a call in both formats, in turns, until it is known which is faster.
+    """Rounds of the like of a call in each way, in turns, until it is known which is the fastest.
 
     A round ends with a backward through what was called, or with a call that none can follow: so calls of which one
-    backward computes gradients (D of real and of generated images) are of one format.
+    backward computes gradients (D of real and of generated images) run in one way.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
+        # What is measured at once is a network of which nobody expects that plain modules are faster.
+        ways = [AS_IT_IS, CHANNELS_LAST] if autotune.is_at_once() else [AS_IT_IS, CHANNELS_LAST, PLAIN]
         found = autotune.lookup(KIND, autotune.machine(_CPU), name)
-        self.reorders = found if isinstance(found, bool) else None  # not yet known
+        self.way: str | None = found if found in ways else None  # not yet known
+        self.why = ""
+        self._seconds: dict[str, list[float]] = {way: [] for way in ways}
         self._round = 0
-        self._seconds: dict[bool, list[float]] = {False: [], True: []}
         self._begin()
 
     def _begin(self) -> None:
@@ -52,16 +55,20 @@ class Trial:
         self._backward_since: float | None = None
         self._spent = autotune.spent()
 
-    def _turn(self) -> bool:
-        """Whether the round that runs is in channels_last: none of the first ones, so that short scripts have one
-        format."""
-        return self._round >= _FIRST_ROUNDS and _ORDER[self._round % len(_ORDER)]
+    def _turn(self) -> str:
+        """How the round runs: the first ones all in one way, so that short scripts have one; then in an order in which
+        what comes every second or third round meets each way as often."""
+        if self._round < _FIRST_ROUNDS:
+            return AS_IT_IS
+        ways, number = [*self._seconds], self._round - _FIRST_ROUNDS
+        return ways[(number + number // len(ways)) % len(ways)]
 
     def run(self, forward: Callable[[], ValueT]) -> ValueT:
-        turn, since = self._turn(), time.perf_counter()
-        out, made = _in_format(forward, turn)
-        if turn and not made:
-            self.reorders = False
+        way, since = self._turn(), time.perf_counter()
+        out, made = _in_way(forward, way)
+        if way == CHANNELS_LAST and not made:
+            del self._seconds[way]
+            self._decide()
             return out
         self._calls, self._forward = self._calls + 1, self._forward + time.perf_counter() - since
         nodes = [t.grad_fn for t in _tensors(out) if t.grad_fn is not None]
@@ -72,7 +79,7 @@ class Trial:
         return out
 
     def _backward_begins(self) -> None:
-        if self._backward_since is None and self.reorders is None:
+        if self._backward_since is None and self.way is None:
             self._backward_since = time.perf_counter()
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
 
@@ -85,17 +92,27 @@ class Trial:
             self._seconds[self._turn()].append(self._forward + backward)
         self._round += 1
         self._begin()
-        rounds = min(map(len, self._seconds.values())) - _FIRST_ROUNDS
-        if rounds >= _LEAST_ROUNDS:
-            as_it_is, other = (sorted(times[_FIRST_ROUNDS:][:rounds]) for times in self._seconds.values())
-            if min(sum(as_it_is), sum(other)) > _LEAST_SECONDS:
-                # Of the fastest half and three quarters: something else may have run beside the others.
-                most = (rounds // 2, rounds * 3 // 4)
-                self._decide(all(sum(other[:n]) < (1 - autotune.MARGIN) * sum(as_it_is[:n]) for n in most))
+        self._decide()
 
-    def _decide(self, reorders: bool) -> None:
-        self.reorders = reorders
-        autotune.remember(KIND, autotune.machine(_CPU), self._name, reorders)
+    def _decide(self) -> None:
+        if len(self._seconds) == 1:  # nothing is contiguous, and plain modules are no candidate
+            self.way = AS_IT_IS
+            return
+        rounds = min(map(len, self._seconds.values())) - _FIRST_ROUNDS
+        if rounds < _LEAST_ROUNDS:
+            return
+        seconds = {way: sorted(times[_FIRST_ROUNDS:][:rounds]) for way, times in self._seconds.items()}
+        if min(map(sum, seconds.values())) < _LEAST_SECONDS:
+            return
+        # Of the fastest half and three quarters: something else may have run beside the others.
+        sums = {way: [sum(times[: rounds // 2]), sum(times[: rounds * 3 // 4])] for way, times in seconds.items()}
+        least = [(1 - autotune.MARGIN) * of for of in sums[AS_IT_IS]]
+        faster = [way for way, of in sums.items() if of[0] < least[0] and of[1] < least[1]]
+        self.way = min(faster, key=sums.__getitem__, default=AS_IT_IS)
+        self.why = "measured in its network: " + ", ".join(
+            f"{way} {1e3 * times[rounds // 2]:.4f} ms" for way, times in seconds.items()
+        )
+        autotune.remember(KIND, autotune.machine(_CPU), self._name, self.way)
 
 
 class Trials(Kept, dict[Hashable, Trial]):
@@ -108,35 +125,39 @@ def within() -> bool:
 
 
 def run(module: nn.Module, args: Sequence[Any], glance: Hashable | None, forward: Callable[[], ValueT]) -> ValueT:
-    """`forward()` of a module whose calls `glance` sets apart, in the format that was measured to be faster."""
+    """`forward()` of a module whose calls `glance` sets apart, in the way that was measured to be the fastest."""
     if within() or glance is None or is_computed_again():
         return forward()
     trials = module.__dict__.setdefault("_trials", Trials())
     trial = trials.get(glance)
-    if trial is not None and trial.reorders is False:
+    if trial is not None and trial.way == AS_IT_IS:
         return _as_it_is(forward)
     if not autotune.consulted(_CPU) or any(a.device.type != "cpu" for a in args):
         return _as_it_is(forward)
     if trial is None:
         if len(trials) >= _MOST_FORWARDS:
             trials.clear()
-        trial = trials[glance] = Trial(_name(module, glance))
-    if trial.reorders is None and chain.recorder is None:
-        return trial.run(forward)
-    return _in_format(forward, True)[0] if trial.reorders else _as_it_is(forward)
+        trial = trials[glance] = Trial(_name(module, args, glance))
+    if chain.recorder is None:
+        return trial.run(forward) if trial.way is None else _in_way(forward, trial.way)[0]
+    since = len(chain.recorder)
+    out = _in_way(forward, CHANNELS_LAST if trial.way == CHANNELS_LAST else AS_IT_IS)[0]
+    if trial.way == PLAIN:
+        chain.record_plain(since, trial.why or "measured in its network")
+    return out
 
 
-def _name(module: nn.Module, glance: Hashable) -> str:
+def _name(module: nn.Module, args: Sequence[Any], glance: Hashable) -> str:
     """Sets calls apart in the autotune cache, which other processes read: by what the module is made of."""
     kinds = [(name, type(part).__qualname__) for name, part in module.named_modules()]
-    shapes = [(name, tuple(t.shape)) for name, t in module.named_parameters()]
-    made_of = hashlib.sha256(repr((kinds, shapes)).encode()).hexdigest()
+    tensors = [(name, tuple(t.shape), t.stride()) for name, t in module.named_parameters()]
+    made_of = hashlib.sha256(repr((kinds, tensors, [a.stride() for a in args])).encode()).hexdigest()
     return f"{type(module).__qualname__} {made_of[:16]} {glance!r}"
 
 
 def undecided(module: nn.Module) -> bool:
-    """Whether calls of the module that were made run in both formats in turns still."""
-    return any(t.reorders is None for m in module.modules() for t in m.__dict__.get("_trials", {}).values())
+    """Whether calls of the module that were made run in several ways in turns still."""
+    return any(t.way is None for m in module.modules() for t in m.__dict__.get("_trials", {}).values())
 
 
 def _as_it_is(forward: Callable[[], ValueT]) -> ValueT:
@@ -147,9 +168,17 @@ def _as_it_is(forward: Callable[[], ValueT]) -> ValueT:
         local.within = False
 
 
-def _in_format(forward: Callable[[], ValueT], reorders: bool) -> tuple[ValueT, bool]:
-    """`forward()`, in channels_last or as it is, and whether anything came in the other format."""
-    local.within, local.reordering, local.made = True, place() if reorders else None, []
+def runs_plain() -> bool:
+    """Whether the forward that runs now, and nothing within it that may be called again, runs PyTorch's modules."""
+    at = getattr(local, "plain", None)
+    return at is not None and at == place()
+
+
+def _in_way(forward: Callable[[], ValueT], way: str) -> tuple[ValueT, bool]:
+    """`forward()`, and whether anything came in another format than by itself."""
+    here = place()
+    local.within, local.made = True, []
+    local.reordering, local.plain = here if way == CHANNELS_LAST else None, here if way == PLAIN else None
     try:
         out = forward()
         reordered.make_contiguous(out)
@@ -158,7 +187,7 @@ def _in_format(forward: Callable[[], ValueT], reorders: bool) -> tuple[ValueT, b
         reordered.make_all_contiguous()
         raise
     finally:
-        local.within, local.reordering, local.made = False, None, []
+        local.within, local.made, local.reordering, local.plain = False, [], None, None
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -170,7 +199,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def keeping(forward: Callable) -> Callable:
-    """A module's forward in the format that was measured to be faster."""
+    """A module's forward in the way that was measured to be the fastest."""
 
     @functools.wraps(forward)
     def kept(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
