@@ -47,7 +47,7 @@ class ModuleChain(Chain):
     def __call__(self, x: Tensor, stat_groups: int, boundaries: str) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"expected a torch.Tensor as input, got {type(x).__name__}")
-        x = reordered.entered(x, self._found.blocks[0].first._parameters.get("weight"))
+        x = reordered.entered(x, (_stored_weight(block.conv) for block in self._found.blocks))
         starts_with_norm = self._found.blocks[0].conv is None
         if (self._upsamples or starts_with_norm) and x.dim() != 4:  # upsampling takes channels for a batch
             return self.as_modules(x, stat_groups)
@@ -159,6 +159,11 @@ def _tensors(found: FoundBlock) -> BlockTensors:
     return BlockTensors(weight, bias, bn_weight, bn_bias, mean, var, slope)
 
 
+def _stored_weight(conv: nn.Module | None) -> Tensor | None:
+    """A convolution's weight, or what that is computed from."""
+    return None if conv is None else next((p for p in conv.parameters() if p.dim() == 4), None)
+
+
 def _slope(found: FoundBlock) -> Tensor | None:
     return found.act._parameters["weight"] if isinstance(found.act, nn.PReLU) else None
 
@@ -168,7 +173,7 @@ def _stored(found: FoundBlock) -> BlockTensors | None:
     like the weight."""
     conv, norm, weight, bias = found.conv, found.norm, None, None
     if conv is not None:
-        weight = next((p for p in conv.parameters() if p.dim() == 4), None)  # or what the weight is computed from
+        weight = _stored_weight(conv)
         if weight is None:
             return None
         bias = conv._parameters.get("bias")

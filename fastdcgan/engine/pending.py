@@ -414,7 +414,7 @@ class _CallChain(Chain):
         self, mode: Waiting, x: Tensor, tensors: Sequence[BlockTensors], running: Sequence[Running | None]
     ) -> Tensor:
         owner, out = _owner(tensors[0]), None
-        x = reordered.entered(x, tensors[0].weight)
+        x = reordered.entered(x, (t.weight for t in tensors))
         brief = (
             x.shape, x.stride(), x.dtype, x.requires_grad, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),
             owner is None or (owner.shape, owner.requires_grad), backends.requested(),

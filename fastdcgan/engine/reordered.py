@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -81,17 +81,21 @@ def is_on() -> bool:
     return at is not None and at == place()
 
 
-def entered(x: Tensor, weight: Tensor | None) -> Tensor:
-    """`x` [N, C, H, W] as a chain gets it that begins with a `weight`: in channels_last where the forward is, unless
-    the weight is so that plain modules go on in that anyway."""
+def entered(x: Tensor, weights: Iterable[Tensor | None]) -> Tensor:
+    """`x` [N, C, H, W] as a chain gets it whose convolutions have these `weights`: in channels_last where the forward
+    is, unless one of them is channels_last, with which plain modules go on in that anyway."""
     if torch.compiler.is_compiling():
         return x
-    reorders = is_on() and not _is_channels_last(weight)
+    reorders = is_on()
+    if not reorders and type(x) is not Reordered:
+        return x
+    found = [w for w in weights if w is not None]
+    reorders = reorders and not any(map(_is_channels_last, found))
     if type(x) is Reordered:
         if not reorders:
             make_contiguous(x)
         return x
-    if not reorders or type(x) is not Tensor or x.dim() != 4 or not _may_become_channels_last(x):
+    if not reorders or not found or type(x) is not Tensor or x.dim() != 4 or not _may_become_channels_last(x):
         return x
     return reorder(_InFormat.apply(x, torch.channels_last))
 

@@ -167,6 +167,17 @@ def test_networks(name: str, made: list[Tensor], device: torch.device) -> None:
     assert_same(found[1], found[0])
 
 
+def test_what_plain_modules_keep_in_channels_last(made: list[Tensor]) -> None:
+    """A contiguous image and a weight that is channels_last, behind a norm too."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Tanh()).to(
+        memory_format=torch.channels_last
+    )
+    fused, x = fastdcgan.fuse(copy.deepcopy(plain)), torch.randn(SHAPE)
+    assert fused(x).stride() == plain(x).stride()
+    assert not made
+
+
 def test_nothing_lives_longer(made: list[Tensor]) -> None:
     net, x = fastdcgan.fuse(Net(kept_aside)), torch.ones(SHAPE)
     for _ in range(2):
