@@ -1,9 +1,9 @@
 """Forwards that get contiguous tensors and run in channels_last, where that is faster and nobody can tell.
 
 Code around a chain may call `view`, say, which goes by the strides that plain modules give. So each chain of a
-contiguous network would convert what it gets and what it gives. Where its chains, as they were measured, gain more by
-channels_last than it costs, the outermost forward keeps that format between them: what it computes are `Reordered`
-tensors, and whatever doesn't keep the format of its input, or gives a view of it, first makes them contiguous.
+contiguous network would convert what it gets and what it gives. Where it was measured to be faster (`forwards.py`) the
+outermost forward keeps channels_last between them: what it computes are `Reordered` tensors, and whatever doesn't keep
+the format of its input, or gives a view of it, first makes them contiguous.
 """
 
 from __future__ import annotations
