@@ -63,7 +63,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_d": 2e-4,
         "gradient_penalty": 1.0,
         "penalty_kind": "r1",
-        "ema": 0.999,
     },
 }
 

@@ -29,7 +29,6 @@ from fastdcgan.images import normalize_images
 MOST_BYTES = 500_000  # that a picture's file may have
 _SIDE = 64  # pixels: smaller images are enlarged to it
 _SHOWN, _FILLED, _CANDIDATES, _FRAMES = 64, 12, 256, 7
-_EMA = 0.998
 
 _DIGITS = TrainConfig(
     data="mnist",
@@ -41,6 +40,7 @@ _DIGITS = TrainConfig(
     lr_g=demo.LR_G,
     lr_d=demo.LR_D,
     holdout=demo.HOLDOUT,
+    ema=0.998,
 )
 _PEOPLE = TrainConfig(**{**PRESETS["emoji64"], "data": "emoji-people"})
 
@@ -89,7 +89,6 @@ def _trained(config: TrainConfig, out: Path, minutes: float) -> Trained:
             config,
             out=str(out),
             precision="bf16",
-            ema=config.ema or _EMA,
             epochs=1000,
             max_minutes=minutes,
             sample_every=250,
