@@ -133,8 +133,13 @@ def assert_close(found: dict[str, Tensor | None], expected: dict[str, Tensor | N
         {k: t.double() if t is not None and t.is_floating_point() else t for k, t in d.items()}
         for d in (found, expected)
     ]
-    # In front of a norm a bias's gradient is nothing but rounding with plain modules: 1.2e-4 over five passes was seen.
-    assert_same(*both, tolerance=1e-3)
+    grads = [float(t.abs().max()) for name, t in both[1].items() if name.startswith("gradient of") and t is not None]
+    largest = max(1.0, *grads)
+    for name, right in both[1].items():
+        # In front of a norm a bias's gradient is nothing but rounding of what it is summed up of.
+        if name.startswith("gradient of") and right is not None and float(right.abs().max()) < 1e-3 * largest:
+            both[0][name], both[1][name] = (None if d[name] is None else d[name] / largest for d in both)
+    assert_same(*both, tolerance=1e-4)
 
 
 @needs_cpu
