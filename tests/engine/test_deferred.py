@@ -134,7 +134,7 @@ def assert_close(found: dict[str, Tensor | None], expected: dict[str, Tensor | N
         for d in (found, expected)
     ]
     grads = [float(t.abs().max()) for name, t in both[1].items() if name.startswith("gradient of") and t is not None]
-    largest = max(1.0, *grads)
+    largest = max([1.0, *grads])
     for name, right in both[1].items():
         # In front of a norm a bias's gradient is nothing but rounding of what it is summed up of.
         if name.startswith("gradient of") and right is not None and float(right.abs().max()) < 1e-3 * largest:
