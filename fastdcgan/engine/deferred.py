@@ -385,7 +385,7 @@ def deferring(forward: Callable) -> Callable:
             plain, reorders = self.__dict__.setdefault("_plain_calls", PlainCalls()), reordered.is_on()
             local.inside = here
             try:
-                if forwards.runs_plain() or (glance in plain and not reorders and chain.recorder is None):
+                if forwards.is_plain() or (glance in plain and not reorders and chain.recorder is None):
                     return forward(self, *args, **kwargs)
                 compute_before_compiled_code()
                 recorded = len(chain.recorder or ())

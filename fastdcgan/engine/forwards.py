@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fastdcgan import backends
 from fastdcgan.dispatch import autotune
@@ -71,7 +72,7 @@ class Trial:
             self._decide()
             return out
         self._calls, self._forward = self._calls + 1, self._forward + time.perf_counter() - since
-        nodes = [t.grad_fn for t in _tensors(out) if t.grad_fn is not None]
+        nodes = [t.grad_fn for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None]
         if not nodes or self._calls >= _MOST_CALLS:
             self._end(0.0)
         for node in nodes:
@@ -168,7 +169,7 @@ def _as_it_is(forward: Callable[[], ValueT]) -> ValueT:
         local.within = False
 
 
-def runs_plain() -> bool:
+def is_plain() -> bool:
     """Whether the forward that runs now, and nothing within it that may be called again, runs PyTorch's modules."""
     at = getattr(local, "plain", None)
     return at is not None and at == place()
@@ -188,14 +189,6 @@ def _in_way(forward: Callable[[], ValueT], way: str) -> tuple[ValueT, bool]:
         raise
     finally:
         local.within, local.made, local.reordering, local.plain = False, [], None, None
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    if isinstance(values, dict):
-        values = [*values.values()]
-    if isinstance(values, (tuple, list)):
-        return [t for value in values for t in _tensors(value)]
-    return [values] if isinstance(values, Tensor) else []
 
 
 def keeping(forward: Callable) -> Callable:

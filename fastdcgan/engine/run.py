@@ -54,7 +54,7 @@ def _run(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, b
     if isinstance(stat_groups, torch.fx.Proxy):
         stat_groups = 1  # torch.fx traces the root module's default as an input
     checks.check_stat_groups(stat_groups)
-    if followed(x) or runs_plain(x) or (not torch.compiler.is_compiling() and forwards.runs_plain()):
+    if followed(x) or runs_plain(x) or (not torch.compiler.is_compiling() and forwards.is_plain()):
         for module in sequential:
             x = call_alone(module, x, stat_groups)
         return x

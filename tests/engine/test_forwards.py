@@ -59,7 +59,7 @@ class Net(nn.Module):
         self.clock, self.seconds = clock, seconds
 
     def forward(self, x: Tensor) -> Tensor:
-        ran.append(CHANNELS_LAST if reordered.is_on() else PLAIN if forwards.runs_plain() else AS_IT_IS)
+        ran.append(CHANNELS_LAST if reordered.is_on() else PLAIN if forwards.is_plain() else AS_IT_IS)
         x = torch.relu(self.conv2(torch.relu(self.conv(x))))
         return Passes.apply(x, self.clock, self.seconds)
 

@@ -183,6 +183,7 @@ def test_nothing_lives_longer(made: list[Tensor]) -> None:
     for _ in range(2):
         net(x).sum().backward()
         net.kept.clear()
+    assert made
     made.clear()
     gc.collect()
     assert not [t for t in gc.get_objects() if type(t) is reordered.Reordered]
