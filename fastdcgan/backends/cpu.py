@@ -7,6 +7,7 @@ for AVX-512 multiplies bfloat16 on AMX tiles or by `vdpbf16ps` where the process
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,8 +29,9 @@ MOST_IMAGE_CHANNELS, MOST_IMAGE_DEPTH = 4, 256  # of that side, and of a sum: ke
 FEWEST_FEATURES = 8  # of the other side of an image, in float32
 MOST_PIXELS = 16  # of the other side, in float32
 # Of 2x2 outputs: below these, minimal filtering loses by transforming the weight; sums are too short for its rounding.
-# A transformed weight may also stay in the packed-weight cache. Tiles of 4x4 outputs, for 3x3 kernels, need be few.
+# A transformed weight may also stay in the packed-weight cache. Tiles of 4x4 outputs need be few.
 FEWEST_TILES, FEWEST_CACHED_TILES, FEWEST_SUMMED_TILES, FEWEST_LARGE_TILES = 128, 32, 16, 8
+FEWEST_TERMS = 64  # of a sum, for tiles of 4x4 outputs: the rounding of its transforms doesn't shrink with them
 FEWEST_ROWS, FEWEST_WIDE_ROWS, FEWEST_PROJECTED = 128, 512, 16  # pixels of all samples: 16-bit, float32, from one pixel
 FEWEST_WIDE_CACHED = 32  # of `conv` in float32 with a weight in the packed-weight cache
 # Multiply-adds below which a call of PyTorch's convolution takes longer to set up than ours to run, if a packed weight
@@ -41,7 +43,8 @@ LEAST_DOT_RATE = 1.3
 NAMESPACE = "fastdcgan_cpu"  # of the operators
 # Of the algorithms in csrc/cpu/contraction/algorithms.cpp; the library says which of them can run a call.
 _AMX, _DOT = ("amx_col2im", "amx"), ("avx512_bf16_col2im", "avx512_bf16")
-_NAMES = ("split_bf16", *_AMX, *_DOT, "winograd", "col2im", "image_side", "gemm")
+_WINOGRAD = ("winograd_2x2", "winograd_4x4")  # by the outputs of a tile
+_NAMES = ("split_bf16", *_AMX, *_DOT, *_WINOGRAD, "col2im", "image_side", "gemm")
 
 Size = Sequence[int]
 
@@ -200,6 +203,9 @@ class CPUBackend(Backend):
         if name not in (*_AMX, *_DOT) and x.dtype == torch.bfloat16 and self.amx:
             return "bfloat16 is multiplied on AMX tiles"
         g, channels = call.geometry, (x.shape[1], other.shape[0 if call.op == "conv" else 1])
+        terms = channels[0] * math.prod(g.kernel) // (1 if call.op == "conv" else math.prod(g.stride))
+        if name == "winograd_4x4" and call.op != "weight_grad" and terms < FEWEST_TERMS:
+            return f"its rounding is more than that of sums of {terms} terms"
         if name not in self.contractions.algorithms(
             call.op, *channels, g.kernel, g.stride, g.dilation, x.dtype, call.epilogue.kind == "stats"
         ):
@@ -215,24 +221,23 @@ class CPUBackend(Backend):
         if name in _DOT and self.rates.vdpbf16ps < LEAST_DOT_RATE * self.rates.fma:
             return "vdpbf16ps is hardly faster than FMA here"
         s = sides(call)
-        if name != "winograd" and s.small(call.op):
+        if name not in _WINOGRAD and s.small(call.op):
             return None
         if not _in_channels_last(call):
             return "the contractions of csrc/cpu are channels_last, and these tensors are not"
-        if name == "winograd":
-            return self._why_not_filter(call.op, s)
+        if name in _WINOGRAD:
+            return self._why_not_filter(call.op, s, 2 if name == "winograd_2x2" else 4)
         if self._processor_has_amx and s.dtype == torch.bfloat16:
             return "PyTorch's own multiplies bfloat16 on AMX tiles"
         if s.gathered[1] < FEWEST_CHANNELS:
             return None if s.dtype == torch.float16 else _why_not_image(call.op, s)
         return None if call.op == "weight_grad" else _why_not_gemm(call.op, s)
 
-    def _why_not_filter(self, op: str, s: Sides) -> str | None:
+    def _why_not_filter(self, op: str, s: Sides, side: int) -> str | None:
         if min(s.gathered[1], s.linear[1]) < FEWEST_CHANNELS:
             return f"{s.gathered[1]} and {s.linear[1]} channels are few"
         if s.dtype == torch.bfloat16 and (self._processor_has_amx or self.amx):
             return "bfloat16 is faster on AMX tiles"
-        side = 4 if s.taps % 9 == 0 else 2
         tiles = s.linear[0] * -(-s.linear[2] // side) * -(-s.linear[3] // side)
         fewest = FEWEST_SUMMED_TILES if op == "weight_grad" else FEWEST_CACHED_TILES if s.cached else FEWEST_TILES
         fewest = FEWEST_LARGE_TILES if side == 4 else fewest

@@ -16,7 +16,7 @@
 namespace fastdcgan::cpu {
 namespace {
 
-constexpr int64_t kBlockFloats = 1 << 19;  // inputs and products of a block
+constexpr int64_t kBlockFloats = 1 << 18;  // inputs and products of a block
 constexpr int64_t kMaxTiles = 8 * kKernelRows;
 // So few tiles are one block, which transforms the weight panel by panel, in the second-level cache: that costs less
 // than a transformed weight's way through memory. Where inputs and products of that block leave the cache, it does so
@@ -308,19 +308,29 @@ std::vector<Phase> phases(const Axis& axis) {
   return found;
 }
 
+template <int kOutputs>
 bool can_winograd(const Contraction& c) {
   const auto covers = [](const Axis& a, int64_t taps) {
     return a.kernel == taps * a.stride && a.stride <= 2 && a.dilation == 1;
   };
-  return (covers(c.y, 2) && covers(c.x, 2)) || (covers(c.y, 3) && covers(c.x, 3));
+  return (covers(c.y, 2) && covers(c.x, 2)) || (kOutputs == 4 && covers(c.y, 3) && covers(c.x, 3));
 }
 
+template <int kOutputs>
 void winograd_contract(
     const Contraction& c, c10::ScalarType dtype, const void* in, const Weight& weight, void* out,
     const Epilogue& epilogue) {
   with_type(dtype, [&](auto zero) {
-    with_filter(c, [&](auto filter) { contract<decltype(zero), decltype(filter)>(c, dtype, in, weight, out, epilogue); });
+    with_filter<kOutputs>(
+        c, [&](auto filter) { contract<decltype(zero), decltype(filter)>(c, dtype, in, weight, out, epilogue); });
   });
 }
+
+template bool can_winograd<2>(const Contraction&);
+template bool can_winograd<4>(const Contraction&);
+template void winograd_contract<2>(
+    const Contraction&, c10::ScalarType, const void*, const Weight&, void*, const Epilogue&);
+template void winograd_contract<4>(
+    const Contraction&, c10::ScalarType, const void*, const Weight&, void*, const Epilogue&);
 
 }  // namespace fastdcgan::cpu

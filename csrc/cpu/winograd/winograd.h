@@ -28,10 +28,14 @@ struct Phase {
 // The phases of an axis whose kernel is a multiple of its stride.
 std::vector<Phase> phases(const Axis&);
 
-// Whether the functions below can run a contraction.
+// With tiles of kOutputs x kOutputs outputs, 2 or 4. `can_winograd`: whether the others can run a contraction.
+template <int kOutputs>
 bool can_winograd(const Contraction&);
 
+template <int kOutputs>
 void winograd_contract(const Contraction&, c10::ScalarType, const void* in, const Weight&, void* out, const Epilogue&);
+
+template <int kOutputs>
 void winograd_weight_grad(const Contraction&, c10::ScalarType, const void* gathered, const void* linear, void* out);
 
 }  // namespace fastdcgan::cpu

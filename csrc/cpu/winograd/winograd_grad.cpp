@@ -221,16 +221,20 @@ class WinogradGrad {
 
 }  // namespace
 
+template <int kOutputs>
 void winograd_weight_grad(
     const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    with_filter(c, [&](auto filter) {
+    with_filter<kOutputs>(c, [&](auto filter) {
       WinogradGrad<T, decltype(filter)>(
           c, static_cast<const T*>(gathered), static_cast<const T*>(linear), static_cast<T*>(out))
           .run();
     });
   });
 }
+
+template void winograd_weight_grad<2>(const Contraction&, c10::ScalarType, const void*, const void*, void*);
+template void winograd_weight_grad<4>(const Contraction&, c10::ScalarType, const void*, const void*, void*);
 
 }  // namespace fastdcgan::cpu

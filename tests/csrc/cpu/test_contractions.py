@@ -60,6 +60,7 @@ BLOCKS = {
 
 
 DIRECT = ("col2im", "image_side", "gemm")
+WINOGRAD = ("winograd_2x2", "winograd_4x4")
 
 
 class Kernels(CPUBackend):
@@ -258,11 +259,11 @@ def test_statistics_of_a_large_mean(cpu: Kernels) -> None:
 @pytest.mark.parametrize("g", [Geometry((4, 4), (2, 2)), Geometry((3, 3))], ids=["k4 s2", "k3 s1"])
 def test_statistics_of_a_constant_image(cpu: Kernels, g: Geometry, channels: int, dtype: torch.dtype) -> None:
     call = constant_call(g, (channels, 50), dtype)
-    able = [(on, name) for on in (cpu, Kernels(*DIRECT), Kernels("winograd")) for name in on.able(call)]
+    able = [(on, name) for on in (cpu, Kernels(*DIRECT), Kernels(*WINOGRAD)) for name in on.able(call)]
     assert able
     for on, name in able:
         # The outputs of a tile are other sums of the same products; 16 bits hide that.
-        differ = "winograd" in name and g.kernel == (3, 3) and dtype == torch.float32
+        differ = name == "cpu winograd_4x4" and dtype == torch.float32
         check_constant(*run(on, call, name), name, 1e-6 if differ else 0.0)
 
 
@@ -334,7 +335,7 @@ def why_last(cpu: Kernels, call: Call) -> str | None:
 
 
 def test_the_rule_where_nothing_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = Kernels("winograd", *DIRECT)
+    cpu = Kernels(*WINOGRAD, *DIRECT)
     cpu._processor_has_amx = False
     few = block("wide", torch.float32).calls()["conv"]
     assert why_last(cpu, few) is not None
@@ -450,13 +451,14 @@ def test_algorithms_that_can_not_run() -> None:
     op, x = torch.ops.fastdcgan_cpu, torch.zeros(2, 4, 8, 8)
     for kernel, stride, dilation in [((3, 3), (2, 2), (1, 1)), ((6, 6), (3, 3), (1, 1)), ((4, 4), (2, 2), (1, 2))]:
         size = Geometry(kernel, stride, (1, 1), dilation).conv_size(8, 8)
-        assert "winograd" not in op.algorithms("conv", 4, 6, kernel, stride, dilation, torch.float32, False)
-        with pytest.raises(ValueError, match=r"no algorithm 'winograd' .*; there are: image_side, gemm"):
-            op.conv(x, torch.zeros(6, 4, *kernel), stride, (1, 1), dilation, size, None, 0, 0.0, 0, "winograd")
-        with pytest.raises(ValueError, match="no algorithm 'winograd'"):
-            op.weight_grad(x, torch.zeros(2, 6, *size), kernel, stride, (1, 1), dilation, "winograd")
+        for name in WINOGRAD:
+            assert name not in op.algorithms("conv", 4, 6, kernel, stride, dilation, torch.float32, False)
+            with pytest.raises(ValueError, match=rf"no algorithm '{name}' .*; there are: image_side, gemm"):
+                op.conv(x, torch.zeros(6, 4, *kernel), stride, (1, 1), dilation, size, None, 0, 0.0, 0, name)
+            with pytest.raises(ValueError, match=f"no algorithm '{name}'"):
+                op.weight_grad(x, torch.zeros(2, 6, *size), kernel, stride, (1, 1), dilation, name)
     numbers = ((4, 4), (2, 2), (1, 1))
-    assert op.algorithms("conv", 64, 64, *numbers, torch.float16, False) == ["gemm", "winograd"]
+    assert op.algorithms("conv", 64, 64, *numbers, torch.float16, False) == ["gemm", *WINOGRAD]
     assert op.algorithms("conv_transpose", 64, 3, *numbers, torch.float16, False)[0] == "col2im"
     assert op.algorithms("conv_transpose", 64, 3, *numbers, torch.float16, True)[0] == "gemm"
     assert op.algorithms("weight_grad", 3, 64, *numbers, torch.float16, False)[0] == "image_side"
