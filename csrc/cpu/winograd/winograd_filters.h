@@ -46,7 +46,7 @@ struct F22 {
 // 0, 1, -1, 1/2 and infinity err twice as much.
 struct F42 {
   static constexpr int kTaps = 2, kOutputs = 4, kSide = 5;
-  static constexpr int64_t kDepth = cpu::kDepth, kTileDepth = cpu::kDepth / 4;
+  static constexpr int64_t kDepth = cpu::kDepth, kTileDepth = cpu::kDepth / 2;
   static constexpr float a = 1.375f, b = 0.375f, aa = a * a, bb = b * b;
   static constexpr float ga = 1 / (2 * a * (aa - bb)), gb = 1 / (2 * b * (bb - aa));
 
