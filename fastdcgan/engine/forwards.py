@@ -133,10 +133,10 @@ def run(module: nn.Module, args: Sequence[Any], glance: Hashable | None, forward
         return forward()
     trials = module.__dict__.setdefault("_trials", Trials())
     trial = trials.get(glance)
-    if trial is not None and trial.way == AS_IT_IS:
-        return _as_it_is(forward)
+    if trial is not None and (trial.way == AS_IT_IS or (trial.way == PLAIN and chain.recorder is None)):
+        return _having_decided(forward, place() if trial.way == PLAIN else None)
     if not autotune.consulted(_CPU) or any(a.device.type != "cpu" for a in args):
-        return _as_it_is(forward)
+        return _having_decided(forward, None)
     if trial is None:
         if len(trials) >= _MOST_FORWARDS:
             trials.clear()
@@ -163,12 +163,13 @@ def undecided(module: nn.Module) -> bool:
     return any(t.way is None for m in module.modules() for t in m.__dict__.get("_trials", {}).values())
 
 
-def _as_it_is(forward: Callable[[], ValueT]) -> ValueT:
-    local.within = True
+def _having_decided(forward: Callable[[], ValueT], plain: tuple | None) -> ValueT:
+    """`forward()` in contiguous; plain at that place."""
+    local.within, local.plain = True, plain
     try:
         return forward()
     finally:
-        local.within = False
+        local.within, local.plain = False, None
 
 
 def is_plain() -> bool:
@@ -210,6 +211,6 @@ def glance(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tu
     if kwargs or not all(type(a) is Tensor for a in args):
         return None
     return (
-        *((a.shape, a.dtype, a.requires_grad) for a in args), module.training, torch.is_grad_enabled(),
+        *((a.shape, a.dtype, a.device, a.requires_grad) for a in args), module.training, torch.is_grad_enabled(),
         torch._C._is_any_autocast_enabled(), backends.requested(),
     )  # fmt: skip

@@ -45,16 +45,20 @@ def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.f
 
 
 def _run(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, boundaries: str) -> Any:
-    kept = None if torch.compiler.is_compiling() else sequential.__dict__.get("_plans")
-    plain = kept.plain if kept is not None and chain.recorder is None and isinstance(x, Tensor) else ()
-    if plain and not reordered.is_on() and _glance(sequential, x, stat_groups, boundaries) in plain:
+    compiling = torch.compiler.is_compiling()
+    plain = not compiling and forwards.is_plain()
+    kept = None if compiling else sequential.__dict__.get("_plans")
+    known = kept.plain if kept is not None and chain.recorder is None and isinstance(x, Tensor) else ()
+    if (plain and stat_groups == 1) or (
+        known and not reordered.is_on() and _glance(sequential, x, stat_groups, boundaries) in known
+    ):
         for module in sequential:
             x = module(x)
         return x
     if isinstance(stat_groups, torch.fx.Proxy):
         stat_groups = 1  # torch.fx traces the root module's default as an input
     checks.check_stat_groups(stat_groups)
-    if followed(x) or runs_plain(x) or (not torch.compiler.is_compiling() and forwards.is_plain()):
+    if plain or followed(x) or runs_plain(x):
         for module in sequential:
             x = call_alone(module, x, stat_groups)
         return x
@@ -63,16 +67,14 @@ def _run(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, b
     for i, part in enumerate(_parts(sequential)):
         if isinstance(part, Alone):
             x = call_alone(part.module, x, stat_groups)
-        elif torch.compiler.is_compiling() and _compiles_to_modules(
-            sequential, i, part.bare, x, stat_groups, boundaries
-        ):
+        elif compiling and _compiles_to_modules(sequential, i, part.bare, x, stat_groups, boundaries):
             x = part.as_modules(x, stat_groups)
         else:
             x = part(x, stat_groups, boundaries)
             chains += 1
             if not part.ran_modules:
                 gain = None if gain is None or part.gain is None else gain + part.gain
-    if torch.compiler.is_compiling() or reordered.is_on():
+    if compiling or reordered.is_on():
         return x
     if chain.fuses_too_little(gain, lambda: chains * guarding_ms(), recorded):
         sequential.__dict__["_plans"].remember_plain(_glance(sequential, called, stat_groups, boundaries))
@@ -108,7 +110,7 @@ _measured_for_compiler._dynamo_marked_constant = True  # type: ignore[attr-defin
 def _glance(sequential: nn.Sequential, x: Tensor, stat_groups: Any, boundaries: str) -> tuple:
     """Sets calls apart that PyTorch's modules run fastest as a whole: they are right whatever else changes."""
     return (
-        x.shape, x.dtype, x.requires_grad, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),
+        x.shape, x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),
         sequential.training, stat_groups, boundaries, backends.requested(),
     )  # fmt: skip
 
