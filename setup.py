@@ -13,7 +13,8 @@ Environment:
     FASTDCGAN_FORCE_CUDA   1: build the CUDA extension without looking for a CUDA torch; fail where that fails
     FASTDCGAN_SKIP_CUDA    1: no CUDA extension
     FASTDCGAN_BOUNDED_WAITS  1: kernels that wait for what never comes give up and say where (for gpu-check)
-    FASTDCGAN_SKIP_CPU     1: no C++ CPU extension
+    FASTDCGAN_CPU_CAPABILITIES  of "default avx2 avx512" (the default on x86), the vector widths to build the C++ CPU
+                           extension for; none: no such extension
 """
 
 from __future__ import annotations
@@ -164,14 +165,18 @@ def headers() -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in found)
 
 
-def cpu_extensions(machine: str) -> list[str]:
-    """One library for each vector width that the processor family may have."""
-    return [f"_cpu_{name}" for name in CAPABILITIES if name == "default" or machine.lower() in X86]
+def cpu_extensions(environment: Mapping[str, str], machine: str) -> list[str]:
+    """One library for each vector width that is asked for, by default all that the processor family may have."""
+    able = [name for name in CAPABILITIES if name == "default" or machine.lower() in X86]
+    wanted = environment.get("FASTDCGAN_CPU_CAPABILITIES", "").split() or able
+    if wanted != ["none"] and not set(wanted) <= set(able):
+        raise ValueError(f"FASTDCGAN_CPU_CAPABILITIES={' '.join(wanted)!r}: expected of {' '.join(able)!r}, or 'none'")
+    return [f"_cpu_{name}" for name in able if name in wanted]
 
 
 def planned(environment: Mapping[str, str], machine: str, cuda_sources: list[str]) -> list[str]:
     """The extensions of this build, before looking for a compiler."""
-    names = [] if enabled(environment, "FASTDCGAN_SKIP_CPU") else cpu_extensions(machine)
+    names = cpu_extensions(environment, machine)
     force, skip = enabled(environment, "FASTDCGAN_FORCE_CUDA"), enabled(environment, "FASTDCGAN_SKIP_CUDA")
     if force and skip:
         raise ValueError("FASTDCGAN_FORCE_CUDA=1 and FASTDCGAN_SKIP_CUDA=1: expected one of them")

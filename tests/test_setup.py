@@ -57,8 +57,8 @@ def test_switches(build: ModuleType) -> None:
 
 
 def test_a_switch_that_is_neither(build: ModuleType) -> None:
-    with pytest.raises(ValueError, match="FASTDCGAN_SKIP_CPU='maybe': expected 1 or 0"):
-        build.planned({"FASTDCGAN_SKIP_CPU": "maybe"}, "x86_64", [])
+    with pytest.raises(ValueError, match="FASTDCGAN_SKIP_CUDA='maybe': expected 1 or 0"):
+        build.planned({"FASTDCGAN_SKIP_CUDA": "maybe"}, "x86_64", [])
 
 
 def test_planned_extensions(build: ModuleType) -> None:
@@ -67,8 +67,12 @@ def test_planned_extensions(build: ModuleType) -> None:
     assert build.planned({}, "AMD64", CUDA_SOURCES) == [*widths, "_cuda"]
     assert build.planned({}, "aarch64", CUDA_SOURCES) == ["_cpu_default", "_cuda"]
     assert build.planned({"FASTDCGAN_SKIP_CUDA": "1"}, "x86_64", CUDA_SOURCES) == widths
-    assert build.planned({"FASTDCGAN_SKIP_CPU": "1"}, "x86_64", CUDA_SOURCES) == ["_cuda"]
-    assert build.planned({"FASTDCGAN_SKIP_CPU": "1"}, "x86_64", []) == []
+    assert build.planned({"FASTDCGAN_CPU_CAPABILITIES": "avx512 default"}, "x86_64", []) == [widths[0], widths[2]]
+    assert build.planned({"FASTDCGAN_CPU_CAPABILITIES": "none"}, "x86_64", CUDA_SOURCES) == ["_cuda"]
+    assert build.planned({"FASTDCGAN_CPU_CAPABILITIES": "none"}, "x86_64", []) == []
+    for machine, text in [("x86_64", "avx"), ("aarch64", "avx2"), ("x86_64", "none avx2")]:
+        with pytest.raises(ValueError, match=f"FASTDCGAN_CPU_CAPABILITIES='{text}': expected of 'default"):
+            build.planned({"FASTDCGAN_CPU_CAPABILITIES": text}, machine, [])
 
 
 def test_forcing_what_can_not_be(build: ModuleType) -> None:
@@ -287,8 +291,8 @@ def test_every_package_is_listed() -> None:
 
 @pytest.mark.compiles
 def test_what_is_distributed_installs(tmp_path: Path) -> None:
-    """From an sdist comes a wheel with the C++ kernels, which runs away from the source folder. They are not optimised:
-    that takes longer, and it was done where the same sources were built to be tested."""
+    """From an sdist comes a wheel with the C++ kernels, which runs away from the source folder. It has those of one
+    vector width, not optimised: the others take longer, and were built of the same sources to be tested."""
     script = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -303,6 +307,7 @@ def test_what_is_distributed_installs(tmp_path: Path) -> None:
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
     compiler.chmod(0o755)
     environment = {**os.environ, "PYTHONPATH": str(site), "FASTDCGAN_SKIP_CUDA": "1", "CXX": str(compiler)}
+    environment |= {"FASTDCGAN_CPU_CAPABILITIES": "default", "ATEN_CPU_CAPABILITY": "default"}
     install = [sys.executable, "-m", "pip", "install", *flags, "--target", str(site), str(archive)]
     subprocess.run(install, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
 
