@@ -133,15 +133,17 @@ def run(module: nn.Module, args: Sequence[Any], glance: Hashable | None, forward
         return forward()
     trials = module.__dict__.setdefault("_trials", Trials())
     trial = trials.get(glance)
-    if trial is not None and (trial.way == AS_IT_IS or (trial.way == PLAIN and chain.recorder is None)):
-        return _having_decided(forward, place() if trial.way == PLAIN else None)
-    if not autotune.consulted(_CPU) or any(a.device.type != "cpu" for a in args):
-        return _having_decided(forward, None)
+    if (trial is not None and trial.way == AS_IT_IS) or not autotune.consulted(_CPU):
+        return _having_decided(forward)
     if trial is None:
+        if any(a.device.type != "cpu" for a in args):
+            return _having_decided(forward)
         if len(trials) >= _MOST_FORWARDS:
             trials.clear()
         trial = trials[glance] = Trial(_name(module, args, glance))
     if chain.recorder is None:
+        if trial.way == PLAIN:
+            return _having_decided(forward, place())
         return trial.run(forward) if trial.way is None else _in_way(forward, trial.way)[0]
     since = len(chain.recorder)
     out = _in_way(forward, CHANNELS_LAST if trial.way == CHANNELS_LAST else AS_IT_IS)[0]
@@ -163,8 +165,8 @@ def undecided(module: nn.Module) -> bool:
     return any(t.way is None for m in module.modules() for t in m.__dict__.get("_trials", {}).values())
 
 
-def _having_decided(forward: Callable[[], ValueT], plain: tuple | None) -> ValueT:
-    """`forward()` in contiguous; plain at that place."""
+def _having_decided(forward: Callable[[], ValueT], plain: tuple | None = None) -> ValueT:
+    """`forward()` as it is, or by PyTorch's modules at the place `plain`."""
     local.within, local.plain = True, plain
     try:
         return forward()

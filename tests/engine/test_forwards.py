@@ -168,6 +168,20 @@ def test_as_it_is(why: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> No
     assert set(ran) == {AS_IT_IS}
 
 
+def test_what_was_measured_is_asked_no_more(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With deterministic algorithms, or on another device."""
+    net = fused(clock, plain=(0.5, 0.5))
+    for _ in range(60):
+        train(net)
+    assert ran[-1] == PLAIN
+    with monkeypatch.context() as patch:
+        patch.setattr(autotune, "consulted", lambda device: False)
+        train(net)
+    assert ran[-1] == AS_IT_IS
+    net.to("meta")(torch.ones(SHAPE, device="meta"))
+    assert ran[-1] == AS_IT_IS
+
+
 def test_what_is_channels_last_has_no_other_format(clock: Clock) -> None:
     net = fused(clock, plain=(0.5, 0.5)).to(memory_format=torch.channels_last)
     for _ in range(60):
