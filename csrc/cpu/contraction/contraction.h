@@ -22,10 +22,10 @@ struct Contraction {
   int64_t taps() const { return y.kernel * x.kernel; }
 };
 
-// A weight as it lies: element (k, n, ky, kx) for input channel k and output channel n, by strides. Where `bytes` is given,
-// it lies in so many from `data` on; where its storage is given as well, its packed form may be cached
-// (packed_weights.h). A `wide` weight, whose bytes are given, has floats as elements, which count as rounded to the dtype
-// of the tensors (round_weight.h).
+// A weight as it lies: element (k, n, ky, kx) for input channel k and output channel n, by strides. Where `bytes` is
+// given, it lies in so many from `data` on; where its storage is given as well, its packed form may be cached
+// (packed_weights.h). A `wide` weight, whose bytes are given, has floats as elements, which count as rounded to the
+// dtype of the tensors (round_weight.h).
 struct Weight {
   const void* data;
   int64_t k, n, y, x;

@@ -188,7 +188,8 @@ TORCH_LIBRARY_FRAGMENT(FASTDCGAN_CPU_NAMESPACE, m) {
       "int act, float slope, int stat_groups, str algorithm, bool caches=True) -> (Tensor, Tensor)");
   m.def(
       "conv_transpose(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int[2] size, "
-      "Tensor? by_channel, int act, float slope, int stat_groups, str algorithm, bool caches=True) -> (Tensor, Tensor)");
+      "Tensor? by_channel, int act, float slope, int stat_groups, str algorithm, bool caches=True) "
+      "-> (Tensor, Tensor)");
   m.def(
       "weight_grad(Tensor gathered, Tensor linear, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
       "str algorithm) -> Tensor");

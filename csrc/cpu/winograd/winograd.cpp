@@ -146,7 +146,8 @@ class Winograd {
     for (int64_t g = 0; g < epilogue_.stat_groups; ++g)
       for (int64_t i = 0; i < all; i += step)
         for (size_t s = 0; s < sets_.size(); ++s) {  // they read the same inputs
-          const int64_t tiles = c_.batch / epilogue_.stat_groups * this->tiles(sets_[s]), size = std::min(step, tiles - i);
+          const int64_t tiles = c_.batch / epilogue_.stat_groups * this->tiles(sets_[s]);
+          const int64_t size = std::min(step, tiles - i);
           if (size <= 0) continue;
           found.push_back({static_cast<int64_t>(s), g * tiles + i, size, g, outputs(sets_[s], g * tiles + i, size)});
         }
@@ -166,10 +167,9 @@ class Winograd {
     const int64_t width = panels_.vectors(panel) * kWidth, columns = std::min(width, c_.out_channels - column);
     for (int64_t f = 0; f < terms_; ++f) {
       const Term& t = sets_[set].terms[f];
-      const T* taps[kTaps];
+      const T *first = static_cast<const T*>(w.data) + column * w.n + low * w.k, *taps[kTaps];
       for (int i = 0; i < kTaps; ++i)
-        taps[i] =
-            static_cast<const T*>(w.data) + t.y.taps[i / F::kTaps] * w.y + t.x.taps[i % F::kTaps] * w.x + column * w.n + low * w.k;
+        taps[i] = first + t.y.taps[i / F::kTaps] * w.y + t.x.taps[i % F::kTaps] * w.x;
       transform_weights<F>(taps, w.k, size, w.n, columns, width, to + f * size * width, step);
     }
   }

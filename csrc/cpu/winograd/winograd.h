@@ -2,8 +2,8 @@
 // Winograd's minimal filtering: Winograd, Arithmetic Complexity of Computations (1980); Lavin and Gray, Fast Algorithms
 // for Convolutional Neural Networks (2015).
 //
-// Along each axis such a `conv` is, for each phase of its input, a dense convolution of two or three taps, added up over
-// phases; a `conv_transpose` is one for each phase of its output. Tiles of inputs and the taps are transformed
+// Along each axis such a `conv` is, for each phase of its input, a dense convolution of two or three taps, added up
+// over phases; a `conv_transpose` is one for each phase of its output. Tiles of inputs and the taps are transformed
 // (winograd_filters.h); for each of the points, tiles times channels are one dense product (gemm.h).
 #pragma once
 

@@ -1,5 +1,5 @@
-// Minimal filters F(outputs, taps) along an axis: outputs = A^T [(G taps) * (B^T inputs)], and the gradient of the taps,
-// G^T [(A outputs) * (B^T inputs)].
+// Minimal filters F(outputs, taps) along an axis: outputs = A^T [(G taps) * (B^T inputs)], and the gradient of the
+// taps, G^T [(A outputs) * (B^T inputs)].
 #pragma once
 
 #include "cpu/gemm/gemm.h"
@@ -42,8 +42,8 @@ struct F22 {
   [[gnu::always_inline]] static void weight_adjoint(const Floats* m, Floats* to) { output(m, to); }
 };
 
-// F(4, 2): five products for eight, at the points a, -a, b, -b and infinity. Of the multiples of 1/16 these round least:
-// 0, 1, -1, 1/2 and infinity err twice as much.
+// F(4, 2): five products for eight, at the points a, -a, b, -b and infinity. Of the multiples of 1/16 these round
+// least: 0, 1, -1, 1/2 and infinity err twice as much.
 struct F42 {
   static constexpr int kTaps = 2, kOutputs = 4, kSide = 5;
   static constexpr int64_t kDepth = cpu::kDepth, kTileDepth = cpu::kDepth / 2;

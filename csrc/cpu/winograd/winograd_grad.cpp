@@ -27,7 +27,8 @@ struct Rows {
   int64_t count;  // of tiles
 
   explicit Rows(int64_t rows)
-      : whole(rows / kGroup), groups((rows + kGroup - 1) / kGroup), rest(rows % kGroup), count(4 * whole + rest.count) {}
+      : whole(rows / kGroup), groups((rows + kGroup - 1) / kGroup), rest(rows % kGroup),
+        count(4 * whole + rest.count) {}
   int64_t begin(int64_t tile) const {
     return tile < 4 * whole ? tile * kKernelRows : whole * kGroup + (rest.count ? rest.begin(tile - 4 * whole) : 0);
   }

@@ -151,7 +151,8 @@ inline void widen_tap(
   }
 }
 
-// A panel [depth, width] of B at each of the points, which are `step` apart, from the taps at `from`. Elements as above.
+// A panel [depth, width] of B at each of the points, which are `step` apart, from the taps at `from`. Elements as
+// above.
 template <class F, class T>
 inline void transform_weights(
     const T* const* from, int64_t k_step, int64_t depth, int64_t n_step, int64_t columns, int64_t width, float* to,
