@@ -179,11 +179,13 @@ def _output(*command: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """Its model, and whether it has AMX, which hypervisors leave out of the model's name."""
+    """Its model, whether it has AMX, which hypervisors leave out of the model's name, and what is left out by order."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     name = found.group(1).strip() if found else platform.processor() or platform.machine()
-    return f"{name} with AMX" if torch.cpu._is_amx_tile_supported() else name
+    name = f"{name} with AMX" if torch.cpu._is_amx_tile_supported() else name
+    caps = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+    return ", ".join([name, *(f"{cap}={os.environ[cap]}" for cap in caps if os.environ.get(cap))])
 
 
 def _version(package: str) -> str | None:

@@ -92,6 +92,14 @@ def test_environment_names_the_machine_and_versions():
     json.dumps(found)
 
 
+def test_a_processor_that_was_capped_is_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cap in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(cap, raising=False)
+    whole = results.environment(CPU)["device"]
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert results.environment(CPU)["device"] == f"{whole}, ONEDNN_MAX_CPU_ISA=AVX2"
+
+
 def test_tables_show_every_peer_and_why_one_has_no_time():
     step = tables.markdown(_made_up(), "step").splitlines()
     assert len(step) == 2 + 3
