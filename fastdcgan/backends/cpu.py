@@ -29,7 +29,7 @@ MOST_IMAGE_CHANNELS, MOST_IMAGE_DEPTH = 4, 256  # of that side, and of a sum: ke
 FEWEST_FEATURES = 8  # of the other side of an image, in float32
 MOST_PIXELS = 16  # of the other side, in float32
 # Of 2x2 outputs: below these, minimal filtering loses by transforming the weight; sums are too short for its rounding.
-# A transformed weight may also stay in the packed-weight cache. Tiles of 4x4 outputs need be few.
+# A transformed weight may also stay in the packed-weight cache. Tiles of 4x4 outputs, for 3x3 kernels, need be few.
 FEWEST_TILES, FEWEST_CACHED_TILES, FEWEST_SUMMED_TILES, FEWEST_LARGE_TILES = 128, 32, 16, 8
 FEWEST_TERMS = 64  # of a sum, for tiles of 4x4 outputs: the rounding of its transforms doesn't shrink with them
 FEWEST_ROWS, FEWEST_WIDE_ROWS, FEWEST_PROJECTED = 128, 512, 16  # pixels of all samples: 16-bit, float32, from one pixel
@@ -225,19 +225,22 @@ class CPUBackend(Backend):
             return None
         if not _in_channels_last(call):
             return "the contractions of csrc/cpu are channels_last, and these tensors are not"
+        if name == "winograd_4x4" and s.taps % 9 != 0:
+            return "tiles of 2x2 outputs round less"
         if name in _WINOGRAD:
-            return self._why_not_filter(call.op, s, 2 if name == "winograd_2x2" else 4)
+            return self._why_not_filter(call.op, s)
         if self._processor_has_amx and s.dtype == torch.bfloat16:
             return "PyTorch's own multiplies bfloat16 on AMX tiles"
         if s.gathered[1] < FEWEST_CHANNELS:
             return None if s.dtype == torch.float16 else _why_not_image(call.op, s)
         return None if call.op == "weight_grad" else _why_not_gemm(call.op, s)
 
-    def _why_not_filter(self, op: str, s: Sides, side: int) -> str | None:
+    def _why_not_filter(self, op: str, s: Sides) -> str | None:
         if min(s.gathered[1], s.linear[1]) < FEWEST_CHANNELS:
             return f"{s.gathered[1]} and {s.linear[1]} channels are few"
         if s.dtype == torch.bfloat16 and (self._processor_has_amx or self.amx):
             return "bfloat16 is faster on AMX tiles"
+        side = 4 if s.taps % 9 == 0 else 2
         tiles = s.linear[0] * -(-s.linear[2] // side) * -(-s.linear[3] // side)
         fewest = FEWEST_SUMMED_TILES if op == "weight_grad" else FEWEST_CACHED_TILES if s.cached else FEWEST_TILES
         fewest = FEWEST_LARGE_TILES if side == 4 else fewest

@@ -237,7 +237,7 @@ def test_the_rule() -> None:
         cached: bool = False,
         taps: int = 16,
     ) -> bool:
-        return cpu._why_not_filter(op, Sides(gathered, linear, taps, dtype, cached), 4 if taps == 9 else 2) is None
+        return cpu._why_not_filter(op, Sides(gathered, linear, taps, dtype, cached)) is None
 
     sizes = (8, 16, 32, 32), (8, 32, 16, 16)
     for op in ("conv", "conv_transpose", "weight_grad"):
@@ -255,6 +255,14 @@ def test_the_rule() -> None:
     assert fits("conv", *sizes, torch.bfloat16)
     cpu._processor_has_amx = True
     assert not fits("conv", *sizes, torch.bfloat16)
+
+
+def test_the_rule_takes_the_tiles_that_round_least() -> None:
+    for g, name in ((K4, TWO), (K3, FOUR)):
+        for op, call in Case(32, 32, (32, 32), 32, g, torch.float32).calls().items():
+            on = Kernels(TWO, FOUR)
+            on._processor_has_amx = False
+            assert [a.name for a in on.algorithms(op) if not (a.why_not(call) or a.why_last(call))] == [f"cpu {name}"]
 
 
 def test_avx2() -> None:
