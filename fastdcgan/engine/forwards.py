@@ -28,7 +28,8 @@ KIND = "forwards"  # of what the autotune cache keeps
 _WAYS = PLAIN, AS_IT_IS, CHANNELS_LAST = "PyTorch's modules", "as it is", "in channels_last"
 _CPU = torch.device("cpu")
 _MOST_FORWARDS = 256  # of a module, by shape and mode
-_FIRST_ROUNDS = 6  # of each way that don't count: chains are measured in them, and code is made
+_RUN = 3  # rounds of a way in a row. The first doesn't count: memory is where another way needed it
+_FIRST_RUNS = 2  # of each way that don't count: chains are measured in them, and code is made
 _LEAST_ROUNDS, _LEAST_SECONDS = 8, 0.1  # that count
 _MOST_CALLS = 8  # of a round
 
@@ -57,12 +58,10 @@ class Trial:
         self._spent = autotune.spent()
 
     def _turn(self) -> str:
-        """How the round runs: the first ones all in one way, so that short scripts have one; then in an order in which
-        what comes every second or third round meets each way as often."""
-        if self._round < _FIRST_ROUNDS:
-            return AS_IT_IS
-        ways, number = [*self._seconds], self._round - _FIRST_ROUNDS
-        return ways[(number + number // len(ways)) % len(ways)]
+        """How the round runs: the first ones all in one way, so that short scripts have one. What comes every second or
+        third round meets each way as often."""
+        ways, run = [*self._seconds], self._round // _RUN
+        return AS_IT_IS if run < _FIRST_RUNS else ways[run % len(ways)]
 
     def run(self, forward: Callable[[], ValueT]) -> ValueT:
         way, since = self._turn(), time.perf_counter()
@@ -89,7 +88,7 @@ class Trial:
             self._end(time.perf_counter() - self._backward_since)
 
     def _end(self, backward: float) -> None:
-        if autotune.spent() == self._spent:
+        if autotune.spent() == self._spent and self._round % _RUN:
             self._seconds[self._turn()].append(self._forward + backward)
         self._round += 1
         self._begin()
@@ -99,10 +98,11 @@ class Trial:
         if len(self._seconds) == 1:  # nothing is contiguous, and plain modules are no candidate
             self.way = AS_IT_IS
             return
-        rounds = min(map(len, self._seconds.values())) - _FIRST_ROUNDS
+        first = _FIRST_RUNS * (_RUN - 1)
+        rounds = min(map(len, self._seconds.values())) - first
         if rounds < _LEAST_ROUNDS:
             return
-        seconds = {way: sorted(times[_FIRST_ROUNDS:][:rounds]) for way, times in self._seconds.items()}
+        seconds = {way: sorted(times[first:][:rounds]) for way, times in self._seconds.items()}
         if min(map(sum, seconds.values())) < _LEAST_SECONDS:
             return
         # By the fastest half and three quarters: something else may have run beside the others. A way has to be faster

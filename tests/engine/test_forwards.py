@@ -89,7 +89,7 @@ def train(net: nn.Module, calls: int = 1) -> None:
 @pytest.mark.parametrize("fastest", WAYS)
 def test_the_fastest_one_runs(fastest: str, fast: tuple[float, float], clock: Clock) -> None:
     net = fused(clock, **{fastest: fast})
-    for _ in range(60):
+    for _ in range(90):
         train(net)
     assert not forwards.undecided(net)
     assert set(ran[:6]) == {AS_IT_IS}  # a short script has one way
@@ -100,21 +100,21 @@ def test_the_fastest_one_runs(fastest: str, fast: tuple[float, float], clock: Cl
 def test_what_is_measured_at_once_never_runs_plain(clock: Clock) -> None:
     net = fused(clock, plain=(0.1, 0.1), channels_last=(0.5, 0.5))
     with autotune.at_once():
-        for _ in range(60):
+        for _ in range(90):
             train(net)
     assert set(ran) == {AS_IT_IS, CHANNELS_LAST} and ran[-1] == CHANNELS_LAST
 
 
 def test_what_gains_little_runs_plain(clock: Clock) -> None:
     net = fused(clock, as_it_is=(0.98, 0.98), channels_last=(0.98, 0.98))
-    for _ in range(60):
+    for _ in range(90):
         train(net)
     assert not forwards.undecided(net) and set(ran[-10:]) == {PLAIN}
 
 
 def test_a_small_gain_changes_no_format(clock: Clock) -> None:
     net = fused(clock, as_it_is=(0.9, 0.9), channels_last=(0.88, 0.88))
-    for _ in range(60):
+    for _ in range(90):
         train(net)
     assert not forwards.undecided(net) and set(ran[-10:]) == {AS_IT_IS}
 
@@ -122,7 +122,7 @@ def test_a_small_gain_changes_no_format(clock: Clock) -> None:
 def test_without_gradients_each_call_is_a_round(clock: Clock) -> None:
     net = fused(clock, channels_last=(0.5, 0.0))
     with torch.no_grad():
-        for _ in range(60):
+        for _ in range(90):
             net(torch.ones(SHAPE))
     assert ran[-1] == CHANNELS_LAST
 
@@ -147,7 +147,7 @@ def test_what_takes_longer_every_other_time_is_no_reason(every: int, clock: Cloc
 
 def test_rounds_in_which_a_chain_was_measured_do_not_count(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     net = fused(clock)
-    for spent in range(60):
+    for spent in range(90):
         monkeypatch.setattr(autotune, "spent", lambda spent=spent: spent)
         train(net)
     assert forwards.undecided(net)
@@ -171,7 +171,7 @@ def test_as_it_is(why: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_was_measured_is_asked_no_more(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """With deterministic algorithms, or on another device."""
     net = fused(clock, plain=(0.5, 0.5))
-    for _ in range(60):
+    for _ in range(90):
         train(net)
     assert ran[-1] == PLAIN
     with monkeypatch.context() as patch:
@@ -184,7 +184,7 @@ def test_what_was_measured_is_asked_no_more(clock: Clock, monkeypatch: pytest.Mo
 
 def test_what_is_channels_last_has_no_other_format(clock: Clock) -> None:
     net = fused(clock, plain=(0.5, 0.5)).to(memory_format=torch.channels_last)
-    for _ in range(60):
+    for _ in range(90):
         train(net)
     assert ran.count(CHANNELS_LAST) == 1  # by which that is seen
     assert ran[-1] == PLAIN
@@ -197,7 +197,7 @@ def test_explain_says_that_it_runs_plain(clock: Clock, monkeypatch: pytest.Monke
     monkeypatch.setattr(autotune, "milliseconds", milliseconds)  # by which every chain runs fused
     monkeypatch.setattr(deferred, "cost_of", lambda mode: Cost(0.0, 0.0))
     net = fused(clock, plain=(0.5, 0.5))
-    for _ in range(60):
+    for _ in range(90):
         train(net)
     rows = fastdcgan.explain(net, torch.ones(SHAPE))
     assert rows and not any(row.fused for row in rows)
@@ -220,7 +220,7 @@ def test_plain_modules_leave_what_plain_modules_leave(clock: Clock, monkeypatch:
 def test_what_was_found_is_found_again(clock: Clock) -> None:
     """By another process, for a network like it: from its first call on."""
     net = fused(clock, channels_last=(0.5, 0.5))
-    for _ in range(60):
+    for _ in range(90):
         train(net)
     autotune._files.clear()
     ran.clear()
@@ -234,7 +234,7 @@ def test_what_was_found_is_found_again(clock: Clock) -> None:
 
 def test_a_copy_starts_anew(clock: Clock) -> None:
     net = fused(clock)
-    for _ in range(60):
+    for _ in range(90):
         train(net)
     assert net._trials and not copy.deepcopy(net).__dict__["_trials"]
     assert "_trials" not in fastdcgan.unfuse(net).__dict__
