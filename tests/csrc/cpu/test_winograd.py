@@ -115,9 +115,9 @@ def test_statistics(cpu: Kernels, g: Geometry, dtype: torch.dtype, groups: int |
 @pytest.mark.parametrize("offset", [0.0, 1.0, 100.0, 1e4])
 @EACH
 def test_rounding_is_about_that_of_plain_sums(cpu: Kernels, g: Geometry, offset: float) -> None:
-    """Also where inputs differ by little, and where the taps of a weight cancel. With tiles of 2x2 twice vanilla's error
-    and not a bit more, in all that `verdict` judges. The transforms of 4x4 have factors beside 1: other points than
-    theirs would double the error. Vanilla's gradient of a 3x3 weight errs by hardly more than a rounding."""
+    """Also where inputs differ by little, and where the taps of a weight cancel. With tiles of 2x2 twice vanilla's
+    error and not a bit more, in all that `verdict` judges. The transforms of 4x4 have factors beside 1: other points
+    than theirs would double the error. Vanilla's gradient of a 3x3 weight errs by hardly more than a rounding."""
     case = Case(8, 128, (16, 16), 128, g, torch.float32)
     case.x += offset
     case.dy += offset
