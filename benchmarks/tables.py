@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -19,12 +20,13 @@ from pathlib import Path
 
 from fastdcgan.benchmarks.harness import Summary, is_noisy
 from fastdcgan.benchmarks.peers import PEERS
-from fastdcgan.benchmarks.results import RESULTS, Case, Results, Row, load
+from fastdcgan.benchmarks.results import RESULTS, Results, Row, load
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 NOT_MEASURED = "not measured yet"
+_MOST_WITH_QUARTILES = 4  # columns of the census
 FLOOR_NET = "64x64"  # the net whose floors gpu-check computes
 
 
@@ -142,21 +144,31 @@ def host_cells(results: Results) -> Cells:
 
 
 def census_cells(results: Results) -> Cells:
-    """One line per network: plain over fused in each dtype, memory format, mode and batch."""
+    """One line per network: plain over fused in each dtype, memory format, mode and batch, without quartiles where
+    these are many; and at the end the median and the lowest of all networks."""
     cases = [case for case in results.cases if case.suite == "census"]
     columns = list(dict.fromkeys((case.dtype, case.part, case.batch) for case in cases))
+    gains: dict[tuple, list[float]] = {column: [] for column in columns}
     lines: list[Sequence[str]] = []
     for name in dict.fromkeys(case.name for case in cases):
         of = {(c.dtype, c.part, c.batch): c for c in cases if c.name == name}
         there, fused = results.extra["blocks"][name]
-        cells = ["-" if key not in of else _gain_cell(of[key]) for key in columns]
+        found = [next((r for r in of[c].rows if r.peer != of[c].reference), None) if c in of else None for c in columns]
+        for column, row in zip(columns, found, strict=True):
+            if row is not None and row.ratio is not None:
+                gains[column].append(row.ratio.median)
+        cells = [_gain_cell(row, len(columns) <= _MOST_WITH_QUARTILES) for row in found]
         lines.append((name, f"{fused} of {there}", *cells))
+    for what, of_all in (("median", statistics.median), ("lowest", min)):
+        lines.append((f"**{what}**", "", *(f"**{of_all(found):.2f}x**" if found else "-" for found in gains.values())))
     return ("network", "blocks fused", *(f"{dtype}, {part}, batch {batch}" for dtype, part, batch in columns)), lines
 
 
-def _gain_cell(case: Case) -> str:
-    other = next(row for row in case.rows if row.peer != case.reference)
-    return _ratio_cell(other, next(row for row in case.rows if row.peer == case.reference))
+def _gain_cell(row: Row | None, quartiles: bool) -> str:
+    if row is None or row.ratio is None:
+        return "-" if row is None else reason(row)
+    noise = " ~" if is_noisy(row.ratio) else ""
+    return format_ratio(row.ratio) if quartiles else f"{row.ratio.median:.2f}x{noise}"
 
 
 CELLS: dict[str, Callable[[Results], Cells]] = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdcgan.benchmarks import census
+from fastdcgan.benchmarks import census, tables
 from fastdcgan.benchmarks.census import Setting, Watch
 from fastdcgan.benchmarks.harness import CPUTimer, Summary, Timing
 from fastdcgan.benchmarks.results import Case, Results, Row
@@ -162,6 +162,26 @@ def test_the_summary_is_over_networks_of_one_setting() -> None:
     worst = "worst: a 0.50, b 0.96, c 1.00"
     assert four == f"4: median 1.00 (0.96-1.02) of 5, 2 under 0.97, 1 over 1.03; {worst}"
     assert sixteen == "16: median 2.00 (2.00-2.00) of 1, 0 under 0.97, 1 over 1.03; worst: a 2.00"
+
+
+def test_a_table_of_many_settings_has_medians_alone() -> None:
+    failed = case_of("c", 9.0)
+    failed.rows[0].ratio, failed.rows[0].status, failed.rows[0].detail = None, "failed", "no memory"
+    few = [case_of("a", 1.5), case_of("b", 0.5), failed]
+    extra = {"blocks": dict.fromkeys("abc", (3, 2))}
+    _, lines = tables.census_cells(Results("census", {}, few, extra=extra))
+    assert [line[2] for line in lines] == [
+        "1.50x (1.50-1.50)",
+        "0.50x (0.50-0.50)",
+        "failed: no memory",
+        "**1.00x**",
+        "**0.50x**",
+    ]
+    many = [*few, *(case_of("a", 2.0, batch) for batch in (1, 8, 16, 32))]
+    header, lines = tables.census_cells(Results("census", {}, many, extra=extra))
+    assert len(header) == 7 and header[3] == "fp32, contiguous, eager, batch 1"
+    assert [line[2] for line in lines] == ["1.50x", "0.50x", "failed: no memory", "**1.00x**", "**0.50x**"]
+    assert [line[3] for line in lines] == ["2.00x", "-", "-", "**2.00x**", "**2.00x**"]
 
 
 def test_rows_are_written_and_an_earlier_run_is_shown_beside(
