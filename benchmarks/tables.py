@@ -159,7 +159,7 @@ def census_cells(results: Results) -> Cells:
                 gains[column].append(row.ratio.median)
         cells = [_gain_cell(row, len(columns) <= _MOST_WITH_QUARTILES) for row in found]
         lines.append((name, f"{fused} of {there}", *cells))
-    for what, of_all in (("median", statistics.median), ("lowest", min)):
+    for what, of_all in (("median", statistics.median), ("lowest", min)) if cases else ():
         lines.append((f"**{what}**", "", *(f"**{of_all(found):.2f}x**" if found else "-" for found in gains.values())))
     return ("network", "blocks fused", *(f"{dtype}, {part}, batch {batch}" for dtype, part, batch in columns)), lines
 

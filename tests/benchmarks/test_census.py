@@ -182,6 +182,7 @@ def test_a_table_of_many_settings_has_medians_alone() -> None:
     assert len(header) == 7 and header[3] == "fp32, contiguous, eager, batch 1"
     assert [line[2] for line in lines] == ["1.50x", "0.50x", "failed: no memory", "**1.00x**", "**0.50x**"]
     assert [line[3] for line in lines] == ["2.00x", "-", "-", "**2.00x**", "**2.00x**"]
+    assert tables.markdown(Results("bench", {}, []), "census") == ""
 
 
 def test_rows_are_written_and_an_earlier_run_is_shown_beside(
