@@ -226,11 +226,15 @@ def headline(results: Sequence[Results]) -> str:
     for label, device_type in (("On a CPU", "cpu"), ("On a GPU", "cuda")):
         gains = {r.environment["device"]: (r, found) for r in results if (found := _gains(r, device_type))}
         lines += [
-            f"- {label}, a training step is {min(found):.2f} to {max(found):.2f} times as fast as the fastest that was "
-            f"measured of PyTorch, eager or compiled. {caption(r)}"
+            f"- {label}, a training step is {_range(found)} times as fast as the fastest that was measured of PyTorch, "
+            f"eager or compiled. {caption(r)}"
             for r, found in gains.values()
         ] or [f"- {label}: {NOT_MEASURED}."]
     return "\n".join(lines)
+
+
+def _range(found: Sequence[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{value:.2f}" for value in (min(found), max(found))))
 
 
 def _gains(results: Results, device_type: str) -> list[float]:

@@ -163,6 +163,10 @@ def test_headline_ranges_over_the_cases_of_the_newest_results(tmp_path):
     assert text.splitlines()[1:] == [f"- On a GPU: {tables.NOT_MEASURED}."]
 
 
+def test_headline_of_one_case_has_one_figure() -> None:
+    assert "a training step is 2.00 times as fast" in tables.headline([_made_up()])
+
+
 def test_plots_are_linked_from_where_the_document_lies(tmp_path):
     found = _made_up(plot=tmp_path / "results" / "a.png")
     assert "![Training step](../results/a.png)" in tables.measured("cpu", [found], tmp_path / "docs")
