@@ -31,7 +31,7 @@ MOST_PIXELS = 16  # of the other side, in float32
 # Of 2x2 outputs: below these, minimal filtering loses by transforming the weight; sums are too short for its rounding.
 # A transformed weight may also stay in the packed-weight cache. Tiles of 4x4 outputs, for 3x3 kernels, need be few.
 FEWEST_TILES, FEWEST_CACHED_TILES, FEWEST_SUMMED_TILES, FEWEST_LARGE_TILES = 128, 32, 16, 8
-FEWEST_TERMS = 64  # of a sum, for tiles of 4x4 outputs: the rounding of its transforms doesn't shrink with them
+FEWEST_TERMS = 64  # of a sum, for tiles of 4x4 outputs: the rounding of their transforms doesn't shrink with it
 FEWEST_ROWS, FEWEST_WIDE_ROWS, FEWEST_PROJECTED = 128, 512, 16  # pixels of all samples: 16-bit, float32, from one pixel
 FEWEST_WIDE_CACHED = 32  # of `conv` in float32 with a weight in the packed-weight cache
 # Multiply-adds below which a call of PyTorch's convolution takes longer to set up than ours to run, if a packed weight

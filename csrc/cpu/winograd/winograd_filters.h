@@ -42,8 +42,8 @@ struct F22 {
   [[gnu::always_inline]] static void weight_adjoint(const Floats* m, Floats* to) { output(m, to); }
 };
 
-// F(4, 2): five products for eight, at the points a, -a, b, -b and infinity. Of the multiples of 1/16 these round
-// least: 0, 1, -1, 1/2 and infinity err twice as much.
+// F(4, 2): five products for eight, at the points a, -a, b, -b and infinity. Of those tried these
+// round least: 0, 1, -1, 1/2 and infinity err twice as much.
 struct F42 {
   static constexpr int kTaps = 2, kOutputs = 4, kSide = 5;
   static constexpr int64_t kDepth = cpu::kDepth, kTileDepth = cpu::kDepth / 2;
