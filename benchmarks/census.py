@@ -15,14 +15,12 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +105,7 @@ def blocks_of(module: nn.Module, x: Tensor) -> Blocks:
     plain = copy.deepcopy(module)
     with Watch() as watch:
         plain(x)
-    with mock.patch.dict(os.environ, FASTDCGAN_AUTOTUNE="off"):
+    with autotune.by_rule():
         rows = {row.name: row for row in explain(fuse(copy.deepcopy(module)), x)}
     modules = {id(p): name for name, m in plain.named_modules() for p in m.parameters(recurse=False)}
     left = []

@@ -21,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import fastdcgan
+from fastdcgan.dispatch import autotune
 from tests.cuda_on_cpu.host_programs import needs_compiler
 from tests.helpers import twins
 from tests.machine import DEVICE, DEVICE_EXAMPLES, ROOT, backends_here
@@ -44,7 +45,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed" if DEVICE.typ
 
 def pytest_configure(config: pytest.Config) -> None:
     # What runs does not depend on how fast this machine is; measuring has tests of its own.
-    os.environ["FASTDCGAN_AUTOTUNE"] = "off"
+    os.environ["FASTDCGAN_AUTOTUNE"] = "off"  # for other processes
+    autotune._by_rule = True
     torch.set_num_threads(int(os.environ.get("FASTDCGAN_TEST_THREADS", "1")))
     # float32 means float32 here, for the vanilla modules and for ours; TF32 has tests of its own.
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -11,6 +11,7 @@ from torch import nn
 
 import fastdcgan
 from fastdcgan import backends
+from fastdcgan.dispatch import autotune
 from fastdcgan.explain import Explanation, Row
 from fastdcgan.spec import Unavailable
 from tests.helpers.networks import IMAGE, VARIANTS
@@ -87,7 +88,7 @@ def test_blocks_without_a_convolution(device: torch.device, monkeypatch: pytest.
         "2": ("Conv2d + ReLU", True),
     }
     model, x = fastdcgan.fuse(PreactivatedBlock(3, 4, 1)).to(device), draw(IMAGE, torch.float32, device)
-    monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "off")
+    monkeypatch.setattr(autotune, "_by_rule", True)
     rows = rows_of(model, x)
     assert rows["bn1"].pattern == "BatchNorm2d + ReLU" and rows["bn1"].why.startswith("no contraction")
     assert rows["conv1"].pattern == "Conv2d + BatchNorm2d + ReLU" and rows["conv1"].fused

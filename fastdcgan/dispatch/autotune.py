@@ -4,8 +4,8 @@ The autotune cache is one JSON file, `autotune.json` in `fastdcgan` of the user'
 FASTDCGAN_AUTOTUNE_CACHE names. Entries are of one processor and one set of versions. The file is never needed: one that
 can't be read or written, or is not of this format, is left alone, with a warning.
 
-Nothing is ever measured while a CUDA graph is being captured, nor on a CPU with deterministic algorithms or with
-FASTDCGAN_AUTOTUNE=off. Otherwise new calls are
+Nothing is ever measured while a CUDA graph is being captured, nor on a CPU with deterministic algorithms, inside
+`by_rule()` or where FASTDCGAN_AUTOTUNE is "off" as this is imported. Otherwise new calls are
 
     compared   our algorithms against PyTorch's own convolution: on a GPU where `torch.backends.cudnn.benchmark` is on,
                which is how PyTorch is told that measuring at first use is welcome; on a CPU when a chain is called for
@@ -49,7 +49,7 @@ _tuning = False
 _ahead = False
 _comparing = False  # on a CPU: a chain is being measured, and its contractions with it
 _at_once = False
-_by_rule = False
+_by_rule = os.environ.get("FASTDCGAN_AUTOTUNE") == "off"  # read once: each forward would take 40 us for it
 _spent, _since = 0.0, time.perf_counter()
 _unwritten = False
 _files: dict[Path, dict[str, Any]] = {}  # each file is read once
@@ -90,6 +90,17 @@ def at_once() -> Iterator[None]:
         yield
     finally:
         _at_once = before
+
+
+@contextlib.contextmanager
+def by_rule() -> Iterator[None]:
+    """Inside a `with`, nothing on a CPU is measured, nor depends on what was."""
+    global _by_rule
+    before, _by_rule = _by_rule, True
+    try:
+        yield
+    finally:
+        _by_rule = before
 
 
 @contextlib.contextmanager
@@ -136,8 +147,7 @@ def may_compare(device: torch.device) -> bool:
 
 def consulted(device: torch.device) -> bool:
     """Whether what runs may depend on what was measured: not on a CPU where bits should not."""
-    off = os.environ.get("FASTDCGAN_AUTOTUNE") == "off" or torch.are_deterministic_algorithms_enabled()
-    return device.type != "cpu" or not (off or _by_rule)
+    return not (_by_rule or torch._C._get_deterministic_algorithms()) or device.type != "cpu"
 
 
 def may_begin(calls: int) -> bool:
@@ -183,10 +193,13 @@ _PART = 1 << 15  # numbers that PyTorch writes by the calling thread alone: it i
 _HEAP_BYTES = (32 << 20) - (64 << 10)
 
 
-def milliseconds(calls: Mapping[Any, Callable[[], object]], device: torch.device) -> dict[Any, float]:
-    """The median time of each call, taken in turns; on a GPU each with a cold second-level cache."""
+def milliseconds(
+    calls: Mapping[Any, Callable[[], object]], device: torch.device, firsts: Mapping[Any, float] | None = None
+) -> dict[Any, float]:
+    """The median time of each call, taken in turns, on a GPU each with a cold second-level cache; `firsts` are those of
+    first calls that were made."""
     if device.type == "cpu":
-        return _cpu_milliseconds(calls)
+        return _cpu_milliseconds(calls, firsts)
     with torch.cuda.device(device):
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         # The writes that empty the cache also give the host the time to launch what comes next.
@@ -207,11 +220,13 @@ def milliseconds(calls: Mapping[Any, Callable[[], object]], device: torch.device
         return {name: _median([begin.elapsed_time(end) for begin, end in found]) for name, found in pairs.items()}
 
 
-def _cpu_milliseconds(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
+def _cpu_milliseconds(
+    calls: Mapping[Any, Callable[[], object]], firsts: Mapping[Any, float] | None = None
+) -> dict[Any, float]:
     """The median time of each call: at least `_CPU_ROUNDS[0]` rounds, more where they are short; what is clearly slower
     leaves early, and what is left is measured no further when it is alone. The first call counts only for what leaves
     after it."""
-    times = {name: [cpu_milliseconds(call)] for name, call in calls.items()}
+    times = {name: [cpu_milliseconds(call) if firsts is None else firsts[name]] for name, call in calls.items()}
     limit = _FIRST_SLOWER * min(found[0] for found in times.values()) + 1000 * _FIRST_SECONDS
     left, spent = [name for name in times if times[name][0] <= limit], 0.0
     times |= {name: [] for name in left}
@@ -248,16 +263,12 @@ def _timed(call: Callable[[], object]) -> float:
 def extra_milliseconds(name: str, call: Callable[[], object], part: Callable[[], object]) -> float:
     """How much longer a call on the CPU takes than a part of it, after other work: what the cache has under `name`, or
     is measured now. Chains in it run by the rule, and nothing else is measured."""
-    global _by_rule
     where = machine(torch.device("cpu"))
     known = lookup("costs", where, name)
     if isinstance(known, float):
         return known
-    before, _by_rule = _by_rule, True
-    try:
+    with by_rule():
         extra = [_after_other_work(call) - _after_other_work(part) for _ in range(_EXTRA_ROUNDS)]
-    finally:
-        _by_rule = before
     found = max(0.0, _median(extra))
     remember("costs", where, name, found)
     return found

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -127,7 +128,8 @@ def _choose(call: Call, backend: str) -> Route:
         return known.route
     if autotune.is_ahead():
         for algorithm in able if autotune.is_welcome() else able[:1]:
-            _attempt(algorithm, call, None)
+            if algorithm.name != PYTORCH:
+                _attempt(algorithm, call, None)
         return Route(able[0], None, "", False)
     if searching or autotune.may_compare(device):
         made = _measure(able, call, searching)
@@ -141,18 +143,18 @@ def _choose(call: Call, backend: str) -> Route:
 
 def _runs(route: Route, call: Call, backend: str) -> bool:
     """Whether a route can be taken: "auto" finds out by taking it, and what was asked for by name may fail later."""
-    return backend != "auto" or _attempt(route.algorithm, call, route.tile)
+    return backend != "auto" or route.algorithm.name == PYTORCH or _attempt(route.algorithm, call, route.tile)
 
 
 def _attempt(algorithm: Algorithm, call: Call, tile: Any) -> bool:
     """Whether an algorithm runs a call here, with a warning if not; PyTorch's own has to run."""
-    if algorithm.name == PYTORCH:
-        return True
     try:
         algorithm.run(call, tile)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Whatever keeps one of our kernels from running here, PyTorch's own is there.
+        if algorithm.name == PYTORCH:
+            raise
         what = f"algorithm {algorithm.name!r}" + ("" if tile is None else f" with {tile}")
         warnings.warn(f"fastdcgan leaves {what} out: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
         return False
@@ -195,12 +197,15 @@ def _measure(able: Sequence[Algorithm], call: Call, searching: bool) -> dict[str
     An algorithm, or a tile of one, that can't run here is left out with a warning; PyTorch's own has to run.
     """
     calls: dict[tuple[str, Any], Callable[[], object]] = {}
+    firsts: dict[tuple[str, Any], float] = {}
     for algorithm in able:
         choices = list(algorithm.tiles(call)) if searching and algorithm.tiles is not None else [None]
         for tile in choices:
+            since = time.perf_counter()
             if _attempt(algorithm, call, tile):
+                firsts[algorithm.name, tile] = 1000 * (time.perf_counter() - since)
                 calls[algorithm.name, tile] = functools.partial(algorithm.run, call, tile)
-    times = autotune.milliseconds(calls, call.a.x.device)
+    times = autotune.milliseconds(calls, call.a.x.device, firsts)
     best: dict[str, tuple[float, Any]] = {}
     for (name, tile), ms in times.items():
         if name not in best or ms < best[name][0]:

@@ -371,47 +371,39 @@ _MOST_CALLS = 256  # of a module, by shape and mode
 def deferring(forward: Callable) -> Callable:
     """A module's forward whose convolutions wait for what comes after them."""
 
-    @functools.wraps(forward)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def fused(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
-        before, here = getattr(local, "inside", None), place()
+        before, here = local.inside, place()
         # What calls it may wait itself.
-        if before == here or followed(args[0] if args else None) or _others_watch():
+        if before == here or forwards.is_followed(args[0] if args else None):
             return forward(self, *args, **kwargs)
-        glance = forwards.glance(self, args, kwargs)
+        glance, reorders = forwards.glance(self, args, kwargs), reordered.is_on()
+        plain = self.__dict__.setdefault("_plain_calls", PlainCalls())
+        local.inside = here
+        try:
+            if glance in plain and not reorders and chain.recorder is None:
+                return forward(self, *args, **kwargs)
+            compute_before_compiled_code()
+            recorded = len(chain.recorder or ())
+            with Deferring() as mode:
+                out = forward(self, *args, **kwargs)
+            too_little = glance is not None and not reorders and chain.fuses_too_little(mode.gain, mode.cost, recorded)
+        finally:
+            local.inside = before
+        if too_little:
+            if len(plain) >= _MOST_CALLS:
+                plain.clear()
+            plain.add(glance)
+        return out
 
-        def fused() -> Any:
-            plain, reorders = self.__dict__.setdefault("_plain_calls", PlainCalls()), reordered.is_on()
-            local.inside = here
-            try:
-                if forwards.is_plain() or (glance in plain and not reorders and chain.recorder is None):
-                    return forward(self, *args, **kwargs)
-                compute_before_compiled_code()
-                recorded = len(chain.recorder or ())
-                with Deferring() as mode:
-                    out = forward(self, *args, **kwargs)
-                too_little = (
-                    glance is not None and not reorders and chain.fuses_too_little(mode.gain, mode.cost, recorded)
-                )
-            finally:
-                local.inside = before
-            if too_little:
-                if len(plain) >= _MOST_CALLS:
-                    plain.clear()
-                plain.add(glance)
-            return out
-
-        return forwards.run(self, args, glance, fused)
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if local.inside is not None and not local.within and local.inside == place():  # an undecided forward calls it
+            return forward(self, *args, **kwargs)
+        return forwards.run(self, forward, fused, args, kwargs)
 
     return run
-
-
-def _others_watch() -> bool:
-    """Whether somebody else follows the functions that are called: what waits is computed out of their sight."""
-    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    # That of torch.set_default_device only adds a device to what is made anew.
-    return not all(isinstance(mode, Deferring) or type(mode).__name__ == "DeviceContext" for mode in modes)
 
 
 class PlainCalls(Kept, set):

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from fastdcgan import backends
 from fastdcgan.dispatch import autotune
 from fastdcgan.engine import chain, reordered
+from fastdcgan.engine.pending import Waiting
 from fastdcgan.engine.place import Kept, is_computed_again, local, place
 from fastdcgan.engine.planned import followed
 
@@ -26,6 +27,7 @@ ValueT = TypeVar("ValueT")
 
 KIND = "forwards"  # of what the autotune cache keeps
 _WAYS = PLAIN, AS_IT_IS, CHANNELS_LAST = "PyTorch's modules", "as it is", "in channels_last"
+TENSORS = (Tensor, nn.Parameter)  # of which it can be told what they are at a glance
 _CPU = torch.device("cpu")
 _MOST_FORWARDS = 256  # of a module, by shape and mode
 _RUN = 3  # rounds of a way in a row. The first doesn't count: memory is where another way needed it
@@ -63,9 +65,9 @@ class Trial:
         ways, run = [*self._seconds], self._round // _RUN
         return AS_IT_IS if run < _FIRST_RUNS else ways[run % len(ways)]
 
-    def run(self, forward: Callable[[], ValueT]) -> ValueT:
+    def run(self, plain: Callable[[], ValueT], fused: Callable[[], ValueT]) -> ValueT:
         way, since = self._turn(), time.perf_counter()
-        out, made = _in_way(forward, way)
+        out, made = _in_way(plain if way == PLAIN else fused, way)
         if way == CHANNELS_LAST and not made:
             del self._seconds[way]
             self._decide()
@@ -122,41 +124,75 @@ class Trials(Kept, dict[Hashable, Trial]):
     """By what sets calls of a module apart."""
 
 
-def within() -> bool:
-    """Whether a forward runs that has decided."""
-    return getattr(local, "within", False)
-
-
-def run(module: nn.Module, args: Sequence[Any], glance: Hashable | None, forward: Callable[[], ValueT]) -> ValueT:
-    """`forward()` of a module whose calls `glance` sets apart, in the way that was measured to be the fastest."""
-    if within() or glance is None or is_computed_again():
-        return forward()
-    trials = module.__dict__.setdefault("_trials", Trials())
-    trial = trials.get(glance)
+def run(
+    module: nn.Module, plain: Callable[..., ValueT], fused: Callable[..., ValueT], args: tuple,
+    kwargs: dict[str, Any], settings: tuple = (),
+) -> ValueT:  # fmt: skip
+    """A module's forward, `plain` or `fused`, with `settings` after its `args`: as the forward runs that calls it, or
+    in the way that was measured to be the fastest for the like of the call."""
+    if torch.compiler.is_compiling():
+        return fused(module, *args, *settings, **kwargs)
+    if local.within:
+        return (plain if is_plain() else fused)(module, *args, *settings, **kwargs)
+    known, trials = glance(module, args, kwargs, settings), module.__dict__.get("_trials")
+    trial = None if trials is None else trials.get(known)
+    # Asked first, since the shortest forwards come to it. Plain modules are right whoever follows the call.
+    plain_now = trial is not None and trial.way == PLAIN and chain.recorder is None and not is_computed_again()
+    if plain_now and autotune.consulted(_CPU):
+        return _having_decided(place(), plain, module, *args, *settings, **kwargs)
+    if known is None or is_computed_again() or is_followed(args[0] if args else None):
+        return fused(module, *args, *settings, **kwargs)
     if (trial is not None and trial.way == AS_IT_IS) or not autotune.consulted(_CPU):
-        return _having_decided(forward)
+        return _having_decided(None, fused, module, *args, *settings, **kwargs)
     if trial is None:
-        if any(a.device.type != "cpu" for a in args):
-            return _having_decided(forward)
-        if len(trials) >= _MOST_FORWARDS:
-            trials.clear()
-        trial = trials[glance] = Trial(_name(module, args, glance))
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if any(t.device.type != "cpu" for t in tensors):
+            return _having_decided(None, fused, module, *args, *settings, **kwargs)
+        if trials is None or len(trials) >= _MOST_FORWARDS:
+            trials = module.__dict__["_trials"] = Trials()
+        trial = trials[known] = Trial(_name(module, tensors, known))
+    call = functools.partial(fused, module, *args, *settings, **kwargs)
     if chain.recorder is None:
-        if trial.way == PLAIN:
-            return _having_decided(forward, place())
-        return trial.run(forward) if trial.way is None else _in_way(forward, trial.way)[0]
+        if trial.way is None:
+            return trial.run(functools.partial(plain, module, *args, *settings, **kwargs), call)
+        return _in_way(call, trial.way)[0]
     since = len(chain.recorder)
-    out = _in_way(forward, CHANNELS_LAST if trial.way == CHANNELS_LAST else AS_IT_IS)[0]
+    out = _in_way(call, CHANNELS_LAST if trial.way == CHANNELS_LAST else AS_IT_IS)[0]
     if trial.way == PLAIN:
         chain.record_plain(since, trial.why or "measured in its network")
     return out
 
 
-def _name(module: nn.Module, args: Sequence[Any], glance: Hashable) -> str:
+def glance(module: nn.Module, args: tuple, kwargs: dict[str, Any], settings: tuple = ()) -> tuple | None:
+    """Sets calls of a forward apart whose blocks are measured to be the same; None where it can't tell."""
+    found = [module.training, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(), backends.requested()]
+    for a in (*args, *kwargs, *kwargs.values()):
+        if type(a) in TENSORS:
+            found += (a.shape, a.dtype, a.device, a.requires_grad)
+        elif a is None or type(a) in (bool, str):
+            found.append(a)
+        else:  # of numbers there may be a new one in each call
+            return None
+    return (*found, *settings)
+
+
+def is_followed(x: Any) -> bool:
+    """Whether something has to see each function that is called, or `x` is none that a chain takes."""
+    return followed(x) or others_watch()
+
+
+def others_watch() -> bool:
+    """Whether somebody else follows the functions that are called: what waits is computed out of their sight."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    # That of torch.set_default_device only adds a device to what is made anew.
+    return not all(isinstance(mode, Waiting) or type(mode).__name__ == "DeviceContext" for mode in modes)
+
+
+def _name(module: nn.Module, tensors: Sequence[Tensor], glance: tuple) -> str:
     """Sets calls apart in the autotune cache, which other processes read: by what the module is made of."""
     kinds = [(name, type(part).__qualname__) for name, part in module.named_modules()]
-    tensors = [(name, tuple(t.shape), t.stride()) for name, t in module.named_parameters()]
-    made_of = hashlib.sha256(repr((kinds, tensors, [a.stride() for a in args])).encode()).hexdigest()
+    parameters = [(name, tuple(t.shape), t.stride()) for name, t in module.named_parameters()]
+    made_of = hashlib.sha256(repr((kinds, parameters, [t.stride() for t in tensors])).encode()).hexdigest()
     return f"{type(module).__qualname__} {made_of[:16]} {glance!r}"
 
 
@@ -165,19 +201,18 @@ def undecided(module: nn.Module) -> bool:
     return any(t.way is None for m in module.modules() for t in m.__dict__.get("_trials", {}).values())
 
 
-def _having_decided(forward: Callable[[], ValueT], plain: tuple | None = None) -> ValueT:
-    """`forward()` as it is, or by PyTorch's modules at the place `plain`."""
+def _having_decided(plain: tuple | None, forward: Callable[..., ValueT], *args: Any, **kwargs: Any) -> ValueT:
+    """A forward as it is, or by PyTorch's modules at the place `plain`."""
     local.within, local.plain = True, plain
     try:
-        return forward()
+        return forward(*args, **kwargs)
     finally:
         local.within, local.plain = False, None
 
 
 def is_plain() -> bool:
     """Whether the forward that runs now, and nothing within it that may be called again, runs PyTorch's modules."""
-    at = getattr(local, "plain", None)
-    return at is not None and at == place()
+    return local.plain is not None and local.plain == place()
 
 
 def _in_way(forward: Callable[[], ValueT], way: str) -> tuple[ValueT, bool]:
@@ -201,18 +236,6 @@ def keeping(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def kept(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or within() or followed(args[0] if args else None):
-            return forward(self, *args, **kwargs)
-        return run(self, args, glance(self, args, kwargs), lambda: forward(self, *args, **kwargs))
+        return run(self, forward, forward, args, kwargs)
 
     return kept
-
-
-def glance(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple | None:
-    """Sets calls of a forward apart whose blocks are measured to be the same; None where it can't tell."""
-    if kwargs or not all(type(a) is Tensor for a in args):
-        return None
-    return (
-        *((a.shape, a.dtype, a.device, a.requires_grad) for a in args), module.training, torch.is_grad_enabled(),
-        torch._C._is_any_autocast_enabled(), backends.requested(),
-    )  # fmt: skip

@@ -296,12 +296,12 @@ _apply = torch.autograd.Function.__dict__["apply"]  # of Python, and from torch 
 
 def _apply_to_tensors(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """`Function.apply`, which asks no `__torch_function__`, and calls a forward that has to return tensors."""
-    waits, reorders = getattr(local, "inside", None) is not None, getattr(local, "reordering", None) is not None
+    waits, reorders = local.inside is not None, local.reordering is not None
     if not (waits or reorders) or cls.__module__.startswith("fastdcgan.engine."):
         return _apply.__get__(None, cls)(*args, **kwargs)
     compute((args, kwargs))
     reordered.make_contiguous((args, kwargs))
-    local.applying = getattr(local, "applying", 0) + 1
+    local.applying += 1
     try:
         return _apply.__get__(None, cls)(*args, **kwargs)
     finally:

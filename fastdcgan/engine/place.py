@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-# inside: the `place` of the forward that runs now, if things wait in it; applying: how many Functions' do;
-# within: a forward that has decided how it runs; reordering, plain: at this `place` in channels_last, or as PyTorch's
-# modules; made: `Reordered`s of it
-local = threading.local()
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.inside: tuple | None = None  # the `place` of the forward that runs now, if things wait in it
+        self.applying = 0  # autograd Functions' forwards that run
+        self.within = False  # whether a forward runs that has decided how it runs
+        self.reordering: tuple | None = None  # the `place` at which it runs in channels_last
+        self.plain: tuple | None = None  # or as PyTorch's modules
+        self.made: list[Callable[[], Any]] = []  # what refers to its `Reordered`s
+
+
+local = _Local()
 top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -19,7 +29,7 @@ def place() -> tuple:
     transforms, tracers, the backward. What it calls doesn't wait until it has returned."""
     return (
         top_hooks(True), torch._C._current_graph_task_id(), torch._C._are_functorch_transforms_active(),
-        forward_ad._current_level, torch.jit.is_tracing(), getattr(local, "applying", 0),
+        forward_ad._current_level, torch._C._is_tracing(), local.applying,
     )  # fmt: skip
 
 

@@ -77,8 +77,7 @@ _NOTHING = contextlib.nullcontext()
 
 def is_on() -> bool:
     """Whether the forward that runs now, and nothing within it that may be called again, is kept in channels_last."""
-    at = getattr(local, "reordering", None)
-    return at is not None and at == place()
+    return local.reordering is not None and local.reordering == place()
 
 
 def entered(x: Tensor, weights: Iterable[Tensor | None]) -> Tensor:
@@ -135,7 +134,7 @@ def make_contiguous(values: Any) -> None:
 
 def make_all_contiguous() -> None:
     """All that there is of the forward that runs now: before code gets them that asks no `__torch_function__`."""
-    for reference in getattr(local, "made", ()):
+    for reference in local.made:
         make_contiguous(reference())
 
 

@@ -38,32 +38,33 @@ _STRUCTURES = 4  # of a Sequential: as many of its states (training, eval, ...)
 
 def run_sequential(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, boundaries: str) -> Any:
     """`nn.Sequential.forward` with every chain in it run as one."""
-    if torch.compiler.is_compiling() or forwards.within() or not isinstance(x, Tensor) or followed(x):
-        return _run(sequential, x, stat_groups, boundaries)
-    glance = _glance(sequential, x, stat_groups, boundaries)
-    return forwards.run(sequential, (x,), glance, lambda: _run(sequential, x, stat_groups, boundaries))
+    return forwards.run(sequential, _as_modules, _run, (x,), {}, (stat_groups, boundaries))
+
+
+def _as_modules(sequential: nn.Sequential, x: Any, stat_groups: int, boundaries: str) -> Any:
+    """What PyTorch's modules do."""
+    if stat_groups == 1:
+        return nn.Sequential.forward(sequential, x)
+    checks.check_stat_groups(stat_groups)
+    for module in sequential:
+        x = call_alone(module, x, stat_groups)
+    return x
 
 
 def _run(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, boundaries: str) -> Any:
     compiling = torch.compiler.is_compiling()
-    plain = not compiling and forwards.is_plain()
     kept = None if compiling else sequential.__dict__.get("_plans")
-    known = kept.plain if kept is not None and chain.recorder is None and isinstance(x, Tensor) else ()
-    if (plain and stat_groups == 1) or (
-        known and not reordered.is_on() and _glance(sequential, x, stat_groups, boundaries) in known
-    ):
-        for module in sequential:
-            x = module(x)
-        return x
+    known = kept.plain if kept is not None and chain.recorder is None and not reordered.is_on() else ()
+    settings = (stat_groups, boundaries)
+    if known and forwards.glance(sequential, (x,), {}, settings) in known:
+        return _as_modules(sequential, x, 1, boundaries)
     if isinstance(stat_groups, torch.fx.Proxy):
         stat_groups = 1  # torch.fx traces the root module's default as an input
     checks.check_stat_groups(stat_groups)
-    if plain or followed(x) or runs_plain(x):
-        for module in sequential:
-            x = call_alone(module, x, stat_groups)
-        return x
+    if followed(x) or runs_plain(x):
+        return _as_modules(sequential, x, stat_groups, boundaries)
     called, chains, recorded = x, 0, len(chain.recorder or ())
-    gain: float | None = 0.0 if isinstance(x, Tensor) and stat_groups == 1 else None
+    gain: float | None = 0.0 if type(x) in forwards.TENSORS and stat_groups == 1 else None
     for i, part in enumerate(_parts(sequential)):
         if isinstance(part, Alone):
             x = call_alone(part.module, x, stat_groups)
@@ -77,7 +78,7 @@ def _run(sequential: nn.Sequential, x: Any, stat_groups: int | torch.fx.Proxy, b
     if compiling or reordered.is_on():
         return x
     if chain.fuses_too_little(gain, lambda: chains * guarding_ms(), recorded):
-        sequential.__dict__["_plans"].remember_plain(_glance(sequential, called, stat_groups, boundaries))
+        sequential.__dict__["_plans"].remember_plain(forwards.glance(sequential, (called,), {}, settings))
     return x
 
 
@@ -105,14 +106,6 @@ def _measured_for_compiler(
 
 # What torch.compiler.assume_constant_result does, which would import the compiler: it runs while the call is traced.
 _measured_for_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _glance(sequential: nn.Sequential, x: Tensor, stat_groups: Any, boundaries: str) -> tuple:
-    """Sets calls apart that PyTorch's modules run fastest as a whole: they are right whatever else changes."""
-    return (
-        x.shape, x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),
-        sequential.training, stat_groups, boundaries, backends.requested(),
-    )  # fmt: skip
 
 
 @functools.cache
@@ -222,9 +215,10 @@ class Plans(Kept, list):
 
     def __init__(self) -> None:
         super().__init__()
-        self.plain: set[tuple] = set()  # `_glance`s of calls all of whose chains PyTorch's modules run fastest
+        # `forwards.glance`s of calls all of whose chains PyTorch's modules run fastest.
+        self.plain: set[tuple | None] = set()
 
-    def remember_plain(self, glance: tuple) -> None:
+    def remember_plain(self, glance: tuple | None) -> None:
         if len(self.plain) >= _PLAIN:
             self.plain.clear()
         self.plain.add(glance)

@@ -123,7 +123,7 @@ def test_when_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_when_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "on")
+    monkeypatch.setattr(autotune, "_by_rule", False)
     monkeypatch.setattr(autotune, "_spent", 0.0)
     assert [autotune.may_begin(calls) for calls in (1, 2, 3)] == [False, False, True]
     monkeypatch.setattr(autotune, "_spent", 1e6)
@@ -135,9 +135,9 @@ def test_when_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert autotune.may_compare(CPU)
     assert autotune._spent > 1e6
     assert autotune.consulted(CPU) and autotune.consulted(CUDA)
-    monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "off")
+    monkeypatch.setattr(autotune, "_by_rule", True)
     assert not autotune.consulted(CPU) and autotune.consulted(CUDA)
-    monkeypatch.delenv("FASTDCGAN_AUTOTUNE")
+    monkeypatch.setattr(autotune, "_by_rule", False)
     torch.use_deterministic_algorithms(True)
     try:
         assert not autotune.consulted(CPU) and autotune.consulted(CUDA)
@@ -177,7 +177,7 @@ def test_what_a_first_call_makes_for_later_ones_does_not_count(monkeypatch: pyte
 
 
 def test_what_a_call_costs_is_measured_once_on_a_machine(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "on")
+    monkeypatch.setattr(autotune, "_by_rule", False)
     consulted = []
 
     def call() -> None:

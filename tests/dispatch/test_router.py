@@ -66,7 +66,9 @@ class Measuring:
         self.times: Callable[[Any], float] = lambda name: 1.0
         self.asked: list[list[Any]] = []
 
-    def milliseconds(self, calls: dict[Any, Callable], device: torch.device) -> dict[Any, float]:
+    def milliseconds(
+        self, calls: dict[Any, Callable], device: torch.device, firsts: dict | None = None
+    ) -> dict[Any, float]:
         self.asked.append(list(calls))
         for call in calls.values():
             call()

@@ -74,7 +74,7 @@ class Clock:
         self.guarding = 0.0  # milliseconds that it costs to come to a chain
         self.measured: list[list[str]] = []
 
-    def __call__(self, calls: dict, device: torch.device) -> dict:
+    def __call__(self, calls: dict, device: torch.device, firsts: dict | None = None) -> dict:
         for call in calls.values():
             call()
         if not all(isinstance(name, str) for name in calls):  # algorithms of a contraction
@@ -87,7 +87,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Clock]:
     found = Clock()
     monkeypatch.setattr(autotune, "milliseconds", found)
-    monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "on")
+    monkeypatch.setattr(autotune, "_by_rule", False)
     monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))
     monkeypatch.setattr(autotune, "_spent", 0.0)
     monkeypatch.setattr(run, "guarding_ms", lambda: found.guarding)
@@ -261,7 +261,7 @@ def test_what_was_measured_is_found_again(clock: Clock, runs: list[str]) -> None
 @pytest.mark.parametrize("why", ["deterministic", "off", "budget"])
 def test_when_nothing_is_measured(why: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     if why == "off":
-        monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "off")
+        monkeypatch.setattr(autotune, "_by_rule", True)
     elif why == "budget":
         monkeypatch.setattr(autotune, "_spent", 1e6)
     _, fused, x = pair("conv, BN, LeakyReLU")

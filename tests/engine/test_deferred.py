@@ -119,7 +119,7 @@ def test_under_autocast(name: str) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
     found = Clock()
     monkeypatch.setattr(autotune, "milliseconds", found)
-    monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "on")
+    monkeypatch.setattr(autotune, "_by_rule", False)
     monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))
     monkeypatch.setattr(autotune, "_spent", 0.0)
     monkeypatch.setattr(pending, "_chains", {})

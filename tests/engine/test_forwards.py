@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import fastdcgan
 from fastdcgan.dispatch import autotune
@@ -158,7 +159,7 @@ def test_as_it_is(why: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.undo()
     net = fused(clock, plain=(0.1, 0.1), channels_last=(0.1, 0.1))
     if why == "off":
-        monkeypatch.setenv("FASTDCGAN_AUTOTUNE", "off")
+        monkeypatch.setattr(autotune, "_by_rule", True)
     torch.use_deterministic_algorithms(why == "deterministic")
     try:
         for _ in range(40):
@@ -191,7 +192,7 @@ def test_what_is_channels_last_has_no_other_format(clock: Clock) -> None:
 
 
 def test_explain_says_that_it_runs_plain(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    def milliseconds(calls: dict, device: torch.device) -> dict:
+    def milliseconds(calls: dict, device: torch.device, firsts: dict | None = None) -> dict:
         return {name: 2.0 if name == MODULES else 1.0 for name in calls}
 
     monkeypatch.setattr(autotune, "milliseconds", milliseconds)  # by which every chain runs fused
@@ -238,3 +239,31 @@ def test_a_copy_starts_anew(clock: Clock) -> None:
         train(net)
     assert net._trials and not copy.deepcopy(net).__dict__["_trials"]
     assert "_trials" not in fastdcgan.unfuse(net).__dict__
+
+
+def test_which_calls_are_alike() -> None:
+    net, x = nn.Identity(), torch.ones(SHAPE)
+    alike = forwards.glance(net, (x,), {})
+    assert alike == forwards.glance(net, (torch.zeros(SHAPE),), {}) is not None
+    others = [
+        forwards.glance(net, args, kwargs)
+        for args, kwargs in (
+            ((x[:1],), {}), ((x.double(),), {}), ((x.clone().requires_grad_(),), {}), ((x, x), {}), ((x, True), {}),
+            ((), {"x": x}), ((x,), {"features": True}), ((x,), {"features": False}), ((x,), {"mode": "nearest"}),
+        )
+    ]  # fmt: skip
+    others += [forwards.glance(net.eval(), (x,), {}), forwards.glance(net.eval(), (x,), {}, (2,))]
+    assert len({alike, *others}) == len(others) + 1 and None not in others
+    assert forwards.glance(net, (x, 0.5), {}) is forwards.glance(net, ([x],), {}) is None
+
+
+def test_who_follows_each_function_is_not_measured(clock: Clock) -> None:
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    net = fused(clock, plain=(0.1, 0.1), channels_last=(0.1, 0.1))
+    with Watch():
+        for _ in range(90):
+            train(net)
+    assert set(ran) == {AS_IT_IS} and not net.__dict__.get("_trials")

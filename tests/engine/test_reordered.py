@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import fastdcgan
 from fastdcgan.dispatch import autotune
 from fastdcgan.engine import forwards, reordered
+from fastdcgan.engine.place import local
 from tests.helpers.networks import VARIANTS
 from tests.helpers.twins import assert_same, build, numbers, results, settled_input
 from tests.models import SMALL
@@ -197,7 +198,7 @@ def test_an_error_leaves_plain_tensors(made: list[Tensor]) -> None:
     net = fastdcgan.fuse(Net(fails))
     with pytest.raises(RuntimeError, match="no more"):
         net(torch.ones(SHAPE))
-    assert type(net.kept[0]) is Tensor and net.kept[0].is_contiguous() and not forwards.within()
+    assert type(net.kept[0]) is Tensor and net.kept[0].is_contiguous() and not local.within
 
 
 def test_inside_a_transform(made: list[Tensor]) -> None:

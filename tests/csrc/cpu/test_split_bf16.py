@@ -281,7 +281,7 @@ def test_it_is_compared_with_float32(high: Callable[[str], None], monkeypatch: p
     """Which is faster no rule says; explain has the times, and where the precision was not asked for it isn't named."""
     times = {"cpu split_bf16": 1.0, "pytorch": 2.0}
 
-    def milliseconds(calls: dict) -> dict:
+    def milliseconds(calls: dict, firsts: dict | None = None) -> dict:
         for call in calls.values():
             call()
         return {(name, tile): times.get(name, 3.0) for name, tile in calls}
