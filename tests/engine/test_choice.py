@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -159,6 +160,21 @@ def test_what_is_the_fastest_runs(clock: Clock, runs: list[str]) -> None:
             assert train(fused, x[: len(clock.measured)]).is_contiguous()
         assert runs[-2:] == [expected] * 2
         assert clock.measured[-1] == [MODULES, "fused in contiguous", "fused in channels_last"]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_long_chain_is_only_compared_with_modules_where_there_is_time(
+    at_once: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = ["fused in contiguous", "fused in channels_last"]
+    monkeypatch.setattr(autotune, "cpu_milliseconds", lambda call: 2 * choice.LONG_MS)
+    for _ in range(2):  # by what is measured, and by what the cache has
+        _, fused, x = pair("conv, BN, LeakyReLU")
+        with autotune.at_once() if at_once else contextlib.nullcontext():
+            for _ in range(autotune.CALLS_BY_RULE + 1):
+                train(fused, x)
+        assert clock.measured == [ours if at_once else [MODULES, *ours]]
+        autotune._files.clear()
 
 
 @pytest.mark.parametrize("name", MODELS)
