@@ -30,8 +30,8 @@ COMPILED = "PyTorch's convolutions and copies of their outputs"
 # Of the time of PyTorch's modules. By as much a chain by itself may be off from the same chain in a net, whose caches
 # hold other things.
 LEAST_GAIN = 0.1
-# A fused chain that takes longer is not compared with PyTorch's modules where measuring is to be soon done: it has their
-# convolutions wherever those are faster, so it can only lose what calls cost.
+# Milliseconds. A fused chain that takes longer is not compared with PyTorch's modules where all is measured at once: it
+# has their convolutions wherever those are faster, so what it can lose is what calls cost.
 LONG_MS = 50.0
 
 Run = Callable[[Tensor, Sequence[BlockTensors], Sequence[Running | None]], Tensor]
