@@ -34,6 +34,8 @@ FEWEST_TILES, FEWEST_CACHED_TILES, FEWEST_SUMMED_TILES, FEWEST_LARGE_TILES = 128
 FEWEST_TERMS = 64  # of a sum, for tiles of 4x4 outputs: the rounding of their transforms doesn't shrink with it
 FEWEST_ROWS, FEWEST_WIDE_ROWS, FEWEST_PROJECTED = 128, 512, 16  # pixels of all samples: 16-bit, float32, from one pixel
 FEWEST_WIDE_CACHED = 32  # of `conv` in float32 with a weight in the packed-weight cache
+# Pixels of the other side up to which a weight is multiplied where it lies, and elements from which on that is the rule.
+MOST_ROWS, LEAST_UNPACKED = 64, 2**18
 # Multiply-adds below which a call of PyTorch's convolution takes longer to set up than ours to run, if a packed weight
 # serves so many rows, or has few elements itself.
 FEW_PRODUCTS, FEW_ROWS, FEW_WEIGHTS = 2**20, 8, 2**14
@@ -44,7 +46,7 @@ NAMESPACE = "fastdcgan_cpu"  # of the operators
 # Of the algorithms in csrc/cpu/contraction/algorithms.cpp; the library says which of them can run a call.
 _AMX, _DOT = ("amx_col2im", "amx"), ("avx512_bf16_col2im", "avx512_bf16")
 _WINOGRAD = ("winograd_2x2", "winograd_4x4")  # by the outputs of a tile
-_NAMES = ("split_bf16", *_AMX, *_DOT, *_WINOGRAD, "col2im", "image_side", "gemm")
+_NAMES = ("split_bf16", *_AMX, *_DOT, *_WINOGRAD, "col2im", "image_side", "unpacked", "gemm")
 
 Size = Sequence[int]
 
@@ -94,10 +96,14 @@ class Sides(NamedTuple):
         n, channels, height, width = self.linear
         return n * channels * height * width * self.gathered[1] * self.taps
 
+    @property
+    def rows(self) -> int:
+        """Pixels of the other side."""
+        return self.linear[0] * self.linear[2] * self.linear[3]
+
     def small(self, op: str) -> bool:
         """Whether PyTorch's own takes longer to set up than ours to run."""
-        rows = self.linear[0] * self.linear[2] * self.linear[3]
-        packs_little = op == "weight_grad" or rows >= FEW_ROWS or self.products <= FEW_WEIGHTS * rows
+        packs_little = op == "weight_grad" or self.rows >= FEW_ROWS or self.products <= FEW_WEIGHTS * self.rows
         return self.products <= FEW_PRODUCTS and packs_little
 
 
@@ -202,6 +208,8 @@ class CPUBackend(Backend):
             return "it is for float32 on AMX tiles, where torch.set_float32_matmul_precision is not 'highest'"
         if name not in (*_AMX, *_DOT) and x.dtype == torch.bfloat16 and self.amx:
             return "bfloat16 is multiplied on AMX tiles"
+        if name == "unpacked" and (rows := sides(call).rows) > MOST_ROWS:
+            return f"it is for few pixels, and here are {rows}"
         g, channels = call.geometry, (x.shape[1], other.shape[0 if call.op == "conv" else 1])
         terms = channels[0] * math.prod(g.kernel) // (1 if call.op == "conv" else math.prod(g.stride))
         if name == "winograd_4x4" and call.op != "weight_grad" and terms < FEWEST_TERMS:
@@ -223,6 +231,9 @@ class CPUBackend(Backend):
         s = sides(call)
         if name not in _WINOGRAD and s.small(call.op):
             return None
+        if name == "unpacked":  # which takes weights and their gradients in either format
+            large = s.products >= LEAST_UNPACKED * s.rows
+            return None if large and not s.cached else "packing so small a weight, or once for many calls, costs little"
         if not _in_channels_last(call):
             return "the contractions of csrc/cpu are channels_last, and these tensors are not"
         if name == "winograd_4x4" and s.taps % 9 != 0:

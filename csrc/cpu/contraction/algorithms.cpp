@@ -6,6 +6,7 @@
 #include "cpu/bf16/dot_contractions.h"
 #include "cpu/gemm/col2im.h"
 #include "cpu/gemm/implicit_gemm.h"
+#include "cpu/gemm/unpacked.h"
 #include "cpu/image/image_side.h"
 #include "cpu/winograd/winograd.h"
 
@@ -39,6 +40,7 @@ bool dot_col2im_can_run(const Contraction& c, c10::ScalarType dtype, bool stats)
 
 bool col2im_can_run(const Contraction& c, c10::ScalarType, bool stats) { return can_col2im(c) && !stats; }
 bool image_side_can_run(const Contraction& c, c10::ScalarType, bool) { return can_image_side(c); }
+bool unpacked_can_run(const Contraction& c, c10::ScalarType dtype, bool) { return can_unpacked(c, dtype); }
 bool gemm_can_run(const Contraction&, c10::ScalarType, bool) { return true; }
 template <int kOutputs>
 bool winograd_can_run(const Contraction& c, c10::ScalarType, bool) {
@@ -70,6 +72,7 @@ const Algorithm kAlgorithms[] = {
 #endif
     {"col2im", col2im_can_run, col2im_contract, nullptr},
     {"image_side", image_side_can_run, image_side_contract, image_side_weight_grad},
+    {"unpacked", unpacked_can_run, unpacked_contract, unpacked_weight_grad, true},
     {"gemm", gemm_can_run, gemm_contract, gemm_weight_grad},
     {"winograd_2x2", winograd_can_run<2>, winograd_contract<2>, winograd_weight_grad<2>},
     {"winograd_4x4", winograd_can_run<4>, winograd_contract<4>, winograd_weight_grad<4>},

@@ -18,6 +18,7 @@ namespace fastdcgan::cpu {
 struct Contraction {
   int64_t batch, in_channels, out_channels;
   Axis y, x;
+  bool contiguous = false;  // a weight's gradient is, and not channels_last: of an algorithm that can have it so
 
   int64_t taps() const { return y.kernel * x.kernel; }
 };

@@ -146,14 +146,17 @@ Tensor grad_of_weight(
   TORCH_CHECK_TYPE(
       gathered.scalar_type() == linear.scalar_type(), "expected a gradient of dtype ", gathered.scalar_type(), ", got ",
       linear.scalar_type());
-  const Contraction c{
+  Contraction c{
       gathered.size(0), gathered.size(1), linear.size(1),
       axis(gathered, 0, kernel, stride, padding, dilation, linear.size(2), false),
       axis(gathered, 1, kernel, stride, padding, dilation, linear.size(3), false)};
-  const Tensor out = output(gathered, c.out_channels, c.in_channels, kernel[0], kernel[1]);
   const auto dtype = gathered.scalar_type();
-  algorithm_of(c, dtype, false, true, algorithm)
-      .weight_grad(c, dtype, gathered.const_data_ptr(), linear.const_data_ptr(), out.data_ptr());
+  const Algorithm& a = algorithm_of(c, dtype, false, true, algorithm);
+  c.contiguous = a.contiguous && !gathered_.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor out = new_tensor(
+      {c.out_channels, c.in_channels, kernel[0], kernel[1]}, dtype,
+      c.contiguous ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast);
+  a.weight_grad(c, dtype, gathered.const_data_ptr(), linear.const_data_ptr(), out.data_ptr());
   return out;
 }
 

@@ -112,6 +112,10 @@ int contractions(int64_t batch, int64_t channels, int64_t out, const Axis& y, co
     for (const Algorithm* algorithm : algorithms(conv, dtype, epilogue.stats != nullptr, false)) {
       algorithm->contract(conv, dtype, a.get(), weight, b.get(), epilogue);
       ++calls;
+      if (!algorithm->contiguous) continue;
+      const Weight contiguous{w.get(), y.kernel * x.kernel, y.kernel * tap, x.kernel, 1, &storage, bytes};
+      algorithm->contract(conv, dtype, a.get(), contiguous, b.get(), epilogue);
+      ++calls;
     }
   Axis back[2] = {y, x};
   for (Axis& axis : back) {
@@ -124,9 +128,18 @@ int contractions(int64_t batch, int64_t channels, int64_t out, const Axis& y, co
   for (const Algorithm* algorithm : algorithms(transposed, dtype, false, false)) {
     algorithm->contract(transposed, dtype, b.get(), adjoint, a.get(), epilogue);
     ++calls;
+    if (!algorithm->contiguous) continue;
+    const Weight contiguous{w.get(), y.kernel * tap, y.kernel * x.kernel, x.kernel, 1, &storage, bytes};
+    algorithm->contract(transposed, dtype, b.get(), contiguous, a.get(), epilogue);
+    ++calls;
   }
   for (const Algorithm* algorithm : algorithms(conv, dtype, false, true)) {
     algorithm->weight_grad(conv, dtype, a.get(), b.get(), w.get());
+    ++calls;
+    if (!algorithm->contiguous) continue;
+    Contraction contiguous = conv;
+    contiguous.contiguous = true;
+    algorithm->weight_grad(contiguous, dtype, a.get(), b.get(), w.get());
     ++calls;
   }
   const Algorithm* first = algorithms(conv, dtype, false, false)[0];

@@ -49,6 +49,7 @@ BLOCKS = {
     "wide": (3, 64, 8, 96, K4),
     "wide, few pixels": (5, 48, 4, 65, K4),
     "deep": (2, 300, 4, 40, K4),
+    "many channels": (2, 64, 8, 528, K4),
     "image": (2, 3, 16, 64, K4),
     "grayscale": (3, 1, 12, 17, K4),
     "projection": (5, 128, 4, 100, Geometry((4, 4))),
@@ -59,7 +60,7 @@ BLOCKS = {
 }
 
 
-DIRECT = ("col2im", "image_side", "gemm")
+DIRECT = ("col2im", "image_side", "unpacked", "gemm")
 WINOGRAD = ("winograd_2x2", "winograd_4x4")
 
 
@@ -267,7 +268,8 @@ def test_statistics_of_a_constant_image(cpu: Kernels, g: Geometry, channels: int
         check_constant(*run(on, call, name), name, 1e-6 if differ else 0.0)
 
 
-def test_a_weight_may_lie_as_it_likes(cpu: Kernels) -> None:
+def test_a_weight_may_lie_as_it_likes() -> None:
+    cpu = Kernels("col2im", "image_side", "gemm")
     for name in ("wide, few pixels", "image", "logit"):
         case = block(name, torch.float32)
         expected = case.run(cpu)
@@ -276,6 +278,26 @@ def test_a_weight_may_lie_as_it_likes(cpu: Kernels) -> None:
         apart = torch.zeros(*plain.shape, 2)[..., 0].copy_(plain)
         for case.weight in (plain, reversed_, apart):
             assert all(torch.equal(result, expected[op]) for op, result in case.run(cpu).items())
+
+
+@pytest.mark.parametrize("name", ["many channels", "deep", "one sample"])
+def test_a_weight_that_is_not_packed(name: str) -> None:
+    """Its sums are in the order in which it lies, and its gradient lies as PyTorch's."""
+    cpu, case = Kernels("unpacked"), block(name, torch.float32)
+    g = case.g
+    plain = case.weight.contiguous(memory_format=torch.contiguous_format)
+    # Of a third one the slowest axis is another than that of the channels that aren't summed.
+    for weight in (plain, plain.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)):
+        case.weight = weight
+        for op in ("conv", "conv_transpose"):
+            results = [found[0] for found in case.three(cpu, op, STORE)]
+            assert_as_accurate(*results, op, reduction=case.terms(op))
+    case.x, case.dy = case.x.contiguous(), case.dy.contiguous()
+    assert cpu.able(case.calls()["weight_grad"]) == ["cpu unpacked"]
+    found = torch.ops.fastdcgan_cpu.weight_grad(case.x, case.dy, g.kernel, g.stride, g.padding, g.dilation, "unpacked")
+    assert found.is_contiguous()
+    results = [run(on, case.calls(wide=wide)["weight_grad"]) for on, wide in ((REFERENCE, False), (REFERENCE, True))]
+    assert_as_accurate(found, *results, "weight_grad", reduction=case.terms("weight_grad"))
 
 
 def test_inputs_of_other_strides(cpu: Kernels) -> None:
@@ -379,6 +401,12 @@ def test_the_rule_where_nothing_was_measured(monkeypatch: pytest.MonkeyPatch) ->
     contiguous = copy.copy(block("wide", torch.float32))
     contiguous.x, contiguous.weight = contiguous.x.contiguous(), contiguous.weight.contiguous()
     assert "channels_last" in (why_last(cpu, contiguous.calls()["conv"]) or "")
+    few = Case(1, 256, (4, 4), 512, K4, torch.float32)
+    assert "packing" in (why_last(Kernels("unpacked"), few.calls()["conv"]._replace(stays=True)) or "")
+    few.x, few.dy, few.weight = few.x.contiguous(), few.dy.contiguous(), few.weight.contiguous()
+    assert {why_last(cpu, call) for call in few.calls().values()} == {None}
+    few.x = few.x.repeat(17, 1, 1, 1)
+    assert "here are 68" in (why_not(Kernels("unpacked"), few.calls()["conv"]) or "")
     cpu._processor_has_amx = True
     assert "AMX" in (why_last(cpu, bf16.calls()["conv"]) or "")
 
@@ -453,7 +481,7 @@ def test_algorithms_that_can_not_run() -> None:
         size = Geometry(kernel, stride, (1, 1), dilation).conv_size(8, 8)
         for name in WINOGRAD:
             assert name not in op.algorithms("conv", 4, 6, kernel, stride, dilation, torch.float32, False)
-            with pytest.raises(ValueError, match=rf"no algorithm '{name}' .*; there are: image_side, gemm"):
+            with pytest.raises(ValueError, match=rf"no algorithm '{name}' .*; there are: image_side, (unpacked, )?gemm"):
                 op.conv(x, torch.zeros(6, 4, *kernel), stride, (1, 1), dilation, size, None, 0, 0.0, 0, name)
             with pytest.raises(ValueError, match=f"no algorithm '{name}'"):
                 op.weight_grad(x, torch.zeros(2, 6, *size), kernel, stride, (1, 1), dilation, name)
