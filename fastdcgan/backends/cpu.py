@@ -34,7 +34,7 @@ FEWEST_TILES, FEWEST_CACHED_TILES, FEWEST_SUMMED_TILES, FEWEST_LARGE_TILES = 128
 FEWEST_TERMS = 64  # of a sum, for tiles of 4x4 outputs: the rounding of their transforms doesn't shrink with it
 FEWEST_ROWS, FEWEST_WIDE_ROWS, FEWEST_PROJECTED = 128, 512, 16  # pixels of all samples: 16-bit, float32, from one pixel
 FEWEST_WIDE_CACHED = 32  # of `conv` in float32 with a weight in the packed-weight cache
-# Pixels of the other side up to which a weight is multiplied where it lies, and elements from which on that is the rule.
+# Pixels of the other side up to which a weight may be multiplied where it lies; it is by rule from so many elements on.
 MOST_ROWS, LEAST_UNPACKED = 64, 2**18
 # Multiply-adds below which a call of PyTorch's convolution takes longer to set up than ours to run, if a packed weight
 # serves so many rows, or has few elements itself.

@@ -481,7 +481,7 @@ def test_algorithms_that_can_not_run() -> None:
         size = Geometry(kernel, stride, (1, 1), dilation).conv_size(8, 8)
         for name in WINOGRAD:
             assert name not in op.algorithms("conv", 4, 6, kernel, stride, dilation, torch.float32, False)
-            with pytest.raises(ValueError, match=rf"no algorithm '{name}' .*; there are: image_side, (unpacked, )?gemm"):
+            with pytest.raises(ValueError, match=rf"no algorithm '{name}' .*; there are: image_side, .*gemm"):
                 op.conv(x, torch.zeros(6, 4, *kernel), stride, (1, 1), dilation, size, None, 0, 0.0, 0, name)
             with pytest.raises(ValueError, match=f"no algorithm '{name}'"):
                 op.weight_grad(x, torch.zeros(2, 6, *size), kernel, stride, (1, 1), dilation, name)
