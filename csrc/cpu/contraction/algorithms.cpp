@@ -6,8 +6,8 @@
 #include "cpu/bf16/dot_contractions.h"
 #include "cpu/gemm/col2im.h"
 #include "cpu/gemm/implicit_gemm.h"
-#include "cpu/gemm/unpacked.h"
 #include "cpu/image/image_side.h"
+#include "cpu/unpacked/unpacked.h"
 #include "cpu/winograd/winograd.h"
 
 namespace fastdcgan::cpu {

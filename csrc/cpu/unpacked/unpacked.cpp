@@ -1,4 +1,4 @@
-#include "cpu/gemm/unpacked.h"
+#include "cpu/unpacked/unpacked.h"
 
 #include <ATen/Parallel.h>
 
@@ -120,12 +120,12 @@ void convolve(const Contraction& c, const float* in, const Weight& w, float* sum
   const Order order{w.k, w.y, w.x, c.taps() * c.in_channels};
   const int64_t pixels = c.batch * c.y.out * c.x.out, columns = (pixels + kWidth - 1) / kWidth * kWidth;
   float* rows = scratch.floats((pixels + columns) * order.size + c.out_channels * columns);
-  float *turned = rows + pixels * order.size, *found = turned + columns * order.size;
+  float *panel = rows + pixels * order.size, *found = panel + columns * order.size;
   gather(c, in, order, rows);
-  transpose(rows, pixels, order.size, turned, columns);
+  transpose(rows, pixels, order.size, panel, columns);
   for_channels(c.out_channels, [&](int64_t n, int64_t some) {
     multiply_all(
-        some, columns, order.size, static_cast<const float*>(w.data) + n * w.n, w.n, 1, turned, columns,
+        some, columns, order.size, static_cast<const float*>(w.data) + n * w.n, w.n, 1, panel, columns,
         found + n * columns, columns);
   });
   for (int64_t i = 0; i < pixels; ++i)
