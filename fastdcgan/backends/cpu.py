@@ -46,7 +46,7 @@ NAMESPACE = "fastdcgan_cpu"  # of the operators
 # Of the algorithms in csrc/cpu/contraction/algorithms.cpp; the library says which of them can run a call.
 _AMX, _DOT = ("amx_col2im", "amx"), ("avx512_bf16_col2im", "avx512_bf16")
 _WINOGRAD = ("winograd_2x2", "winograd_4x4")  # by the outputs of a tile
-_NAMES = ("split_bf16", *_AMX, *_DOT, *_WINOGRAD, "col2im", "image_side", "unpacked", "gemm")
+_NAMES = ("split_bf16", *_AMX, *_DOT, *_WINOGRAD, "col2im", "image_side", "gemm", "unpacked")
 
 Size = Sequence[int]
 

@@ -167,7 +167,7 @@ def glance(module: nn.Module, args: tuple, kwargs: dict[str, Any], settings: tup
     """Sets calls of a forward apart whose blocks are measured to be the same; None where it can't tell."""
     found = [module.training, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(), backends.requested()]
     for a in (*args, *kwargs, *kwargs.values()):
-        if type(a) in TENSORS:
+        if type(a) in TENSORS and not a.is_nested:
             found += (a.shape, a.dtype, a.device, a.requires_grad)
         elif a is None or type(a) in (bool, str):
             found.append(a)

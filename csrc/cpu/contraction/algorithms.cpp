@@ -72,8 +72,8 @@ const Algorithm kAlgorithms[] = {
 #endif
     {"col2im", col2im_can_run, col2im_contract, nullptr},
     {"image_side", image_side_can_run, image_side_contract, image_side_weight_grad},
-    {"unpacked", unpacked_can_run, unpacked_contract, unpacked_weight_grad, true},
     {"gemm", gemm_can_run, gemm_contract, gemm_weight_grad},
+    {"unpacked", unpacked_can_run, unpacked_contract, unpacked_weight_grad, true},
     {"winograd_2x2", winograd_can_run<2>, winograd_contract<2>, winograd_weight_grad<2>},
     {"winograd_4x4", winograd_can_run<4>, winograd_contract<4>, winograd_weight_grad<4>},
 #ifdef FASTDCGAN_AMX

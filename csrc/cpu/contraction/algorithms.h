@@ -18,9 +18,9 @@ struct Algorithm {
 };
 
 // Those that can run a contraction, in the order in which they are worth trying: an earlier one was faster than the
-// later ones wherever it was measured, but for Winograd's and `split_bf16`, which are last: whether these are faster
-// depends on the sizes. Those of `avx512_bf16` are faster than those after them on some processors only. `stats`: with
-// statistics of the output.
+// later ones wherever it was measured, but for `unpacked`, Winograd's and `split_bf16`, which are last: whether these
+// are faster depends on the sizes. Those of `avx512_bf16` are faster than those after them on some processors only.
+// `stats`: with statistics of the output.
 std::vector<const Algorithm*> algorithms(const Contraction&, c10::ScalarType, bool stats, bool weight_grad);
 
 // Whether the library was compiled for AMX and the process may use it.

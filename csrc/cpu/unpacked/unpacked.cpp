@@ -169,7 +169,7 @@ void unpacked_contract(
     const Epilogue& epilogue) {
   const bool transposed = c.y.transposed;
   const int64_t behind = c.taps() * (transposed ? c.out_channels : c.in_channels);
-  if ((transposed ? weight.k : weight.n) != behind)  // another axis is the slowest
+  if (!weight.bytes || (transposed ? weight.k : weight.n) != behind)  // it has gaps, or another axis is the slowest
     return gemm_contract(c, dtype, in, weight, out, epilogue);
   static thread_local Scratch scratch;
   const int64_t width = Panels(c.out_channels).width;
