@@ -193,8 +193,7 @@ def tolerance(yardstick: float, dtype: torch.dtype, kinked: int) -> float:
 
     Twice as far as vanilla PyTorch in the same dtype on the same input, plus four roundings of that dtype, plus what
     rounding does at the kinks of ReLUs: a value within rounding of zero may take the other slope, and each that does of
-    the `kinked` values of a layer moves the gradient by its own share of that, about 1/sqrt(kinked); four are allowed
-    whose shares are twice as large (in a layer of 2 million values one had 2.5 times as much).
+    the `kinked` values of a layer moves the gradient by about 1/sqrt(kinked); four are allowed.
     """
-    kinks = (4 * 2**2 / kinked) ** 0.5 if kinked else 0.0
+    kinks = (4 / kinked) ** 0.5 if kinked else 0.0
     return 2 * yardstick + 4 * torch.finfo(dtype).eps + kinks

@@ -399,7 +399,8 @@ def deferring(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if local.inside is not None and not local.within and local.inside == place():  # an undecided forward calls it
+        undecided = not torch.compiler.is_compiling() and local.inside is not None and not local.within
+        if undecided and local.inside == place():  # what calls it waits
             return forward(self, *args, **kwargs)
         return forwards.run(self, forward, fused, args, kwargs)
 
