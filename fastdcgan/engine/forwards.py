@@ -177,12 +177,10 @@ def glance(module: nn.Module, args: tuple, kwargs: dict[str, Any], settings: tup
 
 
 def is_followed(x: Any) -> bool:
-    """Whether something has to see each function that is called, or `x` is none that a chain takes."""
-    return followed(x) or others_watch()
-
-
-def others_watch() -> bool:
-    """Whether somebody else follows the functions that are called: what waits is computed out of their sight."""
+    """Whether somebody else follows what is called, out of whose sight blocks would be computed, or `x` is none that a
+    chain takes."""
+    if followed(x):
+        return True
     modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
     # That of torch.set_default_device only adds a device to what is made anew.
     return not all(isinstance(mode, Waiting) or type(mode).__name__ == "DeviceContext" for mode in modes)

@@ -6,6 +6,9 @@ import contextlib
 import functools
 import itertools
 import json
+import os
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -143,6 +146,14 @@ def test_when_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not autotune.consulted(CPU) and autotune.consulted(CUDA)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("setting", ["off", "on"])
+def test_what_the_environment_says(setting: str) -> None:
+    code = "from fastdcgan.dispatch import autotune; import torch; print(autotune.consulted(torch.device('cpu')))"
+    environment = os.environ | {"FASTDCGAN_AUTOTUNE": setting}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(setting != "off")], done.stderr
 
 
 def test_a_cpu_is_timed_without_touching_random_numbers_or_grad_mode() -> None:

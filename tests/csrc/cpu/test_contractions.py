@@ -480,7 +480,7 @@ def test_algorithms_that_can_not_run() -> None:
         size = Geometry(kernel, stride, (1, 1), dilation).conv_size(8, 8)
         for name in WINOGRAD:
             assert name not in op.algorithms("conv", 4, 6, kernel, stride, dilation, torch.float32, False)
-            with pytest.raises(ValueError, match=rf"no algorithm '{name}' .*; there are: image_side, .*gemm"):
+            with pytest.raises(ValueError, match=rf"no algorithm '{name}' .*; there are: image_side, gemm"):
                 op.conv(x, torch.zeros(6, 4, *kernel), stride, (1, 1), dilation, size, None, 0, 0.0, 0, name)
             with pytest.raises(ValueError, match=f"no algorithm '{name}'"):
                 op.weight_grad(x, torch.zeros(2, 6, *size), kernel, stride, (1, 1), dilation, name)
@@ -495,5 +495,5 @@ def test_algorithms_that_can_not_run() -> None:
 
 def test_avx2() -> None:
     """The same tests on the library for an older processor."""
-    tests = "test_blocks or test_drawn or test_statistics or test_activated or test_same_bits or test_what_is_not"
-    run_capped(__file__, "avx2", tests)
+    tests = "blocks drawn statistics activated same_bits what_is_not a_weight".split()
+    run_capped(__file__, "avx2", " or ".join(f"test_{name}" for name in tests))
