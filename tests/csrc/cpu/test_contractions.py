@@ -495,5 +495,5 @@ def test_algorithms_that_can_not_run() -> None:
 
 def test_avx2() -> None:
     """The same tests on the library for an older processor."""
-    tests = "blocks drawn statistics activated same_bits what_is_not a_weight".split()
+    tests = ["blocks", "drawn", "statistics", "activated", "same_bits", "what_is_not", "a_weight"]
     run_capped(__file__, "avx2", " or ".join(f"test_{name}" for name in tests))
