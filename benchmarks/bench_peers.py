@@ -28,8 +28,7 @@ def finished() -> None:
 def test_block(benchmark, block: Block, name: str) -> None:
     benchmark.group = f"block {block.name}, batch {BATCH}, fp32"
     torch.manual_seed(0)
-    x = torch.randn(BATCH, block.in_channels, block.in_size, block.in_size)
-    grad = torch.randn(BATCH, block.out_channels, block.out_size, block.out_size)
+    x, grad = block.data(BATCH)
     with suites.device_settings(DEVICE):
         runner = BlockRunner(PEERS[name], block.module(), x, grad, DEVICE, DTYPES["fp32"], block.in_size > 1)
         runner.prepare()

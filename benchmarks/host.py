@@ -88,9 +88,8 @@ def run_host(
 
 def _run_chain(chain: Chain, channels_last: bool, device: torch.device, timing: harness.Timing) -> Contest:
     torch.manual_seed(0)
-    module, first, last = chain.module(), chain.blocks[0], chain.blocks[-1]
-    x = torch.randn(chain.batch, first.in_channels, first.in_size, first.in_size)
-    grad = torch.randn(chain.batch, last.out_channels, last.out_size, last.out_size)
+    module = chain.module()
+    (x, _), (_, grad) = chain.blocks[0].data(chain.batch), chain.blocks[-1].data(chain.batch)
     contest = _contest("fused", channels_last, device)
     contest.build(
         lambda peer, compute: _ChainRunner(peer, module, x, grad, device, compute),

@@ -54,6 +54,12 @@ class Block:
         """Number of values of the output."""
         return batch * self.out_channels * self.out_size**2
 
+    def data(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """An input and an output's gradient, float32 contiguous on the CPU. The gradient is 1 or -1: whichever value
+        rounding takes across a ReLU's kink then changes the results by as much as any other (`peers.tolerance`)."""
+        x = torch.randn(batch, self.in_channels, self.in_size, self.in_size)
+        return x, torch.randn(batch, self.out_channels, self.out_size, self.out_size).sign()
+
     def flops(self, batch: int) -> int:
         """FLOPs of any one of its three contractions (forward, input gradient, weight gradient).
 

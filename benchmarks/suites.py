@@ -248,8 +248,7 @@ def run_block(contest: Contest, block: Block, batch: int, timing: harness.Timing
     torch.compiler.reset()
     torch.manual_seed(0)
     module, device = block.module(), contest.device
-    x = torch.randn(batch, block.in_channels, block.in_size, block.in_size)
-    grad = torch.randn(batch, block.out_channels, block.out_size, block.out_size)
+    x, grad = block.data(batch)
     with device_settings(device):
         contest.build(
             lambda peer, compute: BlockRunner(peer, module, x, grad, device, compute, input_grad=block.in_size > 1),
