@@ -206,7 +206,7 @@ class CPUBackend(Backend):
                 return f"the contractions of csrc/cpu take elements of one dtype, not {list(t.shape)} of {t.dtype}"
         if name == "split_bf16" and not (x.dtype == torch.float32 and self.amx and _less_precision()):
             return "it is for float32 on AMX tiles, where torch.set_float32_matmul_precision is not 'highest'"
-        if name not in (*_AMX, *_DOT) and x.dtype == torch.bfloat16 and self.amx:
+        if name not in (*_AMX, *_DOT, "unpacked") and x.dtype == torch.bfloat16 and self.amx:
             return "bfloat16 is multiplied on AMX tiles"
         if name == "unpacked" and (rows := sides(call).rows) > MOST_ROWS:
             return f"it is for few pixels, and here are {rows}"

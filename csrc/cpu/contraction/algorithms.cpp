@@ -40,7 +40,7 @@ bool dot_col2im_can_run(const Contraction& c, c10::ScalarType dtype, bool stats)
 
 bool col2im_can_run(const Contraction& c, c10::ScalarType, bool stats) { return can_col2im(c) && !stats; }
 bool image_side_can_run(const Contraction& c, c10::ScalarType, bool) { return can_image_side(c); }
-bool unpacked_can_run(const Contraction& c, c10::ScalarType dtype, bool) { return can_unpacked(c, dtype); }
+bool unpacked_can_run(const Contraction& c, c10::ScalarType, bool) { return can_unpacked(c); }
 bool gemm_can_run(const Contraction&, c10::ScalarType, bool) { return true; }
 template <int kOutputs>
 bool winograd_can_run(const Contraction& c, c10::ScalarType, bool) {

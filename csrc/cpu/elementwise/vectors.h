@@ -92,14 +92,20 @@ inline void write_non_temporal(T* p, const Lanes& v) {
 #endif
 }
 
-// As an element of T that is read again.
+// As elements of T that are read again.
+template <class T>
+inline Lanes rounded(const Lanes& v) {
+  if constexpr (std::is_same_v<T, float>) {
+    return v;
+  } else {
+    auto [low, high] = at::vec::convert_to_float<T>(at::vec::convert_from_float<T>(v.half[0], v.half[1]));
+    return {{low, high}};
+  }
+}
+
 template <class T>
 inline V rounded(V x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return x;
-  } else {
-    return std::get<0>(at::vec::convert_to_float<T>(at::vec::convert_from_float<T>(x, x)));
-  }
+  return rounded<T>(Lanes{{x, x}}).half[0];
 }
 
 // Non-temporal stores are seen by other threads after this.

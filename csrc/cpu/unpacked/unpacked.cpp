@@ -7,6 +7,7 @@
 
 #include "cpu/contraction/block_stats.h"
 #include "cpu/contraction/epilogue.h"
+#include "cpu/elementwise/pass_rows.h"
 #include "cpu/elementwise/widen.h"
 #include "cpu/gemm/implicit_gemm.h"
 #include "cpu/gemm/short_gemm.h"
@@ -22,7 +23,8 @@ struct Order {
 };
 
 // What each output reads of `in`: rows [pixel][place in the weight's order].
-void gather(const Contraction& c, const float* in, const Order& order, float* to) {
+template <class T>
+void gather(const Contraction& c, const T* in, const Order& order, float* to) {
   std::vector<std::vector<Read>> ys, xs;
   for (int64_t o = 0; o < c.y.out; ++o) ys.push_back(reads(c.y, o, false));
   for (int64_t o = 0; o < c.x.out; ++o) xs.push_back(reads(c.x, o, false));
@@ -33,7 +35,7 @@ void gather(const Contraction& c, const float* in, const Order& order, float* to
       const int64_t x = i % c.x.out, y = i / c.x.out % c.y.out, n = i / c.x.out / c.y.out;
       for (const Read& ry : ys[y])
         for (const Read& rx : xs[x]) {
-          const float* from = in + ((n * c.y.in + ry.input) * c.x.in + rx.input) * c.in_channels;
+          const T* from = in + ((n * c.y.in + ry.input) * c.x.in + rx.input) * c.in_channels;
           float* at = row + ry.tap * order.y + rx.tap * order.x;
           if (order.k == 1) {
             std::copy_n(from, c.in_channels, at);
@@ -53,6 +55,34 @@ void transpose(const float* from, int64_t rows, int64_t columns, float* to, int6
       std::fill_n(to + k * stride + rows, stride - rows, 0.f);
     }
   });
+}
+
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+// `rows` of `n` elements, whole vectors, of a weight that ends at `end`: as floats of which each is one of T. They lie
+// where the weight does, or hold until this thread asks again.
+template <class T, class W>
+Rows floats_of(const W* from, int64_t stride, int64_t rows, int64_t n, const W* end) {
+  if constexpr (std::is_same_v<T, float>) {
+    return {from, stride};
+  } else {
+    static thread_local Scratch scratch;
+    float* to = scratch.floats(rows * n + kSpill);
+    for (int64_t r = 0; r < rows; ++r, from += stride) {
+      float* row = to + r * n;
+      if constexpr (std::is_same_v<W, T>) {
+        widen(row, from, n, end);
+      } else {
+        int64_t i = 0;
+        for (; i + kStep <= n; i += kStep) write(row + i, rounded<T>(read(from + i)));
+        if (i < n) rounded<T>(V::loadu(from + i)).store(row + i);
+      }
+    }
+    return {to, n};
+  }
 }
 
 // c[m][n] = sum over k of a[m*a_row + k*a_step]*b[k*b_step + n] for some rows; columns are whole vectors.
@@ -91,7 +121,8 @@ void for_channels(int64_t channels, const Function& function) {
 }
 
 // Sums of whole pixels [pixels][width] to what is stored of them.
-void finish(const Contraction& c, float* sums, int64_t width, float* out, const Epilogue& epilogue) {
+template <class T>
+void finish(const Contraction& c, float* sums, int64_t width, T* out, const Epilogue& epilogue) {
   const int64_t pixels = c.batch * c.y.out * c.x.out;
   if (epilogue.stats) {
     struct Group {
@@ -102,7 +133,7 @@ void finish(const Contraction& c, float* sums, int64_t width, float* out, const 
     const int64_t rows = pixels / epilogue.stat_groups;
     for (int64_t g = 0; g < epilogue.stat_groups; ++g) {
       float* mean = partial.data() + g * 2 * width;
-      round_and_sum<float>([&](int64_t r) { return sums + (g * rows + r) * width; }, rows, width, mean, mean + width);
+      round_and_sum<T>([&](int64_t r) { return sums + (g * rows + r) * width; }, rows, width, mean, mean + width);
       groups.push_back({rows, g});
     }
     combine(groups, partial.data(), width, c.out_channels, epilogue);
@@ -110,12 +141,13 @@ void finish(const Contraction& c, float* sums, int64_t width, float* out, const 
   const RowEpilogue row_epilogue(epilogue, c.out_channels);
   for (int64_t i = 0; i < pixels; ++i) {
     row_epilogue.run(sums + i * width, 0, (c.out_channels + kWidth - 1) / kWidth * kWidth);
-    std::copy_n(sums + i * width, c.out_channels, out + i * c.out_channels);
+    narrow(out + i * c.out_channels, sums + i * width, c.out_channels);
   }
 }
 
 // Of `conv`: the weight's rows, each of an output channel, by columns of pixels.
-void convolve(const Contraction& c, const float* in, const Weight& w, float* sums, int64_t width) {
+template <class T, class W>
+void convolve(const Contraction& c, const T* in, const Weight& w, float* sums, int64_t width) {
   static thread_local Scratch scratch;
   const Order order{w.k, w.y, w.x, c.taps() * c.in_channels};
   const int64_t pixels = c.batch * c.y.out * c.x.out, columns = (pixels + kWidth - 1) / kWidth * kWidth;
@@ -123,25 +155,32 @@ void convolve(const Contraction& c, const float* in, const Weight& w, float* sum
   float *panel = rows + pixels * order.size, *found = panel + columns * order.size;
   gather(c, in, order, rows);
   transpose(rows, pixels, order.size, panel, columns);
+  const W *weight = static_cast<const W*>(w.data), *end = weight + c.out_channels * order.size;
   for_channels(c.out_channels, [&](int64_t n, int64_t some) {
+    const Rows a = floats_of<T>(weight + n * w.n, w.n, some, order.size, end);
     multiply_all(
-        some, columns, order.size, static_cast<const float*>(w.data) + n * w.n, w.n, 1, panel, columns,
-        found + n * columns, columns);
+        some, columns, order.size, a.data, a.stride, 1, panel, columns, found + n * columns, columns);
   });
   for (int64_t i = 0; i < pixels; ++i)
     for (int64_t n = 0; n < c.out_channels; ++n) sums[i * width + n] = found[n * columns + i];
 }
 
 // Of `conv_transpose`: pixels by the weight's columns, and what falls on each output of these products.
-void convolve_transposed(const Contraction& c, const float* in, const Weight& w, float* sums, int64_t width) {
+template <class T, class W>
+void convolve_transposed(const Contraction& c, const T* in, const Weight& w, float* sums, int64_t width) {
   static thread_local Scratch scratch;
   const int64_t columns = c.taps() * c.out_channels, all = c.batch * c.y.in * c.x.in;
-  float* products = scratch.floats(all * columns);
-  at::parallel_for(0, columns / kWidth, kMaxVectors, [&](int64_t begin, int64_t end) {
-    const int64_t n = begin * kWidth;
-    multiply_all(
-        all, end * kWidth - n, c.in_channels, in, c.in_channels, 1, static_cast<const float*>(w.data) + n, w.k,
-        products + n, columns);
+  float *products = scratch.floats(all * (columns + c.in_channels)), *pixels = products + all * columns;
+  std::copy_n(in, all * c.in_channels, pixels);
+  const W *weight = static_cast<const W*>(w.data), *end = weight + columns * c.in_channels;
+  const Parts strips(columns / kWidth, kMaxVectors);
+  at::parallel_for(0, strips.count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t n = strips.begin(i) * kWidth, some = strips.size(i) * kWidth;
+      const Rows b = floats_of<T>(weight + n, w.k, c.in_channels, some, end);
+      multiply_all(
+          all, some, c.in_channels, pixels, c.in_channels, 1, b.data, b.stride, products + n, columns);
+    }
   });
   at::parallel_for(0, c.batch * c.y.out * c.x.out, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -160,8 +199,8 @@ void convolve_transposed(const Contraction& c, const float* in, const Weight& w,
 
 }  // namespace
 
-bool can_unpacked(const Contraction& c, c10::ScalarType dtype) {
-  return dtype == c10::ScalarType::Float && c.taps() * (c.y.transposed ? c.out_channels : c.in_channels) % kWidth == 0;
+bool can_unpacked(const Contraction& c) {
+  return c.taps() * (c.y.transposed ? c.out_channels : c.in_channels) % kWidth == 0;
 }
 
 void unpacked_contract(
@@ -174,23 +213,35 @@ void unpacked_contract(
   static thread_local Scratch scratch;
   const int64_t width = Panels(c.out_channels).width;
   float* sums = scratch.floats(c.batch * c.y.out * c.x.out * width);
-  (transposed ? convolve_transposed : convolve)(c, static_cast<const float*>(in), weight, sums, width);
-  finish(c, sums, width, static_cast<float*>(out), epilogue);
+  with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto multiply = [&](auto element) {
+      using W = decltype(element);
+      (transposed ? convolve_transposed<T, W> : convolve<T, W>)(c, static_cast<const T*>(in), weight, sums, width);
+    };
+    weight.wide ? multiply(0.f) : multiply(zero);
+    finish(c, sums, width, static_cast<T*>(out), epilogue);
+  });
 }
 
 void unpacked_weight_grad(
-    const Contraction& c, c10::ScalarType, const void* gathered, const void* linear, void* out) {
+    const Contraction& c, c10::ScalarType dtype, const void* gathered, const void* linear, void* out) {
   static thread_local Scratch scratch;
   const int64_t k = c.contiguous ? c.taps() : 1, x = c.contiguous ? 1 : c.in_channels;
   const Order order{k, c.x.kernel * x, x, c.taps() * c.in_channels};
   const int64_t all = c.batch * c.y.out * c.x.out;
-  float* rows = scratch.floats(all * order.size);
-  gather(c, static_cast<const float*>(gathered), order, rows);
-  const auto* dy = static_cast<const float*>(linear);
-  for_channels(c.out_channels, [&](int64_t n, int64_t some) {
-    multiply_all(
-        some, order.size, all, dy + n, 1, c.out_channels, rows, order.size, static_cast<float*>(out) + n * order.size,
-        order.size);
+  float *rows = scratch.floats(all * (order.size + c.out_channels)), *dy = rows + all * order.size;
+  with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    gather(c, static_cast<const T*>(gathered), order, rows);
+    std::copy_n(static_cast<const T*>(linear), all * c.out_channels, dy);
+    for_channels(c.out_channels, [&](int64_t n, int64_t some) {
+      static thread_local Scratch some_sums;
+      T* to = static_cast<T*>(out) + n * order.size;
+      float* sums = std::is_same_v<T, float> ? reinterpret_cast<float*>(to) : some_sums.floats(some * order.size);
+      multiply_all(some, order.size, all, dy + n, 1, c.out_channels, rows, order.size, sums, order.size);
+      if constexpr (!std::is_same_v<T, float>) narrow(to, sums, some * order.size);
+    });
   });
 }
 

@@ -6,8 +6,8 @@
 
 namespace fastdcgan::cpu {
 
-// Of floats, where a weight's slowest axis has whole vectors behind it.
-bool can_unpacked(const Contraction& c, c10::ScalarType dtype);
+// Where a weight's slowest axis has whole vectors behind it.
+bool can_unpacked(const Contraction& c);
 
 void unpacked_contract(const Contraction&, c10::ScalarType, const void* in, const Weight&, void* out, const Epilogue&);
 void unpacked_weight_grad(const Contraction&, c10::ScalarType, const void* gathered, const void* linear, void* out);

@@ -21,6 +21,7 @@ def emulated_operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ctype
     monkeypatch.setattr(cpu_backend, "NAMESPACE", "fastdcgan_cpu_amx")
     monkeypatch.setenv("FASTDCGAN_AUTOTUNE_CACHE", str(tmp_path / "autotune.json"))
     monkeypatch.setattr(router, "_routes", {})
+    monkeypatch.setattr(router, "_alike", {})
     return found
 
 

@@ -280,22 +280,23 @@ def test_a_weight_may_lie_as_it_likes() -> None:
             assert all(torch.equal(result, expected[op]) for op, result in case.run(cpu).items())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["many channels", "deep", "one sample"])
-def test_a_weight_that_is_not_packed(name: str) -> None:
-    """Its sums are in the order in which it lies, and its gradient lies as PyTorch's."""
-    cpu, case = Kernels("unpacked"), block(name, torch.float32)
-    g = case.g
-    plain = case.weight.contiguous(memory_format=torch.contiguous_format)
+def test_a_weight_that_is_not_packed(name: str, dtype: torch.dtype) -> None:
+    """Its sums are in the order in which it lies, of what it is rounded to, and its gradient lies as PyTorch's."""
+    cpu, case = Kernels("unpacked"), block(name, dtype)
+    g, plain = case.g, case.weight.contiguous(memory_format=torch.contiguous_format)
     swapped = plain.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)  # another axis is the slowest
-    for case.weight in (plain, swapped, plain.as_strided(plain.shape, (plain.stride(0), 1, 1, 1))):
-        for op in ("conv", "conv_transpose"):
+    for op in ("conv", "conv_transpose"):
+        for case.weight in (plain.as_strided(plain.shape, (plain.stride(0), 1, 1, 1)), swapped, plain):
             results = [found[0] for found in case.three(cpu, op, STORE)]
             assert_as_accurate(*results, op, reduction=case.terms(op))
+        case.weight = plain.float() * (1 + 2**-14 * (dtype != torch.float32))  # which is rounded away
+        assert torch.equal(case.contract(cpu, op)[0], results[0])
     case.x, case.dy = case.x.contiguous(), case.dy.contiguous()
-    assert cpu.able(case.calls()["weight_grad"]) == ["cpu unpacked"]
     found = torch.ops.fastdcgan_cpu.weight_grad(case.x, case.dy, g.kernel, g.stride, g.padding, g.dilation, "unpacked")
-    assert found.is_contiguous()
-    results = [run(on, case.calls(wide=wide)["weight_grad"]) for on, wide in ((REFERENCE, False), (REFERENCE, True))]
+    assert found.is_contiguous() and cpu.able(case.calls()["weight_grad"]) == ["cpu unpacked"]
+    results = [each["weight_grad"] for each in (case.vanilla(), case.run(REFERENCE, wide=True))]
     assert_as_accurate(found, *results, "weight_grad", reduction=case.terms("weight_grad"))
 
 
@@ -485,7 +486,7 @@ def test_algorithms_that_can_not_run() -> None:
             with pytest.raises(ValueError, match=f"no algorithm '{name}'"):
                 op.weight_grad(x, torch.zeros(2, 6, *size), kernel, stride, (1, 1), dilation, name)
     numbers = ((4, 4), (2, 2), (1, 1))
-    assert op.algorithms("conv", 64, 64, *numbers, torch.float16, False) == ["gemm", *WINOGRAD]
+    assert op.algorithms("conv", 64, 64, *numbers, torch.float16, False) == ["gemm", "unpacked", *WINOGRAD]
     assert op.algorithms("conv_transpose", 64, 3, *numbers, torch.float16, False)[0] == "col2im"
     assert op.algorithms("conv_transpose", 64, 3, *numbers, torch.float16, True)[0] == "gemm"
     assert op.algorithms("weight_grad", 3, 64, *numbers, torch.float16, False)[0] == "image_side"
