@@ -225,10 +225,12 @@ def _cpu_milliseconds(
 ) -> dict[Any, float]:
     """The median time of each call: at least `_CPU_ROUNDS[0]` rounds, more where they are short; what is clearly slower
     leaves early, and what is left is measured no further when it is alone. The first call counts only for what leaves
-    after it."""
+    after it, and for what was alone from the beginning."""
     times = {name: [cpu_milliseconds(call) if firsts is None else firsts[name]] for name, call in calls.items()}
     limit = _FIRST_SLOWER * min(found[0] for found in times.values()) + 1000 * _FIRST_SECONDS
     left, spent = [name for name in times if times[name][0] <= limit], 0.0
+    if len(times) == 1:
+        return {name: found[0] for name, found in times.items()}
     times |= {name: [] for name in left}
     for i in range(_CPU_ROUNDS[1] if len(left) > 1 else 1):
         for name in left if i % 2 else reversed(left):

@@ -32,7 +32,12 @@ MOST_ROUTES = 4096  # that are kept: shapes may go on changing
 _SILENT_S = 2.0
 _COMPILING = "fastdcgan: compiling kernels for this GPU, which Triton keeps for the next time ..."
 
+# Measured on a CPU, an algorithm that took so many times as long as the fastest for a batch of half to twice as many is
+# not tried: a network has the same contraction with other prologues and epilogues, and of two batches.
+SLOWER, BATCHES = 1.25, 2
+
 _routes: dict[Any, Route] = {}
+_alike: dict[Any, tuple[int, dict[str, float]]] = {}  # the batch, and what its algorithms took
 _seen: list[str] | None = None
 
 
@@ -62,6 +67,7 @@ def route(call: Call, backend: str) -> Route:
     if found is None or (not found.settled and autotune.may_compare(call.a.x.device)):
         if len(_routes) >= MOST_ROUTES:
             _routes.clear()
+            _alike.clear()
         found = _routes[key] = _choose(call, backend)
     return found
 
@@ -132,7 +138,10 @@ def _choose(call: Call, backend: str) -> Route:
                 _attempt(algorithm, call, None)
         return Route(able[0], None, "", False)
     if searching or autotune.may_compare(device):
-        made = _measure(able, call, searching)
+        likely = able if device.type == "cuda" else _likely(able, call)
+        made = _measure(likely, call, searching)
+        if likely is able:
+            _alike[_but_batch(call)] = (len(call.a.x), made["milliseconds"])
         autotune.remember(KIND, autotune.machine(device), name, made)
         known = _known(made, able, call)
         assert known is not None
@@ -191,6 +200,16 @@ def _known(entry: Any, able: Sequence[Algorithm], call: Call) -> _Known | None:
     return _Known(Route(algorithm, tile, f"measured: {why}", True), searched)
 
 
+def _likely(able: Sequence[Algorithm], call: Call) -> Sequence[Algorithm]:
+    """Those that may be the fastest, by what was measured of a call that differs in its prologue, its epilogue and its
+    batch at most."""
+    batch, times = _alike.get(_but_batch(call), (0, {}))
+    known = [times[a.name] for a in able if a.name in times]
+    if not known or max(batch, len(call.a.x)) > BATCHES * min(batch, len(call.a.x)):
+        return able
+    return [a for a in able if times.get(a.name, 0.0) <= SLOWER * min(known)]
+
+
 def _measure(able: Sequence[Algorithm], call: Call, searching: bool) -> dict[str, Any]:
     """An entry for the autotune cache: the least time of each algorithm, and the best of them with its tile.
 
@@ -233,6 +252,13 @@ def signature(call: Call) -> tuple:
     """All that the choice of an algorithm depends on: shapes, dtypes, memory formats, prologue and epilogue."""
     b = _operand(call.b) if call.op == "weight_grad" else _tensor(call.b)
     return (call.op, _operand(call.a), b, call.geometry, call.size, _epilogue(call.epilogue), call.stays)
+
+
+def _but_batch(call: Call) -> tuple:
+    """What `_likely` compares."""
+    grad = call.op == "weight_grad"
+    (x_shape, *x), (b_shape, *b) = _tensor(call.a.x), _tensor(call.b.x if grad else call.b)
+    return (call.op, x_shape[1:], *x, b_shape[1:] if grad else b_shape, *b, call.geometry, call.size, call.stays)
 
 
 def _tensor(x: Tensor) -> tuple:

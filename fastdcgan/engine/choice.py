@@ -69,9 +69,11 @@ def measure(
         ours = {of: call for of, call in calls.items() if of not in (MODULES, CONTIGUOUS)}
         for call in ours.values():
             call()  # measures its contractions
-        if autotune.is_at_once() and min(map(autotune.cpu_milliseconds, ours.values())) > LONG_MS:
-            calls = ours
-        times = autotune.milliseconds(calls, x.device)
+        firsts = {of: autotune.cpu_milliseconds(call) for of, call in ours.items()} if autotune.is_at_once() else {}
+        if firsts and min(firsts.values()) > LONG_MS:
+            times = autotune.milliseconds(ours, x.device, firsts)
+        else:
+            times = autotune.milliseconds(calls, x.device)
         autotune.remember(KIND, autotune.machine(x.device), name, times)
     return _fastest(times)
 

@@ -245,3 +245,10 @@ def test_measuring_where_images_are_only_generated() -> None:
     for mode in (torch.inference_mode(), torch.no_grad(), contextlib.nullcontext()):
         with mode:
             assert autotune._cpu_milliseconds({"a": lambda: torch.ones(3).sum()})["a"] > 0
+
+
+def test_what_was_alone_from_the_beginning_is_measured_once() -> None:
+    calls: list[str] = []
+    assert autotune._cpu_milliseconds({"a": lambda: calls.append("a")})["a"] > 0
+    assert set(calls) == {"a"} and len(calls) <= 2  # after other work, and after itself
+    assert autotune._cpu_milliseconds({"a": pytest.fail}, {"a": 5.0}) == {"a": 5.0}

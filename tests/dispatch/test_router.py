@@ -83,6 +83,7 @@ def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measuring:
     monkeypatch.setattr(autotune, "_files", {})
     monkeypatch.setattr(planner, "_known", {})
     monkeypatch.setattr(router, "_routes", {})
+    monkeypatch.setattr(router, "_alike", {})
     monkeypatch.setattr(autotune, "milliseconds", found.milliseconds)
     monkeypatch.setattr(autotune, "may_compare", lambda device: found.allowed)
     monkeypatch.setattr(autotune, "may_search", lambda device: found.searching)
@@ -96,12 +97,15 @@ Explained = Callable[..., str]
 def explained(monkeypatch: pytest.MonkeyPatch) -> Explained:
     """How a convolution runs on "auto" with these backends on the GPU."""
 
-    def explained(*members: Own, groups: int = 1, again: bool = False, device: torch.device = DEVICE) -> str:
+    def explained(
+        *members: Own, groups: int = 1, again: bool = False, device: torch.device = DEVICE, batch: int = 2
+    ) -> str:
         if not again:  # a new process
             monkeypatch.setattr(router, "_routes", {})
+            monkeypatch.setattr(router, "_alike", {})
             monkeypatch.setitem(backends._loaded, "auto", members[0])
             monkeypatch.setattr(backends, "members", lambda name: list(members))
-        x, w = numbers(2, 4, 5, 5).to(device), numbers(6, 4 // groups, 3, 3).to(device)
+        x, w = numbers(batch, 4, 5, 5).to(device), numbers(6, 4 // groups, 3, 3).to(device)
         g = Geometry((3, 3), groups=groups)
         with router.recording() as seen:
             out, _ = router.run(Call("conv", Operand(x), w, g, (3, 3)), "auto")
@@ -150,6 +154,15 @@ def test_the_first_of_those_as_fast_as_the_fastest() -> None:
     assert fastest({"a": 1.2, "b": 1.02, "c": 1.0}) == "b"
     assert fastest({"a": 1.02, "b": 1.0}) == "a"
     assert fastest({"a": 1.0, "b": 1.0 - 2 * autotune.MARGIN}) == "b"
+
+
+def test_what_lost_clearly_for_about_that_batch_is_not_tried_on_a_cpu(clock: Measuring, explained: Explained) -> None:
+    clock.times = lambda at: {"own": 1.0, "other": 1.3, PYTORCH: 1.2}[at[0]]
+    cpu = torch.device("cpu")
+    explained(Own(), Other(), device=cpu, batch=4)
+    for batch, tried in ((2, ["own", PYTORCH]), (8, ["own", PYTORCH]), (9, ["own", "other", PYTORCH])):
+        explained(device=cpu, batch=batch, again=True)
+        assert [name for name, _ in clock.asked[-1]] == tried
 
 
 def test_a_later_process_measures_nothing(
