@@ -19,9 +19,9 @@ namespace {
 constexpr int64_t kBlockFloats = 1 << 18;  // inputs and products of a block
 constexpr int64_t kMaxTiles = 8 * kKernelRows;
 // So few tiles are one block, which transforms the weight panel by panel, in the second-level cache: that costs less
-// than a transformed weight's way through memory. Where inputs and products of that block leave the cache, it does so
-// for weights of so many floats.
-constexpr int64_t kFewTiles = 132, kLargeWeight = 3 << 20;
+// than a transformed weight's way through memory. It does so where inputs and products of that block are no more than
+// so many floats, or the weight is of so many. (Threads must not count, since the order of sums depends on it.)
+constexpr int64_t kFewTiles = 132, kFewFloats = 1 << 19, kLargeWeight = 1 << 20;
 constexpr int64_t kFewDepth = kDepth / 2;  // there: so that inputs and panels stay in that cache
 
 // A contraction of few taps of all of `sets`: outputs of one place add up over `terms`.
@@ -114,7 +114,7 @@ class Winograd {
   int64_t tile_size() const { return kPoints * (kRowStride + panels_.width); }
 
   bool are_few(int64_t tiles) const {
-    return tiles <= kFewTiles && (tiles * tile_size() <= kBlockFloats || weight_size() >= kLargeWeight);
+    return tiles <= kFewTiles && (tiles * tile_size() <= kFewFloats || weight_size() >= kLargeWeight);
   }
 
   // Of a sample.
