@@ -88,6 +88,11 @@ def recording() -> Iterator[list[str]]:
         _seen = before
 
 
+def is_recording() -> bool:
+    """Whether this is inside of `recording`."""
+    return _seen is not None
+
+
 @contextlib.contextmanager
 def compiling_ahead(backend: str) -> Iterator[bool]:
     """Inside a `with`, kernels that the backend compiles at their first use are compiled, by several threads, and not

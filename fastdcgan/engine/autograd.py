@@ -14,7 +14,7 @@ statistics it cancels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,22 +52,39 @@ class _State(NamedTuple):
     total: Tensor | None  # number of values over all processes (synchronised statistics)
 
 
-def run(
-    program: Program, x: Tensor, tensors: Sequence[Tensor | None], update: Callable[[Sequence[Tensor]], None]
-) -> Tensor:
-    """Run the chain on `x` [N, C, H, W] with `tensors` (the blocks' `BlockTensors`, one after another).
+class Updates(NamedTuple):
+    """`update` gets, of each block that used the batch's own statistics, the `stats` [3, stat_groups, C]; beside the
+    blocks' own tensors it reads `counts`, numbers of batches. `how`: all that may differ from call to call."""
 
-    `update` gets, of each block that used the batch's own statistics, the `stats` [3, stat_groups, C].
-    """
+    update: Callable[[Sequence[Tensor]], None]
+    counts: Sequence[Tensor | None]
+    how: Hashable
+
+
+def run(program: Program, x: Tensor, tensors: Sequence[Tensor | None], updates: Updates) -> Tensor:
+    """Run the chain on `x` [N, C, H, W] with `tensors` (the blocks' `BlockTensors`, one after another)."""
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *tensors)):
         with _quiet(x):
-            out, found, _ = forward(program, x, tensors, saving=None)
+            return _updating(program, x, tensors, None, updates)[0]  # type: ignore[return-value]
     elif torch.compiler.is_compiling():
         out, *found = _Chain.apply(program, None, x, *_distinct(tensors))
     else:  # `update` comes before anything is saved: where checkpointing has all of that, it goes no further
-        return _Chain.apply(program, update, x, *tensors)
-    update(found)
+        return _Chain.apply(program, updates, x, *tensors)
+    updates.update(found)
     return out
+
+
+def _updating(
+    program: Program, x: Tensor, tensors: Sequence[Tensor | None], saving: Sequence[bool] | None, updates: Updates
+) -> list[Tensor | None]:
+    """`forward`, and running statistics updated: the output and the states' tensors."""
+
+    def call() -> list[Tensor | None]:
+        out, found, states = forward(program, x, tensors, saving)
+        updates.update(found)
+        return [out, *(t for state in states for t in state)]
+
+    return program.taped(("forward", saving, updates.how), [x, *tensors, *updates.counts], call)
 
 
 _NOTHING = contextlib.nullcontext()
@@ -224,28 +241,31 @@ def _count(y: Tensor, stat_groups: int) -> int:
 
 
 class _Chain(torch.autograd.Function):
-    """(program, update, x, *tensors) -> the output, and the stats too where there is no `update`.
+    """(program, updates, x, *tensors) -> the output, and the stats too where there are no `updates`.
 
     Saved is what the backward reads, or that of the plain modules: a change of it in place raises. All else that
     gradients of gradients read (create_graph=True) is kept beside, and has to be what it was only for those.
     """
 
     @staticmethod
-    def forward(ctx, program: Program, update: Callable | None, x: Tensor, *tensors: Tensor | None):
+    def forward(ctx, program: Program, updates: Updates | None, x: Tensor, *tensors: Tensor | None):
         needs = ctx.needs_input_grad[2:]
+        found: list[Tensor] = []
         with _quiet(x):
-            out, found, states = forward(program, x, tensors, needs)
-            if update is not None:
-                update(found)
+            if updates is not None:
+                out, *saved = _updating(program, x, tensors, needs, updates)
+            else:
+                out, found, states = forward(program, x, tensors, needs)
+                saved = [t for state in states for t in state]
         inputs = (x, *tensors)
         ctx.program, ctx.given = program, [t is not None for t in inputs]
         ctx.read, beside = program.read(x, needs)
-        if update is not None:
+        if updates is not None:
             ctx.beside = [(i, t, _version(t)) for i in beside if (t := inputs[i]) is not None]
             ctx.layout, ctx.size, ctx.stride = program.layout(x, tensors), x.shape[2:], x.stride()
-        ctx.save_for_backward(*[inputs[i] for i in ctx.read], *[t for state in states for t in state])
+        ctx.save_for_backward(*[inputs[i] for i in ctx.read], *saved)
         ctx.set_materialize_grads(False)
-        if update is not None:
+        if updates is not None:
             return out
         ctx.mark_non_differentiable(*found)
         return (out, *found)
@@ -281,9 +301,16 @@ class _Chain(torch.autograd.Function):
                     )
                 inputs[i] = t
             return (None, None, *gradients(program.plan, layout, inputs, needs, da))
-        states = [_State(*saved[i : i + 4]) for i in range(len(read), len(saved), 4)]
+        found = saved[len(read) :]
+
+        def call() -> list[Tensor | None]:
+            states = [_State(*found[i : i + 4]) for i in range(0, len(found), 4)]
+            return backward(program, ctx.layout, ctx.size, inputs[0], inputs[1:], states, needs, da)
+
+        x = inputs[0]
+        key = ("backward", tuple(needs), da.dtype, da.shape, da.stride(), None if x is None else x.stride())
         with _quiet(da):
-            return (None, None, *backward(program, ctx.layout, ctx.size, inputs[0], inputs[1:], states, needs, da))
+            return (None, None, *program.taped(key, [da, *inputs, *found], call))
 
 
 def _version(t: Tensor) -> int | None:

@@ -137,7 +137,10 @@ class Planned:
                 if r is not None and r.num_batches is not None:
                     r.num_batches.add_(program.plan.stat_groups)
             return formula(program.plan, x, flat, program.layout(x, flat))
-        return autograd.run(program, x, flat, functools.partial(self._update_running, tensors, running))
+        update = functools.partial(self._update_running, tensors, running)
+        counts = [None if r is None else r.num_batches for r in running]
+        how = tuple(None if r is None else (r.momentum, r.num_batches is None) for r in running)
+        return autograd.run(program, x, flat, autograd.Updates(update, counts, how))
 
     def _update_running(
         self, tensors: Sequence[BlockTensors], running: Sequence[Running | None], found: Sequence[Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,8 +13,11 @@ from fastdcgan import backends
 from fastdcgan.activations import ACTIVATIONS
 from fastdcgan.dispatch import autotune, primitives, router
 from fastdcgan.engine.layout import Layout, layout
+from fastdcgan.engine.tape import Tapes
 from fastdcgan.geometry import Pair
 from fastdcgan.spec import PER_BLOCK, Block, BlockTensors, Boundaries, Call, Plan
+
+_CPU = torch.device("cpu")
 
 
 class Program:
@@ -32,6 +35,7 @@ class Program:
         self._read: dict[tuple, tuple[list[int], list[int]]] = {}
         self._layout: Layout | None = None
         self.without_bias: dict[int, Tensor] = {}  # by channels: the coef (1, 0)
+        self._tapes = Tapes() if direct and name == "cpu" else None
 
     def contract(self, place: tuple, call: Call) -> Any:
         """Run a contraction; `place` sets it apart within the chain, where the same calls come every time."""
@@ -43,6 +47,19 @@ class Program:
             if call.a.x.device.type == "cpu" or found.settled or not autotune.may_compare(call.a.x.device):
                 self._routes[place] = found
         return found.run(call)
+
+    def taped(
+        self, key: tuple, inputs: Sequence[Tensor | None], call: Callable[[], list[Tensor | None]]
+    ) -> list[Tensor | None]:
+        """`call()`, or the operators that it calls for such `inputs`."""
+        if self._tapes is None or router.is_recording():
+            return call()
+        consulted = autotune.consulted(_CPU)
+        routes = self._routes.values()
+        return self._tapes.run(
+            (*key, consulted), inputs, call, lambda: not consulted or all(route.settled for route in routes),
+            self.without_bias.values(),
+        )  # fmt: skip
 
     def steps(self, size: Sequence[int], saving: Sequence[bool] | None) -> list[Step]:
         """What each block does, for an input image of the `size` that the chain was planned for."""

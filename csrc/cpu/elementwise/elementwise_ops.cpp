@@ -361,10 +361,14 @@ TORCH_LIBRARY(fastdcgan_cpu, m) {
       "normalize_backward(Tensor da, Tensor y, Tensor coef, float count, int act, float slope) -> (Tensor, Tensor)");
   m.def(
       "normalize_backward_(Tensor(a!) da, Tensor y, Tensor coef, float count, int act, float slope) -> Tensor");
-  m.def("bias_coefficients(Tensor? bias, int channels) -> Tensor", fastdcgan::cpu::bias_coefficients);
+  m.def("bias_coefficients(Tensor? bias, int channels) -> Tensor");
   m.def("threads() -> int", fastdcgan::cpu::threads);
   m.def("cached_memory() -> (int, int)", fastdcgan::cpu::cached_memory_counts);
   m.def("release_memory() -> ()", fastdcgan::cpu::release_memory);
+}
+
+TORCH_LIBRARY_IMPL(fastdcgan_cpu, CompositeExplicitAutograd, m) {  // no tensor may say where
+  m.impl("bias_coefficients", fastdcgan::cpu::bias_coefficients);
 }
 
 TORCH_LIBRARY_IMPL(fastdcgan_cpu, CPU, m) {
