@@ -182,7 +182,7 @@ _WARM_UPS = 3
 _ROUNDS = 20
 # On a CPU: rounds at least, fewer of long calls, and at most; what is slower than the fastest by a factor is out.
 _CPU_ROUNDS, _CPU_SECONDS, _SLOWER = (5, 40), 0.05, 1.15
-_LONG_CPU_ROUNDS, _LONG_SECONDS = 2, 0.01
+_LONG_CPU_ROUNDS, _LONG_SECONDS, _SHORT_SECONDS = 2, 0.01, 0.001
 _EXTRA_ROUNDS = 9
 # A first call also makes what later ones find made, as oneDNN its code: that may take it so much longer.
 _FIRST_SLOWER, _FIRST_SECONDS = 1.5, 0.15
@@ -237,10 +237,9 @@ def _cpu_milliseconds(
             times[name].append(cpu_milliseconds(calls[name]))
         spent += sum(times[name][-1] for name in left) / 1000
         least = min(map(min, times.values()))
-        is_long = least > 1000 * _LONG_SECONDS
-        if is_long or i:  # once a short call may take long for no reason of its own
+        if i or least > 1000 * _SHORT_SECONDS:  # a short call may take long once for no reason of its own
             left = [name for name in left if min(times[name]) <= least * _SLOWER]
-        rounds = _LONG_CPU_ROUNDS if is_long else _CPU_ROUNDS[0]
+        rounds = _LONG_CPU_ROUNDS if least > 1000 * _LONG_SECONDS else _CPU_ROUNDS[0]
         if len(left) == 1 or (i + 1 >= rounds and spent > _CPU_SECONDS):
             break
     return {name: _median(found) for name, found in times.items()}

@@ -168,8 +168,20 @@ def test_a_cpu_is_timed_without_touching_random_numbers_or_grad_mode() -> None:
     with torch.no_grad():
         times = autotune.milliseconds({"large": lambda: run("large", large), "small": lambda: run("small", small)}, CPU)
     assert 0 < times["small"] < times["large"]
-    # A first round and another, after other work and after itself: what is clearly slower leaves then.
-    assert runs == {"large": 4, "small": 4}
+    # A first round and two others, after other work and after itself: what is clearly slower leaves then.
+    assert runs == {"large": 6, "small": 6}
+
+
+def test_what_is_slow_once_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of less than a millisecond; a longer one leaves at once."""
+    for ms in (0.1, 1.5):
+        firsts = {"slow once": [9.0, 3 * ms], "steady": [9.0]}
+        usual = {"slow once": ms, "steady": 1.1 * ms}
+        times = {name: itertools.chain(firsts[name], itertools.repeat(usual[name])) for name in usual}
+        calls = {name: functools.partial(next, found) for name, found in times.items()}
+        monkeypatch.setattr(autotune, "cpu_milliseconds", lambda call: call())
+        found = autotune._cpu_milliseconds(calls)
+        assert (found["slow once"] < found["steady"]) == (ms < 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
