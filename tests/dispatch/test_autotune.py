@@ -170,6 +170,7 @@ def test_a_cpu_is_timed_without_touching_random_numbers_or_grad_mode() -> None:
     assert 0 < times["small"] < times["large"]
     # A first round and two others, after other work and after itself: what is clearly slower leaves then.
     assert runs == {"large": 6, "small": 6}
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_is_slow_once_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +183,6 @@ def test_what_is_slow_once_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(autotune, "cpu_milliseconds", lambda call: call())
         found = autotune._cpu_milliseconds(calls)
         assert (found["slow once"] < found["steady"]) == (ms < 1)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_a_first_call_makes_for_later_ones_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
