@@ -139,7 +139,10 @@ class Planned:
             return formula(program.plan, x, flat, program.layout(x, flat))
         update = functools.partial(self._update_running, tensors, running)
         counts = [None if r is None else r.num_batches for r in running]
-        how = tuple(None if r is None else (r.momentum, r.num_batches is None) for r in running)
+        how = tuple(
+            None if r is None else (r.momentum, r.num_batches is None, r.mean.is_contiguous(), r.var.is_contiguous())
+            for r in running
+        )
         return autograd.run(program, x, flat, autograd.Updates(update, counts, how))
 
     def _update_running(

@@ -46,6 +46,9 @@ class Tapes:
     ) -> Tensors:  # fmt: skip
         """`call()`, which reads the `inputs`, and `constants` that stay what they are: from the second time on, once
         `is_fixed()` says that it will go on to call the same operators, by a tape."""
+        ids = [id(t) for t in inputs if t is not None]
+        if len(set(ids)) < len(ids):  # the recorder can't tell the places of a tensor apart
+            key = (key, *map(ids.index, ids))
         tape = self._found.get(key, _NEW)
         if tape is _NEW and len(self._found) >= _MOST:
             self._found.clear()
@@ -68,7 +71,7 @@ class _Unknown(Exception):
 class _Recorder(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Tensor | None], constants: Iterable[Tensor]) -> None:
         super().__init__()
-        self._inputs, self._constants = inputs, list(constants)
+        self._constants = list(constants)
         self._kept: list[Tensor | None] = [*inputs, *self._constants]  # by slot, so that no id comes twice
         self._slots = {id(t): slot for slot, t in enumerate(self._kept) if t is not None}
         self._operators: dict[tuple[str, str], int] = {}
@@ -134,23 +137,19 @@ class _Recorder(TorchDispatchMode):
         return len(self._floats) - 1
 
     def _slot(self, t: Tensor) -> int:
-        found = self._slots.get(id(t))
-        if found is not None:
-            return found
-        for slot, known in enumerate(self._inputs):  # `t.data` is one of them
-            if known is not None and t.numel() and known.data_ptr() == t.data_ptr() and _is_like(known, t):
-                return self._add(t, slot)
-        raise _Unknown
+        if id(t) not in self._slots:
+            raise _Unknown
+        return self._slots[id(t)]
 
     def _result(self, out: Any) -> list[int]:
         if out is None:
             return [_NONE]
-        slots = [self._slots[id(t)] if id(t) in self._slots else self._add(t, len(self._kept)) for t in _listed(out)]
+        slots = [self._slots[id(t)] if id(t) in self._slots else self._added(t) for t in _listed(out)]
         return [_SLOT, *slots] if isinstance(out, Tensor) else [_SLOTS, len(slots), *slots]
 
-    def _add(self, t: Tensor, slot: int) -> int:
+    def _added(self, t: Tensor) -> int:
+        slot = self._slots[id(t)] = len(self._kept)
         self._kept.append(t)
-        self._slots[id(t)] = slot
         return slot
 
     def tape(self, outputs: Tensors) -> Any:
@@ -173,10 +172,6 @@ class _Recorder(TorchDispatchMode):
         return torch.classes.fastdcgan_cpu.Tape(
             names, code, self._floats, self._strings, self._constants, len(self._kept), out
         )
-
-
-def _is_like(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def _listed(out: Any) -> Sequence[Tensor]:

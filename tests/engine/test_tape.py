@@ -137,6 +137,40 @@ def test_what_may_still_be_measured_is_not_recorded(replays: list[Any], monkeypa
     assert len(replays) == 6 and len(calls) == 5
 
 
+def untied(net: nn.Sequential) -> None:
+    net[3].weight = nn.Parameter(net[0].weight.detach() * 2)
+
+
+def other_buffers(net: nn.Sequential) -> None:
+    net[1].running_mean, net[1].running_var = torch.zeros(3, 2)[:, 1], torch.ones(6)[::2]
+
+
+def own_buffers(net: nn.Sequential) -> None:
+    net[4].running_mean, net[4].running_var = net[1].running_mean.clone(), net[1].running_var.clone()
+
+
+@pytest.mark.parametrize("change", [untied, other_buffers, own_buffers, lambda net: None])
+def test_tensors_that_were_one(change: Callable[[Any], None], replays: list[Any]) -> None:
+    """A weight, running statistics, the input and the gradient that comes back; and running statistics with gaps."""
+    results = []
+    for fuse in (fastdcgan.fuse, lambda model: model):
+        torch.manual_seed(0)
+        blocks = [nn.Conv2d(3, 3, 3, 1, 1), nn.BatchNorm2d(3), nn.ReLU()]
+        net = nn.Sequential(*blocks, nn.Conv2d(3, 3, 3, 1, 1), nn.BatchNorm2d(3))
+        net[3].weight, net[4].running_mean, net[4].running_var = net[0].weight, net[1].running_mean, net[1].running_var
+        net, x = fuse(net), numbers(2, 3, 8, 8, dtype=torch.float32)
+        for _ in range(4):
+            net(x).backward(x)
+        change(net)
+        for seed in range(2, 6):
+            out = net(x)
+            out.backward(numbers(*out.shape, dtype=torch.float32, seed=seed))
+        results.append([out, *(p.grad for p in net.parameters()), *net.buffers()])
+    assert len(replays) > 6
+    for ours, vanilla in zip(*results, strict=True):
+        torch.testing.assert_close(ours, vanilla, rtol=1e-4, atol=1e-4)
+
+
 def replayed(call: Callable[[Tensor, Tensor], list[Tensor | None]], *inputs: Tensor, constants: Any = ()) -> Any:
     """What a tape of `call` gives for other inputs of the kind, and `call` itself."""
     tapes, runs = tape.Tapes(), []
