@@ -85,16 +85,16 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():  # nobody else looks at a `Reordered` here
-            given = [*args], kwargs or {}
-            out = func(*args, **given[1])
+            kwargs = kwargs or {}
+            out = func(*args, **kwargs)
             if self._instructions is not None:
                 try:
-                    self._instructions.append(self._instruction(func, *given, out))
+                    self._instructions.append(self._instruction(func, args, kwargs, out))
                 except _Unknown:
                     self._instructions = None
         return out
 
-    def _instruction(self, func: Any, args: list, kwargs: dict, out: Any) -> tuple[int, list, list]:
+    def _instruction(self, func: Any, args: Sequence, kwargs: dict, out: Any) -> tuple[int, list, list]:
         schema = func._schema
         if schema.name.removeprefix("aten::new_").removeprefix("aten::").startswith("empty") and out.numel():
             raise _Unknown  # who fills it doesn't call operators
