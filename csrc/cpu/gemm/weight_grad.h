@@ -196,7 +196,7 @@ class WeightGrad {
 
   static constexpr int64_t kMaxColumns = 256;  // that taps are put together to
   static constexpr int64_t kEnoughTasks = 16;
-  static constexpr int64_t kSlicePixels = 4096;  // of one task, where pixels are divided among tasks
+  static constexpr int64_t kSlicePixels = 512;  // of one task, where pixels are divided among tasks
 
   const Contraction& c_;
   Sides<T> s_;

@@ -9,7 +9,7 @@ namespace fastdcgan::cpu {
 namespace {
 
 constexpr int64_t kBandFloats = 4096;   // of the linear side between two visits of the sums: 16 KiB
-constexpr int64_t kSlicePixels = 4096;  // of one task
+constexpr int64_t kSlicePixels = 512;  // of one task
 constexpr int64_t kMostSlices = 32;
 
 // Sums [tap along y, along x, input channel][output channel]: pixels are the depth, and the linear side is read as it

@@ -11,7 +11,6 @@
 namespace fastdcgan::cpu {
 namespace {
 
-constexpr int64_t kColumns = 2 * kPanel;                        // channels of a part
 constexpr int64_t kCachedFloats = 1 << 19;                       // of sums
 constexpr int64_t kRowTiles = 10;                               // whose sums stay in the cache until they are taps
 constexpr int64_t kEnoughTasks = 16;
@@ -45,6 +44,8 @@ template <class T, class F>
 class WinogradGrad {
   static constexpr int kSide = F::kSide, kPoints = kSide * kSide, kTaps = F::kTaps;
   static constexpr int64_t kOutputs = F::kOutputs, kDepth = F::kTileDepth;
+  // Channels of a part: fewer for 3x3 kernels, of which there is one phase, so that there are parts enough for threads.
+  static constexpr int64_t kColumns = (kTaps == 3 ? 1 : 2) * kPanel;
 
  public:
   WinogradGrad(const Contraction& c, const T* gathered, const T* linear, T* out)
@@ -80,12 +81,12 @@ class WinogradGrad {
   void run_by_tile() {
     const int64_t parts = static_cast<int64_t>(parts_.size()), all = tiles();
     const int64_t slices = std::clamp<int64_t>(all / kSliceTiles, 1, std::max<int64_t>(kEnoughTasks / parts, 1));
-    const int64_t cuts = balanced_cuts(slices, parts);  // as few as may be: each transforms the linear side
+    const int64_t units = parts * rows_.count, cuts = balanced_cuts(slices, units);  // few: each transforms its inputs
     static thread_local Scratch scratch;
     float* sums = scratch.floats(slices * parts * part_size());  // [slice, part, point, output channel, column]
     at::parallel_for(0, slices * cuts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t slice = i / cuts, cut = i % cuts, first = parts * cut / cuts, last = parts * (cut + 1) / cuts;
+        const int64_t slice = i / cuts, cut = i % cuts, first = units * cut / cuts, last = units * (cut + 1) / cuts;
         add(all * slice / slices, all * (slice + 1) / slices, first, last, sums + slice * parts * part_size());
       }
     });
@@ -98,17 +99,23 @@ class WinogradGrad {
     });
   }
 
-  // The sums of parts [first, last) over tiles [begin, end).
+  // The sums of [first, last) of the tiles of rows of all parts, over tiles [begin, end).
   void add(int64_t begin, int64_t end, int64_t first, int64_t last, float* sums) const {
     static thread_local Scratch scratch;
     float *a = scratch.floats(a_size() + kPoints * b_point()), *b = a + a_size();
     const Chunks chunks(end - begin, kDepth);
+    const int64_t all = rows_.count, first_part = first / all, last_part = (last - 1) / all;
+    const bool one = first_part == last_part;
+    const int64_t from = one ? rows_.begin(first % all) / kWidth * kWidth : 0;
+    const int64_t to = one ? rows_.begin(last - last_part * all) : c_.out_channels;
     for (int64_t i = 0; i < chunks.count; ++i) {
       const int64_t low = begin + chunks.begin(i), size = chunks.size(i);
-      pack_linear(low, 0, size, a);
-      for (int64_t part = first; part < last; ++part) {
+      pack_linear(low, 0, size, from, to, a);
+      for (int64_t part = first_part; part <= last_part; ++part) {
+        const int64_t r = std::max<int64_t>(first - part * all, 0), end_r = std::min(last - part * all, all);
         pack_gathered(parts_[part], low, size, b);
-        multiply_rows(part, a, b, size, 0, rows_.count, sums + part * part_size(), point_size(), i > 0);
+        multiply_rows(
+            part, a, b, size, r, end_r, sums + part * part_size() + rows_.begin(r) * width_, point_size(), i > 0);
       }
     }
   }
@@ -125,7 +132,8 @@ class WinogradGrad {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t chunk = i / kRanges, range = i % kRanges, size = chunks.size(chunk);
         pack_linear(
-            chunks.begin(chunk), size * range / kRanges, size * (range + 1) / kRanges, a + chunk * a_size());
+            chunks.begin(chunk), size * range / kRanges, size * (range + 1) / kRanges, 0, c_.out_channels,
+            a + chunk * a_size());
       }
     });
     at::parallel_for(0, parts * cuts, 1, [&](int64_t begin, int64_t end) {
@@ -172,14 +180,14 @@ class WinogradGrad {
       }
   }
 
-  // A: [point][group][tile][output channel], of tiles first + [low, high).
-  void pack_linear(int64_t first, int64_t low, int64_t high, float* a) const {
+  // A: [point][group][tile][output channel], of tiles first + [low, high) and channels [from, to).
+  void pack_linear(int64_t first, int64_t low, int64_t high, int64_t from, int64_t to, float* a) const {
     TilePlace place(parts_[0].y.tiles(kOutputs), parts_[0].x.tiles(kOutputs), first + low);
     for (int64_t k = low; k < high; ++k, place.next())
-      for (int64_t c = 0; c < c_.out_channels; c += cpu::kDepth)
+      for (int64_t c = from; c < to; c += cpu::kDepth)
         transform_pixels<F::output_adjoint, F::kOutputs, kSide>(
             linear_, place.n, {place.y * kOutputs, place.x * kOutputs, 1, 1}, c,
-            std::min(c + cpu::kDepth, c_.out_channels), [&](int64_t n) { return a + a_place(c + n, k); }, a_point());
+            std::min(c + cpu::kDepth, to), [&](int64_t n) { return a + a_place(c + n, k); }, a_point());
   }
 
   // B: [point][panel][tile][column], of tiles first + [0, depth).
