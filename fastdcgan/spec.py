@@ -79,7 +79,8 @@ class Call(NamedTuple):
     weight_grad            gathered  linear (an Operand)      of the kernel        the weight's gradient
 
     `stays`: the weight is likely to be the same at the next call. It isn't while anything is trained, so what a backend
-    makes of the weight is then made anew at every call.
+    makes of the weight is then made anew at every call. `contiguous`: so is the weight's gradient wanted, whatever the
+    operands are; a backend may give it in their format.
     """
 
     op: str
@@ -89,6 +90,7 @@ class Call(NamedTuple):
     size: Pair
     epilogue: Epilogue = STORE
     stays: bool = False
+    contiguous: bool = False
 
 
 @dataclass(frozen=True)

@@ -274,8 +274,9 @@ class CPUBackend(Backend):
         g, x = call.geometry, self.finished(call.a)
         if call.op == "weight_grad":
             dy = self.finished(call.b)
-            dw = self.contractions.weight_grad(x, dy, g.kernel, g.stride, g.padding, g.dilation, name)
-            return dw.contiguous(memory_format=memory_format(x))
+            contiguous = call.contiguous or memory_format(x) == torch.contiguous_format
+            dw = self.contractions.weight_grad(x, dy, g.kernel, g.stride, g.padding, g.dilation, name, contiguous)
+            return dw if call.contiguous else dw.contiguous(memory_format=memory_format(x))
         e = call.epilogue
         fused, act, slope, groups = None, 0, 0.0, 0
         if e.kind == "stats":

@@ -352,9 +352,11 @@ def backward(
             else:
                 a = _rebuilt(plan.blocks[i - 1], states[i - 1])
             gathered, linear = (dy, a) if block.transposed else (a, dy)
-            call = Call("weight_grad", gathered, linear, block.geometry, block.geometry.kernel)
-            dw = program.contract((i, "weight_grad", given, lazy), call)
-            grads[first] = with_strides(dw, layout.weight_grads[i])
+            wanted = layout.weight_grads[i]
+            call = Call(
+                "weight_grad", gathered, linear, block.geometry, block.geometry.kernel, contiguous=wanted[-1] == 1
+            )
+            grads[first] = with_strides(program.contract((i, "weight_grad", given, lazy), call), wanted)
         if passes_on and not block.convolves:
             da, sums = dy.x, None
         elif passes_on:

@@ -41,6 +41,7 @@ bool dot_col2im_can_run(const Contraction& c, c10::ScalarType dtype, bool stats)
 bool col2im_can_run(const Contraction& c, c10::ScalarType, bool stats) { return can_col2im(c) && !stats; }
 bool image_side_can_run(const Contraction& c, c10::ScalarType, bool) { return can_image_side(c); }
 bool unpacked_can_run(const Contraction& c, c10::ScalarType, bool) { return can_unpacked(c); }
+bool always(const Contraction&, c10::ScalarType) { return true; }
 bool gemm_can_run(const Contraction&, c10::ScalarType, bool) { return true; }
 template <int kOutputs>
 bool winograd_can_run(const Contraction& c, c10::ScalarType, bool) {
@@ -73,9 +74,9 @@ const Algorithm kAlgorithms[] = {
     {"col2im", col2im_can_run, col2im_contract, nullptr},
     {"image_side", image_side_can_run, image_side_contract, image_side_weight_grad},
     {"gemm", gemm_can_run, gemm_contract, gemm_weight_grad},
-    {"unpacked", unpacked_can_run, unpacked_contract, unpacked_weight_grad, true},
+    {"unpacked", unpacked_can_run, unpacked_contract, unpacked_weight_grad, always},
     {"winograd_2x2", winograd_can_run<2>, winograd_contract<2>, winograd_weight_grad<2>},
-    {"winograd_4x4", winograd_can_run<4>, winograd_contract<4>, winograd_weight_grad<4>},
+    {"winograd_4x4", winograd_can_run<4>, winograd_contract<4>, winograd_weight_grad<4>, can_contiguous_winograd_grad},
 #ifdef FASTDCGAN_AMX
     {"split_bf16", split_bf16_can_run, split_bf16_or_float, split_bf16_or_float_weight_grad},
 #endif

@@ -14,7 +14,8 @@ struct Algorithm {
   bool (*can_run)(const Contraction&, c10::ScalarType, bool stats);
   void (*contract)(const Contraction&, c10::ScalarType, const void* in, const Weight&, void* out, const Epilogue&);
   void (*weight_grad)(const Contraction&, c10::ScalarType, const void* gathered, const void* linear, void* out);
-  bool contiguous = false;  // whether the weight's gradient may be
+  // Whether the weight's gradient may be contiguous; null: no.
+  bool (*can_contiguous)(const Contraction&, c10::ScalarType) = nullptr;
 };
 
 // Those that can run a contraction, in the order in which they are worth trying: an earlier one was faster than the

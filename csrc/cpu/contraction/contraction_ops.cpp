@@ -137,9 +137,10 @@ std::tuple<Tensor, Tensor> conv_transpose(
       x, weight, stride, padding, dilation, size, true, by_channel, act, slope, stat_groups, algorithm, caches);
 }
 
+// `contiguous`: the result is, from an algorithm that can have it so, and else channels_last.
 Tensor grad_of_weight(
     const Tensor& gathered_, const Tensor& linear_, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
-    IntArrayRef dilation, std::string_view algorithm) {
+    IntArrayRef dilation, std::string_view algorithm, bool contiguous) {
   const Tensor gathered = channels_last(gathered_, "an input"), linear = channels_last(linear_, "a gradient");
   TORCH_CHECK_VALUE(
       gathered.size(0) == linear.size(0), "expected one batch size, got ", gathered.size(0), " and ", linear.size(0));
@@ -152,7 +153,7 @@ Tensor grad_of_weight(
       axis(gathered, 1, kernel, stride, padding, dilation, linear.size(3), false)};
   const auto dtype = gathered.scalar_type();
   const Algorithm& a = algorithm_of(c, dtype, false, true, algorithm);
-  c.contiguous = a.contiguous && !gathered_.is_contiguous(at::MemoryFormat::ChannelsLast);
+  c.contiguous = contiguous && a.can_contiguous && a.can_contiguous(c, dtype);
   const Tensor out = new_tensor(
       {c.out_channels, c.in_channels, kernel[0], kernel[1]}, dtype,
       c.contiguous ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast);
@@ -195,7 +196,7 @@ TORCH_LIBRARY_FRAGMENT(FASTDCGAN_CPU_NAMESPACE, m) {
       "-> (Tensor, Tensor)");
   m.def(
       "weight_grad(Tensor gathered, Tensor linear, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
-      "str algorithm) -> Tensor");
+      "str algorithm, bool contiguous=False) -> Tensor");
   m.def(
       "algorithms(str op, int in_channels, int out_channels, int[2] kernel, int[2] stride, int[2] dilation, "
       "ScalarType dtype, bool stats) -> str[]",

@@ -38,4 +38,7 @@ void winograd_contract(const Contraction&, c10::ScalarType, const void* in, cons
 template <int kOutputs>
 void winograd_weight_grad(const Contraction&, c10::ScalarType, const void* gathered, const void* linear, void* out);
 
+// With tiles of 4x4 outputs: whether the result may be contiguous.
+bool can_contiguous_winograd_grad(const Contraction&, c10::ScalarType);
+
 }  // namespace fastdcgan::cpu

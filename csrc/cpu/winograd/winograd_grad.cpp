@@ -213,11 +213,31 @@ class WinogradGrad {
           store(sum, load(sum) + load(sum + s * slice_size));
         }
     for (int64_t n = 0; n < width_; n += kWidth) transform_in_place<F::weight_adjoint, kSide, kTaps>(row + n, step);
+    if constexpr (std::is_same_v<T, float> && kTaps == 3) {
+      if (c_.contiguous) {
+        store_contiguous(row, step, part.columns, out_ + (channel * c_.in_channels + part.first) * kTaps * kTaps);
+        return;
+      }
+    }
     for (int64_t i = 0; i < kTaps * kTaps; ++i) {
       const int64_t ky = part.y.taps[i / kTaps], kx = part.x.taps[i % kTaps];
       const int64_t tap = (channel * c_.y.kernel + ky) * c_.x.kernel + kx;
       narrow(out_ + tap * c_.in_channels + part.first, row + i * step, part.columns);
     }
+  }
+
+  // The taps of one column after the other: squares of them are transposed.
+  static void store_contiguous(const float* row, int64_t step, int64_t columns, float* out) {
+    constexpr int kAll = kTaps * kTaps;
+    alignas(64) float square[kWidth * kWidth], transposed[kWidth * kWidth];
+    for (int64_t n = 0; n < columns; n += kWidth)
+      for (int first = 0; first < kAll; first += kWidth) {
+        const int some = std::min<int>(kAll - first, kWidth);
+        for (int i = 0; i < some; ++i) store(square + i * kWidth, load(row + (first + i) * step + n));
+        at::vec::transpose_mxn<float, kWidth, kWidth>(square, kWidth, transposed, kWidth);
+        for (int64_t c = 0; c < kWidth && n + c < columns; ++c)
+          V::loadu(transposed + c * kWidth).store(out + (n + c) * kAll + first, some);
+      }
   }
 
   const Contraction& c_;
@@ -229,6 +249,10 @@ class WinogradGrad {
 };
 
 }  // namespace
+
+bool can_contiguous_winograd_grad(const Contraction& c, c10::ScalarType dtype) {
+  return dtype == at::kFloat && c.y.kernel == 3 && c.x.kernel == 3;
+}
 
 template <int kOutputs>
 void winograd_weight_grad(

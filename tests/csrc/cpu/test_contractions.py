@@ -285,7 +285,7 @@ def test_a_weight_may_lie_as_it_likes() -> None:
 def test_a_weight_that_is_not_packed(name: str, dtype: torch.dtype) -> None:
     """Its sums are in the order in which it lies, of what it is rounded to, and its gradient lies as PyTorch's."""
     cpu, case = Kernels("unpacked"), block(name, dtype)
-    g, plain = case.g, case.weight.contiguous(memory_format=torch.contiguous_format)
+    plain = case.weight.contiguous(memory_format=torch.contiguous_format)
     swapped = plain.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)  # another axis is the slowest
     for op in ("conv", "conv_transpose"):
         for case.weight in (plain.as_strided(plain.shape, (plain.stride(0), 1, 1, 1)), swapped, plain):
@@ -294,7 +294,7 @@ def test_a_weight_that_is_not_packed(name: str, dtype: torch.dtype) -> None:
         case.weight = plain.float() * (1 + 2**-14 * (dtype != torch.float32))  # which is rounded away
         assert torch.equal(case.contract(cpu, op)[0], results[0])
     case.x, case.dy = case.x.contiguous(), case.dy.contiguous()
-    found = torch.ops.fastdcgan_cpu.weight_grad(case.x, case.dy, g.kernel, g.stride, g.padding, g.dilation, "unpacked")
+    found = run(cpu, case.calls()["weight_grad"])
     assert found.is_contiguous() and cpu.able(case.calls()["weight_grad"]) == ["cpu unpacked"]
     results = [each["weight_grad"] for each in (case.vanilla(), case.run(REFERENCE, wide=True))]
     assert_as_accurate(found, *results, "weight_grad", reduction=case.terms("weight_grad"))

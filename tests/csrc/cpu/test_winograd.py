@@ -55,6 +55,7 @@ WIDE = {
     "few tiles, 256 to 512": (3, 256, (8, 8), 512, K4),
     "few tiles, 3x3": (3, 256, (8, 8), 320, K3),
     "many tiles, 3x3": (9, 288, (16, 16), 320, K3),
+    "one panel, 3x3": (2, 40, (28, 28), 24, K3),
 }
 ABLE = [name for name, (*_, g) in BLOCKS.items() if g in (K4, K3)]
 
@@ -223,6 +224,15 @@ def test_same_bits_whatever_the_threads(cpu: Kernels, name: str) -> None:
     case = Case(*WIDE[name], torch.float32) if name in WIDE else block(name, torch.float32)
     case.check(cpu)
     case.check_threads(cpu)
+
+
+@pytest.mark.parametrize("name", ["few tiles, 3x3", "many tiles, 3x3", "one panel, 3x3"])
+def test_a_contiguous_gradient(name: str) -> None:
+    """It has the same bits, whatever the operands' format is."""
+    cpu, case = Kernels(FOUR), Case(*WIDE[name], torch.float32)
+    call = case.calls()["weight_grad"]
+    found, expected = (cpu.algorithms("weight_grad")[0].run(call._replace(contiguous=c), None) for c in (True, False))
+    assert found.is_contiguous() and not expected.is_contiguous() and torch.equal(found, expected)
 
 
 def test_the_rule() -> None:
