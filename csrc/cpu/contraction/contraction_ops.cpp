@@ -9,6 +9,7 @@
 
 #include "common/activations.h"
 #include "cpu/contraction/algorithms.h"
+#include "cpu/contraction/contiguous.h"
 #include "cpu/contraction/packed_weights.h"
 #include "cpu/memory/memory.h"
 
@@ -158,7 +159,11 @@ Tensor grad_of_weight(
       {c.out_channels, c.in_channels, kernel[0], kernel[1]}, dtype,
       c.contiguous ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast);
   a.weight_grad(c, dtype, gathered.const_data_ptr(), linear.const_data_ptr(), out.data_ptr());
-  return out;
+  if (!contiguous || c.contiguous || dtype != at::kFloat || !can_contiguous(c.taps())) return out;
+  const Tensor reordered = new_tensor(out.sizes(), dtype, at::MemoryFormat::Contiguous);
+  fastdcgan::cpu::contiguous(
+      out.const_data_ptr<float>(), c.out_channels, c.taps(), c.in_channels, reordered.data_ptr<float>());
+  return reordered;
 }
 
 // The names of the algorithms for an operator, in the order of algorithms.h. Sizes of tensors make no difference to
