@@ -56,7 +56,7 @@ def plot_steps(results: Results, floors_ms: Mapping[int, Mapping[str, float]], p
             axes.axvline(ms, color="black", linestyle=style, linewidth=1, label=f"floor, {level}")
         if floors:
             axes.legend(fontsize="small")
-        axes.set_xlabel(f"ms per {'training step' if suite == 'step' else 'batch of images'} (median, quartiles)")
+        axes.set_xlabel(f"ms per {'training step' if suite == 'step' else 'batch'} (median, quartiles)")
         axes.set_title(f"{'' if suite == 'step' else 'generation, '}{name}, batch {batch}")
         axes.grid(axis="x", alpha=0.3)
     _save(figure, textwrap.fill(caption(results), 80 * across), path)

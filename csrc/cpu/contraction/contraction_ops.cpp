@@ -9,8 +9,8 @@
 
 #include "common/activations.h"
 #include "cpu/contraction/algorithms.h"
-#include "cpu/contraction/contiguous.h"
 #include "cpu/contraction/packed_weights.h"
+#include "cpu/contraction/reorder_taps.h"
 #include "cpu/memory/memory.h"
 
 // The namespace of the operators: tests load a second library of them.
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor> conv_transpose(
       x, weight, stride, padding, dilation, size, true, by_channel, act, slope, stat_groups, algorithm, caches);
 }
 
-// `contiguous`: the result is, from an algorithm that can have it so, and else channels_last.
+// `contiguous`: the result is, where that costs less here than for the caller; else channels_last.
 Tensor grad_of_weight(
     const Tensor& gathered_, const Tensor& linear_, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
     IntArrayRef dilation, std::string_view algorithm, bool contiguous) {
@@ -159,9 +159,9 @@ Tensor grad_of_weight(
       {c.out_channels, c.in_channels, kernel[0], kernel[1]}, dtype,
       c.contiguous ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast);
   a.weight_grad(c, dtype, gathered.const_data_ptr(), linear.const_data_ptr(), out.data_ptr());
-  if (!contiguous || c.contiguous || dtype != at::kFloat || !can_contiguous(c.taps())) return out;
+  if (!contiguous || c.contiguous || dtype != at::kFloat || !can_reorder_taps(c.taps())) return out;
   const Tensor reordered = new_tensor(out.sizes(), dtype, at::MemoryFormat::Contiguous);
-  fastdcgan::cpu::contiguous(
+  reorder_taps(
       out.const_data_ptr<float>(), c.out_channels, c.taps(), c.in_channels, reordered.data_ptr<float>());
   return reordered;
 }

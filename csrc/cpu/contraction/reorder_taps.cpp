@@ -1,4 +1,4 @@
-#include "cpu/contraction/contiguous.h"
+#include "cpu/contraction/reorder_taps.h"
 
 #include <ATen/Parallel.h>
 
@@ -6,9 +6,9 @@
 
 namespace fastdcgan::cpu {
 
-bool can_contiguous(int64_t taps) { return taps % kWidth == 0; }
+bool can_reorder_taps(int64_t taps) { return taps % kWidth == 0; }
 
-void contiguous(const float* from, int64_t rows, int64_t taps, int64_t channels, float* to) {
+void reorder_taps(const float* from, int64_t rows, int64_t taps, int64_t channels, float* to) {
   const int64_t whole = channels / kWidth * kWidth;
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
