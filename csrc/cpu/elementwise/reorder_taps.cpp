@@ -1,4 +1,4 @@
-#include "cpu/contraction/reorder_taps.h"
+#include "cpu/elementwise/reorder_taps.h"
 
 #include <ATen/Parallel.h>
 
