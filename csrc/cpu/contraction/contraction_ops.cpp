@@ -10,7 +10,7 @@
 #include "common/activations.h"
 #include "cpu/contraction/algorithms.h"
 #include "cpu/contraction/packed_weights.h"
-#include "cpu/elementwise/reorder_taps.h"
+#include "cpu/contraction/reorder_taps.h"
 #include "cpu/memory/memory.h"
 
 // The namespace of the operators: tests load a second library of them.

@@ -11,6 +11,7 @@
 #include "common/activations.h"
 #include "cpu/train/adam.h"
 #include "cpu/contraction/algorithms.h"
+#include "cpu/contraction/reorder_taps.h"
 #include "cpu/train/images.h"
 #include "cpu/train/losses.h"
 #include "cpu/elementwise/passes.h"
@@ -112,7 +113,7 @@ int contractions(int64_t batch, int64_t channels, int64_t out, const Axis& y, co
     for (const Algorithm* algorithm : algorithms(conv, dtype, epilogue.stats != nullptr, false)) {
       algorithm->contract(conv, dtype, a.get(), weight, b.get(), epilogue);
       ++calls;
-      if (!algorithm->contiguous) continue;
+      if (!algorithm->can_contiguous) continue;
       const Weight contiguous{w.get(), y.kernel * x.kernel, y.kernel * tap, x.kernel, 1, &storage, bytes};
       algorithm->contract(conv, dtype, a.get(), contiguous, b.get(), epilogue);
       ++calls;
@@ -128,7 +129,7 @@ int contractions(int64_t batch, int64_t channels, int64_t out, const Axis& y, co
   for (const Algorithm* algorithm : algorithms(transposed, dtype, false, false)) {
     algorithm->contract(transposed, dtype, b.get(), adjoint, a.get(), epilogue);
     ++calls;
-    if (!algorithm->contiguous) continue;
+    if (!algorithm->can_contiguous) continue;
     const Weight contiguous{w.get(), y.kernel * tap, y.kernel * x.kernel, x.kernel, 1, &storage, bytes};
     algorithm->contract(transposed, dtype, b.get(), contiguous, a.get(), epilogue);
     ++calls;
@@ -136,11 +137,14 @@ int contractions(int64_t batch, int64_t channels, int64_t out, const Axis& y, co
   for (const Algorithm* algorithm : algorithms(conv, dtype, false, true)) {
     algorithm->weight_grad(conv, dtype, a.get(), b.get(), w.get());
     ++calls;
-    if (!algorithm->contiguous) continue;
+    if (!algorithm->can_contiguous || !algorithm->can_contiguous(conv, dtype)) continue;
     Contraction contiguous = conv;
     contiguous.contiguous = true;
     algorithm->weight_grad(contiguous, dtype, a.get(), b.get(), w.get());
     ++calls;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (can_reorder_taps(conv.taps())) reorder_taps(w.get(), out, conv.taps(), channels, filled<T>(weights).get());
   }
   const Algorithm* first = algorithms(conv, dtype, false, false)[0];
   first->contract(conv, dtype, a.get(), weight, b.get(), activated);  // with a weight that has changed
@@ -180,7 +184,7 @@ int main() {
   const Axis axes[][2] = {{axis(4, 2, 1, 1, 8), axis(4, 2, 1, 1, 6)}, {axis(2, 1, 1, 1, 2), axis(4, 2, 2, 1, 7)},
                           {axis(4, 1, 0, 1, 4), axis(4, 1, 0, 1, 4)}, {axis(3, 1, 1, 1, 5), axis(1, 1, 0, 1, 3)},
                           {axis(3, 3, 2, 2, 7), axis(2, 3, 4, 3, 5)}, {axis(4, 2, 1, 1, 22), axis(3, 1, 1, 1, 27)},
-                          {axis(3, 1, 1, 1, 7), axis(6, 2, 2, 1, 10)}};
+                          {axis(3, 1, 1, 1, 7), axis(6, 2, 2, 1, 10)},  {axis(3, 1, 1, 1, 13), axis(3, 1, 1, 1, 14)}};
   for (const auto& [y, x] : axes)
     for (int64_t batch : {1, 4})
       for (int64_t channels : {1, 3, 16, 33})

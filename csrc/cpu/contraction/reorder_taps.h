@@ -1,4 +1,5 @@
-#include "cpu/elementwise/reorder_taps.h"
+// The gradient of a weight from channels_last to contiguous: as many transposed matrices as it has rows.
+#pragma once
 
 #include <ATen/Parallel.h>
 
@@ -6,9 +7,11 @@
 
 namespace fastdcgan::cpu {
 
-bool can_reorder_taps(int64_t taps) { return taps % kWidth == 0; }
+// Of so many taps: whole vectors of them. Of others PyTorch's copy is as fast.
+inline bool can_reorder_taps(int64_t taps) { return taps % kWidth == 0; }
 
-void reorder_taps(const float* from, int64_t rows, int64_t taps, int64_t channels, float* to) {
+// [rows][taps][channels] to [rows][channels][taps].
+inline void reorder_taps(const float* from, int64_t rows, int64_t taps, int64_t channels, float* to) {
   const int64_t whole = channels / kWidth * kWidth;
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
