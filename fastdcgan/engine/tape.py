@@ -53,8 +53,9 @@ class Tapes:
         if tape is _NEW and len(self._found) >= _MOST:
             self._found.clear()
         if tape is _NEW or tape is None or (tape is _CALLED and not is_fixed()):
-            self._found.setdefault(key, _CALLED)
-            return call()
+            outputs = call()
+            self._found.setdefault(key, _CALLED)  # not before: another thread would record how routes are chosen
+            return outputs
         if tape is not _CALLED:
             return tape.run(inputs)
         recorder = _Recorder(inputs, constants)
@@ -144,6 +145,8 @@ class _Recorder(TorchDispatchMode):
     def _result(self, out: Any) -> list[int]:
         if out is None:
             return [_NONE]
+        if not all(isinstance(t, Tensor) for t in _listed(out)):
+            raise _Unknown
         slots = [self._slots[id(t)] if id(t) in self._slots else self._added(t) for t in _listed(out)]
         return [_SLOT, *slots] if isinstance(out, Tensor) else [_SLOTS, len(slots), *slots]
 
@@ -174,8 +177,8 @@ class _Recorder(TorchDispatchMode):
         )
 
 
-def _listed(out: Any) -> Sequence[Tensor]:
-    return [out] if isinstance(out, Tensor) else out
+def _listed(out: Any) -> Sequence[Any]:
+    return out if isinstance(out, (list, tuple)) else [out]
 
 
 def _slots(value: list[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -210,6 +211,8 @@ def test_what_has_no_place_in_a_tape_goes_on_in_python() -> None:
     other = torch.ones(3)
     assert replayed(lambda x: [x + other], torch.zeros(3)) == 4  # another tensor
     assert replayed(lambda x: [x + torch.ones(3, device=CPU)], torch.zeros(3)) == 4  # a device
+    names = functools.partial(torch.ops.fastdcgan_cpu.algorithms, "conv", 16, 16, (3, 3), (1, 1), (1, 1), torch.float32)
+    assert replayed(lambda x: [x + len(names(False))], torch.zeros(3)) == 4  # strings
     assert replayed(lambda x: [torch.full_like(x, 3.0) * x], torch.zeros(3)) == 2
     assert replayed(lambda x: [x.data + x], torch.zeros(3)) == 2
 
@@ -221,3 +224,16 @@ def test_an_error_of_an_operator_is_the_caller_s() -> None:
         tapes.run("key", [x], lambda x=x: [x.view(3, 1)], lambda: True)
     with pytest.raises(RuntimeError, match="shape"):
         tapes.run("key", [torch.zeros(4)], list, lambda: True)
+
+
+def test_nothing_is_recorded_while_the_first_call_runs() -> None:
+    """What another thread calls meanwhile may be the first to choose a route."""
+    tapes, x, modes = tape.Tapes(), torch.zeros(3), []
+
+    def call() -> list[Tensor | None]:
+        modes.append(torch._C._len_torch_dispatch_stack())
+        return [x + 1]
+
+    tapes.run("key", [x], lambda: tapes.run("key", [x], call, lambda: True), lambda: True)
+    tapes.run("key", [x], call, lambda: True)
+    assert modes == [0, 1]
