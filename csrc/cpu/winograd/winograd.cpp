@@ -142,7 +142,8 @@ class Winograd {
     const int64_t most = few_ ? kFewTiles : std::clamp<int64_t>(fit, kKernelRows, kMaxTiles);
     std::vector<Block> found;
     const int64_t all = most_tiles(), count = (all + most - 1) / most;
-    // One block of one panel would be one thread's. Two transform the weight twice, which is about 20 tiles' work.
+    // One block of one panel would be one thread's. Two transform the weight twice, which takes as long as the products
+    // of 15 tiles or so.
     const bool halves = panels_.count == 1 && sets_.size() == 1 && all >= 4 * kKernelRows;
     const int64_t few = halves ? (all + 1) / 2 : all;
     const int64_t step = few_ ? few : std::min(most, (all / count + kKernelRows - 1) / kKernelRows * kKernelRows);
