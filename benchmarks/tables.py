@@ -111,7 +111,11 @@ def caption(results: Results) -> str:
     """One line: where and with what it was measured."""
     e = results.environment
     parts = [str(e["device"])]
-    parts.append(f"{e['threads']} threads" if e["device_type"] == "cpu" else f"driver {e['driver']}, CUDA {e['cuda']}")
+    if e["device_type"] == "cpu":
+        # Processors of several generations go by one name.
+        parts += [str(e["cpu_capability"]), f"{e['threads']} threads"]
+    else:
+        parts.append(f"driver {e['driver']}, CUDA {e['cuda']}")
     parts.append(f"torch {e['torch']}")
     if e["commit"]:
         parts.append(f"commit {e['commit'][:10]}" + (" with changes" if e["uncommitted_changes"] else ""))
