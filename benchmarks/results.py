@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from fastdcgan import backends
 from fastdcgan.benchmarks import harness
 from fastdcgan.benchmarks.harness import Summary
 from fastdcgan.dcgan.files import write
+from fastdcgan.dispatch import autotune
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
@@ -179,11 +179,8 @@ def _output(*command: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """Its model, whether it has AMX, which hypervisors leave out of the model's name, and what is left out by order."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    name = found.group(1).strip() if found else platform.processor() or platform.machine()
-    name = f"{name} with AMX" if torch.cpu._is_amx_tile_supported() else name
+    """The processor, whether it has AMX, which hypervisors leave out of its name, and what is left out by order."""
+    name = f"{autotune.processor()} with AMX" if torch.cpu._is_amx_tile_supported() else autotune.processor()
     caps = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
     return ", ".join([name, *(f"{cap}={os.environ[cap]}" for cap in caps if os.environ.get(cap))])
 

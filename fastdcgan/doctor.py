@@ -113,9 +113,10 @@ def _version(package: str) -> str:
 
 def _cpu() -> str:
     threads = torch.get_num_threads()
-    name = autotune.machine(torch.device("cpu")).partition(" | ")[0]
     sets = ", ".join(name for name, has in INSTRUCTIONS.items() if has()) or "none of " + ", ".join(INSTRUCTIONS)
-    text = f"{name}, {platform.machine()} with {sets}, used as {torch.backends.cpu.get_cpu_capability()}"
+    text = (
+        f"{autotune.processor()}, {platform.machine()} with {sets}, used as {torch.backends.cpu.get_cpu_capability()}"
+    )
     text += f", {threads} threads"
     if backends.status()["cpu"] == AVAILABLE:
         seen = torch.ops.fastdcgan_cpu.threads()

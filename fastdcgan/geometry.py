@@ -59,6 +59,14 @@ class Geometry:
                     return False
         return True
 
+    def reads(self, image: Pair, outputs: Pair) -> int:
+        """How many pixels of the image the taps of all outputs of `conv` read, without those of the padding."""
+        axes = zip(self.kernel, self.stride, self.padding, self.dilation, image, outputs, strict=True)
+        return math.prod(
+            sum(0 <= out * stride + tap * dilation - padding < size for out in range(many) for tap in range(kernel))
+            for kernel, stride, padding, dilation, size, many in axes
+        )
+
     def of_upsampled(self) -> Geometry | None:
         """The transposed convolution that does what nearest upsampling by 2 and this `conv` do; None where there is
         none, or none with fewer products."""

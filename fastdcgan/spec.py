@@ -100,7 +100,7 @@ class Algorithm:
     `why_not(call)` is None where it can run, else the reason. `run(call, tile)` runs it; tile None is the choice of the
     algorithm's own rule. `tiles(call)` are those that tuning compares: instances of the frozen dataclass `tile_type`.
     `why_last(call)` is None, or the reason why another is likely to be faster: it then runs where it was measured to be
-    the fastest, or where no other can.
+    the fastest, or where no other can. `least_ms(call)` are milliseconds that it takes at least, 0 where nobody knows.
     """
 
     name: str
@@ -109,6 +109,7 @@ class Algorithm:
     tiles: Callable[[Call], Sequence[Any]] | None = None
     tile_type: type | None = None
     why_last: Callable[[Call], str | None] = lambda call: None
+    least_ms: Callable[[Call], float] = lambda call: 0.0
 
 
 class Update(NamedTuple):

@@ -81,3 +81,14 @@ def test_taps_that_reach_the_image(rows: tuple[int, ...], columns: tuple[int, ..
     weight = torch.ones(1, 1, *g.kernel, requires_grad=True)
     F.conv2d(torch.ones(1, 1, *image), weight, None, g.stride, g.padding, g.dilation).sum().backward()
     assert g.reaches((image[0], image[1]), outputs) == bool(weight.grad.all())
+
+
+@settings(max_examples=100)
+@given(SIDES, SIDES)
+def test_pixels_that_are_read(rows: tuple[int, ...], columns: tuple[int, ...]) -> None:
+    g, *image = geometry_of(rows, columns)
+    outputs = g.conv_size(*image)
+    assume(min(outputs) >= 1)
+    ones = torch.ones(1, 1, *image), torch.ones(1, 1, *g.kernel)
+    out = F.conv2d(*ones, None, g.stride, g.padding, g.dilation)
+    assert g.reads((image[0], image[1]), outputs) == out.sum()

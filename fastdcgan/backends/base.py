@@ -169,6 +169,11 @@ class Backend(Composites):
 
     # --- contractions by way of PyTorch's own ---
 
+    def direct_ms(self, call: Call) -> float:
+        """Milliseconds that the products of a direct convolution, as PyTorch's own is, take at least on this machine; 0
+        where that isn't known."""
+        return 0.0
+
     def pytorch(self, call: Call, tile: None = None) -> Tensor | tuple[Tensor, Tensor]:
         """The contraction as PyTorch's convolution between this backend's passes."""
         g, x = call.geometry, self.finished(call.a)

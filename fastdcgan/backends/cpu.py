@@ -189,9 +189,23 @@ class CPUBackend(Backend):
                 functools.partial(self._why_not_run, name),
                 functools.partial(self._run, name),
                 why_last=functools.partial(self._why_last, name),
+                least_ms=functools.partial(self._least_ms, name),
             )
             for name in _NAMES
         ]
+
+    def _least_ms(self, name: str, call: Call) -> float:
+        return 0.0 if name in _WINOGRAD else self.direct_ms(call)
+
+    def direct_ms(self, call: Call) -> float:
+        # Fewer bits multiply faster; by how much is not known.
+        less = _less_precision() or _less_precision("conv")
+        if less or _stored(call.a).dtype != torch.float32 or call.geometry.groups != 1:
+            return 0.0
+        s = sides(call)
+        reads = call.geometry.reads((s.gathered[2], s.gathered[3]), (s.linear[2], s.linear[3]))
+        products = s.linear[0] * s.linear[1] * s.gathered[1] * reads
+        return 2 * products / (1e6 * self.rates.fma * torch.get_num_threads())
 
     def _why_not_run(self, name: str, call: Call) -> str | None:
         """Why an algorithm can't run a call, or None."""
@@ -382,11 +396,12 @@ class CPUBackend(Backend):
         torch.ops.fastdcgan_cpu.update_all_running_(means, variances, stats, given, momenta)
 
 
-def _less_precision() -> bool:
-    """Whether float32 products may be of less precision: by `torch.set_float32_matmul_precision("high")`, which PyTorch
-    keeps here as "tf32", or "medium": "bf16". (What gets that setting raises where PyTorch's backends differ in it;
-    `torch.backends.mkldnn.matmul.fp32_precision` asks the same in five times the time.)"""
-    return torch._C._get_fp32_precision_getter("mkldnn", "matmul") in ("tf32", "bf16")
+def _less_precision(op: str = "matmul") -> bool:
+    """Whether float32 products of "matmul", or of PyTorch's "conv", may be of less precision: by
+    `torch.set_float32_matmul_precision("high")`, which PyTorch keeps here as "tf32", or "medium": "bf16". (What gets
+    that setting raises where PyTorch's backends differ in it; `torch.backends.mkldnn.matmul.fp32_precision` asks the
+    same in five times the time.)"""
+    return torch._C._get_fp32_precision_getter("mkldnn", op) in ("tf32", "bf16")
 
 
 def _why_not_gemm(op: str, s: Sides) -> str | None:

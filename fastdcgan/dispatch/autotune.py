@@ -319,7 +319,7 @@ def machine(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
     else:
         instructions = torch.backends.cpu.get_cpu_capability() + (" AMX" if torch.cpu._is_amx_tile_supported() else "")
-        name = f"{_processor()} | {instructions} | {torch.get_num_threads()} threads"
+        name = f"{processor()} | {instructions} | {torch.get_num_threads()} threads"
     found = [name, f"fastdcgan {__version__}", f"torch {torch.__version__}"]
     if device.type == "cuda":
         # What our library was built for decides which of its kernels and tiles there are.
@@ -328,13 +328,17 @@ def machine(device: torch.device) -> str:
 
 
 @lru_cache
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name, with family and model where Linux tells them: hypervisors give several generations one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return found or platform.processor()
+    # Each core has the same lines: the first core's are taken.
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{what} {facts[key]}" for key, what in (("cpu family", "family"), ("model", "model")) if key in facts]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 @lru_cache

@@ -36,9 +36,14 @@ _COMPILING = "fastdcgan: compiling kernels for this GPU, which Triton keeps for 
 # not tried: a network has the same contraction with other prologues and epilogues, and of two batches.
 SLOWER, BATCHES = 1.25, 2
 
+# Of the time that the products of an algorithm alone take: another that was faster than that is faster. The rest is for
+# the measured rate of the processor, which other work may have slowed down.
+SURE = 0.9
+
 _routes: dict[Any, Route] = {}
 _alike: dict[Any, tuple[int, dict[str, float]]] = {}  # the batch, and what its algorithms took
 _seen: list[str] | None = None
+_measuring_s = 0.0  # that measuring contractions on this machine has taken so far
 
 
 class Route(NamedTuple):
@@ -88,6 +93,13 @@ def recording() -> Iterator[list[str]]:
         _seen = before
 
 
+def milliseconds_besides(call: Callable[[], object]) -> float:
+    """What `call()` takes, but for measuring the contractions that it runs."""
+    began, before = time.perf_counter(), _measuring_s
+    call()
+    return 1000 * (time.perf_counter() - began - (_measuring_s - before))
+
+
 def is_recording() -> bool:
     """Whether this is inside of `recording`."""
     return _seen is not None
@@ -115,10 +127,12 @@ def compiling_ahead(backend: str) -> Iterator[bool]:
 def offered(backend: str, op: str) -> list[Algorithm]:
     """The algorithms of a backend, PyTorch's own convolution at last; "auto" has those of all backends on the GPU."""
     found = [a for one in backends.members(backend) for a in one.algorithms(op)]
-    return [*found, Algorithm(PYTORCH, lambda call: None, backends.get(backend).pytorch)]
+    own = backends.get(backend)
+    return [*found, Algorithm(PYTORCH, lambda call: None, own.pytorch, least_ms=own.direct_ms)]
 
 
 def _choose(call: Call, backend: str) -> Route:
+    global _measuring_s
     algorithms = offered(backend, call.op)
     reasons = {a.name: a.why_not(call) for a in algorithms}
     able = [a for a in algorithms if reasons[a.name] is None]
@@ -144,9 +158,12 @@ def _choose(call: Call, backend: str) -> Route:
         return Route(able[0], None, "", False)
     if searching or autotune.may_compare(device):
         likely = able if device.type == "cuda" else _likely(able, call)
+        began = time.perf_counter()
         made = _measure(likely, call, searching)
+        _measuring_s += time.perf_counter() - began
         if likely is able:
-            _alike[_but_batch(call)] = (len(call.a.x), made["milliseconds"])
+            least = {a.name: a.least_ms(call) for a in able}  # of what was not tried
+            _alike[_but_batch(call)] = (len(call.a.x), least | made["milliseconds"])
         autotune.remember(KIND, autotune.machine(device), name, made)
         known = _known(made, able, call)
         assert known is not None
@@ -218,28 +235,42 @@ def _likely(able: Sequence[Algorithm], call: Call) -> Sequence[Algorithm]:
 def _measure(able: Sequence[Algorithm], call: Call, searching: bool) -> dict[str, Any]:
     """An entry for the autotune cache: the least time of each algorithm, and the best of them with its tile.
 
-    An algorithm, or a tile of one, that can't run here is left out with a warning; PyTorch's own has to run.
+    An algorithm, or a tile of one, that can't run here is left out with a warning; PyTorch's own has to run. What can't
+    be faster than another was is not tried.
     """
     calls: dict[tuple[str, Any], Callable[[], object]] = {}
     firsts: dict[tuple[str, Any], float] = {}
-    for algorithm in able:
-        choices = list(algorithm.tiles(call)) if searching and algorithm.tiles is not None else [None]
-        for tile in choices:
-            since = time.perf_counter()
-            if _attempt(algorithm, call, tile):
-                firsts[algorithm.name, tile] = 1000 * (time.perf_counter() - since)
-                calls[algorithm.name, tile] = functools.partial(algorithm.run, call, tile)
+
+    def attempt(algorithms: Sequence[Algorithm]) -> None:
+        for algorithm in algorithms:
+            choices = list(algorithm.tiles(call)) if searching and algorithm.tiles is not None else [None]
+            for tile in choices:
+                since = time.perf_counter()
+                if _attempt(algorithm, call, tile):
+                    firsts[algorithm.name, tile] = 1000 * (time.perf_counter() - since)
+                    calls[algorithm.name, tile] = functools.partial(algorithm.run, call, tile)
+
+    least = {a.name: a.least_ms(call) for a in able}
+    attempt([a for a in able if not least[a.name]])
+    rest = [a for a in able if least[a.name]]
+    if rest and firsts:
+        bound, soonest = SURE * min(least[a.name] for a in rest), min(firsts, key=firsts.__getitem__)
+        if firsts[soonest] >= bound:  # a first call may make what later ones find made
+            firsts[soonest] = min(firsts[soonest], autotune.cpu_milliseconds(calls[soonest]))
+        rest = rest if firsts[soonest] >= bound else []
+    attempt(rest)
     times = autotune.milliseconds(calls, call.a.x.device, firsts)
     best: dict[str, tuple[float, Any]] = {}
     for (name, tile), ms in times.items():
         if name not in best or ms < best[name][0]:
             best[name] = ms, tile
-    name = fastest({name: ms for name, (ms, _) in best.items()})
+    in_order = {a.name: best[a.name][0] for a in able if a.name in best}
+    name = fastest(in_order)
     tile = best[name][1]
     return {
         "algorithm": name,
         "tile": None if tile is None else dataclasses.asdict(tile),
-        "milliseconds": {name: ms for name, (ms, _) in best.items()},
+        "milliseconds": in_order,
         "searched": searching,
     }
 

@@ -144,13 +144,13 @@ def forward(
         block, keep_y = step.block, step.keep_y
         norm, from_sign = block.norm, step.from_sign
         t = BlockTensors(*tensors[step.first : step.first + PER_BLOCK])
+        # PyTorch's convolution rounds its accumulator before a pass adds the bias: in 16 bits that may change the sign.
+        at_once = from_sign and (t.bias is None or x.itemsize > 2)
         epilogue, coef, total = STORE, None, None
         if step.stats:
             assert norm is not None
             epilogue = Epilogue("stats", stat_groups=norm.groups(plan.stat_groups, x.shape[0]))
-        elif norm is None and (
-            block.act == "identity" or block.learns_slope or (keep_y and not (from_sign and t.bias is None))
-        ):
+        elif norm is None and (block.act == "identity" or block.learns_slope or (keep_y and not at_once)):
             # The accumulator takes the bias, before it is rounded: so y, which is z, has the right sign.
             if t.bias is not None:
                 epilogue = Epilogue("bias", coef=t.bias)
@@ -182,6 +182,8 @@ def forward(
         if coef is None or epilogue.kind == "activate":
             a = Operand(y)
             kept = y if epilogue.kind == "activate" and step.reached else None
+            if kept is not None and t.bias is not None:  # the output has it
+                coef = _known_coefficients(program, block, t._replace(bias=None), x)
             states.append(_State(kept, None if kept is None else coef, y if step.keep_a else None, None))
             continue
         if t.slope is not None:

@@ -67,10 +67,8 @@ def measure(
     with autotune.comparing(), torch._C.DisableTorchFunction():
         calls = {of: _work(run, x, tensors, running) for of, run in candidates.items()}
         ours = {of: call for of, call in calls.items() if of not in (MODULES, CONTIGUOUS)}
-        for call in ours.values():
-            call()  # measures its contractions
-        firsts = {of: autotune.cpu_milliseconds(call) for of, call in ours.items()} if autotune.is_at_once() else {}
-        if firsts and min(firsts.values()) > LONG_MS:
+        firsts = {of: router.milliseconds_besides(call) for of, call in ours.items()}  # measures its contractions
+        if autotune.is_at_once() and min(firsts.values()) > LONG_MS:
             times = autotune.milliseconds(ours, x.device, firsts)
         else:
             times = autotune.milliseconds(calls, x.device)

@@ -124,9 +124,9 @@ def _steps(plan: Plan, size: Sequence[int], saving: Sequence[bool] | None) -> li
         last = i + 1 == n
         deferred = not last and plan.boundaries.deferred[i] and plan.blocks[i + 1].convolves
         keep_a = saving is not None and not last and bool(saving[1 + (i + 1) * PER_BLOCK])
-        # Not where the caller gets a and may write to it, except for ReLU, whose output PyTorch keeps as well.
+        # Not where the caller gets a and may write to it, except where PyTorch keeps that output as well.
         from_sign = block.norm is None and ACTIVATIONS[block.act].keeps_sign(block.slope)
-        from_sign = from_sign and not block.learns_slope and (not last or block.act == "relu")
+        from_sign = from_sign and not block.learns_slope and (not last or block.act == "relu" or block.inplace)
         out_size = block.output_size(*size)
         found.append(
             Step(

@@ -38,6 +38,7 @@ def _made_up(device: str = "Imaginary", device_type: str = "cpu", created: str =
         "device": device,
         "device_type": device_type,
         "created": created,
+        "cpu_capability": "AVX2",
         "threads": 2,
         "torch": "9.9",
         "commit": "0123456789abcdef",
@@ -132,7 +133,7 @@ def test_readme_tables_come_from_results_alone(tmp_path):
     text = tables.render(README, results.load(tmp_path), tmp_path)
     assert "old" not in text
     assert "kept" in text
-    assert "Imaginary, 2 threads, torch 9.9, commit 0123456789, 2020-02-02" in text
+    assert "Imaginary, AVX2, 2 threads, torch 9.9, commit 0123456789, 2020-02-02" in text
     assert "2020-01-01" not in text
     assert "Dry" not in text
     assert f"<!-- begin:gpu -->\n\n{tables.NOT_MEASURED}\n\n<!-- end:gpu -->" in text
@@ -159,7 +160,7 @@ def test_headline_ranges_over_the_cases_of_the_newest_results(tmp_path):
 
     text = tables.headline([steps("2020-01-01", 9.0), steps("2020-02-02", 1.25, 2.5)])
     assert "a training step is 1.25 to 2.50 times as fast" in text
-    assert "Imaginary, 2 threads, torch 9.9, commit 0123456789, 2020-02-02" in text
+    assert "Imaginary, AVX2, 2 threads, torch 9.9, commit 0123456789, 2020-02-02" in text
     assert text.splitlines()[1:] == [f"- On a GPU: {tables.NOT_MEASURED}."]
 
 

@@ -238,6 +238,28 @@ def test_peers_agree_and_are_timed(dtype):
             assert row.ratio == harness.ratio(row.samples_ms, case.rows[-1].samples_ms)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [("fp32", [True, True, False, True, True]), ("bf16", [True] + 3 * [False] + [True])]
+)
+def test_a_block_has_no_gradient_where_rounding_may_cross_the_kink(monkeypatch, dtype: str, kept: list[bool]) -> None:
+    seen: list[torch.Tensor] = []
+    real = BlockRunner.__init__
+    x = torch.tensor([-2.0, -0.01, 1e-5, 0.01, 2.0]).reshape(1, 1, 1, 5)
+
+    def runner(self, peer, module, x, grad, *args, **kwargs):
+        seen.append(grad)
+        real(self, peer, module, x, grad, *args, **kwargs)
+
+    monkeypatch.setattr(BlockRunner, "__init__", runner)
+    monkeypatch.setattr(Block, "data", lambda self, batch: (x, torch.ones_like(x)))
+    monkeypatch.setattr(Block, "module", lambda self: nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()))
+    monkeypatch.setattr(
+        nn.Conv2d, "reset_parameters", lambda self: (nn.init.ones_(self.weight), nn.init.zeros_(self.bias))
+    )
+    _block_cases(["eager"], dtype)
+    assert all((grad.flatten() != 0).tolist() == kept for grad in seen) and len(seen) == 3
+
+
 def test_a_route_that_fell_back_is_a_failure_with_its_time(monkeypatch):
     """Whoever reads a row of ours should know that another's kernels ran."""
     real = StepRunner.prepare

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -56,6 +57,24 @@ def test_two_processes_keep_what_both_measured(file: Path, monkeypatch: pytest.M
 def test_the_key_names_the_processor_and_what_generates_the_code() -> None:
     key = autotune.machine(torch.device("cpu"))
     assert f"{torch.get_num_threads()} threads" in key and f"torch {torch.__version__}" in key and "fastdcgan " in key
+
+
+def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hypervisor calls all of them "AMD EPYC"; what was measured on one holds for no other."""
+    core = "processor\t: {}\ncpu family\t: 25\nmodel\t\t: {}\nmodel name\t: AMD EPYC\ncpu MHz\t: 2445\n\n"
+    keys = set()
+    for model in (1, 17):
+        cpuinfo = core.format(0, model) + core.format(1, model)
+        monkeypatch.setattr(Path, "read_text", lambda self, cpuinfo=cpuinfo: cpuinfo)
+        autotune.processor.cache_clear()
+        assert autotune.processor() == f"AMD EPYC (family 25, model {model})"
+        keys.add(autotune.machine(torch.device("cpu")))
+    assert len(keys) == 2
+    monkeypatch.setattr(Path, "read_text", lambda self: "Processor\t: ARMv8\n")
+    autotune.processor.cache_clear()
+    assert autotune.processor() == (platform.processor() or platform.machine())
+    monkeypatch.undo()
+    autotune.processor.cache_clear()
 
 
 def test_a_cache_that_can_not_be_written_is_known_to_this_process(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,48 @@ def test_what_lost_clearly_for_about_that_batch_is_not_tried_on_a_cpu(clock: Mea
     for batch, tried in ((2, ["own", PYTORCH]), (8, ["own", PYTORCH]), (9, ["own", "other", PYTORCH])):
         explained(device=cpu, batch=batch, again=True)
         assert [name for name, _ in clock.asked[-1]] == tried
+
+
+def test_what_can_not_be_as_fast_as_another_was_is_not_tried(clock: Measuring, explained: Explained) -> None:
+    other = Other(least_ms=lambda call: 1e6)
+    other.direct_ms = lambda call: 1e6  # type: ignore[method-assign] # of PyTorch's own
+    assert explained(other, Own()) == "own: measured: own 1.0000 ms"
+    assert other.calls == []
+
+
+class Slow(Own):
+    def pytorch(self, call: Call, tile: None = None) -> Any:
+        time.sleep(0.03)
+        return super().pytorch(call)
+
+
+@pytest.mark.parametrize(("again", "tried"), [(1.0, ["own"]), (30.0, ["other", "own", PYTORCH])])
+def test_a_first_call_that_took_long_gets_another(
+    clock: Measuring, explained: Explained, monkeypatch: pytest.MonkeyPatch, again: float, tried: list[str]
+) -> None:
+    monkeypatch.setattr(autotune, "cpu_milliseconds", lambda call: again)
+    other = Other(least_ms=lambda call: 20.0)
+    other.direct_ms = lambda call: 20.0  # type: ignore[method-assign]
+    explained(other, Slow())
+    assert sorted(name for name, _ in clock.asked[0]) == sorted(tried)
+
+
+def test_the_time_of_a_call_but_for_measuring(
+    clock: Measuring, explained: Explained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def milliseconds(*args: Any) -> dict[Any, float]:
+        time.sleep(0.5)
+        return Measuring.milliseconds(clock, *args)
+
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
+    began = time.perf_counter()
+    found = router.milliseconds_besides(lambda: (time.sleep(0.1), explained(Own())))
+    assert time.perf_counter() - began > 0.6 and 100 <= found < 550
+
+
+def test_what_may_be_as_fast_is_tried_and_stays_in_its_order(clock: Measuring, explained: Explained) -> None:
+    found = explained(Other(least_ms=lambda call: 1e-6), Own())
+    assert found == f"other: measured: other 1.0000 ms, own 1.0000 ms, {PYTORCH} 1.0000 ms"
 
 
 def test_a_later_process_measures_nothing(

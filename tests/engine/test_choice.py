@@ -167,7 +167,7 @@ def test_a_long_chain_is_only_compared_with_modules_where_there_is_time(
     at_once: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = ["fused in contiguous", "fused in channels_last"]
-    monkeypatch.setattr(autotune, "cpu_milliseconds", lambda call: 2 * choice.LONG_MS)
+    monkeypatch.setattr(router, "milliseconds_besides", lambda call: 2 * choice.LONG_MS)
     for _ in range(2):  # by what is measured, and by what the cache has
         _, fused, x = pair("conv, BN, LeakyReLU")
         with autotune.at_once() if at_once else contextlib.nullcontext():
