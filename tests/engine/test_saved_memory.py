@@ -48,6 +48,22 @@ def test_a_block_keeps_its_raw_output_and_no_more(
     assert ours <= LIMIT * vanilla, (ours, vanilla)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
+def test_an_activation_in_place_keeps_its_output_alone(act: str, bias: bool, backend: str) -> None:
+    """As vanilla's does; so neither output may be written to."""
+    model = block(False, None, act, (8, 16), bias=bias).float()
+    model[-1].inplace = True
+    x = channels_last(numbers(8, 8, 16, 16, dtype=torch.float32))
+    out = twin(model)(x)
+    assert out.nbytes <= saved_bytes(twin(model), x) <= out.nbytes + 16 * 4 * 16
+    for changed in (model, twin(model)):
+        out = changed(x)
+        out.detach().add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
 def test_pixels_that_are_upsampled_are_not_kept(backend: str) -> None:
     conv = nn.Conv2d(8, 16, 3, 1, 1, bias=False)
     model = nn.Sequential(nn.Upsample(scale_factor=2), conv, nn.BatchNorm2d(16), nn.ReLU()).to(DEVICE)
