@@ -99,7 +99,6 @@ struct Parts {
   Parts(int64_t n, int64_t most) : n(n), count((n + most - 1) / most) {}
   int64_t begin(int64_t i) const { return n * i / count; }
   int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
-  int64_t most() const { return (n + count - 1) / count; }  // of a part
 };
 
 // Columns in whole vectors, and these in parts for tiles.

@@ -84,19 +84,18 @@ class ImageSideConv {
     for (int64_t r = 0; r < rows.count; ++r) store_row(rows.n, rows.first + r, sums(r));
   }
 
-  // One row of outputs, [pixel][column], some pixels with all of their columns after others: memory is written in its
-  // order.
+  // One row of outputs, [pixel][column].
   void multiply(const float* strip, float* sums) const {
-    const Parts tiles(c_.x.out, max_rows(columns_.vectors.most()));
-    for (int64_t t = 0; t < tiles.count; ++t)
-      for (int64_t i = 0; i < columns_.vectors.count; ++i) {
-        const int64_t vectors = columns_.vectors.size(i);
+    for (int64_t i = 0; i < columns_.vectors.count; ++i) {
+      const int64_t vectors = columns_.vectors.size(i);
+      const Parts tiles(c_.x.out, max_rows(vectors));
+      for (int64_t t = 0; t < tiles.count; ++t)
         multiply_short(
             tiles.size(t), vectors,
             {strip + tiles.begin(t) * strips_.x_step(), strips_.x_step(), 1, weight_ + columns_.begin(i) * depth_,
              vectors * kWidth, sums + tiles.begin(t) * columns_.width + columns_.begin(i), columns_.width,
              pieces_.data(), static_cast<int64_t>(pieces_.size()), false});
-      }
+    }
   }
 
   void store_row(int64_t n, int64_t y, float* sums) const {
