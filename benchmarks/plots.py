@@ -79,7 +79,8 @@ def plot_census(results: Results, gains: Sequence[tuple[str, str, float]], least
     axes = figure.subplots()
     for dtype, colour in (("fp32", _OTHERS), ("bf16", _OURS)):
         points = [(value, names.index(name)) for name, kind, value in gains if kind == dtype]
-        axes.scatter([x for x, _ in points], [y for _, y in points], s=14, alpha=0.7, color=colour, label=dtype)
+        if points:
+            axes.scatter([x for x, _ in points], [y for _, y in points], s=14, alpha=0.7, color=colour, label=dtype)
     axes.set_yticks(range(len(names)), names, fontsize="small")
     for at, style in ((least, ":"), (1.0, "-")):
         axes.axvline(at, color="black", linestyle=style, linewidth=1, label=f"{at:g}")
