@@ -346,7 +346,8 @@ def assert_fuses_right(
     x, low = settled.float(), torch.bfloat16
     with torch.autocast(device.type, low):
         ours = results(fastdcgan.fuse(smooth()), x, steps=1)
-        vanilla = [results(smooth(), inputs, steps=1) for inputs in (x, *(nudged(x, low, i) for i in range(3)))]
+        # So many draws since gradients that cancel vary: one U-Net's errs by 1e-5 to 2.3e-5 in vanilla on AVX2.
+        vanilla = [results(smooth(), inputs, steps=1) for inputs in (x, *(nudged(x, low, i) for i in range(6)))]
     for outcome in (ours, *vanilla):
         del outcome["input 0"]
     truth = results(smooth(torch.float64), x.double(), steps=1)
