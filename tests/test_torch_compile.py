@@ -32,7 +32,7 @@ def _fresh_compiler() -> Iterator[None]:
     [
         *((name, True) for name in ("dcgan generator", "pix2pix unet", "two blocks", "momentum none", "affine false")),
         *((name, True) for name in ("no running statistics", "shared conv", "dropout", "reflect", "weight norm")),
-        *((name, True) for name in ("transposed groups", "parametrizations", "subclass alone")),
+        *((name, True) for name in ("transposed groups", "parametrizations", "subclass alone", "residual generator")),
         *((name, False) for name in ("dcgan discriminator", "two blocks", "tied weight", "unbatched")),
     ],
 )

@@ -41,6 +41,8 @@ def requested(ctx, needs: Sequence[bool], given: Sequence[bool]) -> list[bool]:
 
 def batched(da: Tensor) -> bool:
     """Whether `da` stands for a batch of gradients, which PyTorch's own functions take and no backend does."""
+    if torch.compiler.is_compiling():  # which knows no batches, and can't trace the question
+        return False
     return torch._C._functorch.is_legacy_batchedtensor(da) or torch._C._are_functorch_transforms_active()
 
 
