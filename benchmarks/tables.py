@@ -10,6 +10,7 @@ gets into a document in any other way.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from fastdcgan.benchmarks.harness import Summary, is_noisy
-from fastdcgan.benchmarks.peers import PEERS
+from fastdcgan.benchmarks.peers import DTYPES, PEERS
 from fastdcgan.benchmarks.results import RESULTS, Results, Row, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,30 +225,36 @@ def _place(item: tuple[tuple[str, str], Results]) -> tuple[str, int]:
 def headline(results: Sequence[Results]) -> str:
     """Per device in a sentence: PyTorch's fastest way of a training step over ours, from the least to the most gained.
 
-    The range is over all nets, batch sizes and dtypes of the device's newest results that have training steps.
+    The range in a dtype is over all nets and batch sizes of the device's newest results that have training steps.
     """
     lines = []
     for label, device_type in (("On a CPU", "cpu"), ("On a GPU", "cuda")):
         gains = {r.environment["device"]: (r, found) for r in results if (found := _gains(r, device_type))}
         lines += [
-            f"- {label}, a training step is {_range(found)} times as fast as the fastest that was measured of PyTorch, "
-            f"eager or compiled. {caption(r)}"
+            f"- {label}, a training step is {' and '.join(itertools.starmap(_range, found.items()))} as fast as the "
+            f"fastest that was measured of PyTorch, eager or compiled. {caption(r)}"
             for r, found in gains.values()
         ] or [f"- {label}: {NOT_MEASURED}."]
     return "\n".join(lines)
 
 
-def _range(found: Sequence[float]) -> str:
-    return " to ".join(dict.fromkeys(f"{value:.2f}" for value in (min(found), max(found))))
+def _range(dtype: str, found: Sequence[float]) -> str:
+    figures = " to ".join(dict.fromkeys(f"{value:.2f}" for value in (min(found), max(found))))
+    return f"{figures} times (in {str(DTYPES[dtype]).removeprefix('torch.')})"
 
 
-def _gains(results: Results, device_type: str) -> list[float]:
-    """Of each case of training steps whose ratios are relative to ours: the smallest ratio of a peer of PyTorch's."""
+def _gains(results: Results, device_type: str) -> dict[str, list[float]]:
+    """By dtype, of each case of training steps whose ratios are relative to ours: the smallest ratio of a peer of
+    PyTorch's."""
+    found: dict[str, list[float]] = {}
     if results.environment["device_type"] != device_type:
-        return []
-    cases = [c for c in results.cases if c.suite == "step" and PEERS[c.reference].fused]
-    ratios = [[row.ratio.median for row in c.rows if row.ratio and not PEERS[row.peer].fused] for c in cases]
-    return [min(each) for each in ratios if each]
+        return found
+    for case in results.cases:
+        if case.suite == "step" and PEERS[case.reference].fused:
+            ratios = [row.ratio.median for row in case.rows if row.ratio and not PEERS[row.peer].fused]
+            if ratios:
+                found.setdefault(case.dtype, []).append(min(ratios))
+    return found
 
 
 SECTIONS: dict[str, Callable[[Sequence[Results], Path], str]] = {

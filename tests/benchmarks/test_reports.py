@@ -149,23 +149,24 @@ def test_readme_has_a_table_per_gpu(tmp_path):
 
 
 def test_headline_ranges_over_the_cases_of_the_newest_results(tmp_path):
-    def steps(created, *ratios):
+    def steps(created, **ratios):
         found = _made_up(created=created)
         rows = found.cases[0].rows
         found.cases = [
-            Case("step", "64x64", "step", n, "fp32", "fused", [replace(rows[0], ratio=Summary(r, r, r)), *rows[1:]])
-            for n, r in enumerate(ratios, 1)
+            Case("step", "64x64", "step", n, dtype, "fused", [replace(rows[0], ratio=Summary(r, r, r)), *rows[1:]])
+            for dtype, of in ratios.items()
+            for n, r in enumerate(of, 1)
         ]
         return found
 
-    text = tables.headline([steps("2020-01-01", 9.0), steps("2020-02-02", 1.25, 2.5)])
-    assert "a training step is 1.25 to 2.50 times as fast" in text
+    text = tables.headline([steps("2020-01-01", fp32=[9.0]), steps("2020-02-02", fp32=[1.25, 2.5], bf16=[3.0])])
+    assert "a training step is 1.25 to 2.50 times (in float32) and 3.00 times (in bfloat16) as fast" in text
     assert "Imaginary, AVX2, 2 threads, torch 9.9, commit 0123456789, 2020-02-02" in text
     assert text.splitlines()[1:] == [f"- On a GPU: {tables.NOT_MEASURED}."]
 
 
 def test_headline_of_one_case_has_one_figure() -> None:
-    assert "a training step is 2.00 times as fast" in tables.headline([_made_up()])
+    assert "a training step is 2.00 times (in float32) as fast" in tables.headline([_made_up()])
 
 
 def test_plots_are_linked_from_where_the_document_lies(tmp_path):
